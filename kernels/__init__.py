@@ -1,0 +1,4 @@
+"""Triton kernels, one op in a file: `_x_kernel`, its launcher (checks, allocation, grid), its autograd function.
+
+Installed as `tarflow_fast.kernels`.
+"""
