@@ -1,0 +1,20 @@
+"""Engines invert one flow block on one backend. `contract.py` says how; `registry.py` says which there are."""
+
+from .contract import BlockEngine, BlockState, Condition, Guidance
+from .registry import BackendStatus, backends, check_device, check_dtype, choose_backend, make_engine
+from .weights import BlockWeights, block_weights
+
+__all__ = [
+    "BackendStatus",
+    "BlockEngine",
+    "BlockState",
+    "BlockWeights",
+    "Condition",
+    "Guidance",
+    "backends",
+    "block_weights",
+    "check_device",
+    "check_dtype",
+    "choose_backend",
+    "make_engine",
+]

@@ -1,0 +1,121 @@
+"""The one contract that every backend meets: how a flow block is inverted, and the state it is inverted in.
+
+Backends know nothing of solvers and solvers know nothing of backends: a solver is given a `BlockEngine` and a
+`BlockState` and calls the two passes below. All tensors are in the block's own token order; whoever calls the engine
+permutes. The parameters (xa, xb) that transform token i come from the tokens before it:
+
+    x_0 = z_0,    x_i = z_i · exp(xa_{i−1}) + xb_{i−1},    log|det dx/dz| = Σ_i Σ_d xa_{i−1}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checks import GUIDE_WHAT, check_choice, check_number
+from ..errors import ArgumentError
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: xa ← xa + g_i (xa − xa_u), and the same for xb (arXiv 2412.06329, section 3.5).
+
+    scale: the weight w >= 0; 0 is no guidance. what: which of xa ("a") and xb ("b") it changes.
+    attn_temp: > 0, divides the attention logits of the unguided branch u; without guidance there is no such branch.
+    annealed: g_i = w·(i+1)/(T−1) for the parameters after token i, instead of g_i = w.
+    """
+
+    scale: float = 0.0
+    what: str = "ab"
+    attn_temp: float = 1.0
+    annealed: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("guidance", self.scale, 0)
+        check_choice("guide_what", self.what, GUIDE_WHAT)
+        check_number("attn_temp", self.attn_temp, 0, open_low=True)
+        if not isinstance(self.annealed, bool):
+            raise ArgumentError("annealed_guidance", "a bool", repr(self.annealed))
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 0
+
+    def schedule(self, tokens: int) -> list[float]:
+        """g_i for i = 0 … T−2."""
+        if not self.annealed:
+            return [float(self.scale)] * (tokens - 1)
+        return [self.scale * (i + 1) / (tokens - 1) for i in range(tokens - 1)]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch is conditioned on. labels: (B,) int64, -1 for no class, or None (all rows without a class)."""
+
+    labels: Tensor | None = None
+    guidance: Guidance = field(default_factory=Guidance)
+
+
+@dataclass
+class BlockState:
+    """One batch inside one flow block.
+
+    z: (B, T, D) latents, never written. x: (B, T, D) tokens; x[:, 0] = z[:, 0], the rest is the engine's to fill (it
+    starts as a copy of z). token_log_det: (B, T), Σ_d xa that made each token, in nats of dx/dz; 0 for token 0.
+    cache: the engine's own (keys, values, scratch). cache_bytes: its size.
+    """
+
+    z: Tensor
+    x: Tensor
+    token_log_det: Tensor
+    condition: Condition
+    cache: Any
+    cache_bytes: int
+
+    @property
+    def log_det(self) -> Tensor:
+        """log|det dx/dz|, (B,), in nats."""
+        return self.token_log_det.sum(1)
+
+
+class BlockEngine(Protocol):
+    """One flow block on one backend, its weights packed once at construction."""
+
+    def begin(self, z: Tensor, condition: Condition) -> BlockState:
+        """Allocate the state of a batch (cache rows: B, or 2B when guided). z: (B, T, D), not mutated."""
+        ...
+
+    def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
+        """The sequential pass: fills state.x and state.token_log_det. progress(n): n more tokens are done."""
+        ...
+
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> Tensor:
+        """One parallel pass over tokens [start, stop), 1 <= start < stop <= T, against the cached prefix.
+
+        Evaluates the transformer on tokens [start−1, stop−1) as they stand in state.x (writing their keys and
+        values; those of tokens before start−1 must be in the cache), and updates x and token_log_det of tokens
+        [start, stop) in place. Returns the largest change of each token, (B, stop−start). `fixed_point(state, 1, T)`
+        is one Jacobi pass; start = i, stop = i+1 for i = 1 … T−1 is `reverse`.
+        """
+        ...
+
+    def bytes_per_sample(self, guided: bool) -> int:
+        """Memory that `begin` takes for each sample."""
+        ...
+
+
+def embedding_rows(condition: Condition, batch: int, num_classes: int, device: torch.device) -> Tensor:
+    """Row of the embedding table for each cache row, (B,) or (2B,) when guided: row num_classes is "no class"."""
+    if condition.labels is None:
+        rows = torch.full((batch,), num_classes, dtype=torch.int64, device=device)
+    else:
+        rows = torch.where(condition.labels < 0, num_classes, condition.labels)
+    if condition.guidance.active:
+        rows = torch.cat([rows, torch.full_like(rows, num_classes)])
+    return rows

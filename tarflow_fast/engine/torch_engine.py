@@ -1,0 +1,180 @@
+"""The `torch` backend: PyTorch's own kernels on any device, with a preallocated KV cache and no host sync per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model import stream_dtype
+from .contract import BlockState, Condition, Progress, embedding_rows
+from .weights import BlockWeights, LayerWeights
+
+_W = TypeVar("_W", BlockWeights, LayerWeights)
+
+# torch.compile wants fixed shapes: a compiled step attends to a whole multiple of this many tokens, masked.
+COMPILED_KEYS = 128
+
+
+@dataclass
+class _Cache:
+    rows: int  # R: B, or 2B when guided (conditional branch first)
+    keys_values: Tensor  # (L, 2, R, H, T, d)
+    embedding: Tensor | None  # (R, 1, C), class embedding of each row
+    query_scale: Tensor | None  # (R, 1, 1, 1), 1/attn_temp in the unguided half; None when 1 everywhere
+
+
+class TorchEngine:
+    """BlockEngine in plain PyTorch. dtype: of weights and cache; the residual stream is fp32 (fp64 for float64)."""
+
+    def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype, compile: bool = False):
+        self.config = weights.config
+        self.device, self.dtype, self.stream = device, dtype, stream_dtype(dtype)
+        self.weights = self._pack(weights)
+        self.layers = [self._pack(layer) for layer in weights.layers]
+        self._compiled = torch.compile(self._transformer, dynamic=False) if compile else None
+
+    def _pack(self, weights: _W) -> _W:
+        """Linear weights in the chosen dtype; norms and embeddings, which meet the residual stream, in its dtype."""
+        packed = {}
+        for field in fields(weights):
+            value = getattr(weights, field.name)
+            if isinstance(value, Tensor):
+                in_stream = field.name.startswith(("norm", "position", "classes"))
+                value = value.to(self.device, self.stream if in_stream else self.dtype).contiguous()
+            packed[field.name] = value
+        return type(weights)(**packed)
+
+    def begin(self, z: Tensor, condition: Condition) -> BlockState:
+        config, guidance = self.config, condition.guidance
+        B, T, _ = z.shape
+        R = 2 * B if guidance.active else B
+        z = z.to(self.device, self.stream)
+        embedding = None
+        if self.weights.classes is not None:
+            rows = embedding_rows(condition, B, config.num_classes, self.device)
+            embedding = self.weights.classes[rows].unsqueeze(1)
+        query_scale = None
+        if guidance.active and guidance.attn_temp != 1.0:
+            query_scale = torch.ones(R, 1, 1, 1, device=self.device, dtype=self.dtype)
+            query_scale[B:] = 1 / guidance.attn_temp
+        shape = (config.layers_per_block, 2, R, config.num_heads, T, config.head_dim)
+        # A compiled step reads beyond the position, under a mask: those values must be finite (0 · NaN is NaN).
+        allocate = torch.zeros if self._compiled is not None else torch.empty
+        keys_values = allocate(shape, dtype=self.dtype, device=self.device)
+        return BlockState(
+            z=z,
+            x=z.clone(),
+            token_log_det=z.new_zeros(B, T),
+            condition=condition,
+            cache=_Cache(R, keys_values, embedding, query_scale),
+            cache_bytes=keys_values.numel() * keys_values.element_size(),
+        )
+
+    def bytes_per_sample(self, guided: bool) -> int:
+        config = self.config
+        rows, T, C = 2 if guided else 1, config.num_patches, config.channels
+        cache = 2 * config.layers_per_block * T * C * self.dtype.itemsize
+        step = 16 * C * self.stream.itemsize  # the activations of one token
+        return rows * (cache + step) + 4 * T * config.token_dim * self.stream.itemsize
+
+    @torch.no_grad()
+    def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
+        T = state.x.shape[1]
+        schedule = state.condition.guidance.schedule(T)
+        with torch.autocast(self.device.type, enabled=False):
+            for i in range(T - 1):
+                out = self._evaluate(state, i) if self._compiled is None else self._evaluate_compiled(state, i)
+                self._affine(state, out, schedule[i], i + 1, i + 2)
+                if progress is not None:
+                    progress(1)
+
+    @torch.no_grad()
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> Tensor:
+        T, W = state.x.shape[1], stop - start
+        scale = torch.tensor(state.condition.guidance.schedule(T)[start - 1 : stop - 1], dtype=self.stream)
+        keys = torch.arange(stop - 1, device=self.device)
+        mask = keys <= keys[start - 1 :, None]  # query j of the window sees the prefix and the window up to itself
+        with torch.autocast(self.device.type, enabled=False):
+            window = slice(start - 1, stop - 1)
+            out = self._transformer(
+                state.cache, state.x[:, window], self.weights.position[window], window, stop - 1, mask
+            )
+            before = state.x[:, start:stop].clone()
+            self._affine(state, out, scale.to(self.device).view(1, W, 1), start, stop)
+            return (state.x[:, start:stop] - before).abs().amax(-1)
+
+    def _evaluate(self, state: BlockState, i: int) -> Tensor:
+        window = slice(i, i + 1)
+        return self._transformer(state.cache, state.x[:, window], self.weights.position[window], window, i + 1, None)
+
+    def _evaluate_compiled(self, state: BlockState, i: int) -> Tensor:
+        """The same with the position in a tensor, so that one compiled step serves many positions."""
+        assert self._compiled is not None
+        T = state.x.shape[1]
+        index = torch.tensor([i], device=self.device)
+        keys = min(T, -(-(i + 1) // COMPILED_KEYS) * COMPILED_KEYS)
+        mask = (torch.arange(keys, device=self.device) <= index).unsqueeze(0)
+        x, position = state.x[:, i : i + 1].clone(), self.weights.position[i : i + 1].clone()
+        out: Tensor = self._compiled(state.cache, x, position, index, keys, mask)
+        return out
+
+    def _transformer(
+        self,
+        cache: _Cache,
+        x: Tensor,
+        position: Tensor,
+        window: slice | Tensor,
+        keys: int,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """proj_out of W tokens, raw. x: (B, W, D); position: (W, C); mask: (W, keys), True where a key is seen.
+
+        Writes the tokens' keys and values into cache positions `window`, and attends to the first `keys` positions.
+        Returns (R, W, 2D), or (R, W, D) for volume-preserving blocks, in the stream's dtype.
+        """
+        dtype, R, W = self.dtype, cache.rows, x.shape[1]
+        H, d = self.config.num_heads, self.config.head_dim
+        w = self.weights
+        h = F.linear(x.to(dtype), w.proj_in_weight, w.proj_in_bias).to(self.stream) + position
+        if h.shape[0] != R:  # guided: both branches read the same tokens
+            h = h.repeat(2, 1, 1)
+        if cache.embedding is not None:
+            h = h + cache.embedding
+        h = h.reshape(R * W, -1)  # the residual stream, (R·W, C)
+        for layer, keys_values in zip(self.layers, cache.keys_values, strict=True):
+            a = F.layer_norm(h, (h.shape[1],), layer.norm1_weight, layer.norm1_bias).to(dtype)
+            qkv = F.linear(a, layer.qkv_weight, layer.qkv_bias).view(R, W, 3, H, d).permute(2, 0, 3, 1, 4)
+            keys_values[:, :, :, window] = qkv[1:]
+            q = qkv[0] if cache.query_scale is None else qkv[0] * cache.query_scale
+            k, v = keys_values[:, :, :, :keys]
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (R, H, W, d)
+            a = a.transpose(1, 2).reshape(R * W, -1)
+            h = h + F.linear(a, layer.proj_weight, layer.proj_bias)
+            a = F.layer_norm(h, (h.shape[1],), layer.norm2_weight, layer.norm2_bias).to(dtype)
+            a = F.gelu(F.linear(a, layer.fc1_weight, layer.fc1_bias))
+            h = h + F.linear(a, layer.fc2_weight, layer.fc2_bias)
+        return F.linear(h.to(dtype), w.proj_out_weight, w.proj_out_bias).to(self.stream).view(R, W, -1)
+
+    def _affine(self, state: BlockState, out: Tensor, scale: float | Tensor, start: int, stop: int) -> None:
+        """Guide and apply x = z · exp(xa) + xb to tokens [start, stop), out: (R, W, 2D or D) from the tokens before."""
+        D, guidance = state.x.shape[2], state.condition.guidance
+        z, x = state.z[:, start:stop], state.x[:, start:stop]
+        if guidance.active:
+            out, unguided = out.chunk(2)
+            guided = out + scale * (out - unguided)
+            if self.config.nvp and guidance.what != "ab":
+                a, b = (guided, out) if guidance.what == "a" else (out, guided)
+                guided = torch.cat([a[..., :D], b[..., D:]], dim=-1)
+            elif not self.config.nvp and guidance.what == "a":
+                guided = out  # there is no xa to guide
+            out = guided
+        if not self.config.nvp:
+            torch.add(z, out, out=x)
+            return
+        xa, xb = out[..., :D], out[..., D:]
+        torch.addcmul(xb, z, xa.exp(), out=x)
+        torch.sum(xa, dim=-1, out=state.token_log_det[:, start:stop])

@@ -1,0 +1,332 @@
+"""The sampler: latents to images through a stack of flow blocks, each inverted by an engine under a solver."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .checkpoint import build, infer_config, strip_wrappers
+from .checks import Labels, batch_labels, check_choice, check_count, check_number, check_tensor, label_tensor, short
+from .config import TarFlowConfig
+from .denoising import denoise as tweedie
+from .denoising import resolve_noise_std
+from .engine import Condition, Guidance, block_weights, check_device, check_dtype, choose_backend, make_engine
+from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
+from .model import TarFlow
+from .noise import latent_noise
+from .solvers import SOLVERS, choose_solver
+
+MAX_REDRAWS = 3
+MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
+MEMORY_SHARE = 0.8  # of what is free, for one batch
+
+
+@dataclass
+class Report:
+    """How samples were made.
+
+    backend, backend_reason, solver, device, dtype: what ran, and why that backend. batch_size: samples per batch.
+    seconds: wall time of the inverse passes; denoise_seconds: of denoising. tokens: transformed, images · K · T.
+    cache_bytes: KV cache of one block for one batch. redrawn: image number to how many times it was drawn again.
+    """
+
+    backend: str
+    backend_reason: str
+    solver: str
+    device: str
+    dtype: str
+    batch_size: int
+    seconds: float = 0.0
+    denoise_seconds: float = 0.0
+    tokens: int = 0
+    cache_bytes: int = 0
+    redrawn: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+@dataclass
+class Samples:
+    """images: (n, in_channels, H, W) on the training scale, [-1, 1] for images, not clamped. log_prob: (n,) nats, the
+    density of each image before denoising; None under guidance, which has no normalised density. labels: (n,) or
+    None. trajectory: latents, then the images after each block, [(n, in_channels, H, W)] * (K + 1), if asked for."""
+
+    images: Tensor
+    log_prob: Tensor | None
+    labels: Tensor | None
+    report: Report
+    trajectory: list[Tensor] | None = None
+
+
+@dataclass
+class _Inverse:
+    """One batch through all blocks. failures: row to the (block, token) at which it first was not finite."""
+
+    images: Tensor
+    log_prob: Tensor | None
+    sequence: list[Tensor]
+    cache_bytes: int
+    failures: dict[int, tuple[int, int]]
+
+
+class Sampler:
+    """Draws images from a TarFlow.
+
+    model: a TarFlow; its weights are copied when the sampler is made, and changing them later has no effect here.
+    backend: "auto" or a name from `backends()`; solver: "auto" or "sequential". device, dtype: default the model's
+    own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is fp32.
+    compile: run the `torch` backend's step under torch.compile.
+
+    Raises BackendError when an explicit backend, device or dtype cannot be had.
+    """
+
+    def __init__(
+        self,
+        model: TarFlow,
+        *,
+        backend: str = "auto",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        solver: str = "auto",
+        compile: bool = False,
+    ):
+        if not isinstance(model, TarFlow):
+            raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", type(model).__name__)
+        if not isinstance(compile, bool):
+            raise ArgumentError("compile", "a bool", repr(compile))
+        self.config: TarFlowConfig = model.config
+        self.device = check_device(model.device if device is None else device)
+        self.dtype = check_dtype(model.dtype if dtype is None else dtype, self.device)
+        self.backend, self.backend_reason = choose_backend(backend, self.device)
+        self.solver = choose_solver(solver)
+        self._model = model if model.device == self.device else copy.deepcopy(model).to(self.device)
+        state = model.state_dict()
+        self._engines = [
+            make_engine(
+                self.backend,
+                block_weights(state, self.config, k),
+                device=self.device,
+                dtype=self.dtype,
+                compile=compile,
+            )
+            for k in range(self.config.num_blocks)
+        ]
+        self._prior_std = model.var.detach().sqrt().to(self.device)
+
+    def sample(
+        self,
+        n: int = 1,
+        labels: Labels = None,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        guidance: float = 0.0,
+        guide_what: str = "ab",
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+        denoise: bool = False,
+        noise_std: float | None = None,
+        denoise_scale: float = 1.0,
+        trajectory: bool = False,
+        batch_size: int | None = None,
+        on_nonfinite: str = "raise",
+        progress: bool = False,
+    ) -> Samples:
+        """Draw the images numbered first … first+n−1 of a seed.
+
+        Image i depends on (seed, i) and its label alone: batch size, device and order do not matter, up to rounding.
+        labels: None (no class), an int, or a sequence or tensor of which image i takes entry i mod its length;
+        negative for no class. guidance … annealed_guidance: see `Guidance`. denoise: Tweedie's step afterwards, with
+        σ = noise_std (default: what the checkpoint records) and the optimal step times denoise_scale.
+        batch_size: default what fits in memory. on_nonfinite: "raise" NonFiniteError, or "redraw" that image, at
+        most three times. progress: show a bar.
+        """
+        check_count("n", n)
+        check_count("seed", seed, 0)
+        check_count("first", first, 0)
+        rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "redraw"))
+        check_number("denoise_scale", denoise_scale, 0)
+        if denoise:
+            noise_std = resolve_noise_std(self._model, noise_std)
+        table = label_tensor(labels, self.config.num_classes)
+        numbers = torch.arange(first, first + n)
+        y = None if table is None else table.cpu()[numbers % table.numel()].to(self.device)
+        batch = self._batch_size(n, rule.active, batch_size)
+        report = self._report(batch)
+
+        pending = list(range(n))  # positions in the output that still have to be drawn
+        images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=self._prior_std.dtype)
+        log_prob = None if rule.active else images.new_empty(n)
+        sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
+        started = time.perf_counter()
+        with self._bar(n, progress) as bar:
+            for attempt in range(MAX_REDRAWS + 1):
+                failed: dict[int, NonFiniteError] = {}
+                for rows in (pending[i : i + batch] for i in range(0, len(pending), batch)):
+                    image_numbers = [first + row for row in rows]
+                    z = latent_noise(seed, image_numbers, self.config.num_patches, self.config.token_dim, attempt)
+                    part = self._invert(z, None if y is None else y[rows], rule, bar)
+                    report.tokens += len(rows) * self.config.num_blocks * self.config.num_patches
+                    report.cache_bytes = max(report.cache_bytes, part.cache_bytes)
+                    for row, (block, token) in part.failures.items():
+                        failed[rows[row]] = NonFiniteError(block, token, image_numbers[row])
+                    if failed and on_nonfinite == "raise":
+                        raise failed[min(failed)]
+                    images[rows] = part.images
+                    if log_prob is not None and part.log_prob is not None:
+                        log_prob[rows] = part.log_prob
+                    if sequence is not None:
+                        for whole, piece in zip(sequence, part.sequence, strict=True):
+                            whole[rows] = piece
+                if not failed:
+                    break
+                if attempt == MAX_REDRAWS:
+                    raise failed[min(failed)]
+                pending = sorted(failed)
+                report.redrawn.update({first + row: attempt + 1 for row in pending})
+        report.seconds = time.perf_counter() - started
+        if denoise:
+            started = time.perf_counter()
+            images = tweedie(
+                self._model,
+                images,
+                y,
+                noise_std=noise_std,
+                scale=denoise_scale,
+                batch_size=min(batch, 16),
+                dtype=self.dtype,
+            )
+            report.denoise_seconds = time.perf_counter() - started
+        return Samples(images, log_prob, None if y is None else y.cpu(), report, sequence)
+
+    def reverse(
+        self,
+        x: Tensor,
+        y: Labels = None,
+        guidance: float = 0,
+        guide_what: str = "ab",
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+        return_sequence: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Latents to images, with the signature and result of ml-tarflow's `Model.reverse`.
+
+        x: (B, T, D) float latents, not mutated. y: (B,) labels, or one int for all; negative for no class.
+        Returns images (B, in_channels, H, W) on x's device, or with return_sequence the list of K + 1 images: the
+        latents, then the images after each block. Raises NonFiniteError.
+        """
+        config = self.config
+        x = check_tensor("x", x, (config.num_patches, config.token_dim))
+        labels = batch_labels(y, x.shape[0], config.num_classes, self.device)
+        rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        if not isinstance(return_sequence, bool):
+            raise ArgumentError("return_sequence", "a bool", repr(return_sequence))
+        batch = self._batch_size(x.shape[0], rule.active, None)
+        parts = []
+        for start in range(0, x.shape[0], batch):
+            rows = slice(start, start + batch)
+            part = self._invert(x[rows], None if labels is None else labels[rows], rule, None)
+            for row, (block, token) in sorted(part.failures.items()):
+                raise NonFiniteError(block, token, start + row)
+            parts.append(part)
+        if return_sequence:
+            pieces = zip(*(part.sequence for part in parts), strict=True)
+            return [torch.cat(piece).to(x.device) for piece in pieces]
+        return torch.cat([part.images for part in parts]).to(x.device)
+
+    @torch.no_grad()
+    def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any) -> _Inverse:
+        """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var) for one batch; y: (B,) on the device."""
+        model, solve = self._model, SOLVERS[self.solver]
+        condition = Condition(y, rule)
+        z = z.detach().to(self.device, self._stream)
+        x = z * self._prior_std
+        sequence = [model.unpatchify(z)]
+        log_prob = None if rule.active else model.prior_log_prob(x)
+        failures: dict[int, tuple[int, int]] = {}
+        cache_bytes = 0
+        for k in reversed(range(self.config.num_blocks)):
+            flipped = k % 2 == 1
+            state = self._engines[k].begin(x.flip(1) if flipped else x, condition)
+            solve(self._engines[k], state, None if bar is None else lambda n: bar.update(n * z.shape[0]))
+            cache_bytes = state.cache_bytes
+            finite = torch.isfinite(state.x).all(-1).cpu()  # (B, T), the block's one synchronisation
+            for row in (~finite.all(1)).nonzero().flatten().tolist():
+                failures.setdefault(row, (k, int(finite[row].int().argmin())))
+            if log_prob is not None:
+                log_prob = log_prob - state.log_det
+            x = state.x.flip(1) if flipped else state.x
+            sequence.append(model.unpatchify(x))
+            del state  # its cache goes before the next block's comes
+        return _Inverse(sequence[-1], log_prob, sequence, cache_bytes, failures)
+
+    @property
+    def _stream(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def _report(self, batch: int) -> Report:
+        return Report(self.backend, self.backend_reason, self.solver, str(self.device), short(self.dtype), batch)
+
+    def _bar(self, n: int, progress: bool) -> Any:
+        total = n * self.config.num_blocks * (self.config.num_patches - 1)
+        return tqdm(total=total, unit="token", unit_scale=True, desc="sampling", disable=not progress)
+
+    def _batch_size(self, n: int, guided: bool, batch_size: int | None) -> int:
+        """Samples per batch: as asked for if it fits, else as many as do. Raises OutOfMemoryError."""
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        each = self._engines[0].bytes_per_sample(guided)
+        fits = int(MEMORY_SHARE * free_memory(self.device) / each)
+        wanted = min(n, MAX_BATCH if batch_size is None else batch_size)
+        if fits < 1 or (batch_size is not None and wanted > fits):
+            raise OutOfMemoryError(
+                f"batch_size: {wanted} samples need {wanted * each / 2**20:.0f} MiB on {self.device}, {fits} would fit"
+            )
+        return min(wanted, fits)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new allocation on this device could get."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
+
+
+def accelerate(model: nn.Module, **options: Any) -> Sampler:
+    """A `Sampler` for any module with ml-tarflow's state dict, such as its `Model`: same `.reverse`, same result, fast.
+
+    The module is read, not changed: its weights are copied. Its patch_size, and the number of attention heads of its
+    first layer, are taken from its attributes where it has them, else as in `load`. options: see `Sampler`.
+    One difference from ml-tarflow: a negative label means "no class" when sampling too.
+    """
+    if isinstance(model, TarFlow):
+        return Sampler(model, **options)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", "a torch module with ml-tarflow's state dict", type(model).__name__)
+    state = strip_wrappers(model.state_dict())
+    inner: Any = model
+    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
+        inner = inner.module if hasattr(inner, "module") else inner._orig_mod
+    width = state["blocks.0.proj_in.weight"].shape[0] if "blocks.0.proj_in.weight" in state else 0
+    try:
+        head_dim = width // inner.blocks[0].attn_blocks[0].attention.num_heads
+    except (AttributeError, TypeError, IndexError):
+        head_dim = None
+    config = infer_config(state, patch_size=getattr(inner, "patch_size", None), head_dim=head_dim)
+    weight = state["blocks.0.proj_in.weight"]
+    return Sampler(build(state, config, device=weight.device, dtype=weight.dtype), **options)
