@@ -1,0 +1,239 @@
+"""TarFlow as plain as its equations (Zhai et al., arXiv 2412.06329): the oracle of the tests.
+
+Slow on purpose: no cache, no fused call, one function for both directions. All is computed and returned
+in the dtype of the weights, up to float64, and is differentiable. `weights` is any TarFlow's state dict under
+ml-tarflow's keys. Shapes: B batch, T tokens, D values per token, K flow blocks. Tokens are in the image's
+order unless "the block's order" is said: odd blocks read them backwards. Labels y: (B,) int64, negative for
+no class, or None. Log-determinants are in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+
+
+class Density(NamedTuple):
+    """z: (B, T, D); outputs: z after each block, K of (B, T, D); log_det: (B,), log|det dz/dx|;
+    token_log_det: (K, B, T), each block's share by token, in the block's order, −Σ_d xa."""
+
+    z: Tensor
+    outputs: list[Tensor]
+    log_det: Tensor
+    token_log_det: Tensor
+
+
+class Inverse(NamedTuple):
+    """x: (B, T, D); sequence: the input z and what each block made of it, K + 1 of (B, T, D);
+    log_det: (B,), log|det dx/dz|, the prior's scale included; token_log_det: (K, B, T), row k is block k's
+    share by token, in the block's order, +Σ_d xa."""
+
+    x: Tensor
+    sequence: list[Tensor]
+    log_det: Tensor
+    token_log_det: Tensor
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, ch, H, W) to (B, T, D): patches row by row, the values of one ordered (channel, row, column)."""
+    B, ch, H, W = images.shape
+    p = patch_size
+    return images.reshape(B, ch, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, ch * p * p)
+
+
+def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
+    """(B, T, D) to square images (B, ch, H, H); the inverse of patchify."""
+    B, T, D = tokens.shape
+    p, n = patch_size, math.isqrt(T)
+    return tokens.reshape(B, n, n, D // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, n * p, n * p)
+
+
+def num_blocks(weights: Weights) -> int:
+    return sum(name.endswith(".proj_in.weight") for name in weights)
+
+
+def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def _layer_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
+
+
+def _attention(weights: Weights, name: str, x: Tensor, head_dim: int, temp: float) -> Tensor:
+    """softmax(q kᵀ / (√d · temp), causal) v, then the output projection; x: (B, n, C)."""
+    n = x.shape[1]
+    qkv = _linear(weights, f"{name}.qkv", _layer_norm(weights, f"{name}.norm", x))
+    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)  # each (B, H, n, d)
+    logits = q @ k.transpose(-1, -2) / (math.sqrt(head_dim) * temp)
+    future = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
+    attended = logits.masked_fill(future, -math.inf).softmax(dim=-1) @ v
+    return _linear(weights, f"{name}.proj", attended.transpose(1, 2).flatten(2))
+
+
+def _mlp(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """W₂ gelu(W₁ norm(x)), gelu(h) = h · ½(1 + erf(h / √2))."""
+    h = _linear(weights, f"{name}.main.0", _layer_norm(weights, f"{name}.norm", x))
+    return _linear(weights, f"{name}.main.2", h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
+
+
+def class_embedding(weights: Weights, k: int, y: Tensor | None, batch: int) -> Tensor | float:
+    """(B, 1, C): the label's embedding, the mean of all where there is no class; 0 if unconditional."""
+    table = weights.get(f"blocks.{k}.class_embed")
+    if table is None:
+        return 0.0
+    mean = table.mean(dim=0)
+    labels = [-1] * batch if y is None else y.tolist()
+    return torch.stack([table[label] if label >= 0 else mean for label in labels])
+
+
+def affine_parameters(
+    weights: Weights, k: int, x: Tensor, y: Tensor | None, *, attn_temp: float = 1.0, head_dim: int = 64
+) -> tuple[Tensor, Tensor]:
+    """(xa, xb)_i of block k, which transform token i + 1: a causal transformer's output at token i.
+
+    x: (B, n, D), the first n ≤ T tokens in the block's order. Returns xa and xb, each (B, n, D).
+    """
+    block = f"blocks.{k}"
+    pos = weights[f"{block}.pos_embed"]
+    pos = pos.flip(0) if k % 2 else pos
+    embedding = class_embedding(weights, k, y, x.shape[0])
+    h = _linear(weights, f"{block}.proj_in", x) + pos[: x.shape[1]] + embedding
+    layer = 0
+    while f"{block}.attn_blocks.{layer}.attention.qkv.weight" in weights:
+        h = h + _attention(weights, f"{block}.attn_blocks.{layer}.attention", h, head_dim, attn_temp)
+        h = h + _mlp(weights, f"{block}.attn_blocks.{layer}.mlp", h)
+        layer += 1
+    out = _linear(weights, f"{block}.proj_out", h)
+    if out.shape[-1] == x.shape[-1]:  # volume-preserving
+        return torch.zeros_like(out), out
+    xa, xb = out.chunk(2, dim=-1)
+    return xa, xb
+
+
+def guided_parameters(
+    weights: Weights,
+    k: int,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    guidance: float = 0.0,
+    guide_what: str = "ab",
+    attn_temp: float = 1.0,
+    annealed_guidance: bool = False,
+    head_dim: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """xa_i + g_i (xa_i − xa_u_i), and the same for xb, u being the branch without class and with attn_temp.
+
+    g_i = guidance, or guidance · (i + 1)/(T − 1) when annealed; guide_what: which of "a" and "b" are guided.
+    """
+    xa, xb = affine_parameters(weights, k, x, y, head_dim=head_dim)
+    if guidance == 0:
+        return xa, xb
+    xa_u, xb_u = affine_parameters(weights, k, x, None, attn_temp=attn_temp, head_dim=head_dim)
+    g = torch.full((x.shape[1], 1), guidance, dtype=x.dtype, device=x.device)
+    if annealed_guidance:
+        T = weights[f"blocks.{k}.pos_embed"].shape[0]
+        g = g * torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)[:, None] / (T - 1)
+    if "a" in guide_what:
+        xa = xa + g * (xa - xa_u)
+    if "b" in guide_what:
+        xb = xb + g * (xb - xb_u)
+    return xa, xb
+
+
+def block_density(
+    weights: Weights, k: int, x: Tensor, y: Tensor | None = None, *, head_dim: int = 64
+) -> tuple[Tensor, Tensor]:
+    """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i).
+
+    Returns z (B, T, D) and −Σ_d xa (B, T), the latter in the block's order.
+    """
+    x = x.to(weights[f"blocks.{k}.pos_embed"].dtype)
+    x = x.flip(1) if k % 2 else x
+    xa, xb = (F.pad(p[:, :-1], (0, 0, 1, 0)) for p in affine_parameters(weights, k, x, y, head_dim=head_dim))
+    z = (x - xb) * torch.exp(-xa)
+    return z.flip(1) if k % 2 else z, -xa.sum(dim=-1)
+
+
+def block_inverse(
+    weights: Weights, k: int, z: Tensor, y: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """x_0 = z_0, x_{i+1} = z_{i+1} · exp(xa_i) + xb_i, one token at a time, the whole prefix anew for each.
+
+    options: those of `guided_parameters`. Returns x (B, T, D) and Σ_d xa (B, T) in the block's order, of the
+    guided xa if guided: the map stays triangular, so that this is its log-determinant too.
+    """
+    z = z.to(weights[f"blocks.{k}.pos_embed"].dtype)
+    z = z.flip(1) if k % 2 else z
+    x = z[:, :1]
+    log_det = [torch.zeros_like(z[:, 0, 0])]
+    for i in range(z.shape[1] - 1):
+        xa, xb = guided_parameters(weights, k, x, y, **options)
+        x = torch.cat([x, (z[:, i + 1] * torch.exp(xa[:, i]) + xb[:, i])[:, None]], dim=1)
+        log_det.append(xa[:, i].sum(dim=-1))
+    return x.flip(1) if k % 2 else x, torch.stack(log_det, dim=1)
+
+
+def density(weights: Weights, x: Tensor, y: Tensor | None = None, *, head_dim: int = 64) -> Density:
+    """x to z through blocks 0 … K − 1; x: (B, T, D) tokens. (ml-tarflow's forward gives log_det / (T·D).)"""
+    outputs, log_dets = [], []
+    for k in range(num_blocks(weights)):
+        x, log_det = block_density(weights, k, x, y, head_dim=head_dim)
+        outputs.append(x)
+        log_dets.append(log_det)
+    token_log_det = torch.stack(log_dets)
+    return Density(x, outputs, token_log_det.sum(dim=(0, 2)), token_log_det)
+
+
+def inverse(weights: Weights, z: Tensor, y: Tensor | None = None, **options: Any) -> Inverse:
+    """z to x: scale by the prior's √var, then undo blocks K − 1 … 0; z: (B, T, D), standard normal.
+
+    options: those of `guided_parameters`. Unguided, log N(z; 0, 1) − log_det = log_prob(x).
+    """
+    sequence, log_dets = [z.to(weights["var"].dtype)], []
+    x = sequence[0] * weights["var"].sqrt()
+    for k in reversed(range(num_blocks(weights))):
+        x, log_det = block_inverse(weights, k, x, y, **options)
+        sequence.append(x)
+        log_dets.append(log_det)
+    token_log_det = torch.stack(log_dets[::-1])
+    prior = 0.5 * weights["var"].log().sum()
+    return Inverse(x, sequence, token_log_det.sum(dim=(0, 2)) + prior, token_log_det)
+
+
+def log_prob(weights: Weights, x: Tensor, y: Tensor | None = None, *, head_dim: int = 64) -> Tensor:
+    """log p(x | y) = log N(z; 0, diag var) + log|det dz/dx|; x: (B, T, D) tokens. Returns (B,)."""
+    result = density(weights, x, y, head_dim=head_dim)
+    var = weights["var"]
+    return result.log_det - 0.5 * (result.z**2 / var + torch.log(2 * math.pi * var)).sum(dim=(1, 2))
+
+
+def denoise(
+    weights: Weights,
+    images: Tensor,
+    y: Tensor | None = None,
+    *,
+    noise_std: float,
+    scale: float = 1.0,
+    head_dim: int = 64,
+) -> Tensor:
+    """x + scale · σ² ∇_x log p(x | y): Tweedie's estimate of the image under noise of std σ = noise_std.
+
+    images: (B, ch, H, H). As published, p has the prior N(0, 1) here, also where a volume-preserving model
+    has learnt another `var`.
+    """
+    patch_size = math.isqrt(weights["var"].shape[1] // images.shape[1])
+    with torch.enable_grad():
+        x = patchify(images, patch_size).to(weights["var"].dtype).detach().requires_grad_()
+        result = density(weights, x, y, head_dim=head_dim)
+        log_p = result.log_det.sum() - 0.5 * (result.z**2).sum()
+        (score,) = torch.autograd.grad(log_p, x)
+    return unpatchify(x.detach() + scale * noise_std**2 * score, patch_size)

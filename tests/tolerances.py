@@ -1,0 +1,46 @@
+"""The tolerances of all tests, absolute: one table, so that none is loosened in a corner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# fp32 after all blocks against what the published code returned in fp32.
+GOLDEN = 2e-4
+
+# float64 laws: |inverse(density(x)) − x|, and log-det against the Jacobian's.
+INVERSE_F64 = 1e-9
+LOG_DET_F64 = 1e-8
+
+# float64: one thing computed in two ways.
+SAME_F64 = 1e-10
+
+# fp32: a row of a batch against the same row alone or in another batch.
+BATCH = 1e-4
+
+# bf16 and fp16: what an error may be beside twice that of the same expression in PyTorch, in units of the
+# dtype's resolution at the size of the result: ½ is one rounding.
+HALF_FLOOR = 0.5
+
+
+def max_error(got: Tensor, wanted: Tensor) -> float:
+    """The largest absolute difference, in float64; shapes must agree and nothing may be NaN."""
+    assert got.shape == wanted.shape, f"{tuple(got.shape)} against {tuple(wanted.shape)}"
+    error = (got.detach().double() - wanted.detach().double()).abs().max().item()
+    assert error == error, "a NaN"
+    return error
+
+
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    error = max_error(got, wanted)
+    assert error <= tolerance, f"largest error {error:.3g}, allowed {tolerance:.3g}"
+
+
+def error_budget(expression: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """What a bf16 or fp16 result may be off: 2 · |expression − exact| + floor.
+
+    expression: the same thing computed by a plain PyTorch expression in `dtype`; exact: by the reference in
+    fp32 or float64. The floor is HALF_FLOOR · eps(dtype) · max|exact|.
+    """
+    floor = HALF_FLOOR * torch.finfo(dtype).eps * exact.abs().max().item()
+    return 2 * max_error(expression, exact) + floor
