@@ -27,7 +27,7 @@ def flash_unusable(q: Tensor) -> str | None:
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """causal_attention as two matrix products, softmax in fp32. q, k, v: (B, H, T, d). Returns (B, H, T, d)."""
+    """causal_attention as matrix products, the softmax in fp32. q, k, v: (B, H, T, d); returns the same."""
     T, d = q.shape[-2:]
     scores = (q * d**-0.5) @ k.transpose(-1, -2)  # (B, H, T, T)
     scores = scores + scores.new_full((T, T), -math.inf).triu_(1)
@@ -35,7 +35,7 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _explicit_is_faster(q: Tensor) -> bool:
-    """On a CPU the backward of torch's fused bf16 kernel takes up to 8 times as long as that of matrix products."""
+    """torch's fused kernel for CPUs takes up to 8 times as long for a bf16 backward as matrix products."""
     return (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
@@ -48,9 +48,9 @@ def _explicit_is_faster(q: Tensor) -> bool:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q kᵀ / √d, causal) v.
 
-    q, k, v: (B, T, H, d), one dtype and device. backend: "sdpa" (torch's scaled_dot_product_attention), "flash"
-    (flash-attn), or "auto": flash where it is usable, matrix products for training in bf16 on a CPU, else sdpa. Returns (B, T, H, d).
-    Raises BackendError when "flash" is asked for and cannot be had.
+    q, k, v: (B, T, H, d), one dtype and device. backend: "sdpa" (torch's scaled_dot_product_attention),
+    "flash" (flash-attn), or "auto": flash where it is usable, matrix products to train in bf16 on a CPU,
+    else sdpa. Returns (B, T, H, d). Raises BackendError when "flash" is asked for and cannot be had.
     """
     if backend not in ATTENTION_BACKENDS:
         raise ArgumentError("attention", f"one of {ATTENTION_BACKENDS}", repr(backend))

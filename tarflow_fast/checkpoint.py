@@ -16,8 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .checks import check_choice, short
+from .checks import check_choice, check_count, short
 from .config import TarFlowConfig
+from .devices import check_device, check_dtype
 from .errors import ArgumentError, CheckpointError, TarFlowError
 from .model import TarFlow
 
@@ -48,31 +49,38 @@ def load(
     Raises CheckpointError for a file that is not a whole, finite TarFlow; nothing half-loaded is returned.
     """
     path = Path(path)
+    given = {"patch_size": patch_size, "in_channels": in_channels, "head_dim": head_dim}
+    for name, value in given.items():
+        if value is not None:
+            check_count(name, value)
+    device = check_device(device)
+    check_dtype(dtype, device)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     state, recorded, metadata = _read(path)
     named = _read_name(path.stem, state)
-    if "noise" in named:
-        metadata = {**named["noise"], **metadata}
+    if patch_size is None and in_channels is None:
+        patch_size = recorded.get("patch_size", named.get("patch_size"))
+        in_channels = recorded.get("in_channels")
+    elif recorded:  # what is given overrules the file
+        recorded = {
+            key: value for key, value in recorded.items() if key not in ("patch_size", "in_channels", "img_size")
+        }
+    recorded_head_dim = recorded.pop("head_dim", None)
+    head_dim = recorded_head_dim if head_dim is None else head_dim
     try:
-        config = infer_config(
-            state,
-            patch_size=patch_size or recorded.get("patch_size") or named.get("patch_size"),
-            in_channels=in_channels or recorded.get("in_channels"),
-            head_dim=head_dim or recorded.get("head_dim"),
-        )
-        given = {"patch_size": patch_size, "in_channels": in_channels, "head_dim": head_dim}
+        config = infer_config(state, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
         for name, value in recorded.items():
-            if given.get(name) is None and getattr(config, name, None) != value:
-                raise CheckpointError(f"its weights have {name} {getattr(config, name, None)}, its header says {value}")
+            if getattr(config, name) != value:
+                raise CheckpointError(f"its weights have {name} {getattr(config, name)}, its header says {value}")
         model = build(state, config, device=device, dtype=dtype)
     except ArgumentError as error:
-        if error.argument in given and given[error.argument] is not None:
+        if given.get(error.argument) is not None:
             raise
         raise CheckpointError(f"{path}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    model.metadata = metadata
+    model.metadata = {**named.get("noise", {}), **metadata}
     return model
 
 
@@ -118,7 +126,9 @@ def infer_config(
 ) -> TarFlowConfig:
     """The sizes of an ml-tarflow state dict, by the rule in `load`. Raises CheckpointError or ArgumentError."""
     blocks = 1 + max((int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)), default=-1)
-    layers = 1 + max((int(m[1]) for key in state if (m := re.match(r"blocks\.0\.attn_blocks\.(\d+)\.", key))), default=-1)
+    layers = 1 + max(
+        (int(m[1]) for key in state if (m := re.match(r"blocks\.0\.attn_blocks\.(\d+)\.", key))), default=-1
+    )
     needed = ("blocks.0.proj_in.weight", "blocks.0.proj_out.weight", "blocks.0.pos_embed")
     missing = [key for key in needed if key not in state]
     if missing or not layers:
@@ -196,9 +206,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]
             with safetensors.safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            config, metadata = header.get("config", {}), header.get("metadata", {})
-            if not isinstance(config, dict) or not isinstance(metadata, dict):
-                raise ValueError("its header does not hold a configuration")
+            config = TarFlowConfig(**header["config"]).to_dict() if header else {}
+            metadata = header.get("metadata", {})
+            if not isinstance(metadata, dict):
+                raise ValueError("the metadata in its header is not an object")
         except Exception as error:  # whatever a foreign or damaged file makes the parser raise
             raise CheckpointError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
         return strip_wrappers(state), config, metadata

@@ -19,8 +19,11 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(name: str, x: object, shape: tuple[int, ...]) -> Tensor:
-    """x: a finite floating-point tensor of shape (B >= 1, *shape)."""
+def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool = True) -> Tensor:
+    """x: a floating-point tensor of shape (B >= 1, *shape), of finite values unless finite=False.
+
+    To look at the values is to wait for the device: the training path asks only for the shape.
+    """
     wanted = "(B, " + ", ".join(map(str, shape)) + ")"
     if not isinstance(x, Tensor):
         raise ArgumentError(name, f"a tensor {wanted}", type(x).__name__)
@@ -28,7 +31,7 @@ def check_tensor(name: str, x: object, shape: tuple[int, ...]) -> Tensor:
         raise ArgumentError(name, "a floating-point tensor", short(x.dtype))
     if x.dim() != len(shape) + 1 or tuple(x.shape[1:]) != shape or x.shape[0] == 0:
         raise ArgumentError(name, f"shape {wanted} with B >= 1", tuple(x.shape))
-    if not torch.isfinite(x.detach()).all():
+    if finite and not torch.isfinite(x.detach()).all():
         raise ArgumentError(name, "finite values", "a tensor with infinities or NaNs")
     return x
 

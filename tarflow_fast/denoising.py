@@ -26,7 +26,8 @@ def denoise(
     noise_std: σ > 0 of the Gaussian noise in training; default model.metadata["noise_std"]. scale: multiplier of the
     optimal step, >= 0. dtype: bfloat16 or float16 to run the gradient under autocast; default the model's own.
     One forward and one backward pass. p is the density of the training loss, whose prior is N(0, 1) also where a
-    volume-preserving model has learnt another `var`; so does ml-tarflow. Returns new images of the model's stream dtype; nothing is mutated.
+    volume-preserving model has learnt another `var`; so does ml-tarflow. Returns new images, fp32 or wider; nothing
+    is mutated.
     """
     images = check_tensor("images", images, model.config.image_shape)
     labels = batch_labels(y, images.shape[0], model.config.num_classes, model.device)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import ATTENTION_BACKENDS, causal_attention
-from .checks import batch_labels, check_choice, check_tensor
+from .checks import batch_labels, check_choice, check_tensor, short
 from .config import TarFlowConfig
+from .errors import ArgumentError
 
 EXPANSION = 4
 
@@ -50,12 +51,12 @@ class MLP(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.main = nn.Sequential(
-            nn.Linear(channels, channels * EXPANSION), nn.GELU(), nn.Linear(channels * EXPANSION, channels)
-        )
+        up = nn.Linear(channels, channels * EXPANSION)
+        self.main = nn.Sequential(up, nn.GELU(), nn.Linear(channels * EXPANSION, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.main(_norm(self.norm, x, self.main[0].weight.dtype))
+        dtype = next(self.main.parameters()).dtype
+        out: Tensor = self.main(_norm(self.norm, x, dtype))
         return out
 
 
@@ -74,7 +75,7 @@ class AttentionBlock(nn.Module):
 
 
 class FlowBlock(nn.Module):
-    """One flow block: permute, then an affine transform of token i+1 by what a causal transformer says after token i."""
+    """One flow block: permute, then transform token i+1 by what a causal transformer says after token i."""
 
     attn_mask: Tensor
 
@@ -85,12 +86,8 @@ class FlowBlock(nn.Module):
         self.nvp = config.nvp
         self.proj_in = nn.Linear(D, C)
         self.pos_embed = nn.Parameter(torch.randn(T, C) * 1e-2)
-        self.class_embed = (
-            nn.Parameter(torch.randn(config.num_classes, 1, C) * 1e-2) if config.num_classes else None
-        )
-        self.attn_blocks = nn.ModuleList(
-            [AttentionBlock(C, config.head_dim) for _ in range(config.layers_per_block)]
-        )
+        self.class_embed = nn.Parameter(torch.randn(config.num_classes, 1, C) * 1e-2) if config.num_classes else None
+        self.attn_blocks = nn.ModuleList([AttentionBlock(C, config.head_dim) for _ in range(config.layers_per_block)])
         self.proj_out = nn.Linear(C, 2 * D if config.nvp else D)
         nn.init.zeros_(self.proj_out.weight)
         # Unused here (attention is causal by flag); kept so that the state dict is ml-tarflow's.
@@ -114,7 +111,7 @@ class FlowBlock(nn.Module):
         dtype = self.proj_in.weight.dtype
         stream = stream_dtype(dtype)
         x = x.to(stream)
-        pos = self.pos_embed
+        pos: Tensor = self.pos_embed
         if self.flip:
             x, pos = x.flip(1), pos.flip(0)
         h = self.proj_in(x.to(dtype)).to(stream) + pos
@@ -193,10 +190,12 @@ class TarFlow(nn.Module):
 
     def patchify(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) to tokens (B, T, D), D ordered (channel, row, column)."""
+        x = check_tensor("x", x, self.config.image_shape, finite=False)
         return F.unfold(x, self.patch_size, stride=self.patch_size).transpose(1, 2)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) to images (B, in_channels, H, W); the inverse of patchify."""
+        x = check_tensor("x", x, tuple(self.var.shape), finite=False)
         size = (self.img_size, self.img_size)
         return F.fold(x.transpose(1, 2), size, self.patch_size, stride=self.patch_size)
 
@@ -206,8 +205,8 @@ class TarFlow(nn.Module):
         x: (B, in_channels, H, W) float; y: (B,) integer labels, negative for no class, or None.
         Returns z (B, T, D), the output of every block [(B, T, D)] * K, and the log-det (B,) as a *mean* over T·D.
         """
-        y = batch_labels(y, x.shape[0], self.config.num_classes, x.device)
         x = self.patchify(x)
+        y = batch_labels(y, x.shape[0], self.config.num_classes, x.device)
         outputs: list[Tensor] = []
         log_det = torch.zeros((), device=x.device)
         for block in self.blocks:
@@ -221,7 +220,8 @@ class TarFlow(nn.Module):
         return 0.5 * z.pow(2).mean() - logdets.mean()
 
     def update_prior(self, z: Tensor) -> None:
-        """Moving average of the prior's variance from latents z (B, T, D); mutates `var`."""
+        """var ← var + VAR_LR (mean_B z² − var), a moving average; z: (B, T, D), finite. Mutates `var`."""
+        z = check_tensor("z", z, tuple(self.var.shape))
         self.var.lerp_(z.detach().pow(2).mean(dim=0).to(self.var.dtype), weight=self.VAR_LR)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -277,7 +277,12 @@ class TarFlow(nn.Module):
 
 
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """x = (v + u)/128 − 1, u uniform in [0, 1): 8-bit images (uint8, any shape) to fp32 in [-1, 1)."""
-    v = images.to(torch.float32)
-    u = torch.rand(v.shape, generator=generator, device=v.device)
-    return (v + u) / 128 - 1
+    """x = (v + u)/128 − 1, u uniform in [0, 1): 8-bit images (uint8, any shape) to fp32 in [-1, 1).
+
+    u has 16 bits, so that v + u is exact in fp32 and ⌊128 (x + 1)⌋ gives v back.
+    """
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        got = short(images.dtype) if isinstance(images, Tensor) else type(images).__name__
+        raise ArgumentError("images", "a uint8 tensor", got)
+    u = torch.randint(2**16, images.shape, generator=generator, device=images.device)
+    return (images + u.to(torch.float32) / 2**16) / 128 - 1

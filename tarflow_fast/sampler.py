@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoint import build, infer_config, strip_wrappers
-from .checks import Labels, batch_labels, check_choice, check_count, check_number, check_tensor, label_tensor, short
+from .checks import (
+    Labels,
+    batch_labels,
+    check_choice,
+    check_count,
+    check_number,
+    check_tensor,
+    label_tensor,
+    short,
+)
 from .config import TarFlowConfig
 from .denoising import denoise as tweedie
 from .denoising import resolve_noise_std
-from .engine import Condition, Guidance, block_weights, check_device, check_dtype, choose_backend, make_engine
+from .devices import check_device, check_dtype, free_memory
+from .engine import (
+    Condition,
+    Guidance,
+    block_weights,
+    check_compile,
+    choose_backend,
+    make_engine,
+)
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
 from .model import TarFlow
 from .noise import latent_noise
@@ -60,9 +75,13 @@ class Report:
 
 @dataclass
 class Samples:
-    """images: (n, in_channels, H, W) on the training scale, [-1, 1] for images, not clamped. log_prob: (n,) nats, the
-    density of each image before denoising; None under guidance, which has no normalised density. labels: (n,) or
-    None. trajectory: latents, then the images after each block, [(n, in_channels, H, W)] * (K + 1), if asked for."""
+    """What `Sampler.sample` returns.
+
+    images: (n, in_channels, H, W) on the training scale, [-1, 1] for images, not clamped. log_prob: (n,) in nats, the
+    model's log p(x | y) of each image before denoising; None under guidance, which draws from another distribution.
+    labels: (n,) or None. trajectory: the latents, then the images after each block, [(n, in_channels, H, W)] * (K + 1),
+    if asked for.
+    """
 
     images: Tensor
     log_prob: Tensor | None
@@ -105,15 +124,15 @@ class Sampler:
     ):
         if not isinstance(model, TarFlow):
             raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", type(model).__name__)
-        if not isinstance(compile, bool):
-            raise ArgumentError("compile", "a bool", repr(compile))
         self.config: TarFlowConfig = model.config
         self.device = check_device(model.device if device is None else device)
         self.dtype = check_dtype(model.dtype if dtype is None else dtype, self.device)
+        compile = check_compile(compile, self.device)
         self.backend, self.backend_reason = choose_backend(backend, self.device)
         self.solver = choose_solver(solver)
-        self._model = model if model.device == self.device else copy.deepcopy(model).to(self.device)
-        state = model.state_dict()
+        self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
+        self._model.metadata = copy.deepcopy(model.metadata)
+        state = self._model.state_dict()
         self._engines = [
             make_engine(
                 self.backend,
@@ -124,7 +143,7 @@ class Sampler:
             )
             for k in range(self.config.num_blocks)
         ]
-        self._prior_std = model.var.detach().sqrt().to(self.device)
+        self._prior_std = self._model.var.sqrt()
 
     def sample(
         self,
@@ -169,7 +188,7 @@ class Sampler:
         report = self._report(batch)
 
         pending = list(range(n))  # positions in the output that still have to be drawn
-        images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=self._prior_std.dtype)
+        images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=self._stream)
         log_prob = None if rule.active else images.new_empty(n)
         sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
         started = time.perf_counter()
@@ -297,14 +316,6 @@ class Sampler:
                 f"batch_size: {wanted} samples need {wanted * each / 2**20:.0f} MiB on {self.device}, {fits} would fit"
             )
         return min(wanted, fits)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation on this device could get."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
 
 
 def accelerate(model: nn.Module, **options: Any) -> Sampler:

@@ -1,7 +1,7 @@
 """Engines invert one flow block on one backend. `contract.py` says how; `registry.py` says which there are."""
 
 from .contract import BlockEngine, BlockState, Condition, Guidance
-from .registry import BackendStatus, backends, check_device, check_dtype, choose_backend, make_engine
+from .registry import BackendStatus, backends, check_compile, choose_backend, make_engine
 from .weights import BlockWeights, block_weights
 
 __all__ = [
@@ -13,8 +13,7 @@ __all__ = [
     "Guidance",
     "backends",
     "block_weights",
-    "check_device",
-    "check_dtype",
+    "check_compile",
     "choose_backend",
     "make_engine",
 ]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from ..checks import check_choice, short
+from ..checks import check_choice
+from ..devices import device_missing
 from ..errors import ArgumentError, BackendError
 from .contract import BlockEngine
 from .torch_engine import TorchEngine
 from .weights import BlockWeights
 
 BACKENDS = ("torch",)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,11 @@ class BackendStatus:
         return asdict(self)
 
 
-def _device_missing(kind: str) -> str | None:
-    """Why there is no device of this kind, or None if there is one."""
-    if kind == "cuda" and not torch.cuda.is_available():
-        if torch.version.cuda is None and torch.version.hip is None:
-            return f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
-        return "torch finds no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
-    if kind == "mps" and not torch.backends.mps.is_available():
-        return "Apple's Metal is not available on this machine"
-    return None
-
-
 def backends() -> list[BackendStatus]:
     """Every backend on every kind of device, best first, with the reason why it can or cannot run here."""
     found = []
     for kind in ("cuda", "mps", "cpu"):
-        missing = _device_missing(kind)
+        missing = device_missing(kind)
         if missing is None:
             name = torch.cuda.get_device_name() if kind == "cuda" else kind
             found.append(BackendStatus("torch", kind, True, f"PyTorch {torch.__version__} on {name}"))
@@ -54,34 +45,13 @@ def backends() -> list[BackendStatus]:
     return found
 
 
-def check_device(device: str | torch.device) -> torch.device:
-    """A device that exists here, with its index where it has one. Raises ArgumentError or BackendError."""
-    try:
-        out = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError("device", "a torch device such as 'cpu' or 'cuda:0'", repr(device)) from error
-    if out.type not in ("cpu", "cuda", "mps"):
-        raise ArgumentError("device", "a device of kind cpu, cuda or mps", repr(str(out)))
-    missing = _device_missing(out.type)
-    if missing is not None:
-        raise BackendError(f"device {str(out)!r} cannot be used: {missing}")
-    if out.type == "cuda":
-        index = torch.cuda.current_device() if out.index is None else out.index
-        if index >= torch.cuda.device_count():
-            raise BackendError(f"device {str(out)!r} cannot be used: there are {torch.cuda.device_count()} CUDA devices")
-        out = torch.device("cuda", index)
-    return out
-
-
-def check_dtype(dtype: object, device: torch.device) -> torch.dtype:
-    """A dtype that the engines compute in. Raises ArgumentError, or BackendError where the device lacks it."""
-    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
-        raise ArgumentError("dtype", "one of torch." + ", torch.".join(map(short, DTYPES)), repr(dtype))
-    if device.type == "mps" and dtype == torch.float64:
-        raise BackendError("dtype float64 cannot be used: Metal has none; use float32")
-    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
-        raise BackendError("dtype bfloat16 cannot be used: this GPU has none; use float16 or float32")
-    return dtype
+def check_compile(compile: object, device: torch.device) -> bool:
+    """Whether to compile, if that can be had. Raises ArgumentError, or BackendError without a compiler."""
+    if not isinstance(compile, bool):
+        raise ArgumentError("compile", "a bool", repr(compile))
+    if compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise BackendError("compile=True cannot be had: torch.compile needs a C++ compiler; install g++ or set CXX")
+    return compile
 
 
 def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:

@@ -174,6 +174,7 @@ class TorchEngine:
             out = guided
         if not self.config.nvp:
             torch.add(z, out, out=x)
+            state.token_log_det[:, start:stop] = 0
             return
         xa, xb = out[..., :D], out[..., D:]
         torch.addcmul(xb, z, xa.exp(), out=x)

@@ -1,0 +1,215 @@
+"""Engines: every backend's two passes against the reference, token by token."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from cases import random_latents, random_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import GOLDEN, INVERSE_F64, assert_close, error_budget, max_error
+from torch import Tensor
+
+from tarflow_fast import reference
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engine
+from tarflow_fast.errors import ArgumentError
+from tarflow_fast.model import TarFlow
+from tarflow_fast.solvers import sequential
+
+GUIDED = Guidance(1.5, "ab", 0.7, True)
+CPU = torch.device("cpu")
+
+
+def engine_of(
+    model: TarFlow, k: int = 0, backend: str = "torch", dtype: torch.dtype = torch.float32, compile: bool = False
+) -> BlockEngine:
+    weights = block_weights(model.state_dict(), model.config, k)
+    return make_engine(backend, weights, device=CPU, dtype=dtype, compile=compile)
+
+
+def poisoned(engine: BlockEngine, z: Tensor, condition: Condition) -> BlockState:
+    """A state in which everything that the engine has yet to write is NaN."""
+    state = engine.begin(z, condition)
+    state.x[:, 1:] = torch.nan
+    state.token_log_det[:, 1:] = torch.nan
+    if isinstance(state.cache.keys_values, Tensor):
+        state.cache.keys_values.fill_(torch.nan)
+    return state
+
+
+def expected(model: TarFlow, k: int, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """x and token log-dets by the reference, in float64 and in the block's order."""
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+    rule = condition.guidance
+    flip = k % 2 == 1
+    x, log_det = reference.block_inverse(
+        weights,
+        k,
+        z.double().flip(1) if flip else z.double(),
+        condition.labels,
+        guidance=rule.scale,
+        guide_what=rule.what,
+        attn_temp=rule.attn_temp,
+        annealed_guidance=rule.annealed,
+        head_dim=model.config.head_dim,
+    )
+    return (x.flip(1) if flip else x), log_det
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED, Guidance(2.0, "a"), Guidance(0.5, "b", 1.3)], ids=repr)
+@pytest.mark.parametrize(
+    ("batch", "k", "sizes"),
+    [
+        (1, 0, {}),
+        (3, 1, {"num_classes": 4, "channels": 128, "layers_per_block": 2}),
+        (5, 1, {"in_channels": 3, "img_size": 6, "patch_size": 2, "head_dim": 32}),
+        (2, 0, {"img_size": 15, "patch_size": 5, "num_classes": 2, "head_dim": 16, "channels": 48}),
+        (2, 0, {"num_classes": 2, "nvp": False}),
+        (4, 0, {"img_size": 4, "patch_size": 4}),
+    ],
+    ids=str,
+)
+def test_reverse_equals_the_reference(
+    backend: str, guidance: Guidance, batch: int, k: int, sizes: dict[str, int]
+) -> None:
+    model = random_model(3, **sizes)
+    labels = torch.arange(-1, batch - 1).clamp(max=1) if model.config.num_classes else None
+    condition = Condition(labels, guidance)
+    z = random_latents(model, batch)
+    given_z = z.clone()
+    engine = engine_of(model, k, backend)
+    state = poisoned(engine, z, condition)
+    engine.reverse(state)
+    x, log_det = expected(model, k, z, condition)
+    assert_close(state.x, x, GOLDEN)
+    assert_close(state.token_log_det, log_det, GOLDEN)
+    assert_close(state.log_det, log_det.sum(1), GOLDEN)
+    assert torch.equal(z, given_z)
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+def test_float64_inverts_exactly(backend: str, guidance: Guidance) -> None:
+    model = random_model(5, torch.float64, num_classes=3)
+    condition = Condition(torch.tensor([0, -1, 2]), guidance)
+    z = random_latents(model, 3)
+    engine = engine_of(model, 1, backend, torch.float64)
+    state = poisoned(engine, z, condition)
+    engine.reverse(state)
+    assert_close(state.x, expected(model, 1, z, condition)[0], INVERSE_F64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+def test_half_precision_is_as_good_as_the_same_dtype_in_pytorch(dtype: torch.dtype, guidance: Guidance) -> None:
+    """Engine against the reference evaluated in the half dtype, both against the exact result."""
+    model = random_model(7, num_classes=3, layers_per_block=2)
+    condition = Condition(torch.tensor([0, 1, -1]), guidance)
+    z = random_latents(model, 3)
+    engine = engine_of(model, 0, "torch", dtype)
+    state = poisoned(engine, z, condition)
+    engine.reverse(state)
+    exact, _ = expected(model, 0, z, condition)
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    plain, _ = reference.block_inverse(
+        weights,
+        0,
+        z.to(dtype),
+        condition.labels,
+        guidance=guidance.scale,
+        attn_temp=guidance.attn_temp,
+        annealed_guidance=guidance.annealed,
+    )
+    assert max_error(state.x, exact) <= error_budget(plain, exact, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_fixed_point_in_any_windows_equals_sequential(backend: str, guidance: Guidance, data: st.DataObject) -> None:
+    """Windows [start, stop) repeated stop − start times, one after the other, give the sequential result."""
+    model = random_model(11, torch.float64, num_classes=2, img_size=6)
+    T = model.config.num_patches
+    cuts = sorted({1, T, *data.draw(st.lists(st.integers(1, T), max_size=4))})
+    condition = Condition(torch.tensor([1, -1]), guidance)
+    z = random_latents(model, 2, seed=data.draw(st.integers(0, 9)))
+    engine = engine_of(model, 0, backend, torch.float64)
+    wanted = engine.begin(z, condition)
+    engine.reverse(wanted)
+    state = engine.begin(z, condition)
+    for start, stop in itertools.pairwise(cuts):
+        for passes in range(stop - start):
+            before = state.x.clone()
+            change = engine.fixed_point(state, start, stop)
+            assert change.shape == (2, stop - start)
+            assert_close(change, (state.x - before)[:, start:stop].abs().amax(-1), 0.0)
+            assert torch.equal(state.x[:, stop:], before[:, stop:])
+            # after p passes the first p tokens of the window are final
+            assert_close(state.x[:, : start + passes + 1], wanted.x[:, : start + passes + 1], INVERSE_F64)
+    assert_close(state.token_log_det, wanted.token_log_det, INVERSE_F64)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+def test_compiled_step_equals_eager(guidance: Guidance) -> None:
+    model = random_model(2, num_classes=2)
+    z, condition = random_latents(model, 2), Condition(torch.tensor([0, -1]), guidance)
+    states = []
+    for compile in (False, True):
+        engine = engine_of(model, compile=compile)
+        state = engine.begin(z, condition)
+        engine.reverse(state)
+        states.append(state)
+    assert_close(states[1].x, states[0].x, GOLDEN)
+    assert_close(states[1].token_log_det, states[0].token_log_det, GOLDEN)
+
+
+def test_autocast_around_an_engine_changes_nothing() -> None:
+    model = random_model()
+    z = random_latents(model, 2)
+    engine = engine_of(model)
+    plain, under = engine.begin(z, Condition()), engine.begin(z, Condition())
+    engine.reverse(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.reverse(under)
+    assert torch.equal(plain.x, under.x)
+
+
+def test_progress_counts_every_step() -> None:
+    model = random_model()
+    engine = engine_of(model)
+    steps: list[int] = []
+    sequential(engine, engine.begin(random_latents(model, 2), Condition()), steps.append)
+    assert sum(steps) == model.config.num_patches - 1
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_bytes_per_sample_covers_the_cache(guided: bool) -> None:
+    model = random_model(num_classes=2)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 3), Condition(None, GUIDED if guided else Guidance()))
+    assert state.cache_bytes == state.cache.keys_values.nbytes
+    assert 3 * engine.bytes_per_sample(guided) >= state.cache_bytes + state.z.nbytes + state.x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"scale": -1.0}, "guidance"),
+        ({"scale": float("nan")}, "guidance"),
+        ({"scale": "2"}, "guidance"),
+        ({"what": "c"}, "guide_what"),
+        ({"what": ""}, "guide_what"),
+        ({"attn_temp": 0.0}, "attn_temp"),
+        ({"attn_temp": -1}, "attn_temp"),
+        ({"annealed": 1}, "annealed_guidance"),
+    ],
+)
+def test_guidance_that_cannot_be_is_refused(arguments: dict[str, object], name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{name}: expected"):
+        Guidance(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,452 @@
+"""The sampler: golden images, seeds and batches, log-probabilities, options, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import GOLDEN as CASES
+from cases import Case, random_latents, random_model
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import BATCH, GOLDEN, INVERSE_F64, assert_close
+from torch import Tensor, nn
+
+from tarflow_fast import reference, sampler
+from tarflow_fast.engine import backends
+from tarflow_fast.errors import (
+    ArgumentError,
+    BackendError,
+    CheckpointError,
+    NonFiniteError,
+    OutOfMemoryError,
+)
+from tarflow_fast.model import TarFlow
+from tarflow_fast.noise import latent_noise
+from tarflow_fast.sampler import Sampler, accelerate
+
+golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+# The published code's own results
+
+
+@golden
+def test_reverse_is_the_published_one(case: Case) -> None:
+    s = Sampler(case.model())
+    z, y = case.tensor("in.z"), case.y
+    given_z = z.clone()
+    assert_close(s.reverse(z, y, **case.reverse_args), case.tensor("out.reverse"), GOLDEN)
+    sequence = s.reverse(z, y, **case.reverse_args, return_sequence=True)
+    assert_close(torch.stack(list(sequence)), case.tensor("out.reverse_sequence"), GOLDEN)
+    assert_close(s.reverse(z, y), case.tensor("out.reverse_unguided"), GOLDEN)
+    assert torch.equal(z, given_z)
+
+
+@golden
+def test_models_own_reverse_has_the_published_signature(case: Case) -> None:
+    a = {"guidance": 0.0, "guide_what": "ab", "attn_temp": 1.0, "annealed_guidance": False, **case.reverse_args}
+    positional = (a["guidance"], a["guide_what"], a["attn_temp"], a["annealed_guidance"])
+    assert_close(case.model().reverse(case.tensor("in.z"), case.y, *positional), case.tensor("out.reverse"), GOLDEN)
+
+
+def test_reverse_under_autocast_runs_in_its_dtype() -> None:
+    model = random_model()
+    z = random_latents(model, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.reverse(z)
+    assert torch.equal(got, Sampler(model, dtype=torch.bfloat16).reverse(z))
+
+
+class Published(nn.Module):
+    """Somebody else's module: ml-tarflow's state dict under a root of its own, and what accelerate may read."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        model = case.model()
+        self.blocks = model.blocks
+        self.register_buffer("var", model.var)
+        self.patch_size = case.constructor["patch_size"]
+
+
+@golden
+def test_accelerate_takes_any_module_with_the_state_dict(case: Case) -> None:
+    theirs = Published(case)
+    before = copy.deepcopy(theirs.state_dict())
+    z = case.tensor("in.z")
+    fast = accelerate(theirs)
+    assert_close(fast.reverse(z, case.y, **case.reverse_args), case.tensor("out.reverse"), GOLDEN)
+    wrapped = accelerate(nn.DataParallel(theirs))
+    assert_close(wrapped.reverse(z, case.y, **case.reverse_args), case.tensor("out.reverse"), GOLDEN)
+    assert torch.equal(z, case.tensor("in.z"))
+    assert all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
+
+
+def test_accelerate_reads_the_number_of_heads() -> None:
+    model = random_model(head_dim=16)
+    theirs = nn.Module()
+    theirs.blocks, theirs.patch_size = model.blocks, model.patch_size
+    theirs.register_buffer("var", model.var)
+    z = random_latents(model, 2)
+    assert_close(accelerate(theirs).reverse(z), Sampler(model).reverse(z), 0.0)
+
+
+@pytest.mark.parametrize("model", [None, "model.pth", nn.Linear(3, 3), nn.Module()], ids=repr)
+def test_accelerate_refuses_what_is_no_tarflow(model: Any) -> None:
+    with pytest.raises((ArgumentError, CheckpointError), match=r"TarFlow|torch module"):
+        accelerate(model)
+
+
+# Laws
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_classes": 3}, {"nvp": False, "num_classes": 3}], ids=str)
+def test_reverse_inverts_forward_in_float64(sizes: dict[str, Any]) -> None:
+    model = random_model(1, torch.float64, num_blocks=3, **sizes)
+    x = torch.randn(4, *model.config.image_shape, dtype=torch.float64)
+    y = torch.tensor([0, 2, -1, 1]) if sizes else None
+    with torch.no_grad():
+        z = model(x, y)[0] / model.var.sqrt()
+    assert_close(Sampler(model).reverse(z, y), x, INVERSE_F64)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_classes": 3}, {"nvp": False, "num_classes": 3}], ids=str)
+def test_log_prob_is_that_of_the_density_pass(sizes: dict[str, Any]) -> None:
+    model = random_model(1, torch.float64, **sizes)
+    out = Sampler(model).sample(3, [0, 1, -1] if sizes else None, seed=4)
+    assert out.log_prob is not None
+    with torch.no_grad():
+        assert_close(out.log_prob, model.log_prob(out.images, out.labels), 1e-8)
+
+
+def test_image_does_not_depend_on_its_batch() -> None:
+    """Image i of a seed, alone, in a batch, in small batches, from another first image, in another order."""
+    model = random_model(num_classes=3)
+    s = Sampler(model)
+    labels = [0, 1, 2, -1]
+    options: dict[str, Any] = {"seed": 7, "guidance": 1.0, "denoise": True, "noise_std": 0.1}
+    whole = s.sample(64, labels, **options).images
+    assert_close(s.sample(1, labels, **options).images, whole[:1], BATCH)
+    assert_close(s.sample(9, labels, batch_size=2, **options).images, whole[:9], BATCH)
+    assert_close(s.sample(6, labels, first=5, **options).images, whole[5:11], BATCH)
+    z = latent_noise(7, [3, 0], model.config.num_patches, model.config.token_dim)
+    backwards = s.reverse(z, torch.tensor([-1, 0]), guidance=1.0)
+    assert_close(backwards, s.sample(4, labels, seed=7, guidance=1.0).images[[3, 0]], BATCH)
+
+
+def test_seeds_and_images_differ() -> None:
+    noise = torch.cat([latent_noise(seed, [0, 1, 2], 16, 4, attempt) for seed in (0, 1) for attempt in (0, 1)])
+    flat = noise.flatten(1)
+    correlation = torch.corrcoef(flat).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.6
+    assert flat.mean().abs() < 0.15
+    assert (flat.std() - 1).abs() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        (2, [2, 2, 2, 2, 2]),
+        ([0, 1], [0, 1, 0, 1, 0]),
+        ((0, -5, 2), [0, -1, 2, 0, -1]),
+        (torch.tensor([2, 1, 0, 2, 1]), [2, 1, 0, 2, 1]),
+        (torch.tensor(1, dtype=torch.uint8), [1, 1, 1, 1, 1]),
+        (-1, [-1] * 5),
+    ],
+    ids=str,
+)
+def test_labels_of_every_kind(labels: Any, wanted: list[int]) -> None:
+    model = random_model(num_classes=3)
+    s = Sampler(model)
+    out = s.sample(5, labels)
+    assert out.labels is not None
+    assert out.labels.tolist() == wanted
+    z = latent_noise(0, range(5), model.config.num_patches, model.config.token_dim)
+    assert_close(out.images, s.reverse(z, torch.tensor(wanted)), BATCH)
+
+
+def test_no_labels_is_no_class() -> None:
+    s = Sampler(random_model(num_classes=3))
+    assert s.sample(2).labels is None
+    assert_close(s.sample(2).images, s.sample(2, -1).images, BATCH)
+    assert (s.sample(2).images - s.sample(2, 0).images).abs().max() > 0.01
+
+
+# Options
+
+
+def test_denoise_is_tweedies_step() -> None:
+    model = random_model(num_classes=2)
+    model.metadata["noise_std"] = 0.2
+    s = Sampler(model)
+    plain = s.sample(3, [0, 1, -1]).images
+    wanted = reference.denoise(model.state_dict(), plain, torch.tensor([0, 1, -1]), noise_std=0.2)
+    assert_close(s.sample(3, [0, 1, -1], denoise=True).images, wanted, GOLDEN)
+    half = s.sample(3, [0, 1, -1], denoise=True, denoise_scale=0.5).images
+    assert_close(half - plain, (wanted - plain) / 2, GOLDEN)
+    other = s.sample(3, [0, 1, -1], denoise=True, noise_std=0.1).images
+    assert_close(other - plain, (wanted - plain) / 4, GOLDEN)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_trajectory_ends_in_the_image() -> None:
+    model = random_model(num_blocks=3, num_classes=2)
+    s = Sampler(model)
+    out = s.sample(5, 1, trajectory=True, guidance=1.0, batch_size=2)
+    z = latent_noise(0, range(5), model.config.num_patches, model.config.token_dim)
+    wanted = s.reverse(z, 1, guidance=1.0, return_sequence=True)
+    assert out.trajectory is not None
+    assert len(out.trajectory) == 4
+    assert_close(torch.stack(out.trajectory), torch.stack(list(wanted)), BATCH)
+    assert torch.equal(out.trajectory[-1], out.images)
+    assert out.log_prob is None
+
+
+def test_report_says_what_ran() -> None:
+    model = random_model()
+    out = Sampler(model, dtype=torch.bfloat16).sample(3, batch_size=2)
+    report = out.report.to_dict()
+    config = model.config
+    assert report["backend"] == "torch"
+    assert "cpu" in report["backend_reason"]
+    assert (report["device"], report["dtype"], report["solver"]) == ("cpu", "bfloat16", "sequential")
+    assert report["batch_size"] == 2
+    assert report["tokens"] == 3 * config.num_blocks * config.num_patches
+    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"])
+    assert report["cache_bytes"] == 2 * 2 * config.layers_per_block * config.num_patches * config.channels * 2
+    assert report["redrawn"] == {}
+
+
+def test_progress_bar_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    s = Sampler(random_model())
+    s.sample(1)
+    assert capsys.readouterr().err == ""
+    s.sample(1, progress=True)
+    assert "100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [{"backend": "torch"}, {"device": "cpu"}, {"solver": "sequential"}], ids=str)
+def test_explicit_choices_give_the_same_images(option: dict[str, Any]) -> None:
+    model = random_model()
+    assert torch.equal(Sampler(model, **option).sample(2).images, Sampler(model).sample(2).images)
+
+
+def test_weights_changed_later_have_no_effect() -> None:
+    model = random_model()
+    model.metadata["noise_std"] = 0.3
+    s = Sampler(model)
+    before = s.sample(2, denoise=True).images
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(s.sample(2, denoise=True).images, before)
+
+
+# Memory
+
+
+def test_large_requests_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    s = Sampler(model)
+    wanted = s.sample(7).images
+    z = random_latents(model, 7)
+    wanted_reverse = s.reverse(z)
+    room = int(3.5 * s._engines[0].bytes_per_sample(False) / sampler.MEMORY_SHARE)
+    monkeypatch.setattr(sampler, "free_memory", lambda device: room)
+    out = s.sample(7)
+    assert out.report.batch_size == 3
+    assert_close(out.images, wanted, BATCH)
+    assert_close(s.reverse(z), wanted_reverse, BATCH)
+    with pytest.raises(OutOfMemoryError, match=r"7 samples need .* 3 would fit"):
+        s.sample(7, batch_size=7)
+    monkeypatch.setattr(sampler, "free_memory", lambda device: 0)
+    with pytest.raises(OutOfMemoryError, match="0 would fit"):
+        s.sample(1)
+
+
+# Samples that are not finite
+
+
+def explosive_model(bias: float) -> TarFlow:
+    """xa grows with |x|: images with large noise overflow, others do not."""
+    model = random_model(4)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.proj_out.weight *= 2.5  # type: ignore[operator, union-attr]
+            block.proj_out.bias += bias  # type: ignore[operator, union-attr]
+    return model
+
+
+def first_failure(model: TarFlow, number: int) -> tuple[int, int] | None:
+    """(block, token) at which image `number` of seed 0 first is not finite, by the reference in fp32."""
+    weights = model.state_dict()
+    x = latent_noise(0, [number], model.config.num_patches, model.config.token_dim)
+    for k in reversed(range(model.config.num_blocks)):
+        x, _ = reference.block_inverse(weights, k, x)
+        tokens = x.flip(1) if k % 2 else x
+        bad = (~torch.isfinite(tokens[0]).all(-1)).nonzero()
+        if len(bad):
+            return k, int(bad[0])
+    return None
+
+
+def test_nonfinite_samples_are_named() -> None:
+    model = explosive_model(0.0)
+    failures = {number: first_failure(model, number) for number in range(12)}
+    broken = [number for number, where in failures.items() if where]
+    assert 0 < len(broken) < 12
+    number = broken[0]
+    block, token = failures[number] or (-1, -1)
+    s = Sampler(model)
+    with pytest.raises(NonFiniteError) as caught:
+        s.sample(12)
+    assert (caught.value.sample, caught.value.block, caught.value.token) == (number, block, token)
+    assert f"block {block}, token {token}" in str(caught.value)
+    z = latent_noise(0, [number], model.config.num_patches, model.config.token_dim)
+    with pytest.raises(NonFiniteError, match="sample 0"):
+        s.reverse(z)
+
+
+def test_redraw_replaces_broken_samples_alone() -> None:
+    model = explosive_model(0.0)
+    s = Sampler(model)
+    broken = {number for number in range(12) if first_failure(model, number)}
+    out = s.sample(12, on_nonfinite="redraw", batch_size=5)
+    assert set(out.report.redrawn) == broken
+    assert torch.isfinite(out.images).all()
+    for number in range(12):
+        attempt = out.report.redrawn.get(number, 0)
+        z = latent_noise(0, [number], model.config.num_patches, model.config.token_dim, attempt)
+        assert_close(out.images[[number]], s.reverse(z), BATCH * float(out.images[number].abs().max()))
+
+
+def test_redraw_gives_up() -> None:
+    model = explosive_model(200.0)
+    with pytest.raises(NonFiniteError):
+        Sampler(model).sample(2, on_nonfinite="redraw")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"backend": "tpu"}, ArgumentError, "backend: expected one of 'auto', 'torch'"),
+        ({"solver": "magic"}, ArgumentError, "solver: expected one of 'auto', 'sequential'"),
+        ({"device": "gpu"}, ArgumentError, "device: expected"),
+        ({"device": "meta"}, ArgumentError, "device: expected a device of kind"),
+        ({"dtype": torch.int8}, ArgumentError, "dtype: expected"),
+        ({"dtype": "bfloat16"}, ArgumentError, "dtype: expected"),
+        ({"compile": "yes"}, ArgumentError, "compile: expected a bool"),
+    ],
+    ids=str,
+)
+def test_sampler_refuses(options: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        Sampler(random_model(), **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_with_the_reason() -> None:
+    with pytest.raises(BackendError, match=r"device 'cuda' cannot be used: torch .*(CUDA|driver)"):
+        Sampler(random_model(), device="cuda")
+    status = next(s for s in backends() if s.device == "cuda")
+    assert not status.available
+    assert "CUDA" in status.reason
+
+
+def test_compile_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BackendError, match=r"compiler; install g\+\+"):
+        Sampler(random_model(), compile=True)
+
+
+def test_sampler_takes_only_a_model() -> None:
+    with pytest.raises(ArgumentError, match="model: expected a TarFlow"):
+        Sampler(random_model().state_dict())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 0},
+        {"n": 2.0},
+        {"n": True},
+        {"seed": -1},
+        {"seed": None},
+        {"first": -1},
+        {"labels": 3},
+        {"labels": [0, 3]},
+        {"labels": []},
+        {"labels": "cat"},
+        {"labels": [0.5]},
+        {"labels": torch.tensor([0.0])},
+        {"labels": torch.tensor([[0]])},
+        {"labels": torch.tensor([True])},
+        {"guidance": -0.1},
+        {"guidance": float("inf")},
+        {"guide_what": "x"},
+        {"attn_temp": 0},
+        {"attn_temp": -1.0},
+        {"annealed_guidance": "yes"},
+        {"noise_std": 0.0, "denoise": True},
+        {"noise_std": None, "denoise": True},
+        {"denoise_scale": -1.0},
+        {"batch_size": 0},
+        {"on_nonfinite": "ignore"},
+    ],
+    ids=str,
+)
+def test_sample_refuses(options: dict[str, Any]) -> None:
+    name = next(iter(options))
+    with pytest.raises(ArgumentError, match=f"^{name}: expected .*, got "):
+        Sampler(random_model(num_classes=3)).sample(**options)
+
+
+def test_unconditional_model_refuses_labels() -> None:
+    with pytest.raises(ArgumentError, match="labels: expected None or negative labels for an unconditional model"):
+        Sampler(random_model()).sample(1, 0)
+    assert Sampler(random_model()).sample(1, -1).labels is None
+
+
+NUMBERS = st.one_of(st.integers(-3, 5), st.floats(allow_nan=True), st.none(), st.text(max_size=2), st.booleans())
+
+
+@given(
+    shape=st.lists(st.integers(0, 17), max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.complex64]),
+    fill=st.sampled_from([0.5, float("nan"), float("inf")]),
+    y=st.one_of(NUMBERS, st.lists(st.integers(-2, 4), max_size=3), st.just(torch.zeros(2))),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "guidance": NUMBERS,
+            "guide_what": st.sampled_from(["a", "ab", "", "c", None, 1]),
+            "attn_temp": NUMBERS,
+            "annealed_guidance": NUMBERS,
+            "return_sequence": NUMBERS,
+        },
+    ),
+)
+def test_fuzzed_reverse_gives_images_or_a_named_error(
+    shape: list[int], dtype: torch.dtype, fill: float, y: Any, options: dict[str, Any]
+) -> None:
+    s = SMALL_SAMPLER
+    if len(shape) == 3 and shape[0] % 2:  # half of them of the right shape
+        shape = [2, s.config.num_patches, s.config.token_dim]
+    z = torch.ones(shape, dtype=dtype)
+    if z.numel() and z.is_floating_point():
+        z.view(-1)[0] = fill
+    try:
+        out = s.reverse(z, y, **options)
+    except (ArgumentError, NonFiniteError):
+        return
+    images: Tensor = out[-1] if isinstance(out, list) else out
+    assert images.shape == (2, *s.config.image_shape)
+    assert torch.isfinite(images).all()
+
+
+SMALL_SAMPLER = Sampler(random_model(num_classes=3, img_size=4))
