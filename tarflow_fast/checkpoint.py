@@ -112,6 +112,8 @@ def save(model: TarFlow, path: str | os.PathLike[str], *, dtype: torch.dtype | N
             header = json.dumps({"config": model.config.to_dict(), "metadata": model.metadata})
             weights = {key: value for key, value in state.items() if not _is_mask(key)}
             safetensors.torch.save_file(weights, partial, {"format": "pt", HEADER: header})
+            os.umask(umask := os.umask(0))
+            partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

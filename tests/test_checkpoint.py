@@ -49,6 +49,8 @@ def test_round_trip(tmp_path: Path, sizes: dict[str, Any], suffix: str) -> None:
     assert back.metadata == (model.metadata if suffix == ".safetensors" else {})
     assert all(p.requires_grad for p in back.parameters())
     assert list(tmp_path.iterdir()) == [tmp_path / f"m{suffix}"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / f"m{suffix}").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

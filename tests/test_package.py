@@ -1,0 +1,81 @@
+"""The package as users meet it: names, types, the kernels' place, imports that stay downward and light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import tarflow_fast
+
+PACKAGE = Path(str(files("tarflow_fast")))
+
+
+def test_every_public_name_is_there() -> None:
+    for name in tarflow_fast.__all__:
+        value = getattr(tarflow_fast, name)
+        assert name == "__version__" or value.__doc__, name
+    assert set(tarflow_fast.__all__) == set(tarflow_fast._HOME) | {"__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tarflow_fast.nothing  # noqa: B018
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing tarflow_fast.x sets the attribute x of the package: it must not be a function's name."""
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert not modules & set(tarflow_fast.__all__)
+
+
+def test_kernels_are_part_of_the_package() -> None:
+    assert import_module("tarflow_fast.kernels").__doc__
+
+
+def test_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_import_does_not_wait_for_torch() -> None:
+    code = "import sys, tarflow_fast, tarflow_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, relative ones with their dots."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+def test_the_reference_stands_alone() -> None:
+    """It imports torch and the standard library; nothing that it is to judge imports it."""
+    ours = {name for name in imports(PACKAGE / "reference.py") if name.startswith((".", "tarflow_fast"))}
+    assert not ours
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(name.endswith("reference") for name in imports(path)), path
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher"),
+    [
+        ("engine", {"solvers", "sampler", "cli", "trainer", "checkpoint"}),
+        ("solvers.py", {"sampler", "cli", "trainer", "torch_engine", "registry"}),
+        ("sampler.py", {"cli", "trainer"}),
+        ("denoising.py", {"sampler", "engine", "cli", "trainer"}),
+        ("checkpoint.py", {"sampler", "engine", "cli", "trainer"}),
+        ("trainer", {"cli"}),
+    ],
+)
+def test_imports_run_downwards(lower: str, higher: set[str]) -> None:
+    target = PACKAGE / lower
+    for path in [target] if target.is_file() else target.rglob("*.py"):
+        for name in imports(path):
+            assert not higher & set(name.split(".")), f"{path.name} imports {name}"
