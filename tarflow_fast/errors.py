@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class TarFlowError(Exception):
     """Base of all errors raised by tarflow_fast."""
@@ -17,6 +19,23 @@ class ArgumentError(TarFlowError, ValueError):
 
 class CheckpointError(TarFlowError, ValueError):
     """A file is not a checkpoint that can be loaded whole."""
+
+
+class DataError(TarFlowError, ValueError):
+    """A file does not hold the images or labels that were asked for."""
+
+
+class TrainingDiverged(TarFlowError, ArithmeticError):
+    """The loss or the gradient became infinite or NaN; the last checkpoint is from before that."""
+
+
+class TrainingStopped(TarFlowError):
+    """A signal ended a training run early; its checkpoint is written. signal: the signal's number."""
+
+    def __init__(self, number: int, step: int, steps: int):
+        self.signal = number
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} after step {step} of {steps}; resume to go on")
 
 
 class BackendError(TarFlowError, RuntimeError):

@@ -1,0 +1,233 @@
+"""`tarflow-fast train`: a model from images."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .convert import read_names
+from .options import Command, F, combine, option, progress_option, quiet_option, show_progress
+
+TOP_PAD = 1 << 28  # bytes by which the heap grows
+
+
+def numbers(section: str, *rows: tuple[str, int | float, str, str]) -> Callable[[F], F]:
+    """Options from rows (flag and perhaps parameter, default, metavar, help), typed as their defaults."""
+    return combine(
+        *(
+            option(*names.split(), type=type(value), default=value, metavar=metavar, section=section, help=text)
+            for names, value, metavar, text in rows
+        )
+    )
+
+
+data_options = combine(
+    option(
+        "--data",
+        required=True,
+        metavar="PATH",
+        section="Data",
+        help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images, "
+        "labels), an IDX file, or a folder of MNIST's four IDX files.",
+    ),
+    option(
+        "--eval-data",
+        metavar="PATH",
+        section="Data",
+        help="Held-out images for bits/dim. Of a folder that has a train and a test half, the test half "
+        "is taken: it may be the folder given as --data.",
+    ),
+    option(
+        "--img-size",
+        type=int,
+        metavar="N",
+        section="Data",
+        help="Pixels along a side; needed for folders of pictures, which are resized and cropped to it.",
+    ),
+    option(
+        "--in-channels",
+        type=click.Choice(["1", "3"]),
+        default="3",
+        section="Data",
+        help="For folders of pictures: 1 makes them grey.",
+    ),
+    option(
+        "--conditional/--unconditional",
+        default=True,
+        section="Data",
+        help="Learn p(x | label), or p(x).",
+    ),
+    option(
+        "--class-names",
+        metavar="LIST",
+        section="Data",
+        help='One name for each class, in order: "cat,dog,wild", or @FILE with one a line.',
+    ),
+    option("--flip", is_flag=True, section="Data", help="Mirror half of the images."),
+    option(
+        "--noise-type",
+        type=click.Choice(["gaussian", "uniform"]),
+        default="gaussian",
+        section="Data",
+        help="Noise on the images: gaussian for pictures, uniform (dequantisation) for bits/dim.",
+    ),
+    numbers(
+        "Data",
+        ("--noise-std", 0.05, "SIGMA", "Level of Gaussian noise, images being in -1 to 1."),
+        ("--drop-label", 0.1, "SHARE", "Share of labels replaced by 'no class', which guidance needs."),
+    ),
+)
+
+size_options = combine(
+    numbers(
+        "Model",
+        ("--patch-size", 4, "N", "Pixels along a patch's side."),
+        ("--channels", 512, "N", "Width of the transformers."),
+        ("--blocks num_blocks", 8, "N", "Flow blocks."),
+        ("--layers layers_per_block", 8, "N", "Transformer layers of each flow block."),
+        ("--head-dim", 64, "N", "Channels of an attention head."),
+    ),
+    option(
+        "--nvp/--vp",
+        default=True,
+        section="Model",
+        help="Affine blocks, or volume-preserving ones (shift only).",
+    ),
+)
+
+schedule_options = numbers(
+    "Schedule",
+    ("--epochs", 100, "N", "Passes over the data."),
+    ("--batch-size", 256, "N", "Images a step, over all processes."),
+    ("--lr", 1e-4, "RATE", "Highest learning rate."),
+    ("--min-lr", 1e-6, "RATE", "Where its cosine ends."),
+    ("--warmup-steps", 1000, "N", "Steps in which it is reached."),
+    ("--weight-decay", 1e-4, "X", "Of AdamW."),
+    ("--clip-norm", 1.0, "X", "Limit of the gradient's norm; 0: none."),
+    ("--ema-decay", 0.999, "X", "Of the moving average of the weights, which is the model that is saved."),
+    ("--seed", 0, "N", "Of weights, order, noise and dropped labels."),
+)
+
+machine_options = combine(
+    option("--device", default="auto", metavar="NAME", section="Machine", help="cpu, cuda or auto."),
+    option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="bfloat16",
+        section="Machine",
+        help="bfloat16 is mixed precision: fp32 weights, residual stream and log-det.",
+    ),
+    option(
+        "--threads",
+        type=click.IntRange(1),
+        metavar="N",
+        section="Machine",
+        show_default="torch's choice",
+        help="Threads of a process on a CPU.",
+    ),
+    option("--compile", is_flag=True, section="Machine", help="torch.compile the model."),
+)
+
+output_options = combine(
+    option(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        section="Output",
+        help="Where checkpoint.pt, model.safetensors, train.csv, eval.csv and samples/ go.",
+    ),
+    option("--resume", is_flag=True, section="Output", help="Go on from the checkpoint in --out."),
+    numbers(
+        "Output",
+        ("--log-every", 50, "N", "Steps between rows of train.csv."),
+        ("--checkpoint-every", 500, "N", "Steps between checkpoints."),
+        ("--eval-every", 0, "N", "Steps between rows of eval.csv; 0: at the end only."),
+        ("--eval-images", 1000, "N", "How many held-out images."),
+        ("--sample-every", 0, "N", "Steps between grids of samples; 0: none."),
+        ("--sample-rows", 4, "N", "Rows of a grid; a column is a class."),
+        ("--sample-guidance", 0.0, "W", "Guidance of the samples."),
+    ),
+    option("--tensorboard", is_flag=True, section="Output", help="Write the metrics for TensorBoard too."),
+    progress_option,
+    quiet_option,
+)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc not to give freed memory back: a step would map and clear all its activations anew."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # other C libraries have no such call
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, TOP_PAD)
+
+
+@click.command(
+    "train",
+    cls=Command,
+    short_help="Train a model on images.",
+    epilog="""\b
+Examples:
+  tarflow-fast train --data images/ --img-size 64 --flip --out run
+      images/cat/1.jpg, images/dog/1.jpg, …: sizes and schedule of a GPU.
+  tarflow-fast train --data fashion-mnist/ --eval-data fashion-mnist/ --channels 128 --blocks 4 --layers 4 \\
+      --noise-std 0.1 --batch-size 128 --epochs 12 --lr 1e-3 --warmup-steps 400 --out run
+      MNIST's four IDX files, hours of two CPU cores.
+  tarflow-fast train …the same options… --resume
+      Goes on where a killed run made its last checkpoint.
+  torchrun --nproc-per-node 8 -m tarflow_fast train …
+      The same run, shared by 8 GPUs.
+  tarflow-fast sample -m run/model.safetensors
+""",
+)
+@data_options
+@size_options
+@schedule_options
+@machine_options
+@output_options
+@click.pass_context
+def train_command(
+    ctx: click.Context,
+    in_channels: str,
+    class_names: str | None,
+    clip_norm: float,
+    threads: int | None,
+    resume: bool,
+    progress: bool | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Train a TarFlow on images. The folder --out gets the model (the moving average of the weights), a
+    checkpoint from which --resume goes on exactly, and the metrics. Ctrl-C and SIGTERM write a checkpoint
+    before they end the run."""
+    # Read when torch is loaded: threads that spin while they wait slow a busy machine down several times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    from ..errors import TrainingStopped
+    from ..trainer import TrainConfig, train
+
+    config = TrainConfig(
+        in_channels=int(in_channels),
+        class_names=None if class_names is None else tuple(read_names(class_names)),
+        clip_norm=clip_norm or None,
+        **options,
+    )
+    keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    bar = show_progress(progress, quiet)
+    try:
+        train(config, resume=resume, progress=bar)
+    except TrainingStopped as stopped:
+        click.echo(str(stopped), err=True)
+        ctx.exit(128 + stopped.signal)
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        click.echo(os.path.join(config.out, "model.safetensors"))

@@ -1,0 +1,73 @@
+"""Training batches as a function of (seed, step) alone, whatever ran before and in however many processes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from ..data import ImageData
+from ..errors import ArgumentError
+from .config import TrainConfig
+
+
+def stream(seed: int, purpose: str, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of one purpose ("order", "noise", …) and index (epoch, step)."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def add_noise(v: Tensor, noise_type: str, noise_std: float, noise: Tensor) -> Tensor:
+    """Gaussian: x = v/127.5 − 1 + σ ε; uniform: x = (v + u)/128 − 1.
+
+    v: (B, ch, S, S) uint8; noise: the same shape, ε ~ N(0, 1) or u ~ U[0, 1), fp32. Returns fp32.
+    """
+    if noise_type == "uniform":
+        return (v + noise) / 128 - 1
+    return v / 127.5 - 1 + noise_std * noise
+
+
+class Batches:
+    """Batch number `step`: images in the order of that epoch's permutation, noised, some labels dropped.
+
+    Every process draws what is random for the whole batch and keeps its rows from rank · B/world on: this
+    costs little and makes the batch the same for any number of processes.
+    """
+
+    def __init__(self, data: ImageData, config: TrainConfig, device: torch.device, rank: int, world: int):
+        if config.batch_size > len(data):
+            raise ArgumentError("batch_size", f"at most {len(data)}, the number of images", config.batch_size)
+        if config.batch_size % world:
+            raise ArgumentError("batch_size", f"a multiple of the {world} processes", config.batch_size)
+        self.data, self.config, self.device = data, config, device
+        rows = config.batch_size // world
+        self.rows = slice(rank * rows, (rank + 1) * rows)
+        self.labels = data.labels if config.conditional else None
+        if config.conditional and data.labels is None:
+            raise ArgumentError("conditional", "False, as the data has no labels", True)
+        self._epoch, self._order = -1, torch.empty(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the data; the rest of a permutation is left out, another rest every epoch."""
+        return len(self.data) // self.config.batch_size
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """x (B/world, ch, S, S) fp32; y (B/world,) int64, -1 for a dropped label; None when unconditional."""
+        config, B = self.config, self.config.batch_size
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = torch.randperm(len(self.data), generator=stream(config.seed, "order", epoch))
+            self._epoch = epoch
+        picked = self._order[position * B : (position + 1) * B][self.rows]
+        v = self.data.images[picked].to(self.device)
+        random = stream(config.seed, "noise", step, self.device)
+        draw = torch.rand if config.noise_type == "uniform" else torch.randn
+        noise = draw((B, *v.shape[1:]), generator=random, device=self.device)[self.rows]
+        dropped = torch.rand(B, generator=random, device=self.device)[self.rows] < config.drop_label
+        mirrored = torch.rand(B, generator=random, device=self.device)[self.rows] < 0.5
+        if config.flip:
+            v = torch.where(mirrored[:, None, None, None], v.flip(-1), v)
+        x = add_noise(v, config.noise_type, config.noise_std, noise)
+        return x, None if self.labels is None else self.labels[picked].to(self.device).masked_fill(dropped, -1)
