@@ -1,0 +1,93 @@
+"""A fast, drop-in sampler for TarFlow, the transformer autoregressive flow (arXiv 2412.06329).
+
+Names are imported at first use, so that `import tarflow_fast`, and the command line's --help, do not wait for
+torch. No module here may bear the name of a public function: importing it would put the module in its place.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load, load_pretrained, save
+    from .config import TarFlowConfig
+    from .denoising import denoise
+    from .engine import backends
+    from .errors import (
+        ArgumentError,
+        BackendError,
+        CheckpointError,
+        NonFiniteError,
+        OutOfMemoryError,
+        TarFlowError,
+    )
+    from .model import TarFlow, dequantize
+    from .sampler import Report, Sampler, Samples, accelerate
+    from .trainer import TrainConfig, train
+
+    __version__: str
+
+_HOME = {
+    "TarFlow": "model",
+    "TarFlowConfig": "config",
+    "dequantize": "model",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "load_pretrained": "checkpoint",
+    "Sampler": "sampler",
+    "Samples": "sampler",
+    "Report": "sampler",
+    "accelerate": "sampler",
+    "denoise": "denoising",
+    "backends": "engine",
+    "TrainConfig": "trainer",
+    "train": "trainer",
+    "TarFlowError": "errors",
+    "ArgumentError": "errors",
+    "BackendError": "errors",
+    "CheckpointError": "errors",
+    "NonFiniteError": "errors",
+    "OutOfMemoryError": "errors",
+}
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "CheckpointError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "Report",
+    "Sampler",
+    "Samples",
+    "TarFlow",
+    "TarFlowConfig",
+    "TarFlowError",
+    "TrainConfig",
+    "__version__",
+    "accelerate",
+    "backends",
+    "denoise",
+    "dequantize",
+    "load",
+    "load_pretrained",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("tarflow_fast")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,75 @@
+"""`tarflow-fast`: the command line. One file a command; torch is imported by a command when it runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from ..errors import TarFlowError
+from .convert import convert_command
+from .eval import eval_command
+from .info import info_command
+from .sample import sample_command
+from .train import train_command
+
+INTERRUPTED = 130
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{os.fspath(error.filename)}: "
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Group(click.Group):
+    """Commands in the order they were added; failures as one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TarFlowError, OSError) as error:
+            if ctx.params["traceback"] or isinstance(error, BrokenPipeError):
+                raise
+            raise click.ClickException(_one_line(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
+    epilog="""\b
+Exit codes: 0 done, 1 failed (one line on standard error), 2 wrong usage, 130 interrupted.
+
+\b
+Examples:
+  tarflow-fast sample                        a grid of images from the shipped model, samples.png
+  tarflow-fast sample -m model.pth -n 16     16 images from an ml-tarflow checkpoint
+  tarflow-fast info                          which backends can run here, and why
+  tarflow-fast COMMAND --help                what a command can do, with examples
+""",
+)
+@click.option(
+    "--traceback",
+    is_flag=True,
+    envvar="TARFLOW_FAST_TRACEBACK",
+    help="Show Python's traceback of a failure (also: TARFLOW_FAST_TRACEBACK=1).",
+)
+@click.version_option(package_name="tarflow_fast", prog_name="tarflow-fast", message="%(prog)s %(version)s")
+def main(traceback: bool) -> None:
+    """Fast sampling from TarFlow, the transformer autoregressive flow, and all that goes with it."""
+
+
+for command in (sample_command, train_command, eval_command, convert_command, info_command):
+    main.add_command(command)

@@ -1,0 +1,103 @@
+"""`tarflow-fast convert`: from one kind of checkpoint to the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .info import describe_model, model_lines
+from .options import (
+    Command,
+    json_option,
+    load_model,
+    option,
+    print_json,
+    quiet_option,
+    size_options,
+    torch_dtype,
+)
+from .outputs import output_path
+
+
+def read_names(text: str) -> list[str]:
+    """Names from "a,b,c", or from a file, one a line, if given as @FILE."""
+    parts = Path(text[1:]).read_text(encoding="utf-8").splitlines() if text.startswith("@") else text.split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+@click.command(
+    "convert",
+    cls=Command,
+    short_help="Turn one kind of checkpoint into the other.",
+    epilog="""\b
+Examples:
+  tarflow-fast convert afhq_model_8_768_8_8_0.07.pth afhq.safetensors --class-names cat,dog,wild
+  tarflow-fast convert model.pth model.safetensors --patch-size 4 --noise-std 0.05 --dtype float16
+  tarflow-fast convert model.safetensors model.pth
+""",
+)
+@click.argument("source", type=click.Path(exists=True, dir_okay=False))
+@click.argument("target", type=click.Path())
+@size_options
+@option(
+    "--noise-std",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SIGMA",
+    section="To be recorded (.safetensors)",
+    help="Level of the Gaussian noise that the model was trained with.",
+)
+@option(
+    "--class-names",
+    metavar="LIST",
+    section="To be recorded (.safetensors)",
+    help='One name for each class, in order: "cat,dog,wild", or @FILE with one a line.',
+)
+@option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    section="Output",
+    help="Of the stored weights. Half precision halves the file and rounds the weights.",
+)
+@quiet_option
+@json_option
+def convert_command(
+    source: str,
+    target: str,
+    noise_std: float | None,
+    class_names: str | None,
+    dtype: str,
+    quiet: bool,
+    as_json: bool,
+    **sizes: int | None,
+) -> None:
+    """Write the model in SOURCE to TARGET, and tell what was read off its weights.
+
+    Either is .safetensors (weights, sizes, metadata) or .pth (ml-tarflow's state dict: weights alone). A file
+    named TARGET is replaced.
+    """
+    path = output_path("TARGET", target, (".safetensors", ".pth"))
+    if path.suffix == ".pth" and (noise_std is not None or class_names is not None):
+        raise click.UsageError("a .pth file holds weights alone; --noise-std and --class-names need .safetensors")
+    names = None if class_names is None else read_names(class_names)
+    model = load_model(source, **sizes)
+    if noise_std is not None:
+        model.metadata.update(noise_type="gaussian", noise_std=noise_std)
+    if names is not None:
+        if len(names) != model.config.num_classes:
+            raise click.UsageError(f"--class-names: expected {model.config.num_classes} names, got {len(names)}")
+        model.metadata["class_names"] = names
+
+    from ..checkpoint import save
+
+    save(model, path, dtype=torch_dtype(dtype))
+    facts = {"source": source, "target": target, "bytes": path.stat().st_size, "stored_dtype": dtype}
+    facts["model"] = described = describe_model(model)
+    if as_json:
+        print_json(facts)
+    elif not quiet:
+        lines = [f"{target}: {path.stat().st_size / 1e6:.1f} MB, {dtype}", *model_lines(described)]
+        if path.suffix == ".pth" and model.metadata:
+            lines.append(f"left out, as .pth holds weights alone: {', '.join(model.metadata)}")
+        click.echo("\n".join(lines))

@@ -1,0 +1,212 @@
+"""`tarflow-fast eval`: how good a model is on data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import (
+    Command,
+    device_option,
+    json_option,
+    load_model,
+    model_options,
+    option,
+    pick_device,
+    print_json,
+    progress_option,
+    quiet_option,
+    show_progress,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from ..data import ImageData
+    from ..evaluate import BayesAccuracy, BitsPerDim
+    from ..model import TarFlow
+
+
+def load_data(model: TarFlow, path: str, split: str, limit: int | None) -> ImageData:
+    """The images as the model takes them; `limit` of them evenly spread, as data may be sorted by class."""
+    import torch
+
+    from ..data import ImageData, load_images
+
+    config = model.config
+    data = load_images(path, split=split, size=config.img_size, channels=config.in_channels)
+    n = len(data)
+    if limit is None or limit >= n:
+        return data
+    rows = torch.arange(limit) * n // limit
+    return ImageData(data.images[rows], None if data.labels is None else data.labels[rows], data.class_names)
+
+
+def bits_lines(found: BitsPerDim) -> list[str]:
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.4f}"
+    meaning = {
+        "uniform": "a bound on the bits that a code by this model takes for an 8-bit value",
+        "gaussian": "the density of noisy images: compares between models of this noise level only",
+    }[found.noise.kind]
+    return [f"bits/dim        {found.mean:.4f}{error}  ({found.noise}; {found.seconds:.1f} s)", f"  {meaning}"]
+
+
+def accuracy_line(found: BayesAccuracy) -> str:
+    return (
+        f"Bayes accuracy  {100 * found.accuracy:.2f} % ± {100 * found.standard_error:.2f}  "
+        f"({found.correct} of {found.images}; {found.noise}; {found.seconds:.1f} s)"
+    )
+
+
+@click.command(
+    "eval",
+    cls=Command,
+    short_help="Measure bits/dim and classification accuracy on data.",
+    epilog="""\b
+Examples:
+  tarflow-fast eval --data fashion-mnist/
+      The shipped model on the test images of a folder with MNIST's four IDX files.
+  tarflow-fast eval -m model.safetensors --data images/ --split test --limit 1000
+  tarflow-fast eval -m model.pth --data test.npz --noise gaussian --noise-std 0.07 --json
+""",
+)
+@model_options
+@option(
+    "--data",
+    "data_path",
+    type=click.Path(exists=True),
+    required=True,
+    metavar="PATH",
+    section="Data",
+    help="A folder with a sub-folder of pictures for each class, or with MNIST's IDX files; an IDX file; or "
+    "an .npz file with uint8 images (N,S,S[,ch]) and labels.",
+)
+@option(
+    "--split",
+    type=click.Choice(["train", "test"]),
+    default="test",
+    section="Data",
+    help="Which part of a folder that has both.",
+)
+@option(
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    section="Data",
+    help="Take only so many images, evenly spread.",
+)
+@option(
+    "--noise",
+    type=click.Choice(["auto", "uniform", "gaussian"]),
+    default="auto",
+    section="What to compute",
+    help="Noise on the images for bits/dim: uniform dequantisation, or Gaussian of the level in training; "
+    "auto is what the model was trained with.",
+)
+@option(
+    "--noise-std",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SIGMA",
+    section="What to compute",
+    show_default="as the checkpoint records",
+    help="Level of Gaussian noise, images being in -1 to 1.",
+)
+@option(
+    "--accuracy/--no-accuracy",
+    default=None,
+    section="What to compute",
+    show_default="with a conditional model and labelled data",
+    help="Classify each image by Bayes' rule, argmax over y of log p(x|y); costs a pass for each class.",
+)
+@option(
+    "--accuracy-noise",
+    type=click.Choice(["none", "auto", "uniform", "gaussian"]),
+    default="none",
+    section="What to compute",
+    help="Noise on the images that are classified.",
+)
+@option(
+    "--draws",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    section="What to compute",
+    help="Average over so many noise draws for each image.",
+)
+@option("--seed", type=click.IntRange(0), default=0, metavar="N", section="What to compute", help="Of the noise.")
+@device_option
+@option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    section="Machine",
+    help="Half precision (autocast) is faster on GPUs, and less exact.",
+)
+@option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=128,
+    metavar="N",
+    section="Machine",
+    help="Images in one pass.",
+)
+@progress_option
+@quiet_option
+@json_option
+def eval_command(
+    model_path: str | None,
+    data_path: str,
+    split: str,
+    limit: int | None,
+    noise: str,
+    noise_std: float | None,
+    accuracy: bool | None,
+    accuracy_noise: str,
+    draws: int,
+    seed: int,
+    device: str | None,
+    dtype: str,
+    batch_size: int,
+    progress: bool | None,
+    quiet: bool,
+    as_json: bool,
+    **sizes: int | None,
+) -> None:
+    """Measure bits per dimension on a data set and, for a class-conditional model, the accuracy of the
+    classifier that Bayes' rule makes of it."""
+    bars = show_progress(progress, quiet)
+    place = pick_device(device)
+    model = load_model(model_path, **sizes).to(place)
+
+    from ..evaluate import Noise, bayes_accuracy, bits_per_dim
+
+    for_bits = Noise.of(model, noise, noise_std, seed)
+    data = load_data(model, data_path, split, limit)
+    conditional = model.config.num_classes > 0
+    if accuracy is None:
+        accuracy = conditional and data.labels is not None
+    elif accuracy and data.labels is None:
+        raise click.UsageError(f"--accuracy needs labels, and {data_path} has none")
+    how: dict[str, Any] = {
+        "draws": draws,
+        "batch_size": batch_size,
+        "autocast": None if dtype == "float32" else torch_dtype(dtype),
+        "progress": bars,
+    }
+    facts: dict[str, Any] = {"model": model_path, "data": data_path, "split": split, "images": len(data)}
+    labels = data.labels if conditional else None
+    bits = bits_per_dim(model, data.images, labels, noise=for_bits, **how)
+    facts["bits_per_dim"] = bits.to_dict()
+    lines = [
+        f"{model_path or 'the shipped model'} on {data_path}, {len(data)} images",
+        *bits_lines(bits),
+    ]
+    if accuracy:
+        for_accuracy = Noise.of(model, accuracy_noise, noise_std if accuracy_noise != "none" else None, seed)
+        found = bayes_accuracy(model, data.images, data.labels, noise=for_accuracy, **how)
+        facts["bayes_accuracy"] = found.to_dict()
+        lines.append(accuracy_line(found))
+    if as_json:
+        print_json(facts)
+    elif not quiet:
+        click.echo("\n".join(lines))

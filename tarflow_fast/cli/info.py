@@ -1,0 +1,96 @@
+"""`tarflow-fast info`: what this installation can do, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import Command, json_option, load_model, model_options, print_json
+
+if TYPE_CHECKING:
+    from ..model import TarFlow
+
+
+def describe_installation() -> dict[str, Any]:
+    import torch
+
+    from .. import __version__
+    from ..engine import backends
+
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": [status.to_dict() for status in backends()],
+    }
+
+
+def installation_lines(facts: dict[str, Any]) -> list[str]:
+    lines = [
+        f"tarflow_fast {facts['version']}, Python {facts['python']}, torch {facts['torch']}",
+        f"CPU threads: {facts['cpu_threads']}; GPUs: {', '.join(facts['gpus']) or 'none'}",
+        "",
+        "Backends, best first:",
+    ]
+    for status in facts["backends"]:
+        state = "available" if status["available"] else "not available"
+        lines.append(f"  {status['name']:<7} on {status['device']:<5} {state:<14} {status['reason']}")
+    return lines
+
+
+def describe_model(model: TarFlow) -> dict[str, Any]:
+    """Sizes, number of parameters and metadata."""
+    return {
+        **model.config.to_dict(),
+        "tokens": model.config.num_patches,
+        "token_dim": model.config.token_dim,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "metadata": model.metadata,
+    }
+
+
+def model_lines(facts: dict[str, Any]) -> list[str]:
+    size, patch, classes = facts["img_size"], facts["patch_size"], facts["num_classes"]
+    kind = "affine" if facts["nvp"] else "volume-preserving"
+    lines = [
+        f"images: {facts['in_channels']}×{size}×{size} in patches of {patch}×{patch}, "
+        f"{facts['tokens']} tokens of {facts['token_dim']} values",
+        f"network: {facts['num_blocks']} {kind} blocks of {facts['layers_per_block']} layers, "
+        f"width {facts['channels']}, heads of {facts['head_dim']}, {facts['parameters']:,} parameters",
+        f"classes: {classes or 'none (unconditional)'}",
+    ]
+    for key, value in facts["metadata"].items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        lines.append(f"{key}: {text}")
+    return lines
+
+
+@click.command(
+    "info",
+    cls=Command,
+    short_help="Show backends, devices and versions, or a checkpoint.",
+    epilog="""\b
+Examples:
+  tarflow-fast info
+  tarflow-fast info -m afhq_model_8_768_8_8_0.07.pth
+  tarflow-fast info --json | jq .backends
+""",
+)
+@model_options
+@json_option
+def info_command(model_path: str | None, as_json: bool, **sizes: int | None) -> None:
+    """Show versions, devices, and each backend with the reason why it can or cannot run here; and the sizes
+    and metadata of a checkpoint."""
+    installation = describe_installation()
+    model = describe_model(load_model(model_path, **sizes))
+    if as_json:
+        print_json({**installation, "model": model})
+        return
+    lines = installation_lines(installation)
+    lines += ["", f"Model {model_path or 'shipped with the package'}:"]
+    lines += ["  " + line for line in model_lines(model)]
+    click.echo("\n".join(lines))

@@ -1,0 +1,189 @@
+"""What the commands share: help in sections, options for the model and the machine, and output.
+
+Nothing here imports torch before a command runs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model import TarFlow
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Option(click.Option):
+    """An option that belongs to a section of the help."""
+
+    def __init__(self, *args: Any, section: str = "Other", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose options are listed by section; its arguments are told by its text."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, Option):
+                sections.setdefault(param.section, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def option(*names: str, section: str, **attributes: Any) -> Callable[[F], F]:
+    return click.option(*names, cls=Option, section=section, **attributes)
+
+
+def combine(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator that adds all these options, listed in this order."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+size_options = combine(
+    option(
+        "--patch-size",
+        type=click.IntRange(1),
+        metavar="N",
+        section="Model",
+        help="Pixels along a patch's side, for a .pth file whose weights leave it open.",
+    ),
+    option(
+        "--in-channels",
+        type=click.IntRange(1),
+        metavar="N",
+        section="Model",
+        help="Image channels, for a .pth file whose weights leave it open.",
+    ),
+    option(
+        "--head-dim",
+        type=click.IntRange(1),
+        metavar="N",
+        section="Model",
+        help="Channels of one attention head, for a .pth file where they are not 64.",
+    ),
+)
+
+model_options = combine(
+    option(
+        "-m",
+        "--model",
+        "model_path",
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        section="Model",
+        show_default="the shipped Fashion-MNIST model",
+        help="A checkpoint: .safetensors, or ml-tarflow's .pth.",
+    ),
+    size_options,
+)
+
+device_option = option(
+    "--device",
+    metavar="NAME",
+    section="Machine",
+    show_default="the best there is",
+    help="cpu, cuda, cuda:1, mps.",
+)
+progress_option = option(
+    "--progress/--no-progress",
+    default=None,
+    section="Output",
+    show_default="on a terminal",
+    help="Progress bars on standard error.",
+)
+quiet_option = option("-q", "--quiet", is_flag=True, section="Output", help="Print nothing but errors.")
+json_option = option("--json", "as_json", is_flag=True, section="Output", help="Print the report as JSON.")
+
+
+def load_model(
+    path: str | None,
+    *,
+    patch_size: int | None = None,
+    in_channels: int | None = None,
+    head_dim: int | None = None,
+) -> TarFlow:
+    """The checkpoint at `path`, or the shipped model."""
+    from ..checkpoint import load, load_pretrained
+
+    if path is not None:
+        return load(path, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
+    sizes = {"--patch-size": patch_size, "--in-channels": in_channels, "--head-dim": head_dim}
+    for name, value in sizes.items():
+        if value is not None:
+            raise click.UsageError(f"{name} goes with --model")
+    return load_pretrained()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; without one, the best that a backend runs on."""
+    from ..devices import check_device
+    from ..engine import backends
+
+    if name is None:
+        name = next(status.device for status in backends() if status.available)
+    return check_device(name)
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+    return dtype
+
+
+def show_progress(progress: bool | None, quiet: bool) -> bool:
+    if quiet and progress:
+        raise click.UsageError("--progress and --quiet exclude each other")
+    return sys.stderr.isatty() and not quiet if progress is None else progress
+
+
+def class_labels(text: str, model: TarFlow) -> list[int]:
+    """Labels from "0,3,7" or from class names, in any mixture; a negative number is "no class"."""
+    names: Sequence[str] = [name.casefold() for name in model.metadata.get("class_names", [])]
+    labels = []
+    for word in (part.strip() for part in text.split(",")):
+        if word.casefold() in names:
+            labels.append(names.index(word.casefold()))
+            continue
+        try:
+            labels.append(int(word))
+        except ValueError:
+            known = ", ".join(model.metadata.get("class_names", [])) or "none, so give numbers"
+            raise click.BadParameter(
+                f"there is no class {word!r} (class names of this model: {known})", param_hint="'--labels'"
+            ) from None
+    return labels
+
+
+def print_json(report: dict[str, Any]) -> None:
+    """On one standard output, as strict JSON: a number that is not finite becomes null."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): strict(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [strict(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    click.echo(json.dumps(strict(report), indent=2, allow_nan=False, ensure_ascii=False))

@@ -1,0 +1,133 @@
+"""Pictures of images: 8-bit conversion, grids, PNG and GIF files. Batches are (N, ch, H, W), ch = 1 or 3."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from .checks import check_count, check_number, short
+from .errors import ArgumentError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+PAD_VALUE = 255
+
+PathLike = str | os.PathLike[str]
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """v = round((x + 1) · 127.5), saturated to 0..255.
+
+    images: any shape, floating point, [-1, 1] being black to white. An 8-bit picture holds no more than that,
+    so values outside become black or white. A uint8 tensor comes back as it is.
+    Returns uint8 of the same shape, on the CPU. Raises ArgumentError for other dtypes, infinities and NaNs.
+    """
+    if not isinstance(images, Tensor):
+        raise ArgumentError("images", "a tensor", type(images).__name__)
+    if images.dtype == torch.uint8:
+        return images.detach().cpu()
+    if not images.is_floating_point():
+        raise ArgumentError("images", "a floating-point or uint8 tensor", short(images.dtype))
+    x = images.detach().to("cpu", torch.float32)
+    if not torch.isfinite(x).all():
+        raise ArgumentError("images", "finite values", "a tensor with infinities or NaNs")
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def check_path(argument: str, path: PathLike, suffixes: Sequence[str]) -> Path:
+    """`path` as a file that can be written: a known suffix, an existing folder, not itself a folder."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(argument, "a path", type(path).__name__)
+    out = Path(path)
+    if out.suffix.lower() not in suffixes:
+        raise ArgumentError(argument, "a file name ending in " + " or ".join(suffixes), repr(str(path)))
+    if out.is_dir():
+        raise ArgumentError(argument, "a file", f"the folder {str(path)!r}")
+    if not out.parent.is_dir():
+        raise ArgumentError(argument, "a file in an existing folder", repr(str(path)))
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ArgumentError(argument, "a place that can be written to", repr(str(path)))
+    return out
+
+
+def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int = 1) -> NDArray[np.uint8]:
+    """Images side by side, row after row, with a white frame around each.
+
+    images: (N, ch, H, W) as for `to_uint8`, N >= 1, ch 1 or 3; columns: images in a row, ⌈√N⌉ unless given
+    (cells left over are white); pad: width of the frame in pixels; scale: enlarges each image so many times,
+    its pixels becoming squares. Returns (height, width, ch) uint8, height = rows · (H · scale + pad) + pad.
+    """
+    pixels = to_uint8(images)
+    if pixels.dim() != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
+        raise ArgumentError("images", "shape (N, 1 or 3, H, W), none of them 0", tuple(pixels.shape))
+    count = pixels.shape[0]
+    columns = math.ceil(math.sqrt(count)) if columns is None else check_count("columns", columns)
+    check_count("pad", pad, low=0)
+    check_count("scale", scale)
+    pixels = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    _, ch, height, width = pixels.shape
+    rows = math.ceil(count / columns)
+    cells = torch.full((rows * columns, ch, height + pad, width + pad), PAD_VALUE, dtype=torch.uint8)
+    cells[:count, :, pad:, pad:] = pixels
+    # (rows, columns, ch, h, w) -> (rows · h, columns · w, ch)
+    sheet = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    sheet = torch.nn.functional.pad(sheet, (0, 0, 0, pad, 0, pad), value=PAD_VALUE)
+    out: NDArray[np.uint8] = sheet.numpy()
+    return out
+
+
+def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def save_grid(images: Tensor, path: PathLike, columns: int | None = None, *, pad: int = 2, scale: int = 1) -> Path:
+    """Writes `grid(images, columns, pad, scale)` to a .png or .jpg file, replacing it; returns its path."""
+    out = check_path("path", path, PICTURE_SUFFIXES)
+    _picture(grid(images, columns, pad, scale)).save(out, quality=95)
+    return out
+
+
+def save_png(image: Tensor, path: PathLike, *, scale: int = 1) -> Path:
+    """Writes one image, (ch, H, W) as for `to_uint8`, without a frame; returns its path."""
+    out = check_path("path", path, (".png",))
+    if not isinstance(image, Tensor) or image.dim() != 3:
+        got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ArgumentError("image", "a tensor (1 or 3, H, W)", got)
+    _picture(grid(image[None], 1, 0, scale)).save(out)
+    return out
+
+
+def save_gif(
+    frames: Sequence[Tensor],
+    path: PathLike,
+    columns: int | None = None,
+    *,
+    pad: int = 2,
+    scale: int = 1,
+    seconds: float = 0.25,
+    hold: float = 2.0,
+) -> Path:
+    """Writes an endless animation, one grid a frame; returns its path.
+
+    frames: batches (N, ch, H, W) of one shape, the first shown first; columns, pad, scale: as for `grid`;
+    seconds: how long each frame shows; hold: how long the last one does.
+    """
+    out = check_path("path", path, (".gif",))
+    check_number("seconds", seconds, 0.01)
+    check_number("hold", hold, 0.01)
+    if not isinstance(frames, Sequence) or not frames:
+        raise ArgumentError("frames", "a sequence of at least one batch of images", type(frames).__name__)
+    if any(not isinstance(f, Tensor) or f.shape != frames[0].shape for f in frames):
+        shapes = [tuple(getattr(f, "shape", ())) for f in frames]
+        raise ArgumentError("frames", "tensors of one shape", shapes)
+    pictures = [_picture(grid(f, columns, pad, scale)) for f in frames]
+    durations = [round(seconds * 1000)] * (len(pictures) - 1) + [round(hold * 1000)]
+    pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return out
