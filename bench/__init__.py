@@ -1,0 +1,1 @@
+"""Measurements of tarflow_fast, run from a checkout: `python -m bench --help`."""

@@ -1,0 +1,165 @@
+"""`python -m bench peers`: our sampler against the published model's own `reverse`, same weights, same noise."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from tarflow_fast import Sampler
+from tarflow_fast.noise import latent_noise
+
+from . import limits, machine
+from .cells import CONFIGS, DEFAULT_CONFIGS, Cell, choose_cells, random_model
+from .measure import measure_cell
+from .published import Published
+from .record import Record, short
+from .show import finish, require_matplotlib
+
+BASELINE = "ml-tarflow"
+
+
+def contestants(cell: Cell, published: Published, *, seed: int, compile: bool) -> dict[str, Callable[[], Tensor]]:
+    """The published reverse, under inference_mode as its own scripts run it, and then each of ours."""
+    model = random_model(cell.sizes, seed)
+    theirs = published.model(cell.sizes, model.state_dict())
+    z = latent_noise(seed, range(cell.batch), cell.sizes.num_patches, cell.sizes.token_dim)
+    y = torch.arange(cell.batch) % cell.sizes.num_classes if cell.sizes.num_classes else None
+    reverses = {BASELINE: torch.inference_mode()(theirs.reverse)}
+    reverses["torch"] = Sampler(model, backend="torch", solver="sequential").reverse
+    if compile:
+        torch.compiler.reset()  # else the code of earlier cells counts against torch's limit of recompilations
+        reverses["torch compiled"] = Sampler(model, backend="torch", solver="sequential", compile=True).reverse
+    return {name: functools.partial(run, z, y, guidance=cell.guidance) for name, run in reverses.items()}
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def default_path() -> Path:
+    """A new name for each run, so that none is overwritten."""
+    return machine.ROOT / "bench" / "results" / f"peers-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+
+
+@click.command("peers")
+@click.option(
+    "--ml-tarflow",
+    "checkout",
+    required=True,
+    metavar="PATH",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkout of ml-tarflow; its transformer_flow.py is imported.",
+)
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    type=click.Choice(list(CONFIGS)),
+    default=DEFAULT_CONFIGS,
+    help="Which models; may be given more than once.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1),
+    help="Images at once, instead of the model's own list; may be given more than once.",
+)
+@click.option("--compile", is_flag=True, help="Time our sampler with compile=True too, as a row of its own.")
+@click.option("--threads", type=click.IntRange(1), help="Threads for torch.  [default: as many as it takes itself]")
+@click.option("--repeat", type=click.IntRange(1), default=7, help="Times that each cell's contestants are timed.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    metavar="SECONDS",
+    help="For timing one cell: slow cells are repeated less often, at least once; the record has the count.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and noise.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="Where the record goes, its PNG beside it.  [default: bench/results/peers-DATE-TIME.json]",
+)
+def peers_command(
+    checkout: Path,
+    configs: tuple[str, ...],
+    batches: tuple[int, ...],
+    compile: bool,
+    threads: int | None,
+    repeat: int,
+    budget: float,
+    seed: int,
+    out: Path | None,
+) -> None:
+    """Our sampler against the published model's reverse: same weights, noise, process, threads.
+
+    In fp32 on the CPU. Each cell (a model, a batch, a guidance scale) is first checked: all images finite, and the
+    largest difference at most 2e-4. A cell that fails is not timed, and the exit code is 1. Then the contestants
+    take turns.
+
+    \b
+    Models, with random weights of a trained model's scale:
+      medium  32×32×3, T = 256 tokens, width 256, 4 blocks of 4 layers; batches 1, 64
+      small   28×28×1, T = 49 tokens, width 128, 4 blocks of 4 layers, 10 classes;
+              batches 1, 16, 64, each without guidance and with scale 2
+      tiny    to try the suite itself, in seconds
+
+    \b
+    Columns of the table:
+      seconds, p20-p80  of one pass: the median of n samples, and their spread
+      faster            median over the rounds of ml-tarflow's time / ours
+      GB/s, GFLOP/s     the least memory traffic and arithmetic that the pass needs, over its time
+      of limit          the time that this machine's bandwidth and matrix rate would allow, over its time
+      max error         the largest difference from ml-tarflow's images
+    """
+    out = default_path() if out is None else out
+    if out.suffix != ".json":
+        raise click.BadParameter("the name must end in .json", param_hint="'--out'")
+    require_matplotlib()
+    published = Published.load(checkout)
+    cells = choose_cells(configs, batches)
+    with torch_threads(threads or torch.get_num_threads()):
+        record: Record = {
+            "suite": "peers",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine.describe(),
+            "settings": {
+                "baseline": BASELINE,
+                "baseline_sha256": published.sha256,
+                "threads": torch.get_num_threads(),
+                "device": "cpu",
+                "dtype": "float32",
+                "backend": "torch",
+                "solver": "sequential",
+                "compile": compile,
+                "repeat": repeat,
+                "budget_seconds": budget,
+                "seed": seed,
+            },
+            "limits": limits.measure(
+                size for cell in cells for size in (cell.work.weight_bytes, cell.work.working_set)
+            ),
+            "cells": [],
+        }
+        for number, cell in enumerate(cells, 1):
+            label = ", ".join(f"{column} {short(value)}" for column, value in cell.label.items())
+            click.echo(f"[{number}/{len(cells)}] {label}", err=True)
+            entrants = contestants(cell, published, seed=seed, compile=compile)
+            record["cells"].append(measure_cell(cell, entrants, record["limits"], repeat=repeat, budget=budget))
+    finish(record, out)

@@ -1,0 +1,68 @@
+"""What an inverse pass costs at least: its arithmetic and its memory traffic, against the machine's rates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tarflow_fast import TarFlowConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """flops: multiply and add counted as two. bytes: read and written, weights and KV cache. weight_bytes: of one flow
+    block. working_set: bytes that a block's steps go over again and again, its weights and its whole KV cache."""
+
+    flops: int
+    bytes: int
+    weight_bytes: int
+    working_set: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, itemsize: int = 4) -> Work:
+    """The least work of the sequential inverse of K blocks of T tokens with a KV cache.
+
+    With R = B rows, or 2B when guided, width C, L layers, D values a token, O = 2D outputs a token (D if volume-
+    preserving), s = itemsize bytes a value, and i = 0 … T−2 the token evaluated:
+
+        flops = K Σ_i R [ 2 (D C + 12 L C² + C O) + 4 L C (i+1) ]
+              = K R [ 2 (T−1) (D C + 12 L C² + C O) + 2 L C T (T−1) ]
+        bytes = K Σ_i s [ W + 2 L C R (i+1) + 2 L C R ]
+              = K s [ (T−1) W + L C R T (T−1) + 2 L C R (T−1) ]
+        W     = D C + C + L (12 C² + 13 C) + C O + O
+
+    Per layer 12 C² is qkv (3), proj (1) and the MLP (8); 4 C (i+1) is q kᵀ and p v over i+1 keys. In a step the
+    weights W are read once for the whole batch, the cache up to token i is read, and token i's own keys and values
+    are written. Activations are taken to stay in the nearest cache; norms, softmax, GELU and exp are not counted.
+    """
+    K, L, T = config.num_blocks, config.layers_per_block, config.num_patches
+    C, D = config.channels, config.token_dim
+    out = 2 * D if config.nvp else D
+    rows = 2 * batch if guided else batch
+    matrices = D * C + 12 * L * C * C + C * out
+    weights = matrices + C + 13 * L * C + out
+    flops = K * rows * (2 * (T - 1) * matrices + 2 * L * C * T * (T - 1))
+    cache_traffic = L * C * rows * T * (T - 1) + 2 * L * C * rows * (T - 1)
+    return Work(
+        flops=flops,
+        bytes=K * itemsize * ((T - 1) * weights + cache_traffic),
+        weight_bytes=itemsize * weights,
+        working_set=itemsize * (weights + 2 * L * C * rows * T),
+    )
+
+
+def limit_seconds(work: Work, matrix_rate: float, bandwidth: float) -> float:
+    """max(flops / matrix_rate, bytes / bandwidth): no code can be quicker than the slower of the two.
+
+    matrix_rate: flops per second of a large product. bandwidth: bytes per second read from a buffer of
+    work.working_set bytes, so that a working set that fits in a cache is held to the cache's speed.
+    """
+    return max(work.flops / matrix_rate, work.bytes / bandwidth)
+
+
+def limited_by(work: Work, matrix_rate: float, bandwidth: float) -> str:
+    """ "arithmetic" or "memory": which of the two `limit_seconds` is."""
+    return "arithmetic" if work.flops / matrix_rate > work.bytes / bandwidth else "memory"

@@ -1,0 +1,49 @@
+"""Times taken side by side, and their spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+Clock = Callable[[], float]
+
+
+def alternate(
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    repeat: int,
+    budget: float,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round: A B A B …, in the order given.
+
+    Contestants must be warm: run each once before. repeat: rounds wanted, >= 1. budget: seconds; a round that by the
+    longest one so far would end later is not begun, but the first always runs. So there may be fewer samples than
+    `repeat`; sample i of every contestant is from round i.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    started = clock()
+    longest = 0.0
+    for number in range(repeat):
+        round_started = clock()
+        if number and round_started - started + longest > budget:
+            break
+        for name, run in contestants.items():
+            before = clock()
+            run()
+            samples[name].append(clock() - before)
+        longest = max(longest, clock() - round_started)
+    return samples
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile (linear interpolation)."""
+    p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+def pairwise_ratios(baseline: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """baseline / ours, round by round: how many times faster ours was; drift of the machine cancels."""
+    return [a / b for a, b in zip(baseline, ours, strict=True)]
