@@ -197,18 +197,14 @@ class TestGuidance:
         T = x.shape[1]
         ramp = 2.0 * torch.arange(1, T + 1, dtype=torch.float64).view(1, T, 1) / (T - 1)
         for annealed, g in ((True, ramp), (False, torch.full_like(ramp, 2.0))):
-            guided = reference.guided_parameters(
-                self.weights, 0, x, self.y, annealed_guidance=annealed, **options
-            )
+            guided = reference.guided_parameters(self.weights, 0, x, self.y, annealed_guidance=annealed, **options)
             for out, c, u in zip(guided, cond, free, strict=True):
                 assert_close(out, c + g * (c - u), SAME_F64)
 
     def test_only_what_is_asked(self) -> None:
         cond = reference.affine_parameters(self.weights, 1, self.z, self.y)
         for what, kept in (("a", 1), ("b", 0)):
-            guided = reference.guided_parameters(
-                self.weights, 1, self.z, self.y, guidance=1.0, guide_what=what
-            )
+            guided = reference.guided_parameters(self.weights, 1, self.z, self.y, guidance=1.0, guide_what=what)
             assert torch.equal(guided[kept], cond[kept])
             assert not torch.allclose(guided[1 - kept], cond[1 - kept])
 
