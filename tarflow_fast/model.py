@@ -85,13 +85,21 @@ class FlowBlock(nn.Module):
         self.flip = flip
         self.nvp = config.nvp
         self.proj_in = nn.Linear(D, C)
-        self.pos_embed = nn.Parameter(torch.randn(T, C) * 1e-2)
-        self.class_embed = nn.Parameter(torch.randn(config.num_classes, 1, C) * 1e-2) if config.num_classes else None
+        self.pos_embed = nn.Parameter(torch.empty(T, C))
+        self.class_embed = nn.Parameter(torch.empty(config.num_classes, 1, C)) if config.num_classes else None
         self.attn_blocks = nn.ModuleList([AttentionBlock(C, config.head_dim) for _ in range(config.layers_per_block)])
         self.proj_out = nn.Linear(C, 2 * D if config.nvp else D)
-        nn.init.zeros_(self.proj_out.weight)
         # Unused here (attention is causal by flag); kept so that the state dict is ml-tarflow's.
-        self.register_buffer("attn_mask", torch.ones(T, T).tril_())
+        self.register_buffer("attn_mask", torch.ones(T, T))
+        if not self.pos_embed.is_meta:  # a model without storage, for its shapes alone, needs no values
+            self._initialise()
+
+    def _initialise(self) -> None:
+        for embedding in (self.pos_embed, self.class_embed):
+            if embedding is not None:
+                nn.init.normal_(embedding, std=1e-2)
+        nn.init.zeros_(self.proj_out.weight)
+        self.attn_mask.tril_()
 
     def _class_embedding(self, y: Tensor | None) -> Tensor | None:
         """(B, 1, C), or (1, C) without labels: the label's embedding, the mean of all for a label < 0."""

@@ -308,14 +308,16 @@ def test_the_check_is_against_the_first_and_at_the_tolerance() -> None:
 def test_peers_end_to_end(tmp_path: Path, quick: None) -> None:
     threads = torch.get_num_threads()
     out = tmp_path / "run.json"
-    result = peers(stand_in(tmp_path), out, "--threads", "1", "--batch", "3")
+    result = peers(stand_in(tmp_path), out, "--threads", str(threads + 1), "--batch", "3")
     assert result.exit_code == 0, result.output
     assert torch.get_num_threads() == threads
     made = record.read(out)
-    assert made["settings"]["threads"] == 1
+    assert made["settings"]["threads"] == threads + 1
     assert [(cell["label"]["batch"], cell["label"]["guidance"]) for cell in made["cells"]] == [(3, 0), (3, 2)]
     seen = sys.modules["ml_tarflow_transformer_flow"].seen
     assert seen == [(3, True, 0.0)] * 4 + [(3, True, 2.0)] * 4  # the check, and three rounds
+    unguided, guided = (cell["work"]["flops"] for cell in made["cells"])
+    assert guided == 2 * unguided
     for cell in made["cells"]:
         assert cell["check"]["passed"]
         assert 0 < cell["check"]["max_error"] <= TOLERANCE
