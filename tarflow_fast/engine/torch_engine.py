@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from ..model import stream_dtype
 from .contract import BlockState, Condition, Progress, embedding_rows
+from .torch_linear import Linear
 from .weights import BlockWeights, LayerWeights
-
-_W = TypeVar("_W", BlockWeights, LayerWeights)
 
 # torch.compile wants fixed shapes: a compiled step attends to a whole multiple of this many tokens, masked.
 COMPILED_KEYS = 128
@@ -27,26 +25,48 @@ class _Cache:
     query_scale: Tensor | None  # (R, 1, 1, 1), 1/attn_temp in the unguided half; None when 1 everywhere
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """One transformer layer: products in the engine's dtype; norms, which meet the residual stream, in its dtype."""
+
+    norm1: tuple[Tensor, Tensor]
+    qkv: Linear
+    proj: Linear
+    norm2: tuple[Tensor, Tensor]
+    fc1: Linear  # with GELU
+    fc2: Linear
+
+
 class TorchEngine:
     """BlockEngine in plain PyTorch. dtype: of weights and cache; the residual stream is fp32 (fp64 for float64)."""
 
     def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype, compile: bool = False):
         self.config = weights.config
         self.device, self.dtype, self.stream = device, dtype, stream_dtype(dtype)
-        self.weights = self._pack(weights)
-        self.layers = [self._pack(layer) for layer in weights.layers]
+        self.compile = compile
+        self.position = self._in_stream(weights.position)
+        self.classes = None if weights.classes is None else self._in_stream(weights.classes)
+        self.proj_in = self._linear(weights.proj_in_weight, weights.proj_in_bias)
+        self.layers = [self._layer(layer) for layer in weights.layers]
+        self.proj_out = self._linear(weights.proj_out_weight, weights.proj_out_bias)
         self._compiled = torch.compile(self._transformer, dynamic=False) if compile else None
 
-    def _pack(self, weights: _W) -> _W:
-        """Linear weights in the chosen dtype; norms and embeddings, which meet the residual stream, in its dtype."""
-        packed = {}
-        for field in fields(weights):
-            value = getattr(weights, field.name)
-            if isinstance(value, Tensor):
-                in_stream = field.name.startswith(("norm", "position", "classes"))
-                value = value.to(self.device, self.stream if in_stream else self.dtype).contiguous()
-            packed[field.name] = value
-        return type(weights)(**packed)
+    def _in_stream(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.stream).contiguous()
+
+    def _linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
+        to = (self.device, self.dtype)
+        return Linear(weight.to(*to), bias.to(*to), gelu=gelu, fused=not self.compile)
+
+    def _layer(self, w: LayerWeights) -> _Layer:
+        return _Layer(
+            norm1=(self._in_stream(w.norm1_weight), self._in_stream(w.norm1_bias)),
+            qkv=self._linear(w.qkv_weight, w.qkv_bias),
+            proj=self._linear(w.proj_weight, w.proj_bias),
+            norm2=(self._in_stream(w.norm2_weight), self._in_stream(w.norm2_bias)),
+            fc1=self._linear(w.fc1_weight, w.fc1_bias, gelu=True),
+            fc2=self._linear(w.fc2_weight, w.fc2_bias),
+        )
 
     def begin(self, z: Tensor, condition: Condition) -> BlockState:
         config, guidance = self.config, condition.guidance
@@ -54,9 +74,9 @@ class TorchEngine:
         R = 2 * B if guidance.active else B
         z = z.to(self.device, self.stream)
         embedding = None
-        if self.weights.classes is not None:
+        if self.classes is not None:
             rows = embedding_rows(condition, B, config.num_classes, self.device)
-            embedding = self.weights.classes[rows].unsqueeze(1)
+            embedding = self.classes[rows].unsqueeze(1)
         query_scale = None
         if guidance.active and guidance.attn_temp != 1.0:
             query_scale = torch.ones(R, 1, 1, 1, device=self.device, dtype=self.dtype)
@@ -81,7 +101,7 @@ class TorchEngine:
         step = 16 * C * self.stream.itemsize  # the activations of one token
         return rows * (cache + step) + 4 * T * config.token_dim * self.stream.itemsize
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
         T = state.x.shape[1]
         schedule = state.condition.guidance.schedule(T)
@@ -100,16 +120,14 @@ class TorchEngine:
         mask = keys <= keys[start - 1 :, None]  # query j of the window sees the prefix and the window up to itself
         with torch.autocast(self.device.type, enabled=False):
             window = slice(start - 1, stop - 1)
-            out = self._transformer(
-                state.cache, state.x[:, window], self.weights.position[window], window, stop - 1, mask
-            )
+            out = self._transformer(state.cache, state.x[:, window], self.position[window], window, stop - 1, mask)
             before = state.x[:, start:stop].clone()
             self._affine(state, out, scale.to(self.device).view(1, W, 1), start, stop)
             return (state.x[:, start:stop] - before).abs().amax(-1)
 
     def _evaluate(self, state: BlockState, i: int) -> Tensor:
         window = slice(i, i + 1)
-        return self._transformer(state.cache, state.x[:, window], self.weights.position[window], window, i + 1, None)
+        return self._transformer(state.cache, state.x[:, window], self.position[window], window, i + 1, None)
 
     def _evaluate_compiled(self, state: BlockState, i: int) -> Tensor:
         """The same with the position in a tensor, so that one compiled step serves many positions."""
@@ -118,7 +136,7 @@ class TorchEngine:
         index = torch.tensor([i], device=self.device)
         keys = min(T, -(-(i + 1) // COMPILED_KEYS) * COMPILED_KEYS)
         mask = (torch.arange(keys, device=self.device) <= index).unsqueeze(0)
-        x, position = state.x[:, i : i + 1].clone(), self.weights.position[i : i + 1].clone()
+        x, position = state.x[:, i : i + 1].clone(), self.position[i : i + 1].clone()
         out: Tensor = self._compiled(state.cache, x, position, index, keys, mask)
         return out
 
@@ -138,26 +156,25 @@ class TorchEngine:
         """
         dtype, R, W = self.dtype, cache.rows, x.shape[1]
         H, d = self.config.num_heads, self.config.head_dim
-        w = self.weights
-        h = F.linear(x.to(dtype), w.proj_in_weight, w.proj_in_bias).to(self.stream) + position
-        if h.shape[0] != R:  # guided: both branches read the same tokens
+        B, _, D = x.shape
+        h = self.proj_in(x.to(dtype).reshape(B * W, D)).to(self.stream).view(B, W, -1) + position
+        if B != R:  # guided: both branches read the same tokens
             h = h.repeat(2, 1, 1)
         if cache.embedding is not None:
             h = h + cache.embedding
-        h = h.reshape(R * W, -1)  # the residual stream, (R·W, C)
+        h = h.view(R * W, -1)  # the residual stream, (R·W, C)
+        width = (h.shape[1],)
         for layer, keys_values in zip(self.layers, cache.keys_values, strict=True):
-            a = F.layer_norm(h, (h.shape[1],), layer.norm1_weight, layer.norm1_bias).to(dtype)
-            qkv = F.linear(a, layer.qkv_weight, layer.qkv_bias).view(R, W, 3, H, d).permute(2, 0, 3, 1, 4)
+            a = torch.layer_norm(h, width, *layer.norm1).to(dtype)
+            qkv = layer.qkv(a).view(R, W, 3, H, d).permute(2, 0, 3, 1, 4)
             keys_values[:, :, :, window] = qkv[1:]
             q = qkv[0] if cache.query_scale is None else qkv[0] * cache.query_scale
             k, v = keys_values[:, :, :, :keys]
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (R, H, W, d)
-            a = a.transpose(1, 2).reshape(R * W, -1)
-            h = h + F.linear(a, layer.proj_weight, layer.proj_bias)
-            a = F.layer_norm(h, (h.shape[1],), layer.norm2_weight, layer.norm2_bias).to(dtype)
-            a = F.gelu(F.linear(a, layer.fc1_weight, layer.fc1_bias))
-            h = h + F.linear(a, layer.fc2_weight, layer.fc2_bias)
-        return F.linear(h.to(dtype), w.proj_out_weight, w.proj_out_bias).to(self.stream).view(R, W, -1)
+            h = h + layer.proj(a.transpose(1, 2).reshape(R * W, -1))
+            a = torch.layer_norm(h, width, *layer.norm2).to(dtype)
+            h = h + layer.fc2(layer.fc1(a))
+        return self.proj_out(h.to(dtype)).to(self.stream).view(R, W, -1)
 
     def _affine(self, state: BlockState, out: Tensor, scale: float | Tensor, start: int, stop: int) -> None:
         """Guide and apply x = z · exp(xa) + xb to tokens [start, stop), out: (R, W, 2D or D) from the tokens before."""
