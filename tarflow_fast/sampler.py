@@ -128,7 +128,7 @@ class Sampler:
         self.device = check_device(model.device if device is None else device)
         self.dtype = check_dtype(model.dtype if dtype is None else dtype, self.device)
         compile = check_compile(compile, self.device)
-        self.backend, self.backend_reason = choose_backend(backend, self.device)
+        self.backend, self.backend_reason = choose_backend(backend, self.device, self.dtype, compile)
         self.solver = choose_solver(solver)
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)

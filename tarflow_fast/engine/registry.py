@@ -13,10 +13,11 @@ from ..checks import check_choice
 from ..devices import device_missing
 from ..errors import ArgumentError, BackendError
 from .contract import BlockEngine
+from .cpu_engine import CpuEngine, choose_instruction_set, cpu_missing
 from .torch_engine import TorchEngine
 from .weights import BlockWeights
 
-BACKENDS = ("torch",)
+BACKENDS = ("cpu", "torch")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class BackendStatus:
 
 def backends() -> list[BackendStatus]:
     """Every backend on every kind of device, best first, with the reason why it can or cannot run here."""
-    found = []
+    found = [_cpu_status()]
     for kind in ("cuda", "mps", "cpu"):
         missing = device_missing(kind)
         if missing is None:
@@ -43,6 +44,14 @@ def backends() -> list[BackendStatus]:
         else:
             found.append(BackendStatus("torch", kind, False, missing))
     return found
+
+
+def _cpu_status() -> BackendStatus:
+    missing = cpu_missing()
+    if missing is not None:
+        return BackendStatus("cpu", "cpu", False, missing)
+    why = f"native engine, {choose_instruction_set()}, {torch.get_num_threads()} threads; float32 and bfloat16"
+    return BackendStatus("cpu", "cpu", True, why)
 
 
 def check_compile(compile: object, device: torch.device) -> bool:
@@ -54,16 +63,27 @@ def check_compile(compile: object, device: torch.device) -> bool:
     return compile
 
 
-def choose_backend(backend: str, device: torch.device) -> tuple[str, str]:
-    """(name, why) of the backend that serves this request."""
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, compile: bool) -> tuple[str, str]:
+    """(name, why) of the backend that serves this request. Raises BackendError if the one asked for cannot."""
     check_choice("backend", backend, ("auto", *BACKENDS))
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise BackendError(f"backend 'cpu' cannot run on {device}; use device='cpu', or backend='torch'")
+        missing = cpu_missing(dtype, compile)
+        if missing is not None:
+            raise BackendError(f"backend 'cpu' cannot be had: {missing}")
     if backend != "auto":
         return backend, "asked for"
-    return "torch", f"the best available on {device.type}"
+    if device.type != "cpu":
+        return "torch", f"the best available on {device.type}"
+    missing = cpu_missing(dtype, compile)
+    return ("cpu", "the best available on cpu") if missing is None else ("torch", missing)
 
 
 def make_engine(
     backend: str, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype, compile: bool
 ) -> BlockEngine:
     """The engine of one flow block; `backend` is a name that `choose_backend` gave."""
+    if backend == "cpu":
+        return CpuEngine(weights, dtype=dtype)
     return TorchEngine(weights, device=device, dtype=dtype, compile=compile)

@@ -1,0 +1,84 @@
+// One query against the cached keys of its row and head: online softmax over chunks of 128 keys.
+
+constexpr int CHUNK = 128;
+
+// s[b·VW + lane] = q · key, for N blocks of VW keys. Keys lie transposed, so that no sum runs across lanes.
+template <class M, int N>
+INLINE void scores(const typename M::act* q, const typename M::weight* keys, int64_t d, float* s) {
+  vf acc[N];
+  UNROLL for (int b = 0; b < N; b++) acc[b] = vf{};
+  const int64_t block = d * VW;
+  for (int64_t i = 0; i < d; i += M::depth, keys += M::depth * VW) {
+    if constexpr (M::depth == 1) {
+      vf x = splat(q[i]);
+      UNROLL for (int b = 0; b < N; b++) acc[b] += x * load(keys + b * block);
+    } else {
+#if TARFLOW_DOT
+      int32_t pair;
+      __builtin_memcpy(&pair, q + i, 4);
+      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      UNROLL for (int b = 0; b < N; b++)
+        acc[b] = (vf)_mm512_dpbf16_ps((__m512)acc[b], x, (__m512bh)load_u32(keys + b * block));
+#else
+      vf x0 = splat(q[i]), x1 = splat(q[i + 1]);
+      UNROLL for (int b = 0; b < N; b++) {
+        vu pair = load_u32(keys + b * block);
+        acc[b] += x0 * low_half(pair);
+        acc[b] += x1 * high_half(pair);
+      }
+#endif
+    }
+  }
+  UNROLL for (int b = 0; b < N; b++) store(s + b * VW, acc[b]);
+}
+
+// out[0 … N·VW) = out · keep + Σ_j p_j V_j: even and odd keys apart, to hide the latency of the sums.
+template <int N, class W>
+INLINE void weigh(const float* p, const W* values, int64_t d, int64_t keys, float keep, float* out) {
+  vf even[N], odd[N];
+  UNROLL for (int v = 0; v < N; v++) even[v] = keep * load(out + v * VW), odd[v] = vf{};
+  int64_t j = 0;
+  for (; j + 2 <= keys; j += 2) {
+    UNROLL for (int v = 0; v < N; v++) even[v] += p[j] * load(values + j * d + v * VW);
+    UNROLL for (int v = 0; v < N; v++) odd[v] += p[j + 1] * load(values + (j + 1) * d + v * VW);
+  }
+  if (j < keys) UNROLL for (int v = 0; v < N; v++) even[v] += p[j] * load(values + j * d + v * VW);
+  UNROLL for (int v = 0; v < N; v++) store(out + v * VW, even[v] + odd[v]);
+}
+
+// out (d) = softmax(scale · q Kᵀ) V over the first `count` keys. d: a multiple of 16; scratch: d floats.
+template <class M>
+void attend(const typename M::act* q, const typename M::weight* keys, const typename M::weight* values, int64_t d,
+            int64_t count, float scale, float* scratch, typename M::act* out) {
+  alignas(64) float s[CHUNK];
+  for (int64_t v = 0; v < d; v += VW) store(scratch + v, vf{});
+  float highest = -__builtin_inff();
+  vf total = vf{};
+  for (int64_t start = 0; start < count; start += CHUNK) {
+    const int64_t n = count - start < CHUNK ? count - start : CHUNK, blocks = (n + VW - 1) / VW;
+    int64_t b = 0;
+    for (; b + 4 <= blocks; b += 4) scores<M, 4>(q, keys + (start + b * VW) * d, d, s + b * VW);
+    for (; b < blocks; b++) scores<M, 1>(q, keys + (start + b * VW) * d, d, s + b * VW);
+    vf most = splat(-__builtin_inff());
+    for (b = 0; b < blocks; b++) {
+      vf x = scale * load(s + b * VW);
+      x = lanes() < (int32_t)(n - b * VW) ? x : splat(-__builtin_inff());  // keys beyond are not yet written
+      store(s + b * VW, x);
+      most = vmax(most, x);
+    }
+    const float chunk_highest = largest(most), before = highest;
+    highest = chunk_highest > before ? chunk_highest : before;
+    const float keep = start == 0 ? 0.0f : __builtin_expf(before - highest);
+    total = total * keep;
+    for (b = 0; b < blocks; b++) {
+      vf p = exp_negative(load(s + b * VW) - highest);
+      store(s + b * VW, p);
+      total += p;
+    }
+    int64_t v = 0;
+    for (; v + 4 * VW <= d; v += 4 * VW) weigh<4>(s, values + start * d + v, d, n, keep, scratch + v);
+    for (; v < d; v += VW) weigh<1>(s, values + start * d + v, d, n, keep, scratch + v);
+  }
+  const float inverse = 1.0f / sum(total);
+  for (int64_t v = 0; v < d; v += VW) store(out + v, inverse * load(scratch + v));
+}

@@ -1,0 +1,95 @@
+// What Python sees. Tensors come as addresses: Python owns and checks them, and keeps them alive for the call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "engine.h"
+
+namespace py = pybind11;
+using namespace tarflow;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// weights: proj_in (weight, bias), position, proj_out (weight, bias), then each layer's twelve tensors, all fp32.
+Engine make(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, int64_t layers, bool affine,
+            const std::vector<Address>& weights, bool bf16, const std::string& instruction_set) {
+  if (static_cast<int64_t>(weights.size()) != 5 + 12 * layers) throw std::invalid_argument("wrong number of weights");
+  const auto next = [at_ = weights.begin()]() mutable { return at<const float>(*at_++); };
+  auto take = next;
+  Source source{};
+  for (const float** p : {&source.in_weight, &source.in_bias, &source.position, &source.out_weight, &source.out_bias})
+    *p = take();
+  for (int64_t i = 0; i < layers; i++) {
+    LayerSource l{};
+    for (const float** p : {&l.norm1_weight, &l.norm1_bias, &l.qkv_weight, &l.qkv_bias, &l.proj_weight, &l.proj_bias,
+                            &l.norm2_weight, &l.norm2_bias, &l.fc1_weight, &l.fc1_bias, &l.fc2_weight, &l.fc2_bias})
+      *p = take();
+    source.layers.push_back(l);
+  }
+  const py::gil_scoped_release release;
+  return Engine({channels, head_dim, tokens, token_dim, layers, affine}, source, bf16, kernels_named(instruction_set));
+}
+
+// Runs without the GIL. A signal's handler, and progress, run on this thread about every 50 ms; what they raise ends the
+// pass and is raised here.
+void run(const Engine& engine, Address z, Address input, Address x, Address token_log_det, Address change,
+         Address keys_values, Address embedding, Address guidance, bool guide_a, bool guide_b, float unguided_scale,
+         int64_t samples, int64_t start, int64_t stop, bool sequential, int threads, const py::object& progress) {
+  const Batch batch{at<const float>(z), at<const float>(input), at<float>(x), at<float>(token_log_det),
+                    at<float>(change), start, stop - start, at<void>(keys_values), at<const float>(embedding),
+                    at<const float>(guidance), guide_a, guide_b, unguided_scale, samples};
+  std::exception_ptr raised;
+  const auto hook = [&](int64_t steps) {
+    const py::gil_scoped_acquire acquire;
+    try {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (steps > 0 && !progress.is_none()) progress(steps);
+    } catch (...) {
+      raised = std::current_exception();
+      return false;
+    }
+    return true;
+  };
+  {
+    const py::gil_scoped_release release;
+    engine.run(batch, start, stop, sequential, threads, hook);
+  }
+  if (raised) std::rethrow_exception(raised);
+}
+
+// (name, whether it can be used here), worst first
+std::vector<std::pair<std::string, bool>> list_instruction_sets() {
+  std::vector<std::pair<std::string, bool>> out;
+  for (const InstructionSet& set : instruction_sets()) out.emplace_back(set.kernels->name, set.usable);
+  return out;
+}
+
+void elementary(const std::string& name, const std::string& instruction_set, Address x, Address out, int64_t n) {
+  const Kernels& kernels = kernels_named(instruction_set);
+  (name == "gelu" ? kernels.gelu : kernels.exp)(at<const float>(x), at<float>(out), n);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The native CPU engine; see tarflow_fast/engine/cpu_engine.py.";
+  m.def("instruction_sets", &list_instruction_sets);
+  m.def("elementary", &elementary);
+  py::class_<Engine>(m, "Engine")
+      .def(py::init(&make))
+      .def("run", &run)
+      .def_property_readonly("cache_elements", &Engine::cache_elements)
+      .def_property_readonly("channel_stride", &Engine::channel_stride)
+      .def_property_readonly("packed_bytes", &Engine::packed_bytes);
+}

@@ -1,0 +1,164 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <utility>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "pack.h"
+#include "threads.h"
+
+namespace tarflow {
+
+namespace {
+
+constexpr int64_t TEAM_ROWS = 8;    // a thread with fewer rows to itself shares rows and divides columns
+constexpr int64_t GROUP_ROWS = 96;  // rows that one evaluation takes at most
+constexpr auto HOOK_INTERVAL = std::chrono::milliseconds(50);
+
+// Strides are a whole number of vectors of every width, and never a power of two.
+int64_t stride(int64_t n) { return round_up(n, 32) + 16; }
+
+struct Share {
+  int64_t first, count;
+};
+
+// Part i of n in as many.
+Share part(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts - n * i / parts}; }
+
+// Threads that work on the same rows, and their scratch.
+struct Team {
+  Team(const Block& b, int64_t rows, int64_t size) : barrier(static_cast<int>(size)), workers(size) {
+    const int64_t shared = rows * (b.channel_stride + 2 * b.attention_stride + b.hidden_stride + b.out_stride);
+    const int64_t own = rows * (b.channel_stride + b.in_stride) + round_up(b.head_dim, 16);
+    memory = allocate((shared + size * own) * sizeof(float));
+    float* at = static_cast<float*>(memory.get());
+    const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
+    Worker all{};
+    all.size = size;
+    all.barrier = &barrier;
+    all.stream = take(rows * b.channel_stride);
+    all.query = take(rows * b.attention_stride);
+    all.attended = take(rows * b.attention_stride);
+    all.hidden = take(rows * b.hidden_stride);
+    all.out = take(rows * b.out_stride);
+    for (int64_t rank = 0; rank < size; rank++) {
+      all.rank = rank;
+      all.normed = take(rows * b.channel_stride);
+      all.gathered = take(rows * b.in_stride);
+      all.scratch = take(round_up(b.head_dim, 16));
+      workers[rank] = all;
+    }
+  }
+
+  Barrier barrier;
+  std::vector<Worker> workers;
+  Memory memory;
+  std::atomic<bool> stop[2] = {};  // what the leader decided before an even and an odd step
+};
+
+}  // namespace
+
+void Free::operator()(void* p) const { std::free(p); }
+
+Memory allocate(size_t bytes) {
+  constexpr size_t huge = size_t{2} << 20;
+  const size_t alignment = bytes >= huge ? huge : 64;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  void* p = std::aligned_alloc(alignment, bytes);
+  if (p == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (alignment == huge) madvise(p, bytes, MADV_HUGEPAGE);  // only a hint
+#endif
+  return Memory(p);
+}
+
+Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& kernels)
+    : layers_(s.layers), step_(bf16 ? kernels.step_bf16 : kernels.step_f32) {
+  const int64_t width = 2 * kernels.vector;
+  block_.channels = s.channels;
+  block_.heads = s.channels / s.head_dim;
+  block_.head_dim = round_up(s.head_dim, 16);
+  block_.unit_panels = round_up(block_.head_dim, width) / width;
+  block_.tokens = s.tokens;
+  block_.key_tokens = round_up(s.tokens, kernels.vector);
+  block_.token_dim = s.token_dim;
+  block_.out_dim = s.affine ? 2 * s.token_dim : s.token_dim;
+  block_.layers = s.layers;
+  block_.affine = s.affine;
+  block_.bf16 = bf16;
+  block_.attention_scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
+  block_.channel_stride = stride(s.channels);
+  block_.attention_stride = stride(block_.heads * block_.head_dim);
+  block_.hidden_stride = stride(4 * s.channels);
+  block_.out_stride = stride(block_.out_dim);
+  block_.in_stride = stride(s.token_dim);
+  memory_ = pack(block_, layers_, s, source, width, packed_bytes_);
+  block_.layer = layers_.data();
+}
+
+int64_t Engine::cache_elements() const {
+  return block_.layers * block_.heads * 2 * block_.key_tokens * block_.head_dim;
+}
+
+bool Engine::run(const Batch& batch, int64_t start, int64_t stop, bool sequential, int threads, const Hook& hook) const {
+  const int64_t branches = batch.guidance ? 2 : 1, positions = stop - start;
+  const int64_t rows = batch.samples * branches * (sequential ? 1 : positions);
+  // As many teams as divide the threads and the samples and still have TEAM_ROWS rows each.
+  int64_t teams = threads;
+  while (teams > 1 && (threads % teams != 0 || teams > batch.samples || rows / teams < TEAM_ROWS)) teams--;
+
+  const int64_t most_samples = std::max<int64_t>(GROUP_ROWS / branches, 1);
+  std::vector<std::unique_ptr<Team>> team;
+  std::vector<int64_t> groups(teams), width(teams);
+  for (int64_t i = 0; i < teams; i++) {
+    const int64_t samples = part(batch.samples, i, teams).count;
+    groups[i] = (samples + most_samples - 1) / most_samples;
+    const int64_t largest = (samples + groups[i] - 1) / groups[i];
+    width[i] = sequential ? 1 : std::clamp<int64_t>(GROUP_ROWS / (largest * branches), 1, positions);
+    team.push_back(std::make_unique<Team>(block_, largest * branches * width[i], threads / teams));
+  }
+
+  std::atomic<bool> stopped{false};
+  auto last = std::chrono::steady_clock::now();
+  int64_t reported = 0;
+  const auto attend_to_caller = [&](int64_t done) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last < HOOK_INTERVAL) return;
+    if (!stopped.load(std::memory_order_relaxed) && !hook(done - reported)) stopped.store(true);
+    reported = std::max(done, reported);
+    last = std::chrono::steady_clock::now();
+  };
+
+  const auto job = [&](int thread) {
+    const int64_t t = thread / (threads / teams);
+    Team& mine = *team[t];
+    const Worker& worker = mine.workers[thread % (threads / teams)];
+    const Share samples = part(batch.samples, t, teams);
+    unsigned parity = 0;
+    for (int64_t group = 0; group < groups[t]; group++) {
+      const Share some = part(samples.count, group, groups[t]);
+      for (int64_t token = start - 1; token < stop - 1; token += width[t], parity ^= 1) {
+        if (worker.rank == 0) mine.stop[parity].store(stopped.load(std::memory_order_relaxed));
+        step_(block_, batch, worker, samples.first + some.first, some.count, token,
+              std::min(width[t], stop - 1 - token));
+        if (thread == 0) attend_to_caller((group * positions + token + 2 - start) / groups[t]);
+        if (mine.stop[parity].load()) return;
+      }
+    }
+  };
+  Pool::instance().run(threads, job, [&] {
+    attend_to_caller(reported);
+    return !stopped;
+  });
+  if (!stopped && reported < positions) stopped = !hook(positions - reported);
+  return !stopped;
+}
+
+}  // namespace tarflow

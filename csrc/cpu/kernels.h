@@ -1,0 +1,88 @@
+// What the engine hands to the kernels of one instruction set: packed weights, a batch, scratch memory.
+// Plain data only: this header is compiled for several instruction sets, and an inline function shared between them
+// could be linked in a version that the machine does not have.
+#pragma once
+
+#include <cstdint>
+
+namespace tarflow {
+
+class Barrier;
+
+// y = x Wᵀ + b. Columns of y are packed in panels of two vectors: fp32 [panel][k][width], bf16 [panel][k/2][width][2].
+// Rows of W beyond the true number of columns are zero, and so is their bias.
+struct Linear {
+  const void* weight;
+  const float* bias;
+  int64_t k, panels;
+};
+
+struct Layer {
+  Linear qkv;  // columns in units of one head: q, k, v of head 0, then of head 1 …; each unit in whole panels
+  Linear proj, fc1, fc2;
+};
+
+// One flow block. Strides are in elements and padded: rows of activations must not share the sets of the L1 cache.
+struct Block {
+  int64_t channels, heads, tokens, token_dim;
+  int64_t head_dim;      // padded to a multiple of 16; the padding of q, k and v is zero
+  int64_t unit_panels;   // panels of one head's q, k or v
+  int64_t key_tokens;    // tokens padded to a multiple of the vector width
+  int64_t out_dim;       // 2D, or D for volume-preserving blocks
+  int64_t layers;
+  bool affine, bf16;
+  float attention_scale;
+  const Layer* layer;
+  Linear in, out;         // fp32 in every mode: few bytes, and they carry x itself
+  const float* position;  // (T, channel_stride)
+  int64_t channel_stride, attention_stride, hidden_stride, out_stride, in_stride;
+};
+
+// A batch of B samples; cache rows R = B, or 2B when guided: conditional rows first.
+struct Batch {
+  const float* z;          // (B, T, D)
+  const float* input;      // (B, T, D), the tokens that are read: x itself in the sequential pass
+  float* x;                // (B, T, D), the tokens that are written
+  float* token_log_det;    // (B, T)
+  float* change;           // (B, change_tokens) or null: largest change of each token from change_start on
+  int64_t change_start, change_tokens;
+  void* keys_values;       // [layer][R][head][K | V]; K [key_tokens/VW][d][VW] (bf16: [d/2][VW][2]), V [token][d]
+  const float* embedding;  // (R, channel_stride) or null
+  const float* guidance;   // g_i for i = 0 … T−2, or null
+  bool guide_a, guide_b;
+  float unguided_scale;    // 1 / attn_temp
+  int64_t samples;
+};
+
+// One thread of a team, and the team's scratch. A team works on the same rows: it divides columns and heads.
+struct Worker {
+  int64_t rank, size;
+  Barrier* barrier;
+  float *stream, *query, *attended, *hidden, *out;  // shared by the team
+  float *normed, *gathered, *scratch;               // its own
+};
+
+// Evaluates the transformer on tokens [token, token + width) of the samples [first, first + count), writes their keys
+// and values, and makes tokens [token + 1, token + width + 1) of x.
+using Step = void (*)(const Block&, const Batch&, const Worker&, int64_t first, int64_t count, int64_t token,
+                      int64_t width);
+
+struct Kernels {
+  const char* name;
+  int64_t vector;  // VW, fp32 lanes; a panel has 2·VW columns
+  Step step_f32, step_bf16;
+  // For tests of the parts: out[i] = GELU(x[i]) and out[i] = exp(x[i]), n a multiple of 16.
+  void (*gelu)(const float* x, float* out, int64_t n);
+  void (*exp)(const float* x, float* out, int64_t n);
+};
+
+// Null where the compiler's target has no such instructions.
+extern const Kernels* const kernels_portable;
+extern const Kernels* const kernels_avx2;
+extern const Kernels* const kernels_avx512;
+extern const Kernels* const kernels_avx512_bf16;
+
+// Called by the kernels; lives in threads.cpp, so that no atomic is inlined into code for one instruction set.
+void wait_at(Barrier* barrier);
+
+}  // namespace tarflow

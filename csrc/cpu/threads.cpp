@@ -1,0 +1,123 @@
+#include "threads.h"
+
+#include <chrono>
+#ifndef _WIN32
+#include <unistd.h>
+#endif
+
+#include "kernels.h"
+
+namespace tarflow {
+
+namespace {
+
+constexpr int SPINS = 4000;
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins, then yields, until ready() or until `patience` has passed; whether it was ready.
+template <class Ready>
+bool await(const Ready& ready, std::chrono::microseconds patience) {
+  for (int i = 0; i < SPINS; i++) {
+    if (ready()) return true;
+    pause_briefly();
+  }
+  const auto end = std::chrono::steady_clock::now() + patience;
+  while (!ready()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+constexpr std::chrono::microseconds LINGER{200};  // between two flow blocks a sampler needs about this long
+
+}  // namespace
+
+void Barrier::wait() {
+  const uint32_t phase = phase_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  const auto moved_on = [&] { return phase_.load(std::memory_order_acquire) != phase; };
+  while (!await(moved_on, std::chrono::seconds(1))) {}
+}
+
+void wait_at(Barrier* barrier) { barrier->wait(); }
+
+Pool& Pool::instance() {
+  static std::mutex guard;
+  static Pool* pool = nullptr;  // never destroyed: its threads end with the process
+  static int owner = 0;
+  const std::lock_guard<std::mutex> lock(guard);
+  const int process = static_cast<int>(getpid());
+  if (pool == nullptr || owner != process) {
+    pool = new Pool;
+    owner = process;
+  }
+  return *pool;
+}
+
+void Pool::run(int threads, const Job& job, const Idle& idle) {
+  if (threads == 1) {
+    job(0);
+    return;
+  }
+  std::unique_lock<std::timed_mutex> turn(turn_, std::defer_lock);
+  while (!turn.try_lock_for(std::chrono::milliseconds(20)))
+    if (!idle()) return;
+  while (static_cast<int>(workers_.size()) < threads - 1) {
+    const int rank = static_cast<int>(workers_.size()) + 1;
+    workers_.emplace_back([this, rank] { work(rank); });
+    workers_.back().detach();
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    job_ = &job;
+    wanted_ = threads;
+    running_.store(threads - 1, std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+  }
+  wake_.notify_all();
+  job(0);
+  const auto finished = [&] { return running_.load(std::memory_order_acquire) == 0; };
+  if (!await(finished, LINGER)) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!done_.wait_for(lock, std::chrono::milliseconds(20), finished)) {
+      lock.unlock();
+      idle();
+      lock.lock();
+    }
+  }
+}
+
+void Pool::work(int rank) {
+  uint64_t seen = 0;
+  for (;;) {
+    const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+    await(called, LINGER);
+    const Job* job = nullptr;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, called);
+      seen = generation_.load(std::memory_order_relaxed);
+      if (rank < wanted_) job = job_;
+    }
+    if (job == nullptr) continue;
+    (*job)(rank);
+    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      done_.notify_all();
+    }
+  }
+}
+
+}  // namespace tarflow

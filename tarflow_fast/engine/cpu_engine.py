@@ -1,0 +1,195 @@
+"""The `cpu` backend: a flow block's whole token loop in C++ (`csrc/cpu/`), without Python, torch or the GIL.
+
+Its threads are its own, as many as `torch.get_num_threads()`; results do not depend on their number, nor on what else
+is in the batch. Linear layers and the KV cache have the chosen dtype, the first and last layer are fp32 in both.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count, short
+from ..errors import ArgumentError, BackendError
+from .contract import BlockState, Condition, Progress, embedding_rows
+from .weights import BlockWeights, LayerWeights
+
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+ISA_VARIABLE = "TARFLOW_FAST_CPU_ISA"
+
+
+def load_native() -> ModuleType:
+    """The compiled module. Raises BackendError with the mend where it was not built."""
+    try:
+        return import_module("tarflow_fast._cpu")
+    except ImportError as error:
+        raise BackendError(
+            "the native CPU engine was not built; install a C++17 compiler (g++ or clang++) and install tarflow_fast "
+            f"again ({error})"
+        ) from error
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine has, best first. Raises BackendError."""
+    return [name for name, usable in reversed(load_native().instruction_sets()) if usable]
+
+
+def choose_instruction_set(wanted: str | None = None) -> str:
+    """`wanted`, else what the environment variable TARFLOW_FAST_CPU_ISA names, else the best there is."""
+    names = instruction_sets()
+    wanted = wanted or os.environ.get(ISA_VARIABLE) or names[0]
+    if wanted not in names:
+        raise BackendError(f"{ISA_VARIABLE}: {wanted!r} cannot be had here; choose one of {', '.join(names)}")
+    return wanted
+
+
+def cpu_missing(dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
+    """Why this engine cannot serve such a request, with the mend, or None if it can."""
+    try:
+        choose_instruction_set()
+    except BackendError as error:
+        return str(error)
+    if dtype not in CPU_DTYPES:
+        return f"the native CPU engine has no {short(dtype)}; use float32 or bfloat16, or backend='torch'"
+    if compile:
+        return "torch.compile has nothing to compile in the native CPU engine; leave compile out, or use backend='torch'"
+    return None
+
+
+@dataclass
+class _Cache:
+    rows: int  # R: B, or 2B when guided (conditional branch first)
+    keys_values: Tensor  # (R · elements,), laid out by the kernels
+    embedding: Tensor | None  # (R, channel_stride) fp32
+    guidance: Tensor | None  # (T − 1,) fp32, g_i; None when not guided
+
+
+class CpuEngine:
+    """BlockEngine in C++. dtype: float32 or bfloat16. threads: default torch.get_num_threads() at each call.
+
+    instruction_set: one of `instruction_sets()`; default see `choose_instruction_set`.
+    """
+
+    def __init__(
+        self,
+        weights: BlockWeights,
+        *,
+        dtype: torch.dtype,
+        threads: int | None = None,
+        instruction_set: str | None = None,
+    ):
+        missing = cpu_missing(dtype)
+        if missing is not None:
+            raise BackendError(missing)
+        self.config, self.dtype = weights.config, dtype
+        self.threads = None if threads is None else check_count("threads", threads)
+        self.instruction_set = choose_instruction_set(instruction_set)
+        self._classes = None if weights.classes is None else weights.classes.float().cpu()
+        config = self.config
+        tensors = [
+            weights.proj_in_weight,
+            weights.proj_in_bias,
+            weights.position,
+            weights.proj_out_weight,
+            weights.proj_out_bias,
+        ]
+        tensors += [getattr(layer, field.name) for layer in weights.layers for field in fields(LayerWeights)]
+        plain = [tensor.detach().to("cpu", torch.float32).contiguous() for tensor in tensors]
+        self._native: Any = load_native().Engine(
+            config.channels,
+            config.head_dim,
+            config.num_patches,
+            config.token_dim,
+            config.layers_per_block,
+            config.nvp,
+            [tensor.data_ptr() for tensor in plain],
+            dtype == torch.bfloat16,
+            self.instruction_set,
+        )
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the packed weights."""
+        return int(self._native.packed_bytes)
+
+    def begin(self, z: Tensor, condition: Condition) -> BlockState:
+        config = self.config
+        B, T, D = z.shape
+        if (T, D) != (config.num_patches, config.token_dim):
+            raise ArgumentError("z", f"shape (B, {config.num_patches}, {config.token_dim})", tuple(z.shape))
+        R = 2 * B if condition.guidance.active else B
+        z = z.detach().to("cpu", torch.float32).contiguous()
+        embedding = guidance = None
+        if self._classes is not None:
+            rows = embedding_rows(condition, B, config.num_classes, torch.device("cpu"))
+            embedding = torch.zeros(R, self._native.channel_stride)
+            embedding[:, : config.channels] = self._classes[rows]
+        if condition.guidance.active:
+            guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32)
+        keys_values = torch.empty(R * self._native.cache_elements, dtype=self.dtype)
+        return BlockState(
+            z=z,
+            x=z.clone(),
+            token_log_det=z.new_zeros(B, T),
+            condition=condition,
+            cache=_Cache(R, keys_values, embedding, guidance),
+            cache_bytes=keys_values.nbytes,
+        )
+
+    def bytes_per_sample(self, guided: bool) -> int:
+        config = self.config
+        row = self._native.cache_elements * self.dtype.itemsize + 16 * config.channels * 4
+        return (2 if guided else 1) * row + 4 * config.num_patches * config.token_dim * 4
+
+    def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
+        self._run(state, state.x, None, 1, state.x.shape[1], sequential=True, progress=progress)
+
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> Tensor:
+        change = state.x.new_empty(state.x.shape[0], stop - start)
+        self._run(state, state.x.clone(), change, start, stop, sequential=False, progress=None)
+        return change
+
+    def _run(
+        self,
+        state: BlockState,
+        read: Tensor,
+        change: Tensor | None,
+        start: int,
+        stop: int,
+        *,
+        sequential: bool,
+        progress: Progress | None,
+    ) -> None:
+        """Tokens [start, stop) of state.x, one after the other or all at once from the tokens in `read`."""
+        cache, rule = state.cache, state.condition.guidance
+        for name in ("z", "x", "token_log_det"):
+            tensor = getattr(state, name)
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                raise ArgumentError(f"state.{name}", "a contiguous float32 tensor", f"{tensor.dtype}, {tensor.stride()}")
+        if stop <= start:  # a single token passes unchanged
+            return
+        self._native.run(
+            state.z.data_ptr(),
+            read.data_ptr(),
+            state.x.data_ptr(),
+            state.token_log_det.data_ptr(),
+            0 if change is None else change.data_ptr(),
+            cache.keys_values.data_ptr(),
+            0 if cache.embedding is None else cache.embedding.data_ptr(),
+            0 if cache.guidance is None else cache.guidance.data_ptr(),
+            "a" in rule.what,
+            "b" in rule.what,
+            1 / rule.attn_temp,
+            state.x.shape[0],
+            start,
+            stop,
+            sequential,
+            self.threads or torch.get_num_threads(),
+            progress,
+        )
