@@ -2,34 +2,38 @@
 
 constexpr int CHUNK = 128;
 
-// s[b·VW + lane] = q · key, for N blocks of VW keys. Keys lie transposed, so that no sum runs across lanes.
+// s[b·VW + lane] = q · key, for N blocks of VW keys. Keys lie transposed, so that no sum runs across lanes. Two sums
+// to a block, to hide their latency; d is a multiple of 16.
 template <class M, int N>
 INLINE void scores(const typename M::act* q, const typename M::weight* keys, int64_t d, float* s) {
-  vf acc[N];
-  UNROLL for (int b = 0; b < N; b++) acc[b] = vf{};
+  vf acc[2][N];
+  UNROLL for (int b = 0; b < N; b++) acc[0][b] = acc[1][b] = vf{};
   const int64_t block = d * VW;
-  for (int64_t i = 0; i < d; i += M::depth, keys += M::depth * VW) {
-    if constexpr (M::depth == 1) {
-      vf x = splat(q[i]);
-      UNROLL for (int b = 0; b < N; b++) acc[b] += x * load(keys + b * block);
-    } else {
+  for (int64_t i = 0; i < d; i += 2 * M::depth, q += 2 * M::depth, keys += 2 * M::depth * VW) {
+    UNROLL for (int half = 0; half < 2; half++) {
+      const auto* from = keys + half * M::depth * VW;
+      if constexpr (M::depth == 1) {
+        vf x = splat(q[half]);
+        UNROLL for (int b = 0; b < N; b++) acc[half][b] += x * load(from + b * block);
+      } else {
 #if TARFLOW_DOT
-      int32_t pair;
-      __builtin_memcpy(&pair, q + i, 4);
-      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      UNROLL for (int b = 0; b < N; b++)
-        acc[b] = (vf)_mm512_dpbf16_ps((__m512)acc[b], x, (__m512bh)load_u32(keys + b * block));
+        int32_t pair;
+        __builtin_memcpy(&pair, q + 2 * half, 4);
+        __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+        UNROLL for (int b = 0; b < N; b++)
+          acc[half][b] = (vf)_mm512_dpbf16_ps((__m512)acc[half][b], x, (__m512bh)load_u32(from + b * block));
 #else
-      vf x0 = splat(q[i]), x1 = splat(q[i + 1]);
-      UNROLL for (int b = 0; b < N; b++) {
-        vu pair = load_u32(keys + b * block);
-        acc[b] += x0 * low_half(pair);
-        acc[b] += x1 * high_half(pair);
-      }
+        vf x0 = splat(q[2 * half]), x1 = splat(q[2 * half + 1]);
+        UNROLL for (int b = 0; b < N; b++) {
+          vu pair = load_u32(from + b * block);
+          acc[half][b] += x0 * low_half(pair);
+          acc[half][b] += x1 * high_half(pair);
+        }
 #endif
+      }
     }
   }
-  UNROLL for (int b = 0; b < N; b++) store(s + b * VW, acc[b]);
+  UNROLL for (int b = 0; b < N; b++) store(s + b * VW, acc[0][b] + acc[1][b]);
 }
 
 // out[0 … N·VW) = out · keep + Σ_j p_j V_j: even and odd keys apart, to hide the latency of the sums.
@@ -58,7 +62,10 @@ void attend(const typename M::act* q, const typename M::weight* keys, const type
     const int64_t n = count - start < CHUNK ? count - start : CHUNK, blocks = (n + VW - 1) / VW;
     int64_t b = 0;
     for (; b + 4 <= blocks; b += 4) scores<M, 4>(q, keys + (start + b * VW) * d, d, s + b * VW);
-    for (; b < blocks; b++) scores<M, 1>(q, keys + (start + b * VW) * d, d, s + b * VW);
+    const auto* rest = keys + (start + b * VW) * d;
+    if (blocks - b == 3) scores<M, 3>(q, rest, d, s + b * VW);
+    if (blocks - b == 2) scores<M, 2>(q, rest, d, s + b * VW);
+    if (blocks - b == 1) scores<M, 1>(q, rest, d, s + b * VW);
     vf most = splat(-__builtin_inff());
     for (b = 0; b < blocks; b++) {
       vf x = scale * load(s + b * VW);

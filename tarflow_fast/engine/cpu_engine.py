@@ -50,11 +50,16 @@ def choose_instruction_set(wanted: str | None = None) -> str:
 
 
 def cpu_missing(dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
-    """Why this engine cannot serve such a request, with the mend, or None if it can."""
+    """Why this engine cannot serve such a request, with the mend, or None if it can.
+
+    Raises BackendError if TARFLOW_FAST_CPU_ISA names instructions that this machine lacks: that is a mistake, and no
+    reason to fall back.
+    """
     try:
-        choose_instruction_set()
+        load_native()
     except BackendError as error:
         return str(error)
+    choose_instruction_set()
     if dtype not in CPU_DTYPES:
         return f"the native CPU engine has no {short(dtype)}; use float32 or bfloat16, or backend='torch'"
     if compile:

@@ -47,7 +47,10 @@ def backends() -> list[BackendStatus]:
 
 
 def _cpu_status() -> BackendStatus:
-    missing = cpu_missing()
+    try:
+        missing = cpu_missing()
+    except BackendError as error:
+        missing = str(error)
     if missing is not None:
         return BackendStatus("cpu", "cpu", False, missing)
     why = f"native engine, {choose_instruction_set()}, {torch.get_num_threads()} threads; float32 and bfloat16"

@@ -1,0 +1,324 @@
+"""The native CPU engine, beyond what tests/test_engine.py asks of every backend: each instruction set that this machine
+has, bit-equal results for any number of threads and any batch, interruption, several callers at once."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from cases import random_latents, random_model
+from test_engine import GUIDED, expected, poisoned
+from tolerances import GOLDEN, assert_close, error_budget, max_error
+from torch import Tensor
+
+from tarflow_fast import reference
+from tarflow_fast.engine import Condition, Guidance, backends, block_weights, choose_backend
+from tarflow_fast.engine.cpu_engine import (
+    ISA_VARIABLE,
+    CpuEngine,
+    choose_instruction_set,
+    cpu_missing,
+    instruction_sets,
+    load_native,
+)
+from tarflow_fast.errors import ArgumentError, BackendError
+from tarflow_fast.model import TarFlow
+from tarflow_fast.sampler import Sampler
+
+if cpu_missing() is not None:
+    pytest.skip(str(cpu_missing()), allow_module_level=True)
+
+CPU = torch.device("cpu")
+SETS = instruction_sets()
+every_set = pytest.mark.parametrize("isa", SETS)
+
+
+def engine_of(model: TarFlow, k: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> CpuEngine:
+    return CpuEngine(block_weights(model.state_dict(), model.config, k), dtype=dtype, **options)
+
+
+def inverse(engine: CpuEngine, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    state = poisoned(engine, z, condition)
+    engine.reverse(state)
+    return state.x, state.token_log_det
+
+
+def elementary(name: str, isa: str, x: Tensor) -> Tensor:
+    out = torch.full_like(x, torch.nan)
+    load_native().elementary(name, isa, x.data_ptr(), out.data_ptr(), x.numel())
+    return out
+
+
+@every_set
+def test_gelu(isa: str) -> None:
+    """Within 2e-7 and one rounding of the exact value; NaN stays NaN."""
+    x = torch.linspace(-12, 12, 160_000)
+    exact = 0.5 * x.double() * torch.special.erfc(-x.double() / math.sqrt(2))
+    error = (elementary("gelu", isa, x).double() - exact).abs()
+    assert (error <= 2e-7 + 6e-8 * exact.abs()).all(), error.max()
+    assert elementary("gelu", isa, torch.full((16,), torch.nan)).isnan().all()
+    assert torch.equal(elementary("gelu", isa, torch.full((16,), 1e30)), torch.full((16,), 1e30))
+
+
+@every_set
+def test_exp(isa: str) -> None:
+    """For x <= 0, relative error of 2e-7 down to exp(−87), and 0 below."""
+    x = torch.linspace(-87, 0, 160_000)
+    exact = x.double().exp()
+    assert ((elementary("exp", isa, x).double() - exact).abs() <= 2e-7 * exact).all()
+    assert torch.equal(elementary("exp", isa, torch.zeros(16)), torch.ones(16))
+    low = torch.tensor([-88.0, -1e4, -1e30, -torch.inf]).repeat(4)
+    assert torch.equal(elementary("exp", isa, low), torch.zeros(16))
+    assert elementary("exp", isa, torch.full((16,), torch.nan)).isnan().all()
+
+
+SHAPES = [
+    {"channels": 128, "layers_per_block": 2, "num_classes": 3},  # two heads of 64
+    {"channels": 96, "head_dim": 32, "in_channels": 3, "img_size": 6},
+    {"channels": 128, "head_dim": 128, "img_size": 14, "patch_size": 2},  # one head; T = 49: several blocks of keys
+    {"channels": 35, "head_dim": 7, "img_size": 10, "patch_size": 5, "layers_per_block": 2},  # nothing is even
+    {"channels": 48, "head_dim": 16, "img_size": 6, "patch_size": 3, "num_classes": 2, "nvp": False},
+    {"channels": 64, "img_size": 26, "patch_size": 2},  # T = 169: more than one chunk of keys
+]
+
+
+@every_set
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+def test_shapes(isa: str, sizes: dict[str, Any], guidance: Guidance) -> None:
+    model = random_model(3, **sizes)
+    z = random_latents(model, 3)
+    condition = Condition(torch.tensor([0, -1, 1]) if model.config.num_classes else None, guidance)
+    x, log_det = expected(model, 1, z, condition)
+    got = inverse(engine_of(model, 1, instruction_set=isa, threads=1), z, condition)
+    assert_close(got[0], x, GOLDEN)
+    assert_close(got[1], log_det, GOLDEN)
+
+
+@every_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+def test_every_batch_and_thread_count_gives_the_same_bits(isa: str, dtype: torch.dtype, guidance: Guidance) -> None:
+    """All tiles of rows, both ways of dividing work, batches in several groups: equal to each sample alone."""
+    model = random_model(4, num_classes=3, img_size=6, layers_per_block=2, channels=128)
+    z = random_latents(model, 101)
+    labels = torch.arange(101) % 4 - 1
+    engine = engine_of(model, 0, dtype, instruction_set=isa, threads=1)
+    alone = [inverse(engine, z[i : i + 1], Condition(labels[i : i + 1], guidance)) for i in range(101)]
+    x, log_det = (torch.cat(parts) for parts in zip(*alone, strict=True))
+    if dtype == torch.float32:
+        assert_close(x, expected(model, 0, z, Condition(labels, guidance))[0], GOLDEN)
+    for batch in (*range(1, 26), 48, 65, 101):
+        engine.threads = 1 + batch % 3
+        got = inverse(engine, z[:batch], Condition(labels[:batch], guidance))
+        assert torch.equal(got[0], x[:batch]), batch
+        assert torch.equal(got[1], log_det[:batch]), batch
+
+
+@every_set
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 30])
+def test_fixed_point_windows_give_the_same_bits(isa: str, threads: int, batch: int) -> None:
+    model = random_model(6, num_classes=2, img_size=14)
+    T = model.config.num_patches
+    z = random_latents(model, batch)
+    condition = Condition(torch.arange(batch) % 3 - 1, GUIDED)
+    engine = engine_of(model, 0, instruction_set=isa, threads=threads)
+    wanted, _ = inverse(engine, z, condition)
+    state = engine.begin(z, condition)
+    state.cache.keys_values.fill_(torch.nan)
+    for start, stop in ((1, 2), (2, 5), (5, T)):
+        for _ in range(stop - start):
+            before = state.x.clone()
+            change = engine.fixed_point(state, start, stop)
+            assert torch.equal(change, (state.x - before)[:, start:stop].abs().amax(-1))
+            if not change.any():
+                break
+    assert torch.equal(state.x, wanted)
+
+
+def test_a_nan_is_seen() -> None:
+    """What is not finite is not hidden by a maximum or a clamp: it reaches x, and the change of a fixed point."""
+    model = random_model(6)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 2), Condition())
+    state.x[1, 0, 0] = torch.nan
+    engine.reverse(state)
+    assert state.x[0].isfinite().all()
+    assert state.x[1, 1:].isnan().all()
+    change = engine.fixed_point(state, 1, model.config.num_patches)
+    assert change[1].isnan().all()
+    assert not change[0].any()
+
+
+@every_set
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_is_as_good_as_pytorch(isa: str, guidance: Guidance, seed: int) -> None:
+    model = random_model(seed, num_classes=3, layers_per_block=2, channels=128)
+    condition = Condition(torch.tensor([0, 1, -1]), guidance)
+    z = random_latents(model, 3)
+    x, _ = inverse(engine_of(model, 0, torch.bfloat16, instruction_set=isa), z, condition)
+    exact, _ = expected(model, 0, z, condition)
+    weights = {name: value.bfloat16() for name, value in model.state_dict().items()}
+    plain, _ = reference.block_inverse(
+        weights,
+        0,
+        z.bfloat16(),
+        condition.labels,
+        guidance=guidance.scale,
+        attn_temp=guidance.attn_temp,
+        annealed_guidance=guidance.annealed,
+    )
+    assert max_error(x, exact) <= error_budget(plain, exact, torch.bfloat16)
+
+
+def test_several_callers_at_once() -> None:
+    model = random_model(5, num_classes=3, img_size=16, channels=128)
+    engine = engine_of(model, threads=2)
+    latents = [random_latents(model, 1 + seed % 3, seed) for seed in range(12)]
+    wanted = [inverse(engine, z, Condition())[0] for z in latents]
+    with ThreadPoolExecutor(6) as pool:
+        got = list(pool.map(lambda z: inverse(engine, z, Condition())[0], latents))
+    assert all(map(torch.equal, got, wanted))
+
+
+def long_run() -> tuple[CpuEngine, Tensor]:
+    """Tens of seconds of work."""
+    model = random_model(5, img_size=64, channels=256, layers_per_block=2)
+    return engine_of(model, threads=2), random_latents(model, 64)
+
+
+def test_ctrl_c_interrupts_within_a_second() -> None:
+    engine, z = long_run()
+    state = engine.begin(z, Condition())
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        engine.reverse(state)
+    assert time.perf_counter() - started < 1.3
+    timer.join()
+    small = random_model()
+    z = random_latents(small, 2)
+    wanted, _ = expected(small, 0, z, Condition())
+    assert_close(inverse(engine_of(small, threads=2), z, Condition())[0], wanted, GOLDEN)  # the threads are still well
+
+
+def test_what_progress_raises_ends_the_pass() -> None:
+    engine, z = long_run()
+
+    def refuse(steps: int) -> None:
+        raise LookupError(steps)
+
+    with pytest.raises(LookupError):
+        engine.reverse(engine.begin(z, Condition()), refuse)
+
+
+def test_progress_counts_a_long_pass() -> None:
+    model = random_model(5, img_size=24, channels=128)
+    engine, steps = engine_of(model, threads=2), []
+    engine.reverse(engine.begin(random_latents(model, 150), Condition()), steps.append)
+    assert sum(steps) == model.config.num_patches - 1
+    assert min(steps) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    code = """
+import os, sys, torch
+sys.path[:0] = sys.argv[1:]
+from test_cpu_engine import engine_of, inverse, random_latents, random_model, Condition
+model = random_model(); z = random_latents(model, 2); engine = engine_of(model, threads=2)
+wanted, _ = inverse(engine, z, Condition())
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(inverse(engine, z, Condition())[0], wanted) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    folder = os.path.dirname(__file__)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, folder], timeout=120, check=False)
+    assert done.returncode == 0
+
+
+def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.delenv(ISA_VARIABLE, raising=False)
+    assert engine_of(model).instruction_set == choose_instruction_set() == SETS[0]
+    for name in SETS:
+        monkeypatch.setenv(ISA_VARIABLE, name)
+        assert engine_of(model).instruction_set == name
+        assert name in next(status.reason for status in backends() if status.name == "cpu")
+    monkeypatch.setenv(ISA_VARIABLE, "sse9")
+    with pytest.raises(BackendError, match="TARFLOW_FAST_CPU_ISA: 'sse9' cannot be had here; choose one of"):
+        engine_of(model)
+    with pytest.raises(BackendError, match="sse9"):
+        Sampler(model)
+    assert not next(status for status in backends() if status.name == "cpu").available
+
+
+def test_what_it_cannot_do_goes_to_torch_with_the_reason() -> None:
+    assert choose_backend("auto", CPU, torch.float32, False)[0] == "cpu"
+    assert choose_backend("auto", CPU, torch.bfloat16, False)[0] == "cpu"
+    for dtype, compile, reason in (
+        (torch.float64, False, "no float64"),
+        (torch.float16, False, "no float16"),
+        (torch.float32, True, "nothing to compile"),
+    ):
+        name, why = choose_backend("auto", CPU, dtype, compile)
+        assert name == "torch"
+        assert reason in why
+        with pytest.raises(BackendError, match=rf"backend 'cpu' cannot be had: .*{reason}.* or\s.*backend='torch'"):
+            choose_backend("cpu", CPU, dtype, compile)
+    with pytest.raises(BackendError, match="cannot run on cuda"):
+        choose_backend("cpu", torch.device("cuda"), torch.float32, False)
+
+
+def test_without_the_compiled_module_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tarflow_fast._cpu", None)
+    name, why = choose_backend("auto", CPU, torch.float32, False)
+    assert name == "torch"
+    assert "install a C++17 compiler" in why
+    status = next(status for status in backends() if status.name == "cpu")
+    assert not status.available
+    assert status.reason == why
+    with pytest.raises(BackendError, match="was not built"):
+        Sampler(random_model(), backend="cpu")
+
+
+def test_packed_weights_take_no_more_than_the_weights() -> None:
+    model = random_model(channels=128, img_size=14, layers_per_block=2)
+    count = sum(value.numel() for name, value in block_weights(model.state_dict(), model.config, 0).layers[0].__dict__.items())
+    for dtype in (torch.float32, torch.bfloat16):
+        assert engine_of(model, 0, dtype).packed_bytes <= 1.1 * 2 * count * dtype.itemsize + 2**16
+
+
+def test_refused_arguments() -> None:
+    model = random_model()
+    with pytest.raises(ArgumentError, match="^threads: expected"):
+        engine_of(model, threads=0)
+    engine = engine_of(model)
+    with pytest.raises(ArgumentError, match="^z: expected"):
+        engine.begin(torch.zeros(2, 3, 4), Condition())
+    state = engine.begin(random_latents(model, 2), Condition())
+    state.x = state.x.double()
+    with pytest.raises(ArgumentError, match=r"^state\.x: expected"):
+        engine.reverse(state)
+
+
+def test_the_sampler_takes_it_by_default() -> None:
+    model = random_model(2, num_classes=3)
+    ours, torchs = Sampler(model), Sampler(model, backend="torch")
+    assert ours.backend == "cpu"
+    a, b = (sampler.sample(5, [0, 1, 2], guidance=1.0) for sampler in (ours, torchs))
+    assert_close(a.images, b.images, GOLDEN)
+    assert a.report.backend == "cpu"
