@@ -26,14 +26,14 @@ def _best(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def matrix_rate() -> float:
-    """fp32 operations per second of a large product, 2·n³ / seconds with n = MATRIX_SIZE and torch's current threads.
+def matrix_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of a large product in fp32 or bf16, 2·n³ / seconds with n = MATRIX_SIZE and torch's current threads.
 
     The best of torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors.
     """
-    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE)
+    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE).to(dtype)
     seconds = _best(lambda: torch.mm(a, b))
-    if torch.backends.mkldnn.is_available():
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
         c, d = a.to_mkldnn(), b.to_mkldnn()
         seconds = min(seconds, _best(lambda: torch.nn.functional.linear(c, d)))
     return 2 * MATRIX_SIZE**3 / seconds

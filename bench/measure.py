@@ -18,12 +18,12 @@ Contestants = Mapping[str, Callable[[], Tensor]]
 """Functions that return the same images, by name; the first is the baseline."""
 
 
-def check(contestants: Contestants) -> dict[str, Any]:
+def check(contestants: Contestants, tolerance: float = TOLERANCE) -> dict[str, Any]:
     """Run every contestant once, which warms it up, and compare its images with the baseline's.
 
-    Passes if everything is finite and max |ours − theirs| ≤ TOLERANCE. max_error is None where there is no number.
+    Passes if everything is finite and max |ours − theirs| ≤ tolerance. max_error is None where there is no number.
     """
-    verdict: dict[str, Any] = {"passed": False, "max_error": None, "tolerance": TOLERANCE, "reason": None}
+    verdict: dict[str, Any] = {"passed": False, "max_error": None, "tolerance": tolerance, "reason": None}
     wanted: Tensor | None = None
     worst = 0.0
     for name, run in contestants.items():
@@ -37,17 +37,23 @@ def check(contestants: Contestants) -> dict[str, Any]:
         if images.shape != wanted.shape:
             return {**verdict, "reason": f"{name}: shape {tuple(images.shape)}, not {tuple(wanted.shape)}"}
         worst = max(worst, float((images - wanted).abs().max()))
-    if worst > TOLERANCE:
-        return {**verdict, "max_error": worst, "reason": f"differs by more than {TOLERANCE:g}"}
+    if worst > tolerance:
+        return {**verdict, "max_error": worst, "reason": f"differs by more than {tolerance:g}"}
     return {**verdict, "passed": True, "max_error": worst}
 
 
 def measure_cell(
-    cell: Cell, contestants: Contestants, rates: dict[str, Any], *, repeat: int, budget: float
+    cell: Cell,
+    contestants: Contestants,
+    rates: dict[str, Any],
+    *,
+    repeat: int,
+    budget: float,
+    verdict: Callable[[Contestants], dict[str, Any]] = check,
 ) -> dict[str, Any]:
     """One entry of a record's "cells". rates: what `limits.measure` found. repeat, budget: see `alternate`."""
-    verdict = check(contestants)
-    samples = timing.alternate(contestants, repeat=repeat, budget=budget) if verdict["passed"] else None
+    checked = verdict(contestants)
+    samples = timing.alternate(contestants, repeat=repeat, budget=budget) if checked["passed"] else None
     work = cell.work
     matrix_rate = rates["matrix_flops_per_second"]
     bandwidth = limits.bandwidth(rates, work.working_set)
@@ -55,7 +61,7 @@ def measure_cell(
     return {
         "label": cell.label,
         "sizes": cell.sizes.to_dict(),
-        "check": verdict,
+        "check": checked,
         "work": work.to_dict(),
         "limit": {
             "seconds": limit,

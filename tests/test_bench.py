@@ -20,6 +20,7 @@ from bench.cells import CONFIGS, DEFAULT_CONFIGS, choose_cells, random_model
 from bench.measure import TOLERANCE, check
 from bench.plot import picture
 from tarflow_fast import NonFiniteError, TarFlowConfig, reference
+from tarflow_fast.engine.cpu_engine import cpu_missing
 
 STAND_IN = """
 import torch
@@ -386,6 +387,21 @@ def test_help_is_worth_reading() -> None:
     for arguments in (["--help"], ["peers", "--help"], ["show", "--help"]):
         assert bench(*arguments).exit_code == 0
     assert "--ml-tarflow" in bench("--help").output
+
+
+@pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
+def test_cpu_end_to_end(tmp_path: Path, quick: None) -> None:
+    out = tmp_path / "run.json"
+    arguments = ("--config", "tiny", "--batch", "2", "--threads", "1", "--repeat", "2", "--out", out)
+    result = bench("cpu", "--ml-tarflow", stand_in(tmp_path), *arguments)
+    assert result.exit_code == 0, result.output
+    made = record.read(out)
+    fp32, bf16 = made["cells"]
+    assert (fp32["label"]["dtype"], bf16["label"]["dtype"]) == ("float32", "bfloat16")
+    assert bf16["work"]["bytes"] * 2 == fp32["work"]["bytes"]
+    assert fp32["check"]["tolerance"] == TOLERANCE < bf16["check"]["max_error"] <= bf16["check"]["tolerance"]
+    for cell in made["cells"]:
+        assert [run["name"] for run in cell["runs"]] == ["ml-tarflow", "torch", "cpu"]
 
 
 @pytest.mark.slow

@@ -86,6 +86,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The native CPU engine; see tarflow_fast/engine/cpu_engine.py.";
   m.def("instruction_sets", &list_instruction_sets);
   m.def("elementary", &elementary);
+  m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); });
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make))
       .def("run", &run)

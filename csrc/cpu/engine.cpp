@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <fstream>
 #include <new>
 #include <utility>
 #ifdef __linux__
@@ -19,11 +20,19 @@ namespace tarflow {
 namespace {
 
 constexpr int64_t TEAM_ROWS = 8;    // a thread with fewer rows to itself shares rows and divides columns
+constexpr int64_t LEAST_ROWS = 12;
 constexpr int64_t GROUP_ROWS = 96;  // rows that one evaluation takes at most
 constexpr auto HOOK_INTERVAL = std::chrono::milliseconds(50);
 
 // Strides are a whole number of vectors of every width, and never a power of two.
 int64_t stride(int64_t n) { return round_up(n, 32) + 16; }
+
+// Bytes of the last-level cache; a modest guess where the system does not tell.
+int64_t last_level_cache() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  int64_t kilobytes = 0;
+  return file >> kilobytes && kilobytes > 0 ? kilobytes << 10 : int64_t{16} << 20;
+}
 
 struct Share {
   int64_t first, count;
@@ -73,10 +82,17 @@ Memory allocate(size_t bytes) {
   bytes = (bytes + alignment - 1) / alignment * alignment;
   void* p = std::aligned_alloc(alignment, bytes);
   if (p == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (alignment == huge) madvise(p, bytes, MADV_HUGEPAGE);  // only a hint
-#endif
+  prefer_huge_pages(p, bytes);
   return Memory(p);
+}
+
+void prefer_huge_pages(void* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t huge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + huge - 1) / huge * huge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / huge * huge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // no more than a hint
+#endif
 }
 
 Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& kernels)
@@ -110,18 +126,27 @@ int64_t Engine::cache_elements() const {
 bool Engine::run(const Batch& batch, int64_t start, int64_t stop, bool sequential, int threads, const Hook& hook) const {
   const int64_t branches = batch.guidance ? 2 : 1, positions = stop - start;
   const int64_t rows = batch.samples * branches * (sequential ? 1 : positions);
+  // Where the weights fit in the cache but the keys and values do not, fewer rows go through all tokens at a time.
+  static const int64_t cache = last_level_cache() / 4 * 3;
+  const int64_t row_bytes = cache_elements() * (block_.bf16 ? 2 : 4) / 2;  // on average: half of the tokens
+  int64_t most_rows = GROUP_ROWS, weights = static_cast<int64_t>(packed_bytes_);
+  if (sequential && weights < cache)
+    most_rows = std::clamp((cache - weights) / std::max<int64_t>(row_bytes, 1), LEAST_ROWS, GROUP_ROWS);
+  if (getenv("TF_GROUP")) most_rows = atoi(getenv("TF_GROUP"));
+  const int64_t team_rows = getenv("TF_TEAM") ? atoi(getenv("TF_TEAM")) : TEAM_ROWS;
+
   // As many teams as divide the threads and the samples and still have TEAM_ROWS rows each.
   int64_t teams = threads;
-  while (teams > 1 && (threads % teams != 0 || teams > batch.samples || rows / teams < TEAM_ROWS)) teams--;
-
-  const int64_t most_samples = std::max<int64_t>(GROUP_ROWS / branches, 1);
+  while (teams > 1 && (threads % teams != 0 || teams > batch.samples || std::min(rows, most_rows) / teams < team_rows))
+    teams--;
+  const int64_t most_samples = std::max<int64_t>(most_rows / teams / branches, 1);
   std::vector<std::unique_ptr<Team>> team;
   std::vector<int64_t> groups(teams), width(teams);
   for (int64_t i = 0; i < teams; i++) {
     const int64_t samples = part(batch.samples, i, teams).count;
     groups[i] = (samples + most_samples - 1) / most_samples;
     const int64_t largest = (samples + groups[i] - 1) / groups[i];
-    width[i] = sequential ? 1 : std::clamp<int64_t>(GROUP_ROWS / (largest * branches), 1, positions);
+    width[i] = sequential ? 1 : std::clamp<int64_t>(most_rows / teams / (largest * branches), 1, positions);
     team.push_back(std::make_unique<Team>(block_, largest * branches * width[i], threads / teams));
   }
 

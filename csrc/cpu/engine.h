@@ -34,6 +34,9 @@ struct Free {
 using Memory = std::unique_ptr<void, Free>;
 Memory allocate(size_t bytes);
 
+// Asks the system to back what has not been touched yet with huge pages.
+void prefer_huge_pages(void* memory, size_t bytes);
+
 class Engine {
  public:
   // steps: how many more tokens of the pass are done. Returns whether to go on. Called on the calling thread only, at

@@ -138,6 +138,7 @@ class CpuEngine:
         if condition.guidance.active:
             guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32)
         keys_values = torch.empty(R * self._native.cache_elements, dtype=self.dtype)
+        load_native().prefer_huge_pages(keys_values.data_ptr(), keys_values.nbytes)
         return BlockState(
             z=z,
             x=z.clone(),

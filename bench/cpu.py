@@ -1,0 +1,192 @@
+"""`python -m bench cpu`: the native CPU engine against the published model, the torch backend and the roofline."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from tarflow_fast import Sampler, TarFlowConfig
+from tarflow_fast.engine.cpu_engine import choose_instruction_set
+from tarflow_fast.noise import latent_noise
+
+from . import limits, machine
+from .cells import Cell, random_model
+from .measure import Contestants, check, measure_cell
+from .peers import BASELINE, torch_threads
+from .published import Published
+from .record import Record, short
+from .roofline import Work, inverse_work
+from .show import finish, require_matplotlib
+
+MODELS = {
+    "small": TarFlowConfig(1, 28, 4, 128, 4, 4),
+    "medium": TarFlowConfig(3, 32, 2, 256, 4, 4),
+    "afhq": TarFlowConfig(3, 256, 8, 768, 1, 8),
+    "tiny": TarFlowConfig(1, 8, 2, 64, 2, 1),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TypedCell(Cell):
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> dict[str, Any]:
+        return {"model": self.config, "batch": self.batch, "dtype": self.dtype}
+
+    @property
+    def sizes(self) -> TarFlowConfig:
+        return MODELS[self.config]
+
+    @property
+    def work(self) -> Work:
+        return inverse_work(self.sizes, self.batch, itemsize=DTYPES[self.dtype].itemsize)
+
+
+def contestants(cell: TypedCell, published: Published, *, seed: int, compile: bool) -> dict[str, Callable[[], Tensor]]:
+    """The published reverse, in fp32 in every cell, and then ours in the cell's dtype."""
+    model = random_model(cell.sizes, seed)
+    theirs = published.model(cell.sizes, model.state_dict())
+    z = latent_noise(seed, range(cell.batch), cell.sizes.num_patches, cell.sizes.token_dim)
+    ours = functools.partial(Sampler, model, dtype=DTYPES[cell.dtype], solver="sequential")
+    reverses = {BASELINE: torch.inference_mode()(theirs.reverse), "torch": ours(backend="torch").reverse}
+    if compile:
+        torch.compiler.reset()  # else the code of earlier cells counts against torch's limit of recompilations
+        reverses["torch compiled"] = ours(backend="torch", compile=True).reverse
+    reverses["cpu"] = ours(backend="cpu").reverse
+    return {name: functools.partial(run, z.clone()) for name, run in reverses.items()}
+
+
+def check_bf16(entrants: Contestants) -> dict[str, Any]:
+    """Like `check`; what may differ is twice what the torch backend in bf16 does, and half a unit of bf16."""
+    wanted, plain = entrants[BASELINE](), entrants["torch"]()
+    floor = 0.5 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
+    return check(entrants, 2 * float((plain - wanted).abs().max()) + floor)
+
+
+@click.command("cpu")
+@click.option(
+    "--ml-tarflow",
+    "checkout",
+    required=True,
+    metavar="PATH",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkout of ml-tarflow; its transformer_flow.py is imported.",
+)
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    type=click.Choice(list(MODELS)),
+    default=("small", "medium"),
+    help="Which models; may be given more than once.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 16, 64),
+    help="Images at once; may be given more than once.",
+)
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=tuple(DTYPES), help="Of ours."
+)
+@click.option("--compile", is_flag=True, help="Time the torch backend with compile=True too.")
+@click.option("--threads", type=click.IntRange(1), help="For torch and for the engine.  [default: as torch takes]")
+@click.option("--repeat", type=click.IntRange(1), default=7, help="Times that each cell's contestants are timed.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(0, min_open=True),
+    default=120.0,
+    metavar="SECONDS",
+    help="For timing one cell: slow cells are repeated less often, at least once.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and noise.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="Where the record goes, its PNG beside it.  [default: bench/results/cpu-DATE-TIME.json]",
+)
+def cpu_command(
+    checkout: Path,
+    configs: tuple[str, ...],
+    batches: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    compile: bool,
+    threads: int | None,
+    repeat: int,
+    budget: float,
+    seed: int,
+    out: Path | None,
+) -> None:
+    """The native CPU engine against the published reverse, the torch backend and the machine's limit.
+
+    Sequential passes over the same weights and noise, in one process with the same threads. The baseline is
+    ml-tarflow in fp32 in every cell; ours are in the cell's dtype. A cell is timed only if its images are right:
+    within 2e-4 in fp32, within twice the torch backend's own error in bf16. The limit is that of the cell's dtype.
+
+    \b
+    Models, with random weights of a trained model's scale:
+      small   28×28×1, T = 49, width 128, 4 blocks of 4 layers
+      medium  32×32×3, T = 256, width 256, 4 blocks of 4 layers
+      afhq    256×256×3, T = 1024, width 768, one block of 8 layers
+      tiny    to try the suite itself, in seconds
+    """
+    if out is None:
+        out = machine.ROOT / "bench" / "results" / f"cpu-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    if out.suffix != ".json":
+        raise click.BadParameter("the name must end in .json", param_hint="'--out'")
+    require_matplotlib()
+    published = Published.load(checkout)
+    cells = [TypedCell(c, b, 0.0, d) for c in configs for d in dtypes for b in batches]
+    with torch_threads(threads or torch.get_num_threads()):
+        rates = limits.measure(size for cell in cells for size in (cell.work.weight_bytes, cell.work.working_set))
+        rates["bf16_matrix_flops_per_second"] = limits.matrix_rate(torch.bfloat16)
+        record: Record = {
+            "suite": "cpu",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine.describe(),
+            "settings": {
+                "baseline": BASELINE,
+                "baseline_sha256": published.sha256,
+                "threads": torch.get_num_threads(),
+                "instruction_set": choose_instruction_set(),
+                "device": "cpu",
+                "solver": "sequential",
+                "compile": compile,
+                "repeat": repeat,
+                "budget_seconds": budget,
+                "seed": seed,
+            },
+            "limits": rates,
+            "cells": [],
+        }
+        half = {**rates, "matrix_flops_per_second": rates["bf16_matrix_flops_per_second"]}
+        for number, cell in enumerate(cells, 1):
+            label = ", ".join(f"{column} {short(value)}" for column, value in cell.label.items())
+            click.echo(f"[{number}/{len(cells)}] {label}", err=True)
+            entrants = contestants(cell, published, seed=seed, compile=compile)
+            exact = cell.dtype == "float32"
+            record["cells"].append(
+                measure_cell(
+                    cell,
+                    entrants,
+                    rates if exact else half,
+                    repeat=repeat,
+                    budget=budget,
+                    verdict=check if exact else check_bf16,
+                )
+            )
+    finish(record, out)
