@@ -11,7 +11,8 @@ namespace tarflow {
 
 namespace {
 
-constexpr int SPINS = 4000;
+// Some microseconds: longer than threads on cores of their own ever wait, and short enough where two share a core.
+constexpr int SPINS = 256;
 
 void pause_briefly() {
 #if defined(__x86_64__)

@@ -35,8 +35,10 @@ class BackendStatus:
 
 def backends() -> list[BackendStatus]:
     """Every backend on every kind of device, best first, with the reason why it can or cannot run here."""
-    found = [_cpu_status()]
+    found = []
     for kind in ("cuda", "mps", "cpu"):
+        if kind == "cpu":
+            found.append(_cpu_status())
         missing = device_missing(kind)
         if missing is None:
             name = torch.cuda.get_device_name() if kind == "cuda" else kind
