@@ -129,16 +129,17 @@ bool Engine::run(const Batch& batch, int64_t start, int64_t stop, bool sequentia
   // Where the weights fit in the cache but the keys and values do not, fewer rows go through all tokens at a time.
   static const int64_t cache = last_level_cache() / 4 * 3;
   const int64_t row_bytes = cache_elements() * (block_.bf16 ? 2 : 4) / 2;  // on average: half of the tokens
-  int64_t most_rows = GROUP_ROWS, weights = static_cast<int64_t>(packed_bytes_);
+  const int64_t weights = static_cast<int64_t>(packed_bytes_);
+  int64_t most_rows = GROUP_ROWS;
   if (sequential && weights < cache)
     most_rows = std::clamp((cache - weights) / std::max<int64_t>(row_bytes, 1), LEAST_ROWS, GROUP_ROWS);
-  if (getenv("TF_GROUP")) most_rows = atoi(getenv("TF_GROUP"));
-  const int64_t team_rows = getenv("TF_TEAM") ? atoi(getenv("TF_TEAM")) : TEAM_ROWS;
 
   // As many teams as divide the threads and the samples and still have TEAM_ROWS rows each.
+  const auto suits = [&](int64_t n) {
+    return threads % n == 0 && n <= batch.samples && std::min(rows, most_rows) / n >= TEAM_ROWS;
+  };
   int64_t teams = threads;
-  while (teams > 1 && (threads % teams != 0 || teams > batch.samples || std::min(rows, most_rows) / teams < team_rows))
-    teams--;
+  while (teams > 1 && !suits(teams)) teams--;
   const int64_t most_samples = std::max<int64_t>(most_rows / teams / branches, 1);
   std::vector<std::unique_ptr<Team>> team;
   std::vector<int64_t> groups(teams), width(teams);
