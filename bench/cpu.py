@@ -164,6 +164,7 @@ def cpu_command(
                 "threads": torch.get_num_threads(),
                 "instruction_set": choose_instruction_set(),
                 "device": "cpu",
+                "dtype": ", ".join(dtypes),
                 "solver": "sequential",
                 "compile": compile,
                 "repeat": repeat,

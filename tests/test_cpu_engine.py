@@ -297,17 +297,19 @@ def test_without_the_compiled_module_torch_takes_over(monkeypatch: pytest.Monkey
 
 def test_packed_weights_take_no_more_than_the_weights() -> None:
     model = random_model(channels=128, img_size=14, layers_per_block=2)
-    count = sum(value.numel() for name, value in block_weights(model.state_dict(), model.config, 0).layers[0].__dict__.items())
+    count = sum(
+        value.numel() for name, value in block_weights(model.state_dict(), model.config, 0).layers[0].__dict__.items()
+    )
     for dtype in (torch.float32, torch.bfloat16):
         assert engine_of(model, 0, dtype).packed_bytes <= 1.1 * 2 * count * dtype.itemsize + 2**16
 
 
 def test_refused_arguments() -> None:
     model = random_model()
-    with pytest.raises(ArgumentError, match="^threads: expected"):
+    with pytest.raises(ArgumentError, match=r"^threads: expected"):
         engine_of(model, threads=0)
     engine = engine_of(model)
-    with pytest.raises(ArgumentError, match="^z: expected"):
+    with pytest.raises(ArgumentError, match=r"^z: expected"):
         engine.begin(torch.zeros(2, 3, 4), Condition())
     state = engine.begin(random_latents(model, 2), Condition())
     state.x = state.x.double()

@@ -63,7 +63,9 @@ def cpu_missing(dtype: torch.dtype = torch.float32, compile: bool = False) -> st
     if dtype not in CPU_DTYPES:
         return f"the native CPU engine has no {short(dtype)}; use float32 or bfloat16, or backend='torch'"
     if compile:
-        return "torch.compile has nothing to compile in the native CPU engine; leave compile out, or use backend='torch'"
+        return (
+            "torch.compile has nothing to compile in the native CPU engine; leave compile out, or use backend='torch'"
+        )
     return None
 
 
@@ -126,7 +128,7 @@ class CpuEngine:
     def begin(self, z: Tensor, condition: Condition) -> BlockState:
         config = self.config
         B, T, D = z.shape
-        if (T, D) != (config.num_patches, config.token_dim):
+        if (config.num_patches, config.token_dim) != (T, D):
             raise ArgumentError("z", f"shape (B, {config.num_patches}, {config.token_dim})", tuple(z.shape))
         R = 2 * B if condition.guidance.active else B
         z = z.detach().to("cpu", torch.float32).contiguous()
@@ -177,7 +179,9 @@ class CpuEngine:
         for name in ("z", "x", "token_log_det"):
             tensor = getattr(state, name)
             if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ArgumentError(f"state.{name}", "a contiguous float32 tensor", f"{tensor.dtype}, {tensor.stride()}")
+                raise ArgumentError(
+                    f"state.{name}", "a contiguous float32 tensor", f"{tensor.dtype}, {tensor.stride()}"
+                )
         if stop <= start:  # a single token passes unchanged
             return
         self._native.run(
