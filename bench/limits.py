@@ -27,8 +27,9 @@ def _best(run: Callable[[], object]) -> float:
 
 
 def matrix_rate(dtype: torch.dtype = torch.float32) -> float:
-    """Operations per second of a large product in fp32 or bf16, 2·n³ / seconds n = MATRIX_SIZE, with torch's threads.
+    """Operations per second of a large product, 2·n³ / seconds with n = MATRIX_SIZE and torch's current threads.
 
+    dtype: fp32 or bf16.
     The best of torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors.
     """
     a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE).to(dtype)
