@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,7 +20,7 @@ from tarflow_fast.noise import latent_noise
 from . import limits, machine
 from .cells import Cell, random_model
 from .measure import Contestants, check, measure_cell
-from .peers import BASELINE, torch_threads
+from .peers import BASELINE, default_path, torch_threads
 from .published import Published
 from .record import Record, short
 from .roofline import Work, inverse_work
@@ -144,8 +143,7 @@ def cpu_command(
       afhq    256×256×3, T = 1024, width 768, one block of 8 layers
       tiny    to try the suite itself, in seconds
     """
-    if out is None:
-        out = machine.ROOT / "bench" / "results" / f"cpu-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    out = default_path("cpu") if out is None else out
     if out.suffix != ".json":
         raise click.BadParameter("the name must end in .json", param_hint="'--out'")
     require_matplotlib()

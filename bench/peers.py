@@ -50,9 +50,9 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def default_path() -> Path:
+def default_path(suite: str) -> Path:
     """A new name for each run, so that none is overwritten."""
-    return machine.ROOT / "bench" / "results" / f"peers-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
+    return machine.ROOT / "bench" / "results" / f"{suite}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
 
 
 @click.command("peers")
@@ -128,7 +128,7 @@ def peers_command(
       of limit          the time that this machine's bandwidth and matrix rate would allow, over its time
       max error         the largest difference from ml-tarflow's images
     """
-    out = default_path() if out is None else out
+    out = default_path("peers") if out is None else out
     if out.suffix != ".json":
         raise click.BadParameter("the name must end in .json", param_hint="'--out'")
     require_matplotlib()

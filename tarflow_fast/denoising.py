@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .checks import Labels, batch_labels, check_count, check_number, check_tensor
 from .errors import ArgumentError
-from .model import TarFlow
+from .model import TarFlow, stream_dtype
 
 
 def denoise(
@@ -38,7 +38,7 @@ def denoise(
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     values = images[0].numel()
     half = dtype in (torch.bfloat16, torch.float16)
-    stream = torch.float64 if model.dtype == torch.float64 else torch.float32
+    stream = stream_dtype(model.dtype)
     out = []
     for start in range(0, images.shape[0], batch_size):
         x = images[start : start + batch_size].detach().to(model.device, stream).requires_grad_()

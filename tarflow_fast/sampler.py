@@ -35,7 +35,7 @@ from .engine import (
     make_engine,
 )
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
-from .model import TarFlow
+from .model import TarFlow, stream_dtype
 from .noise import latent_noise
 from .solvers import SOLVERS, choose_solver
 
@@ -188,7 +188,7 @@ class Sampler:
         report = self._report(batch)
 
         pending = list(range(n))  # positions in the output that still have to be drawn
-        images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=self._stream)
+        images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=stream_dtype(self.dtype))
         log_prob = None if rule.active else images.new_empty(n)
         sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
         started = time.perf_counter()
@@ -272,7 +272,7 @@ class Sampler:
         """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var) for one batch; y: (B,) on the device."""
         model, solve = self._model, SOLVERS[self.solver]
         condition = Condition(y, rule)
-        z = z.detach().to(self.device, self._stream)
+        z = z.detach().to(self.device, stream_dtype(self.dtype))
         x = z * self._prior_std
         sequence = [model.unpatchify(z)]
         log_prob = None if rule.active else model.prior_log_prob(x)
@@ -292,10 +292,6 @@ class Sampler:
             sequence.append(model.unpatchify(x))
             del state  # its cache goes before the next block's comes
         return _Inverse(sequence[-1], log_prob, sequence, cache_bytes, failures)
-
-    @property
-    def _stream(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def _report(self, batch: int) -> Report:
         return Report(self.backend, self.backend_reason, self.solver, str(self.device), short(self.dtype), batch)
