@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+# numpy imports this at its first use otherwise, and an interrupt meanwhile is lost in its compiled modules
+from numpy.random import Generator, Philox, SeedSequence
 from torch import Tensor
 
 
@@ -17,6 +20,6 @@ def latent_noise(seed: int, images: Sequence[int], tokens: int, token_dim: int, 
     """
     out = np.empty((len(images), tokens, token_dim), dtype=np.float32)
     for row, image in zip(out, images, strict=True):
-        stream = np.random.SeedSequence(entropy=seed, spawn_key=(image, attempt))
-        np.random.Generator(np.random.Philox(stream)).standard_normal(dtype=np.float32, out=row)
+        stream = SeedSequence(entropy=seed, spawn_key=(image, attempt))
+        Generator(Philox(stream)).standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(out)
