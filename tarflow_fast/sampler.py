@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import serial
 from .checkpoint import build, infer_config, strip_wrappers
 from .checks import (
     Labels,
@@ -92,7 +93,10 @@ class Samples:
 
 @dataclass
 class _Inverse:
-    """One batch through all blocks. failures: row to the (block, token) at which it first was not finite."""
+    """One batch through all blocks. sequence: as `Samples.trajectory`, or empty.
+
+    failures: row to the (block, token) at which it first was not finite.
+    """
 
     images: Tensor
     log_prob: Tensor | None
@@ -198,7 +202,7 @@ class Sampler:
                 for rows in (pending[i : i + batch] for i in range(0, len(pending), batch)):
                     image_numbers = [first + row for row in rows]
                     z = latent_noise(seed, image_numbers, self.config.num_patches, self.config.token_dim, attempt)
-                    part = self._invert(z, None if y is None else y[rows], rule, bar)
+                    part = self._invert(z, None if y is None else y[rows], rule, bar, trajectory)
                     report.tokens += len(rows) * self.config.num_blocks * self.config.num_patches
                     report.cache_bytes = max(report.cache_bytes, part.cache_bytes)
                     for row, (block, token) in part.failures.items():
@@ -258,7 +262,7 @@ class Sampler:
         parts = []
         for start in range(0, x.shape[0], batch):
             rows = slice(start, start + batch)
-            part = self._invert(x[rows], None if labels is None else labels[rows], rule, None)
+            part = self._invert(x[rows], None if labels is None else labels[rows], rule, None, return_sequence)
             for row, (block, token) in sorted(part.failures.items()):
                 raise NonFiniteError(block, token, start + row)
             parts.append(part)
@@ -268,30 +272,30 @@ class Sampler:
         return torch.cat([part.images for part in parts]).to(x.device)
 
     @torch.no_grad()
-    def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any) -> _Inverse:
+    def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any, trajectory: bool) -> _Inverse:
         """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var) for one batch; y: (B,) on the device."""
         model, solve = self._model, SOLVERS[self.solver]
         condition = Condition(y, rule)
         z = z.detach().to(self.device, stream_dtype(self.dtype))
-        x = z * self._prior_std
-        sequence = [model.unpatchify(z)]
-        log_prob = None if rule.active else model.prior_log_prob(x)
+        tokens = [z, serial.scaled(z, self._prior_std)]  # then after each block
+        log_dets = []
         failures: dict[int, tuple[int, int]] = {}
         cache_bytes = 0
         for k in reversed(range(self.config.num_blocks)):
-            flipped = k % 2 == 1
-            state = self._engines[k].begin(x.flip(1) if flipped else x, condition)
+            x = tokens[-1]
+            state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition)
             solve(self._engines[k], state, None if bar is None else lambda n: bar.update(n * z.shape[0]))
             cache_bytes = state.cache_bytes
-            finite = torch.isfinite(state.x).all(-1).cpu()  # (B, T), the block's one synchronisation
+            finite = serial.finite(state.x).all(-1).cpu()  # (B, T), the block's one synchronisation
             for row in (~finite.all(1)).nonzero().flatten().tolist():
                 failures.setdefault(row, (k, int(finite[row].int().argmin())))
-            if log_prob is not None:
-                log_prob = log_prob - state.log_det
-            x = state.x.flip(1) if flipped else state.x
-            sequence.append(model.unpatchify(x))
+            log_dets.append(state.log_det)
+            tokens.append(serial.flipped(state.x) if k % 2 else state.x)
             del state  # its cache goes before the next block's comes
-        return _Inverse(sequence[-1], log_prob, sequence, cache_bytes, failures)
+        images = model.unpatchify(tokens[-1])
+        log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - torch.stack(log_dets).sum(0)
+        sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
+        return _Inverse(images, log_prob, sequence, cache_bytes, failures)
 
     def _report(self, batch: int) -> Report:
         return Report(self.backend, self.backend_reason, self.solver, str(self.device), short(self.dtype), batch)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import serial
 from ..checks import check_count, short
 from ..errors import ArgumentError, BackendError
 from .contract import BlockState, Condition, Progress, embedding_rows
@@ -143,7 +144,7 @@ class CpuEngine:
         load_native().prefer_huge_pages(keys_values.data_ptr(), keys_values.nbytes)
         return BlockState(
             z=z,
-            x=z.clone(),
+            x=serial.copy(z),
             token_log_det=z.new_zeros(B, T),
             condition=condition,
             cache=_Cache(R, keys_values, embedding, guidance),
@@ -160,7 +161,7 @@ class CpuEngine:
 
     def fixed_point(self, state: BlockState, start: int, stop: int) -> Tensor:
         change = state.x.new_empty(state.x.shape[0], stop - start)
-        self._run(state, state.x.clone(), change, start, stop, sequential=False, progress=None)
+        self._run(state, serial.copy(state.x), change, start, stop, sequential=False, progress=None)
         return change
 
     def _run(
