@@ -9,6 +9,8 @@ import numpy as np
 
 Clock = Callable[[], float]
 
+REST = 0.03  # seconds before each run: OpenMP threads of the contestant before spin on for some milliseconds
+
 
 def alternate(
     contestants: Mapping[str, Callable[[], object]],
@@ -17,7 +19,7 @@ def alternate(
     budget: float,
     clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round: A B A B …, in the order given.
+    """Seconds of each contestant in each round: A B A B …, in the order given, each after a short rest.
 
     Contestants must be warm: run each once before. repeat: rounds wanted, >= 1. budget: seconds; a round that by the
     longest one so far would end later is not begun, but the first always runs. So there may be fewer samples than
@@ -31,6 +33,7 @@ def alternate(
         if number and round_started - started + longest > budget:
             break
         for name, run in contestants.items():
+            time.sleep(REST)
             before = clock()
             run()
             samples[name].append(clock() - before)

@@ -38,4 +38,4 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
 def flipped(x: Tensor) -> Tensor:
     """x (B, T, …) with its tokens in reverse order, as a copy."""
     values = _numpy(x)
-    return x.flip(1) if values is None else torch.from_numpy(values[:, ::-1].copy(order="C"))
+    return x.flip(1).contiguous() if values is None else torch.from_numpy(values[:, ::-1].copy(order="C"))
