@@ -280,22 +280,20 @@ class Sampler:
         tokens = [z, serial.scaled(z, self._prior_std)]  # then after each block
         log_dets = []
         failures: dict[int, tuple[int, int]] = {}
-        cache_bytes = 0
+        state = None
         for k in reversed(range(self.config.num_blocks)):
             x = tokens[-1]
-            state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition)
+            state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition, spent=state)
             solve(self._engines[k], state, None if bar is None else lambda n: bar.update(n * z.shape[0]))
-            cache_bytes = state.cache_bytes
-            finite = serial.finite(state.x).all(-1).cpu()  # (B, T), the block's one synchronisation
+            finite = serial.all_finite(state.x, 2).cpu()  # (B, T), the block's one synchronisation
             for row in (~finite.all(1)).nonzero().flatten().tolist():
                 failures.setdefault(row, (k, int(finite[row].int().argmin())))
             log_dets.append(state.log_det)
             tokens.append(serial.flipped(state.x) if k % 2 else state.x)
-            del state  # its cache goes before the next block's comes
         images = model.unpatchify(tokens[-1])
         log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - torch.stack(log_dets).sum(0)
         sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
-        return _Inverse(images, log_prob, sequence, cache_bytes, failures)
+        return _Inverse(images, log_prob, sequence, 0 if state is None else state.cache_bytes, failures)
 
     def _report(self, batch: int) -> Report:
         return Report(self.backend, self.backend_reason, self.solver, str(self.device), short(self.dtype), batch)

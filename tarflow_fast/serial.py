@@ -17,10 +17,12 @@ def _numpy(x: Tensor) -> np.ndarray | None:
     return None if x.device.type != "cpu" or x.dtype == torch.bfloat16 else x.detach().numpy()
 
 
-def finite(x: Tensor) -> Tensor:
-    """Which elements are neither infinite nor NaN."""
+def all_finite(x: Tensor, start: int = 0) -> Tensor:
+    """Whether no value is infinite or NaN, over the dimensions from `start` on; x.shape[:start] bool."""
     values = _numpy(x)
-    return torch.isfinite(x) if values is None else torch.from_numpy(np.isfinite(values))
+    if values is None:
+        return torch.isfinite(x).flatten(start).all(-1)
+    return torch.from_numpy(np.asarray(np.isfinite(values).all(axis=tuple(range(start, x.dim())))))
 
 
 def copy(x: Tensor) -> Tensor:

@@ -30,12 +30,13 @@ def test_copies(dtype: torch.dtype, contiguous: bool) -> None:
 
 @every_dtype
 @contiguous
-def test_finite(dtype: torch.dtype, contiguous: bool) -> None:
+def test_all_finite(dtype: torch.dtype, contiguous: bool) -> None:
     x = tokens(dtype, contiguous)
-    assert serial.finite(x).all()
+    assert serial.all_finite(x)
     x[1, 2, 0], x[3, 4, 1], x[0, 0, 2] = torch.nan, torch.inf, -torch.inf
-    assert torch.equal(serial.finite(x), torch.isfinite(x))
-    assert (~serial.finite(x)).sum() == 3
+    assert not serial.all_finite(x)
+    assert torch.equal(serial.all_finite(x, 1), torch.tensor([False, False, True, False, True]))
+    assert (~serial.all_finite(x, 2)).nonzero().tolist() == [[0, 0], [1, 2], [3, 4]]
 
 
 @every_dtype
@@ -50,4 +51,4 @@ def test_scaled(dtype: torch.dtype, contiguous: bool) -> None:
 
 def test_gradients_are_left_behind() -> None:
     x = torch.ones(1, 2, 3, requires_grad=True)
-    assert not any(f(x).requires_grad for f in (serial.copy, serial.flipped, serial.finite))
+    assert not any(f(x).requires_grad for f in (serial.copy, serial.flipped, serial.all_finite))

@@ -87,8 +87,12 @@ class BlockState:
 class BlockEngine(Protocol):
     """One flow block on one backend, its weights packed once at construction."""
 
-    def begin(self, z: Tensor, condition: Condition) -> BlockState:
-        """Allocate the state of a batch (cache rows: B, or 2B when guided). z: (B, T, D), not mutated."""
+    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
+        """Allocate the state of a batch (cache rows: B, or 2B when guided). z: (B, T, D), not mutated.
+
+        spent: a state of this backend that nobody needs any more, as of the block before. Its cache is taken over if
+        the size is the same: memory that the system hands out afresh is slow at its first use.
+        """
         ...
 
     def reverse(self, state: BlockState, progress: Progress | None = None) -> None:

@@ -126,7 +126,7 @@ class CpuEngine:
         """Memory of the packed weights."""
         return int(self._native.packed_bytes)
 
-    def begin(self, z: Tensor, condition: Condition) -> BlockState:
+    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config = self.config
         B, T, D = z.shape
         if (config.num_patches, config.token_dim) != (T, D):
@@ -140,8 +140,12 @@ class CpuEngine:
             embedding[:, : config.channels] = self._classes[rows]
         if condition.guidance.active:
             guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32)
-        keys_values = torch.empty(R * self._native.cache_elements, dtype=self.dtype)
-        load_native().prefer_huge_pages(keys_values.data_ptr(), keys_values.nbytes)
+        elements = R * self._native.cache_elements
+        if spent is not None and spent.cache.keys_values.numel() == elements:
+            keys_values = spent.cache.keys_values
+        else:
+            keys_values = torch.empty(elements, dtype=self.dtype)
+            load_native().prefer_huge_pages(keys_values.data_ptr(), keys_values.nbytes)
         return BlockState(
             z=z,
             x=serial.copy(z),

@@ -68,7 +68,7 @@ class TorchEngine:
             fc2=self._linear(w.fc2_weight, w.fc2_bias),
         )
 
-    def begin(self, z: Tensor, condition: Condition) -> BlockState:
+    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config, guidance = self.config, condition.guidance
         B, T, _ = z.shape
         R = 2 * B if guidance.active else B
@@ -82,9 +82,13 @@ class TorchEngine:
             query_scale = torch.ones(R, 1, 1, 1, device=self.device, dtype=self.dtype)
             query_scale[B:] = 1 / guidance.attn_temp
         shape = (config.layers_per_block, 2, R, config.num_heads, T, config.head_dim)
-        # A compiled step reads beyond the position, under a mask: those values must be finite (0 · NaN is NaN).
-        allocate = torch.zeros if self._compiled is not None else torch.empty
-        keys_values = allocate(shape, dtype=self.dtype, device=self.device)
+        if self._compiled is not None:
+            # A compiled step reads beyond the position, under a mask: those values must be finite (0 · NaN is NaN).
+            keys_values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        elif spent is not None and spent.cache.keys_values.shape == shape:
+            keys_values = spent.cache.keys_values
+        else:
+            keys_values = torch.empty(shape, dtype=self.dtype, device=self.device)
         return BlockState(
             z=z,
             x=z.clone(),
