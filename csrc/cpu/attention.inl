@@ -36,17 +36,43 @@ INLINE void scores(const typename M::act* q, const typename M::weight* keys, int
   UNROLL for (int b = 0; b < N; b++) store(s + b * VW, acc[0][b] + acc[1][b]);
 }
 
-// out[0 … N·VW) = out · keep + Σ_j p_j V_j: even and odd keys apart, to hide the latency of the sums.
-template <int N, class W>
-INLINE void weigh(const float* p, const W* values, int64_t d, int64_t keys, float keep, float* out) {
+// out[0 … N·VW) = out · keep + Σ_j p_j V_j over `keys` keys. fp32: p is fp32 and V [key][d]; bf16: V [key / 2][d][2], and
+// p is of M::act. Even and odd keys, or pairs, apart, to hide the latency of the sums.
+template <class M, int N>
+INLINE void weigh(const typename M::act* p, const typename M::weight* values, int64_t d, int64_t keys, float keep,
+                  float* out) {
   vf even[N], odd[N];
   UNROLL for (int v = 0; v < N; v++) even[v] = keep * load(out + v * VW), odd[v] = vf{};
+  const int64_t pair = M::depth * d;
+  const auto add = [&](vf* acc, const typename M::act* q, const typename M::weight* from, uint32_t mask) INLINE_LAMBDA {
+    if constexpr (M::depth == 1) {
+      UNROLL for (int v = 0; v < N; v++) acc[v] += q[0] * load(from + v * VW);
+    } else {
+#if TARFLOW_DOT
+      int32_t two;
+      __builtin_memcpy(&two, q, 4);
+      __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+      UNROLL for (int v = 0; v < N; v++)
+        acc[v] = (vf)_mm512_dpbf16_ps((__m512)acc[v], x, (__m512bh)(load_u32(from + v * 2 * VW) & mask));
+#else
+      UNROLL for (int v = 0; v < N; v++) {
+        vu two = load_u32(from + v * 2 * VW) & mask;
+        acc[v] += q[0] * low_half(two);
+        acc[v] += q[1] * high_half(two);
+      }
+#endif
+    }
+  };
   int64_t j = 0;
-  for (; j + 2 <= keys; j += 2) {
-    UNROLL for (int v = 0; v < N; v++) even[v] += p[j] * load(values + j * d + v * VW);
-    UNROLL for (int v = 0; v < N; v++) odd[v] += p[j + 1] * load(values + (j + 1) * d + v * VW);
+  for (; j + 2 * M::depth <= keys; j += 2 * M::depth, p += 2 * M::depth, values += 2 * pair) {
+    add(even, p, values, ~0u);
+    add(odd, p + M::depth, values + pair, ~0u);
   }
-  if (j < keys) UNROLL for (int v = 0; v < N; v++) even[v] += p[j] * load(values + j * d + v * VW);
+  if (j + M::depth <= keys) {
+    add(even, p, values, ~0u);
+    j += M::depth, p += M::depth, values += pair;
+  }
+  if (j < keys) add(odd, p, values, 0xffffu);  // a pair whose second key is not yet written: no number may come of it
   UNROLL for (int v = 0; v < N; v++) store(out + v * VW, even[v] + odd[v]);
 }
 
@@ -55,6 +81,7 @@ template <class M>
 void attend(const typename M::act* q, const typename M::weight* keys, const typename M::weight* values, int64_t d,
             int64_t count, float scale, float* scratch, typename M::act* out) {
   alignas(64) float s[CHUNK];
+  alignas(64) typename M::act weights[CHUNK];
   for (int64_t v = 0; v < d; v += VW) store(scratch + v, vf{});
   float highest = -__builtin_inff();
   vf total = vf{};
@@ -79,12 +106,13 @@ void attend(const typename M::act* q, const typename M::weight* keys, const type
     total = total * keep;
     for (b = 0; b < blocks; b++) {
       vf p = exp_negative(load(s + b * VW) - highest);
-      store(s + b * VW, p);
+      store(weights + b * VW, p);
       total += p;
     }
     int64_t v = 0;
-    for (; v + 4 * VW <= d; v += 4 * VW) weigh<4>(s, values + start * d + v, d, n, keep, scratch + v);
-    for (; v < d; v += VW) weigh<1>(s, values + start * d + v, d, n, keep, scratch + v);
+    const auto* from = values + start * d;
+    for (; v + 4 * VW <= d; v += 4 * VW) weigh<M, 4>(weights, from + v * M::depth, d, n, keep, scratch + v);
+    for (; v < d; v += VW) weigh<M, 1>(weights, from + v * M::depth, d, n, keep, scratch + v);
   }
   const float inverse = 1.0f / sum(total);
   for (int64_t v = 0; v < d; v += VW) store(out + v, inverse * load(scratch + v));

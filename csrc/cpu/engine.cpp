@@ -127,7 +127,8 @@ bool Engine::run(const Batch& batch, int64_t start, int64_t stop, bool sequentia
   const int64_t branches = batch.guidance ? 2 : 1, positions = stop - start;
   const int64_t rows = batch.samples * branches * (sequential ? 1 : positions);
   // Where the weights fit in the cache but the keys and values do not, fewer rows go through all tokens at a time.
-  static const int64_t cache = last_level_cache() / 4 * 3;
+  static const int64_t cache = last_level_cache() * 2 / 5;  // at the end of a pass a row has twice the average, and
+                                                            // cores that share the cache want some of it
   const int64_t row_bytes = cache_elements() * (block_.bf16 ? 2 : 4) / 2;  // on average: half of the tokens
   const int64_t weights = static_cast<int64_t>(packed_bytes_);
   int64_t most_rows = GROUP_ROWS;

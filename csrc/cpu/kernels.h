@@ -46,7 +46,8 @@ struct Batch {
   float* token_log_det;    // (B, T)
   float* change;           // (B, change_tokens) or null: largest change of each token from change_start on
   int64_t change_start, change_tokens;
-  void* keys_values;       // [layer][R][head][K | V]; K [key_tokens/VW][d][VW] (bf16: [d/2][VW][2]), V [token][d]
+  void* keys_values;       // [layer][R][head][K | V]; fp32: K [key_tokens/VW][d][VW], V [token][d];
+                           // bf16: K [key_tokens/VW][d/2][VW][2], V [token/2][d][2]
   const float* embedding;  // (R, channel_stride) or null
   const float* guidance;   // g_i for i = 0 … T−2, or null
   bool guide_a, guide_b;

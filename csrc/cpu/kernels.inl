@@ -122,20 +122,27 @@ void attention(const Rows& rows, int64_t index) {
       for (int64_t i = 0; i < n; i++) {
         const float* from = y + i * columns + column - first;
         const int64_t r = row + i, t = rows.position(r);
-        float out[NB];
-        for (int64_t c = 0; c < NB; c += VW) store(out + c, load(from + c) + load(layer.qkv.bias + column + c));
+        vf out[2];
+        for (int half = 0; half < 2; half++)
+          out[half] = load(from + half * VW) + load(layer.qkv.bias + column + half * VW);
         if (which == 0) {
           for (int64_t c = 0; c < used; c += VW)
-            store(query + r * b.attention_stride + head * d + offset + c, load(out + c));
+            store(query + r * b.attention_stride + head * d + offset + c, out[c / VW]);
           continue;
         }
         W* keys = keys_of<W>(rows, index, rows.cache_row(r), head);
         if (which == 1) {
+          W element[NB];
+          store(element, out[0]), store(element + VW, out[1]);
           W* to = keys + t / VW * VW * d + offset * VW + t % VW * M::depth;
-          for (int64_t c = 0; c < used; c++) put(to + c / M::depth * M::depth * VW + c % M::depth, out[c]);
+          for (int64_t c = 0; c < used; c += M::depth)
+            __builtin_memcpy(to + c * VW, element + c, M::depth * sizeof(W));
         } else {
-          W* to = keys + (b.key_tokens + t) * d + offset;
-          for (int64_t c = 0; c < used; c += VW) store(to + c, load(out + c));
+          W* to = keys + (b.key_tokens + t / M::depth * M::depth) * d + offset * M::depth;
+          for (int64_t c = 0; c < used; c += VW) {
+            if constexpr (M::depth == 1) store(to + c, out[c / VW]);
+            else store_half(to + 2 * c, out[c / VW], t % 2);
+          }
         }
       }
     }

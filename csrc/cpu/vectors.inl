@@ -2,6 +2,7 @@
 // Included by kernels.inl inside an anonymous namespace: every instruction set has its own copy.
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 using vf = float __attribute__((vector_size(VW * 4)));
 using vi = int32_t __attribute__((vector_size(VW * 4)));
@@ -37,11 +38,15 @@ INLINE void store(bf16* p, vf x) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-INLINE void put(float* p, float x) { *p = x; }
-INLINE void put(bf16* p, float x) {
-  uint32_t u;
-  __builtin_memcpy(&u, &x, 4);
-  *p = x != x ? 0x7fc0 : (bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+// Sets the even (half 0) or odd (half 1) elements of 2·VW to x.
+INLINE void store_half(bf16* p, vf x, int64_t half) {
+  bf16 t[VW];
+  store(t, x);
+  vh v;
+  __builtin_memcpy(&v, t, sizeof v);
+  vu u = __builtin_convertvector(v, vu), old = load_u32(p);
+  u = half ? (old & 0xffffu) | (u << 16) : (old & 0xffff0000u) | u;
+  __builtin_memcpy(p, &u, sizeof u);
 }
 
 INLINE vi lanes() {
