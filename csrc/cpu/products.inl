@@ -20,13 +20,25 @@ struct BF16 {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
+// Asks for the weights 4 KiB ahead: the prefetchers of the processor stop at the end of a page, and wait for a core that
+// streams little and computes much. P panels, `panel` bytes apart; a step over k takes NB · 4 bytes of each.
+template <int P>
+INLINE void fetch_ahead(const void* weight, int64_t panel) {
+  constexpr int64_t ahead = 4096, line = 64;
+  for (int j = 0; j < P; j++)
+    for (int64_t at = 0; at < NB * 4; at += line)
+      __builtin_prefetch(static_cast<const char*>(weight) + j * panel + ahead + at);
+}
+
 template <class M, int R, int P>
 void tile(const typename M::act* a, int64_t stride, const typename M::weight* w, int64_t panel, int64_t k, float* out) {
   vf acc[R][2 * P];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] = vf{};
+  constexpr bool fetches = R >= 4;  // fewer rows wait for memory alone, and the processor sees that
   if constexpr (M::depth == 1) {
     for (int64_t i = 0; i < k; i++, w += NB) {
+      if constexpr (fetches) fetch_ahead<P>(w, panel * sizeof *w);
       vf column[2 * P];
       UNROLL for (int j = 0; j < 2 * P; j++) column[j] = load(w + (j / 2) * panel + (j % 2) * VW);
       UNROLL for (int r = 0; r < R; r++) {
@@ -36,6 +48,7 @@ void tile(const typename M::act* a, int64_t stride, const typename M::weight* w,
     }
   } else {
     for (int64_t i = 0; i < k; i += 2, w += 2 * NB) {
+      if constexpr (fetches) fetch_ahead<P>(w, panel * sizeof *w);
       vu column[2 * P];
       UNROLL for (int j = 0; j < 2 * P; j++) column[j] = load_u32(w + (j / 2) * panel + (j % 2) * 2 * VW);
       UNROLL for (int r = 0; r < R; r++) {
