@@ -4,6 +4,7 @@
 without a compiler the install goes through, says so, and `tarflow-fast info` tells what is missing.
 """
 
+import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,11 @@ FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=fast",
 ]
+# csrc/cpu/sanitize.sh sets this: which sanitizers to build with.
+SANITIZERS = os.environ.get("TARFLOW_FAST_SANITIZERS")
+SANITIZE = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
+if SANITIZE:  # the first finding ends the process, and says in which line it is
+    FLAGS += [*SANITIZE, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 # One set of hot loops, compiled for each instruction set; which of them runs is decided when it runs.
 INSTRUCTION_SETS = {
@@ -70,7 +76,7 @@ setup(
             depends=sorted(map(str, [*CPU.glob("*.h"), *CPU.glob("*.inl")])),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *SANITIZE],
             language="c++",
             optional=True,
         )
