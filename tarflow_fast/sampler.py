@@ -32,6 +32,7 @@ from .engine import (
     Guidance,
     block_weights,
     check_compile,
+    check_threads,
     choose_backend,
     make_engine,
 )
@@ -111,9 +112,10 @@ class Sampler:
     model: a TarFlow; its weights are copied when the sampler is made, and changing them later has no effect here.
     backend: "auto" or a name from `backends()`; solver: "auto" or "sequential". device, dtype: default the model's
     own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is fp32.
-    compile: run the `torch` backend's step under torch.compile.
+    compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
+    torch.get_num_threads() at each call. Images do not depend on it.
 
-    Raises BackendError when an explicit backend, device or dtype cannot be had.
+    Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         solver: str = "auto",
         compile: bool = False,
+        threads: int | None = None,
     ):
         if not isinstance(model, TarFlow):
             raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", type(model).__name__)
@@ -133,6 +136,7 @@ class Sampler:
         self.dtype = check_dtype(model.dtype if dtype is None else dtype, self.device)
         compile = check_compile(compile, self.device)
         self.backend, self.backend_reason = choose_backend(backend, self.device, self.dtype, compile)
+        threads = check_threads(threads, self.backend)
         self.solver = choose_solver(solver)
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)
@@ -144,6 +148,7 @@ class Sampler:
                 device=self.device,
                 dtype=self.dtype,
                 compile=compile,
+                threads=threads,
             )
             for k in range(self.config.num_blocks)
         ]

@@ -245,6 +245,7 @@ class TestSample:
                 {"backend": "torch", "solver": "sequential"},
             ),
             (("--compile",), {"compile": True}),
+            (("--backend", "cpu", "--threads", 2), {"backend": "cpu", "threads": 2}),
         ],
     )
     def test_options_that_make_the_sampler(
@@ -259,7 +260,7 @@ class TestSample:
 
         monkeypatch.setattr("tarflow_fast.sampler.Sampler", Spy)
         run("sample", "-m", "m.safetensors", "-n", 1, *options)
-        default = {"backend": "auto", "solver": "auto", "dtype": None, "compile": False}
+        default = {"backend": "auto", "solver": "auto", "dtype": None, "compile": False, "threads": None}
         assert {name: seen[name] for name in default} == {**default, **made}
         assert seen["device"] == torch.device("cpu")
 

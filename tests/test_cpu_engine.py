@@ -317,6 +317,33 @@ def test_refused_arguments() -> None:
         engine.reverse(state)
 
 
+def test_the_sampler_hands_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled engine is asked for so many, and for torch's number, as it is then, where none was given."""
+    asked: list[int] = []
+
+    class Spy:
+        def __init__(self, native: Any):
+            self.native = native
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.native, name)
+
+        def run(self, *arguments: Any) -> None:
+            asked.append(arguments[-2])
+            self.native.run(*arguments)
+
+    model = random_model(2)
+    images = []
+    for threads in (None, 3):
+        sampler = Sampler(model, backend="cpu", threads=threads)
+        for engine in sampler._engines:
+            engine._native = Spy(engine._native)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        images.append(sampler.sample(3).images)
+    assert asked == [2, 2, 3, 3]
+    assert torch.equal(*images)
+
+
 def test_the_sampler_takes_it_by_default() -> None:
     model = random_model(2, num_classes=3)
     ours, torchs = Sampler(model), Sampler(model, backend="torch")

@@ -340,6 +340,9 @@ def test_redraw_gives_up() -> None:
         ({"dtype": torch.int8}, ArgumentError, "dtype: expected"),
         ({"dtype": "bfloat16"}, ArgumentError, "dtype: expected"),
         ({"compile": "yes"}, ArgumentError, "compile: expected a bool"),
+        ({"threads": 0}, ArgumentError, "threads: expected an integer >= 1"),
+        ({"threads": 2, "backend": "torch"}, BackendError, "threads is for backend 'cpu', and this is 'torch'"),
+        ({"threads": 2, "dtype": torch.float64}, BackendError, "threads is for backend 'cpu', and this is 'torch'"),
     ],
     ids=str,
 )

@@ -256,6 +256,14 @@ Examples:
 @option("--solver", default="auto", metavar="NAME", section="Machine", help="auto or sequential.")
 @option("--compile", is_flag=True, section="Machine", help="Run the torch backend under torch.compile.")
 @option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    section="Machine",
+    show_default="as many as torch uses",
+    help="Of the cpu backend.",
+)
+@option(
     "--batch-size",
     type=click.IntRange(1),
     metavar="N",
@@ -348,6 +356,7 @@ def sample_command(
         dtype=torch_dtype(given["dtype"]),
         solver=given["solver"],
         compile=given["compile"],
+        threads=given["threads"],
     )
     samples = sampler.sample(
         plan.n,

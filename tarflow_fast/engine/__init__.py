@@ -1,7 +1,7 @@
 """Engines invert one flow block on one backend. `contract.py` says how; `registry.py` says which there are."""
 
 from .contract import BlockEngine, BlockState, Condition, Guidance
-from .registry import BackendStatus, backends, check_compile, choose_backend, make_engine
+from .registry import BackendStatus, backends, check_compile, check_threads, choose_backend, make_engine
 from .weights import BlockWeights, block_weights
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "backends",
     "block_weights",
     "check_compile",
+    "check_threads",
     "choose_backend",
     "make_engine",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_choice
+from ..checks import check_choice, check_count
 from ..devices import device_missing
 from ..errors import ArgumentError, BackendError
 from .contract import BlockEngine
@@ -85,10 +85,28 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, compi
     return ("cpu", "the best available on cpu") if missing is None else ("torch", missing)
 
 
+def check_threads(threads: object, backend: str) -> int | None:
+    """The number of the `cpu` backend's threads, or None. Raises ArgumentError, or BackendError for other backends."""
+    if threads is None:
+        return None
+    count = check_count("threads", threads)
+    if backend != "cpu":
+        raise BackendError(
+            f"threads is for backend 'cpu', and this is {backend!r}; leave threads out, and see torch.set_num_threads"
+        )
+    return count
+
+
 def make_engine(
-    backend: str, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype, compile: bool
+    backend: str,
+    weights: BlockWeights,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: bool,
+    threads: int | None = None,
 ) -> BlockEngine:
-    """The engine of one flow block; `backend` is a name that `choose_backend` gave."""
+    """The engine of one flow block; `backend` is a name that `choose_backend` gave. threads: see `check_threads`."""
     if backend == "cpu":
-        return CpuEngine(weights, dtype=dtype)
+        return CpuEngine(weights, dtype=dtype, threads=threads)
     return TorchEngine(weights, device=device, dtype=dtype, compile=compile)
