@@ -304,6 +304,35 @@ def test_packed_weights_take_no_more_than_the_weights() -> None:
         assert engine_of(model, 0, dtype).packed_bytes <= 1.1 * 2 * count * dtype.itemsize + 2**16
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells the peak")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory(dtype: str) -> None:
+    """Making a sampler and drawing takes its copy of the model, the packed weights, one KV cache, and at most 64 MB."""
+    code = f"""
+import sys, torch
+sys.path[:0] = sys.argv[1:]
+from cases import random_model
+from tarflow_fast.sampler import Sampler
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+model = random_model(img_size=32, channels=256, layers_per_block=4)  # T = 256
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here on
+before = kilobytes("VmRSS")
+sampler = Sampler(model, backend="cpu", dtype=torch.{dtype})
+report = sampler.sample(32).report
+taken = (kilobytes("VmHWM") - before) * 1024
+copied = sum(value.nbytes for value in sampler._model.state_dict().values())
+packed = sum(engine.packed_bytes for engine in sampler._engines)
+assert packed > 10e6 and report.cache_bytes > 30e6, (packed, report.cache_bytes)
+print(taken - copied - packed - report.cache_bytes)
+"""
+    arguments = [sys.executable, "-W", "ignore", "-c", code, os.path.dirname(__file__)]
+    done = subprocess.run(arguments, timeout=120, check=True, capture_output=True, text=True)
+    assert int(done.stdout) <= 64e6
+
+
 def test_refused_arguments() -> None:
     model = random_model()
     with pytest.raises(ArgumentError, match=r"^threads: expected"):
