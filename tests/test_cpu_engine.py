@@ -105,6 +105,20 @@ def test_shapes(isa: str, sizes: dict[str, Any], guidance: Guidance) -> None:
 
 
 @every_set
+@pytest.mark.parametrize(("heads", "threads"), [(1, 2), (2, 3), (3, 2), (4, 3), (5, 3)])
+def test_any_number_of_threads_shares_any_number_of_heads(isa: str, heads: int, threads: int) -> None:
+    """Threads of one team, with whole heads each or not: equal to one thread, from a cache of NaNs, time after time."""
+    model = random_model(8, channels=16 * heads, head_dim=16, layers_per_block=2)
+    z = random_latents(model, 3)
+    engine = engine_of(model, 0, instruction_set=isa, threads=1)
+    wanted = inverse(engine, z, Condition())
+    assert_close(wanted[0], expected(model, 0, z, Condition())[0], GOLDEN)
+    engine.threads = threads
+    for _ in range(3):
+        assert all(map(torch.equal, inverse(engine, z, Condition()), wanted))
+
+
+@every_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 def test_every_batch_and_thread_count_gives_the_same_bits(isa: str, dtype: torch.dtype, guidance: Guidance) -> None:
