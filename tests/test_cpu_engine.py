@@ -17,10 +17,10 @@ import pytest
 import torch
 from cases import random_latents, random_model
 from test_engine import GUIDED, expected, poisoned
-from tolerances import GOLDEN, assert_close, error_budget, max_error
+from tolerances import BF16_BITS, BF16_IMAGE, GOLDEN, assert_close, error_budget, max_error
 from torch import Tensor
 
-from tarflow_fast import reference
+from tarflow_fast.checkpoint import load_pretrained
 from tarflow_fast.engine import Condition, Guidance, backends, block_weights, choose_backend
 from tarflow_fast.engine.cpu_engine import (
     ISA_VARIABLE,
@@ -174,26 +174,46 @@ def test_a_nan_is_seen() -> None:
     assert not change[0].any()
 
 
+def check_bf16(model: TarFlow, k: int, isa: str, condition: Condition) -> None:
+    """The error is at most that of the same expression in PyTorch's bf16, twice, and one rounding."""
+    z = random_latents(model, 3)
+    x, _ = inverse(engine_of(model, k, torch.bfloat16, instruction_set=isa), z, condition)
+    exact, _ = expected(model, k, z, condition)
+    plain, _ = expected(model, k, z, condition, torch.bfloat16)
+    assert max_error(x, exact) <= error_budget(plain, exact, torch.bfloat16)
+
+
 @every_set
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 @pytest.mark.parametrize("seed", range(3))
 def test_bf16_is_as_good_as_pytorch(isa: str, guidance: Guidance, seed: int) -> None:
     model = random_model(seed, num_classes=3, layers_per_block=2, channels=128)
-    condition = Condition(torch.tensor([0, 1, -1]), guidance)
-    z = random_latents(model, 3)
-    x, _ = inverse(engine_of(model, 0, torch.bfloat16, instruction_set=isa), z, condition)
-    exact, _ = expected(model, 0, z, condition)
-    weights = {name: value.bfloat16() for name, value in model.state_dict().items()}
-    plain, _ = reference.block_inverse(
-        weights,
-        0,
-        z.bfloat16(),
-        condition.labels,
-        guidance=guidance.scale,
-        attn_temp=guidance.attn_temp,
-        annealed_guidance=guidance.annealed,
-    )
-    assert max_error(x, exact) <= error_budget(plain, exact, torch.bfloat16)
+    check_bf16(model, 0, isa, Condition(torch.tensor([0, 1, -1]), guidance))
+
+
+@every_set
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_bf16_shapes(isa: str, sizes: dict[str, Any]) -> None:
+    model = random_model(3, **sizes)
+    check_bf16(model, 1, isa, Condition(torch.tensor([0, -1, 1]) if model.config.num_classes else None))
+
+
+@every_set
+def test_bf16_on_the_shipped_model(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained weights: nearly the same images as in fp32, and of bf16 images the sampler reports the log-density that
+    they have under the fp32 model."""
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    model, labels = load_pretrained(), torch.arange(10)
+    exact, half = (Sampler(model, backend="cpu", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for guidance in (0.0, 1.0):
+        a, b = (sampler.sample(10, labels, guidance=guidance) for sampler in (exact, half))
+        assert 0 < (a.images - b.images).abs().mean((1, 2, 3)).median() <= BF16_IMAGE
+    reported = half.sample(10, labels)
+    assert reported.log_prob is not None
+    with torch.no_grad():
+        wanted = model.bits_per_dim(reported.images, labels)
+    got = 7 - reported.log_prob / (28 * 28 * math.log(2))
+    assert ((got - wanted).abs() <= BF16_BITS * wanted).all()
 
 
 def test_several_callers_at_once() -> None:

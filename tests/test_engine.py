@@ -43,15 +43,17 @@ def poisoned(engine: BlockEngine, z: Tensor, condition: Condition) -> BlockState
     return state
 
 
-def expected(model: TarFlow, k: int, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    """x and token log-dets by the reference, in float64 and in the block's order."""
-    weights = {name: value.double() for name, value in model.state_dict().items()}
+def expected(
+    model: TarFlow, k: int, z: Tensor, condition: Condition, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """x and token log-dets by the reference, evaluated in that dtype and in the block's order."""
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
     rule = condition.guidance
     flip = k % 2 == 1
     x, log_det = reference.block_inverse(
         weights,
         k,
-        z.double().flip(1) if flip else z.double(),
+        z.to(dtype).flip(1) if flip else z.to(dtype),
         condition.labels,
         guidance=rule.scale,
         guide_what=rule.what,
