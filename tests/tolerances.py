@@ -27,6 +27,9 @@ HALF_FLOOR = 0.5
 BF16_IMAGE = 0.005
 BF16_BITS = 0.001
 
+# What bf16 keys and values are smaller or larger by than fp32's, relative, summed over some ten thousand.
+BF16_BIAS = 2e-4
+
 
 def max_error(got: Tensor, wanted: Tensor) -> float:
     """The largest absolute difference, in float64; shapes must agree and nothing may be NaN."""
