@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <exception>
 #include <string>
 #include <vector>
@@ -21,22 +22,23 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// weights: proj_in (weight, bias), position, proj_out (weight, bias), then each layer's twelve tensors, all fp32.
+// ends: proj_in (weight, bias), position, proj_out (weight, bias). layer(i): the twelve tensors of layer i, which need to
+// live until the next call. All fp32.
 Engine make(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, int64_t layers, bool affine,
-            const std::vector<Address>& weights, bool bf16, const std::string& instruction_set) {
-  if (static_cast<int64_t>(weights.size()) != 5 + 12 * layers) throw std::invalid_argument("wrong number of weights");
-  const auto next = [at_ = weights.begin()]() mutable { return at<const float>(*at_++); };
-  auto take = next;
-  Source source{};
-  for (const float** p : {&source.in_weight, &source.in_bias, &source.position, &source.out_weight, &source.out_bias})
-    *p = take();
-  for (int64_t i = 0; i < layers; i++) {
+            const std::array<Address, 5>& ends, const py::function& layer, bool bf16,
+            const std::string& instruction_set) {
+  Source source{at<const float>(ends[0]), at<const float>(ends[1]), at<const float>(ends[2]), at<const float>(ends[3]),
+                at<const float>(ends[4]), nullptr};
+  source.layer = [&](int64_t i) {
+    const py::gil_scoped_acquire acquire;
+    const auto addresses = layer(i).cast<std::array<Address, 12>>();
     LayerSource l{};
+    auto next = addresses.begin();
     for (const float** p : {&l.norm1_weight, &l.norm1_bias, &l.qkv_weight, &l.qkv_bias, &l.proj_weight, &l.proj_bias,
                             &l.norm2_weight, &l.norm2_bias, &l.fc1_weight, &l.fc1_bias, &l.fc2_weight, &l.fc2_bias})
-      *p = take();
-    source.layers.push_back(l);
-  }
+      *p = at<const float>(*next++);
+    return l;
+  };
   const py::gil_scoped_release release;
   return Engine({channels, head_dim, tokens, token_dim, layers, affine}, source, bf16, kernels_named(instruction_set));
 }

@@ -24,7 +24,7 @@ struct LayerSource {
 
 struct Source {
   const float *in_weight, *in_bias, *position, *out_weight, *out_bias;
-  std::vector<LayerSource> layers;
+  std::function<LayerSource(int64_t)> layer;  // called for each layer in turn; what it gave goes with the next call
 };
 
 // 64-byte aligned memory for `count` bytes, in huge pages where there are any and the size is worth it. Not cleared.

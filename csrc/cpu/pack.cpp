@@ -92,7 +92,7 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
       std::memcpy(position + t * block.channel_stride, source.position + t * C, C * sizeof(float));
   }
   for (int64_t i = 0; i < s.layers; i++) {
-    const LayerSource& l = source.layers[i];
+    const LayerSource l = arena.filling() ? source.layer(i) : LayerSource{};
     const bool bf16 = block.bf16;
     layers[i].qkv = pack_linear(arena, {l.qkv_weight, l.qkv_bias, C, l.norm1_weight, l.norm1_bias}, 3 * H * unit, C, width,
                                 bf16, qkv_row, same);

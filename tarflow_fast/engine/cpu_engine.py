@@ -78,6 +78,10 @@ class _Cache:
     guidance: Tensor | None  # (T − 1,) fp32, g_i; None when not guided
 
 
+def _plain(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().to("cpu", torch.float32).contiguous() for tensor in tensors]
+
+
 class CpuEngine:
     """BlockEngine in C++. dtype: float32 or bfloat16. threads: default torch.get_num_threads() at each call.
 
@@ -100,15 +104,20 @@ class CpuEngine:
         self.instruction_set = choose_instruction_set(instruction_set)
         self._classes = None if weights.classes is None else weights.classes.float().cpu()
         config = self.config
-        tensors = [
+        ends = _plain(
             weights.proj_in_weight,
             weights.proj_in_bias,
             weights.position,
             weights.proj_out_weight,
             weights.proj_out_bias,
-        ]
-        tensors += [getattr(layer, field.name) for layer in weights.layers for field in fields(LayerWeights)]
-        plain = [tensor.detach().to("cpu", torch.float32).contiguous() for tensor in tensors]
+        )
+        layer: list[Tensor] = []
+
+        def layer_addresses(i: int) -> list[int]:
+            layer.clear()  # a bf16 model's fp32 copy is of one layer at a time
+            layer.extend(_plain(*(getattr(weights.layers[i], field.name) for field in fields(LayerWeights))))
+            return [tensor.data_ptr() for tensor in layer]
+
         self._native: Any = load_native().Engine(
             config.channels,
             config.head_dim,
@@ -116,7 +125,8 @@ class CpuEngine:
             config.token_dim,
             config.layers_per_block,
             config.nvp,
-            [tensor.data_ptr() for tensor in plain],
+            [tensor.data_ptr() for tensor in ends],
+            layer_addresses,
             dtype == torch.bfloat16,
             self.instruction_set,
         )
