@@ -19,7 +19,7 @@ from tarflow_fast.noise import latent_noise
 
 from . import limits, machine
 from .cells import Cell, random_model
-from .measure import Contestants, check, measure_cell
+from .measure import Contestants, check, hold_to_limit, measure_cell
 from .peers import BASELINE, default_path, torch_threads
 from .published import Published
 from .record import Record, short
@@ -33,6 +33,7 @@ MODELS = {
     "tiny": TarFlowConfig(1, 8, 2, 64, 2, 1),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MATRIX_RATES = {"float32": "matrix_flops_per_second", "bfloat16": "bf16_matrix_flops_per_second"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def contestants(cell: TypedCell, published: Published, *, seed: int, compile: bo
         reverses["torch compiled"] = ours(backend="torch", compile=True).reverse
     reverses["cpu"] = ours(backend="cpu").reverse
     return {name: functools.partial(run, z.clone()) for name, run in reverses.items()}
+
+
+def measure_rates(cells: list[TypedCell]) -> dict[str, Any]:
+    """The machine's limits for these cells, in both dtypes."""
+    rates = limits.measure(size for cell in cells for size in (cell.work.weight_bytes, cell.work.working_set))
+    return {**rates, MATRIX_RATES["bfloat16"]: limits.matrix_rate(torch.bfloat16)}
 
 
 def check_bf16(entrants: Contestants) -> dict[str, Any]:
@@ -150,8 +157,7 @@ def cpu_command(
     published = Published.load(checkout)
     cells = [TypedCell(c, b, 0.0, d) for c in configs for d in dtypes for b in batches]
     with torch_threads(threads or torch.get_num_threads()):
-        rates = limits.measure(size for cell in cells for size in (cell.work.weight_bytes, cell.work.working_set))
-        rates["bf16_matrix_flops_per_second"] = limits.matrix_rate(torch.bfloat16)
+        before = measure_rates(cells)
         record: Record = {
             "suite": "cpu",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -169,23 +175,18 @@ def cpu_command(
                 "budget_seconds": budget,
                 "seed": seed,
             },
-            "limits": rates,
+            "limits": before,
             "cells": [],
         }
-        half = {**rates, "matrix_flops_per_second": rates["bf16_matrix_flops_per_second"]}
         for number, cell in enumerate(cells, 1):
             label = ", ".join(f"{column} {short(value)}" for column, value in cell.label.items())
             click.echo(f"[{number}/{len(cells)}] {label}", err=True)
             entrants = contestants(cell, published, seed=seed, compile=compile)
-            exact = cell.dtype == "float32"
-            record["cells"].append(
-                measure_cell(
-                    cell,
-                    entrants,
-                    rates if exact else half,
-                    repeat=repeat,
-                    budget=budget,
-                    verdict=check if exact else check_bf16,
-                )
-            )
+            verdict = check if cell.dtype == "float32" else check_bf16
+            record["cells"].append(measure_cell(cell, entrants, repeat=repeat, budget=budget, verdict=verdict))
+            name = MATRIX_RATES[cell.dtype]
+            before[name] = max(before[name], limits.matrix_rate(DTYPES[cell.dtype]))
+        rates = record["limits"] = limits.best(before, measure_rates(cells))
+    for cell, entry in zip(cells, record["cells"], strict=True):
+        hold_to_limit(entry, {**rates, "matrix_flops_per_second": rates[MATRIX_RATES[cell.dtype]]})
     finish(record, out)

@@ -45,28 +45,30 @@ def check(contestants: Contestants, tolerance: float = TOLERANCE) -> dict[str, A
 def measure_cell(
     cell: Cell,
     contestants: Contestants,
-    rates: dict[str, Any],
     *,
     repeat: int,
     budget: float,
     verdict: Callable[[Contestants], dict[str, Any]] = check,
 ) -> dict[str, Any]:
-    """One entry of a record's "cells". rates: what `limits.measure` found. repeat, budget: see `alternate`."""
+    """One entry of a record's "cells", yet to be held to a limit. repeat, budget: see `alternate`."""
     checked = verdict(contestants)
     samples = timing.alternate(contestants, repeat=repeat, budget=budget) if checked["passed"] else None
-    work = cell.work
-    matrix_rate = rates["matrix_flops_per_second"]
-    bandwidth = limits.bandwidth(rates, work.working_set)
-    limit = roofline.limit_seconds(work, matrix_rate, bandwidth)
     return {
         "label": cell.label,
         "sizes": cell.sizes.to_dict(),
         "check": checked,
-        "work": work.to_dict(),
-        "limit": {
-            "seconds": limit,
-            "by": roofline.limited_by(work, matrix_rate, bandwidth),
-            "bytes_per_second": bandwidth,
-        },
-        "runs": [] if samples is None else record.runs(samples, work, limit),
+        "work": cell.work.to_dict(),
+        "runs": [] if samples is None else record.runs(samples, cell.work),
     }
+
+
+def hold_to_limit(entry: dict[str, Any], rates: dict[str, Any]) -> None:
+    """Give a cell its "limit", and each of its runs the share of it. rates: of this machine, see `limits.measure`."""
+    work = roofline.Work(**entry["work"])
+    matrix_rate = rates["matrix_flops_per_second"]
+    bandwidth = limits.bandwidth(rates, work.working_set)
+    seconds = roofline.limit_seconds(work, matrix_rate, bandwidth)
+    by = roofline.limited_by(work, matrix_rate, bandwidth)
+    entry["limit"] = {"seconds": seconds, "by": by, "bytes_per_second": bandwidth}
+    for run in entry["runs"]:
+        run["fraction_of_limit"] = seconds / run["median"]

@@ -18,7 +18,7 @@ from tarflow_fast.noise import latent_noise
 
 from . import limits, machine
 from .cells import CONFIGS, DEFAULT_CONFIGS, Cell, choose_cells, random_model
-from .measure import measure_cell
+from .measure import hold_to_limit, measure_cell
 from .published import Published
 from .record import Record, short
 from .show import finish, require_matplotlib
@@ -134,6 +134,7 @@ def peers_command(
     require_matplotlib()
     published = Published.load(checkout)
     cells = choose_cells(configs, batches)
+    sizes = [size for cell in cells for size in (cell.work.weight_bytes, cell.work.working_set)]
     with torch_threads(threads or torch.get_num_threads()):
         record: Record = {
             "suite": "peers",
@@ -152,14 +153,15 @@ def peers_command(
                 "budget_seconds": budget,
                 "seed": seed,
             },
-            "limits": limits.measure(
-                size for cell in cells for size in (cell.work.weight_bytes, cell.work.working_set)
-            ),
+            "limits": limits.measure(sizes),
             "cells": [],
         }
         for number, cell in enumerate(cells, 1):
             label = ", ".join(f"{column} {short(value)}" for column, value in cell.label.items())
             click.echo(f"[{number}/{len(cells)}] {label}", err=True)
             entrants = contestants(cell, published, seed=seed, compile=compile)
-            record["cells"].append(measure_cell(cell, entrants, record["limits"], repeat=repeat, budget=budget))
+            record["cells"].append(measure_cell(cell, entrants, repeat=repeat, budget=budget))
+        record["limits"] = limits.best(record["limits"], limits.measure(sizes))
+    for entry in record["cells"]:
+        hold_to_limit(entry, record["limits"])
     finish(record, out)

@@ -19,13 +19,12 @@ from .timing import pairwise_ratios, spread
 Record = dict[str, Any]
 
 
-def runs(samples: dict[str, list[float]], work: Work, limit: float) -> list[dict[str, Any]]:
-    """The "runs" of a cell. samples: seconds by name, the baseline first. limit: seconds of the roofline."""
+def runs(samples: dict[str, list[float]], work: Work) -> list[dict[str, Any]]:
+    """The "runs" of a cell. samples: seconds by name, the baseline first."""
     baseline = next(iter(samples))
     out = []
     for name, seconds in samples.items():
         run: dict[str, Any] = {"name": name, "seconds": seconds, **spread(seconds)}
-        run["fraction_of_limit"] = limit / run["median"]
         run["bytes_per_second"] = work.bytes / run["median"]
         run["flops_per_second"] = work.flops / run["median"]
         if name != baseline:

@@ -17,7 +17,7 @@ from PIL import Image
 from bench import limits, machine, record, roofline, timing
 from bench.__main__ import main
 from bench.cells import CONFIGS, DEFAULT_CONFIGS, choose_cells, random_model
-from bench.measure import TOLERANCE, check
+from bench.measure import TOLERANCE, check, hold_to_limit
 from bench.plot import picture
 from tarflow_fast import NonFiniteError, TarFlowConfig, reference
 from tarflow_fast.engine.cpu_engine import cpu_missing
@@ -74,9 +74,10 @@ def made_up_record(*, failed: bool = False) -> dict[str, Any]:
     work = roofline.Work(flops=4_000_000_000, bytes=1_000_000_000, weight_bytes=10, working_set=20)
     samples = {"theirs": [4.0, 4.4, 4.2], "torch": [2.0, 2.1, 2.2], "torch compiled": [1.0, 1.0, 1.0]}
     checks = {"passed": True, "max_error": 1e-6, "tolerance": TOLERANCE, "reason": None}
-    cells = [
-        {"label": {"model": "m", "batch": 1, "guidance": 0.0}, "check": checks, "runs": record.runs(samples, work, 0.5)}
-    ]
+    cell = {"label": {"model": "m", "batch": 1, "guidance": 0.0}, "check": checks, "work": work.to_dict()}
+    cells = [{**cell, "runs": record.runs(samples, work)}]
+    slow = {"matrix_flops_per_second": 1e11, "read_bandwidth": [{"bytes": 20, "bytes_per_second": 2e9}]}
+    hold_to_limit(cells[0], slow)  # 0.5 s of memory traffic
     if failed:
         bad = {**checks, "passed": False, "max_error": None, "reason": "torch: not finite"}
         cells.append({"label": {"model": "m", "batch": 64, "guidance": 2.0}, "check": bad, "runs": []})
@@ -132,6 +133,19 @@ def test_limits_are_kept_by_size(quick: None) -> None:
     assert limits.bandwidth(rates, 2**18) == rates["read_bandwidth"][1]["bytes_per_second"] > 0
     with pytest.raises(KeyError):
         limits.bandwidth(rates, 2**17)
+
+
+def test_of_two_measurements_the_higher_rates_are_the_limit() -> None:
+    def rates(matrix: float, *read: float) -> dict[str, Any]:
+        entries = [{"bytes": 2**i, "bytes_per_second": rate} for i, rate in enumerate(read)]
+        return {
+            "matrix_flops_per_second": matrix,
+            "read_bandwidth": entries,
+            "bf16_matrix_flops_per_second": 9 - matrix,
+        }
+
+    merged = limits.best(rates(1.0, 5.0, 2.0), rates(2.0, 4.0, 3.0))
+    assert merged == {**rates(2.0, 5.0, 3.0), "bf16_matrix_flops_per_second": 8.0}
 
 
 class Clock:
