@@ -198,6 +198,25 @@ def test_autocast_around_an_engine_changes_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_spent_cache_is_taken_over_if_it_fits(backend: str) -> None:
+    """Only its memory: not its contents, and what the other block made stays as it is."""
+    model = random_model()
+    z = random_latents(model, 3)
+    first, second = (engine_of(model, k, backend) for k in (1, 0))
+    spent = first.begin(z, Condition())
+    first.reverse(spent)
+    made = spent.x.clone()
+    spent.cache.keys_values.fill_(torch.nan)
+    state = second.begin(spent.x, Condition(), spent=spent)
+    assert state.cache.keys_values.data_ptr() == spent.cache.keys_values.data_ptr()
+    second.reverse(state)
+    assert_close(state.x, expected(model, 0, made, Condition())[0], GOLDEN)
+    assert torch.equal(spent.x, made)
+    other = second.begin(z[:2], Condition(), spent=spent)
+    assert other.cache.keys_values.data_ptr() != spent.cache.keys_values.data_ptr()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_progress_counts_every_step(backend: str) -> None:
     model = random_model()
     engine = engine_of(model, 0, backend)
