@@ -17,7 +17,7 @@ from tarflow_fast import Sampler, TarFlowConfig
 from tarflow_fast.engine.cpu_engine import choose_instruction_set
 from tarflow_fast.noise import latent_noise
 
-from . import limits, machine
+from . import limits, machine, options
 from .cells import Cell, random_model
 from .measure import Contestants, check, hold_to_limit, measure_cell
 from .peers import BASELINE, default_path, torch_threads
@@ -81,14 +81,7 @@ def check_bf16(entrants: Contestants) -> dict[str, Any]:
 
 
 @click.command("cpu")
-@click.option(
-    "--ml-tarflow",
-    "checkout",
-    required=True,
-    metavar="PATH",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A checkout of ml-tarflow; its transformer_flow.py is imported.",
-)
+@options.checkout
 @click.option(
     "--config",
     "configs",
@@ -109,22 +102,11 @@ def check_bf16(entrants: Contestants) -> dict[str, Any]:
     "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=tuple(DTYPES), help="Of ours."
 )
 @click.option("--compile", is_flag=True, help="Time the torch backend with compile=True too.")
-@click.option("--threads", type=click.IntRange(1), help="For torch and for the engine.  [default: as torch takes]")
-@click.option("--repeat", type=click.IntRange(1), default=7, help="Times that each cell's contestants are timed.")
-@click.option(
-    "--budget",
-    type=click.FloatRange(0, min_open=True),
-    default=120.0,
-    metavar="SECONDS",
-    help="For timing one cell: slow cells are repeated less often, at least once.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and noise.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE.json",
-    help="Where the record goes, its PNG beside it.  [default: bench/results/cpu-DATE-TIME.json]",
-)
+@options.threads
+@options.repeat
+@options.budget(120.0)
+@options.seed
+@options.out("cpu")
 def cpu_command(
     checkout: Path,
     configs: tuple[str, ...],

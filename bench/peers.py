@@ -16,7 +16,7 @@ from torch import Tensor
 from tarflow_fast import Sampler
 from tarflow_fast.noise import latent_noise
 
-from . import limits, machine
+from . import limits, machine, options
 from .cells import CONFIGS, DEFAULT_CONFIGS, Cell, choose_cells, random_model
 from .measure import hold_to_limit, measure_cell
 from .published import Published
@@ -56,14 +56,7 @@ def default_path(suite: str) -> Path:
 
 
 @click.command("peers")
-@click.option(
-    "--ml-tarflow",
-    "checkout",
-    required=True,
-    metavar="PATH",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A checkout of ml-tarflow; its transformer_flow.py is imported.",
-)
+@options.checkout
 @click.option(
     "--config",
     "configs",
@@ -80,22 +73,11 @@ def default_path(suite: str) -> Path:
     help="Images at once, instead of the model's own list; may be given more than once.",
 )
 @click.option("--compile", is_flag=True, help="Time our sampler with compile=True too, as a row of its own.")
-@click.option("--threads", type=click.IntRange(1), help="Threads for torch.  [default: as many as it takes itself]")
-@click.option("--repeat", type=click.IntRange(1), default=7, help="Times that each cell's contestants are timed.")
-@click.option(
-    "--budget",
-    type=click.FloatRange(0, min_open=True),
-    default=300.0,
-    metavar="SECONDS",
-    help="For timing one cell: slow cells are repeated less often, at least once; the record has the count.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and noise.")
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE.json",
-    help="Where the record goes, its PNG beside it.  [default: bench/results/peers-DATE-TIME.json]",
-)
+@options.threads
+@options.repeat
+@options.budget(300.0)
+@options.seed
+@options.out("peers")
 def peers_command(
     checkout: Path,
     configs: tuple[str, ...],

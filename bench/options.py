@@ -1,0 +1,43 @@
+"""Options that every suite beside the published model has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+checkout = click.option(
+    "--ml-tarflow",
+    "checkout",
+    required=True,
+    metavar="PATH",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkout of ml-tarflow; its transformer_flow.py is imported.",
+)
+threads = click.option(
+    "--threads", type=click.IntRange(1), help="Of every contestant.  [default: as many as torch takes]"
+)
+repeat = click.option(
+    "--repeat", type=click.IntRange(1), default=7, help="Times that each cell's contestants are timed."
+)
+seed = click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and noise.")
+
+
+def budget(seconds: float) -> Any:
+    return click.option(
+        "--budget",
+        type=click.FloatRange(0, min_open=True),
+        default=seconds,
+        metavar="SECONDS",
+        help="For timing one cell: slow cells are repeated less often, at least once; the record has the count.",
+    )
+
+
+def out(suite: str) -> Any:
+    return click.option(
+        "--out",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE.json",
+        help=f"Where the record goes, its PNG beside it.  [default: bench/results/{suite}-DATE-TIME.json]",
+    )
