@@ -20,7 +20,7 @@ from tarflow_fast.noise import latent_noise
 from . import limits, machine, options
 from .cells import Cell, random_model
 from .measure import Contestants, check, hold_to_limit, measure_cell
-from .peers import BASELINE, default_path, torch_threads
+from .peers import BASELINE, torch_threads
 from .published import Published
 from .record import Record, short
 from .roofline import Work, inverse_work
@@ -117,7 +117,7 @@ def cpu_command(
     repeat: int,
     budget: float,
     seed: int,
-    out: Path | None,
+    out: Path,
 ) -> None:
     """The native CPU engine against the published reverse, the torch backend and the machine's limit.
 
@@ -132,9 +132,6 @@ def cpu_command(
       afhq    256×256×3, T = 1024, width 768, one block of 8 layers
       tiny    to try the suite itself, in seconds
     """
-    out = default_path("cpu") if out is None else out
-    if out.suffix != ".json":
-        raise click.BadParameter("the name must end in .json", param_hint="'--out'")
     require_matplotlib()
     published = Published.load(checkout)
     cells = [TypedCell(c, b, 0.0, d) for c in configs for d in dtypes for b in batches]

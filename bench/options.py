@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import click
+
+from . import machine
 
 checkout = click.option(
     "--ml-tarflow",
@@ -35,9 +38,18 @@ def budget(seconds: float) -> Any:
 
 
 def out(suite: str) -> Any:
+    def place(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path:
+        if path is None:  # a new name for each run, so that none is overwritten
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+            return machine.ROOT / "bench" / "results" / f"{suite}-{stamp}.json"
+        if path.suffix != ".json":
+            raise click.BadParameter("the name must end in .json")
+        return path
+
     return click.option(
         "--out",
         type=click.Path(dir_okay=False, path_type=Path),
+        callback=place,
         metavar="FILE.json",
         help=f"Where the record goes, its PNG beside it.  [default: bench/results/{suite}-DATE-TIME.json]",
     )

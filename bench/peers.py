@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -50,11 +49,6 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def default_path(suite: str) -> Path:
-    """A new name for each run, so that none is overwritten."""
-    return machine.ROOT / "bench" / "results" / f"{suite}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.json"
-
-
 @click.command("peers")
 @options.checkout
 @click.option(
@@ -87,7 +81,7 @@ def peers_command(
     repeat: int,
     budget: float,
     seed: int,
-    out: Path | None,
+    out: Path,
 ) -> None:
     """Our sampler against the published model's reverse: same weights, noise, process, threads.
 
@@ -110,9 +104,6 @@ def peers_command(
       of limit          the time that this machine's bandwidth and matrix rate would allow, over its time
       max error         the largest difference from ml-tarflow's images
     """
-    out = default_path("peers") if out is None else out
-    if out.suffix != ".json":
-        raise click.BadParameter("the name must end in .json", param_hint="'--out'")
     require_matplotlib()
     published = Published.load(checkout)
     cells = choose_cells(configs, batches)
