@@ -21,6 +21,9 @@ from tarflow_fast.model import TarFlow
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 
+KERNEL_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+"""Where Triton kernels run: on the GPU, or in the interpreter (see conftest.py)."""
+
 SMALL: dict[str, Any] = {
     "in_channels": 1,
     "img_size": 8,

@@ -1,10 +1,18 @@
-"""What every test runs under: fixed seeds, and hypothesis without deadlines or a database of its own."""
+"""What every test runs under: fixed seeds, and hypothesis without deadlines or a database of its own.
+
+Triton kernels run on the GPU where there is one, else in Triton's interpreter.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
 
 torch.set_num_threads(1)  # the models are too small to gain from more
 

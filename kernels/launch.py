@@ -1,0 +1,91 @@
+"""What every kernel's launcher and kernel share: checks of operands, the interpreter, and programmatic dependent launch.
+
+Kernels of one pass depend on each other in a chain, and each is over in microseconds: what counts is how soon one
+follows the other. On Hopper and later a kernel may be launched while the one before still runs (*programmatic
+dependent launch*, PDL). Every kernel therefore begins in the same order:
+
+    1. `prefetch_lines`: ask for its weights, which no kernel writes, to be brought from memory to the L2 cache;
+    2. `launch_dependents`: let the kernel after it start doing the same;
+    3. `wait`: until all that the kernels before it have written can be seen.
+
+Nothing that a kernel before may write is read, and nothing is written, before 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tarflow_fast.checks import short
+from tarflow_fast.errors import ArgumentError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of weights, keys and values."""
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (the environment variable TRITON_INTERPRET), on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of this device."""
+    return device.type == "cuda" or (interpreting() and device.type == "cpu")
+
+
+def dependent_launch(device: torch.device) -> bool:
+    """Whether this device has programmatic dependent launch: compute capability 9.0 or higher."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def check_operand(
+    name: str,
+    x: Tensor,
+    shape: Sequence[int],
+    dtypes: torch.dtype | Sequence[torch.dtype],
+    device: torch.device | None = None,
+) -> Tensor:
+    """x: a contiguous tensor of this shape (−1: any size) and one of these dtypes. Raises ArgumentError otherwise."""
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    if not isinstance(x, Tensor):
+        raise ArgumentError(name, f"a tensor of shape {tuple(shape)}", type(x).__name__)
+    if x.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, x.shape, strict=True)):
+        raise ArgumentError(name, f"shape {tuple(shape)}", tuple(x.shape))
+    if x.dtype not in allowed:
+        raise ArgumentError(name, " or ".join(map(short, allowed)), short(x.dtype))
+    if device is not None and x.device != device:
+        raise ArgumentError(name, f"a tensor on {device}", str(x.device))
+    if not x.is_contiguous():
+        raise ArgumentError(name, "a contiguous tensor", f"strides {x.stride()}")
+    return x
+
+
+@triton.jit
+def wait():
+    """Until the kernels before this one are over and what they wrote can be seen."""
+    gdc_wait()
+
+
+@triton.jit
+def launch_dependents():
+    """Let the next kernel start: it waits by itself for what it needs of this one."""
+    gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_lines(pointer, mask):
+    """Ask for the 128-byte lines at these addresses to be brought to L2. pointer, mask: blocks of one shape."""
+    address = pointer.to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [address, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
