@@ -14,6 +14,7 @@ Nothing that a kernel before may write is read, and nothing is written, before 3
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -31,6 +32,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (the environment variable TRITON_INTERPRET), on the CPU."""
     return bool(triton.knobs.runtime.interpret)
+
+
+INTERPRETING = tl.constexpr(interpreting())
 
 
 def can_launch(device: torch.device) -> bool:
@@ -89,3 +93,54 @@ def prefetch_lines(pointer, mask):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, with fp32 sums. a, b: of one dtype. PRECISION: "ieee" or "tf32", of fp32 products."""
+    if INTERPRETING:  # the interpreter would multiply the bits of bf16 values; their products are exact in fp32
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory in which the programs that share a tile of a result meet: each leaves its part, the last adds them up.
+
+    partial: fp32. arrived: int32 counters, zero before and after each kernel. One kernel uses it at a time, so one
+    suffices for all kernels of a chain.
+    """
+
+    partial: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def allocate(cls, partial: int, arrived: int, device: torch.device) -> Scratch:
+        """For so many values and counters, at least one of each."""
+        return cls(
+            torch.empty(max(partial, 1), dtype=torch.float32, device=device),
+            torch.zeros(max(arrived, 1), dtype=torch.int32, device=device),
+        )
+
+    @classmethod
+    def fitting(cls, given: Scratch | None, partial: int, arrived: int, device: torch.device) -> Scratch:
+        """`given`, or a new one if None. Raises ArgumentError if it is too small."""
+        if given is None:
+            return cls.allocate(partial, arrived, device)
+        if given.partial.numel() < partial or given.arrived.numel() < arrived:
+            raise ArgumentError(
+                "scratch",
+                f"{partial} values and {arrived} counters",
+                f"{given.partial.numel()} and {given.arrived.numel()}",
+            )
+        return given
+
+
+@triton.jit
+def arrive(counter):
+    """How many programs have arrived at this counter before; what they stored before can be read afterwards."""
+    tl.debug_barrier()  # all threads of this program have stored their part
+    before = tl.atomic_add(counter, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return before
