@@ -2,15 +2,15 @@
 
     a_w = Σ_t softmax_t(s_r q_w · k_t) v_t      over the tokens t ≤ position + w
 
-for w = 0 … W − 1, in each row r and head: W = 1 is a decoding step, W = T the whole sequence. The keys and values of the
-window itself are in the cache already. s_r = 1/(√d · temperature) is a number for each row, because the two branches of
-guidance differ in it. The position is read on the device, so that a CUDA graph can be replayed further on.
+for w = 0 … W − 1, in each row r and head: W = 1 is a decoding step, W = T the whole sequence. The keys and values of
+the window itself are in the cache already. s_r = 1/(√d · temperature) is a number for each row, because the two
+branches of guidance differ in it. The position is read on the device, so that a CUDA graph can be replayed further on.
 
-Softmax is computed online and in fp32: the sums so far are scaled down whenever a larger logit turns up. A decoding step
-is bound by reading the cache. Each of the BLOCK_T tokens that a program looks at together therefore keeps a softmax of
-its own, over the tokens t, t + BLOCK_T, …, and these are merged once, at the end: in the loop no thread waits for
-another. Wider windows go through tensor cores. Where rows and heads are too few to occupy the GPU, the tokens are split
-among several programs, and the last one merges their parts.
+Softmax is computed online and in fp32: the sums so far are scaled down whenever a larger logit turns up. A decoding
+step is bound by reading the cache. Each of the BLOCK_T tokens that a program looks at together therefore keeps a
+softmax of its own, over the tokens t, t + BLOCK_T, …, and these are merged once, at the end: in the loop no thread
+waits for another. Wider windows go through tensor cores. Where rows and heads are too few to occupy the GPU, the tokens
+are split among several programs, and the last one merges their parts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Tile:
 
 
 def reference(queries: Tensor, keys: Tensor, values: Tensor, scale: Tensor, position: int, window: int) -> Tensor:
-    """The same by PyTorch, in the operands' dtype with the softmax in fp32 or wider; shapes as in `cached_attention`."""
+    """The same by PyTorch, in the operands' dtype; shapes as in `cached_attention`, position + offset in one number."""
     R, H, _, d = keys.shape
     seen = position + window
     q = queries.view(R, window, H, d).transpose(1, 2)
@@ -216,9 +216,9 @@ def cached_attention(
 ) -> None:
     """Queries of the tokens position + offset … + window − 1 against the cache up to each of them, into `out`.
 
-    queries, out: (R·window, C), row r·window + w is token w of the window of row r; keys, values: (R, H, T, d), C = H·d,
-    all of one dtype; scale: (R,) fp32, 1/(√d · temperature); position: (1,) int32, read on the device. Only `out` is
-    written. Raises ArgumentError.
+    queries, out: (R·window, C), C = H·d, row r·window + w is token w of the window of row r; keys, values:
+    (R, H, T, d); all of one dtype. scale: (R,) fp32, 1/(√d · temperature); position: (1,) int32, read on the
+    device. Only `out` is written. Raises ArgumentError.
     """
     device, dtype = keys.device, keys.dtype
     R, H, T, d = check_operand("keys", keys, (-1, -1, -1, -1), DTYPES).shape

@@ -220,13 +220,13 @@ def norm_qkv(
 ) -> None:
     """(q, k, v) = norm(x) Wᵀ + b, the keys and values of the tokens position + offset … + window − 1 into the cache.
 
-    x: (R·window, C) fp32, row r·window + w is token w of the window of row r; weight: (3C, C), rows ordered (q|k|v, head,
-    channel); bias: (3C,) fp32; queries: (R·window, C); keys, values: (R, H, T, d); position: (1,) int32, read on the
-    device. queries, keys and values have the dtype of W and are written. Raises ArgumentError.
+    x: (R·window, C) fp32, row r·window + w is token w of the window of row r; weight: (3C, C), rows ordered (q|k|v,
+    head, channel); bias: (3C,) fp32; queries: (R·window, C); keys, values: (R, H, T, d); position: (1,) int32, read on
+    the device. queries, keys and values have the dtype of W and are written. Raises ArgumentError.
     """
     N, C = check_operand("weight", weight, (-1, -1), DTYPES).shape
     device, dtype = weight.device, weight.dtype
-    R, H, T, d = check_operand("keys", keys, (-1, -1, -1, -1), dtype, device).shape
+    R, H, _, d = check_operand("keys", keys, (-1, -1, -1, -1), dtype, device).shape
     if N != 3 * C or H * d != C:
         raise ArgumentError("weight", f"shape {(3 * H * d, H * d)} for heads of {d}", (N, C))
     check_operand("values", values, keys.shape, dtype, device)
