@@ -18,7 +18,7 @@ from torch import Tensor
 from tarflow_fast.checks import GUIDE_WHAT, check_choice
 from tarflow_fast.errors import ArgumentError
 
-from .launch import check_operand
+from .launch import check_operand, padded
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rule:
         """What kernels are compiled for."""
         return {
             "D": D,
-            "BLOCK_D": max(triton.next_power_of_2(D), 16),
+            "BLOCK_D": padded(D),
             "NVP": self.nvp,
             "GUIDE_A": self.guidance is not None and "a" in self.what,
             "GUIDE_B": self.guidance is not None and "b" in self.what,

@@ -23,7 +23,7 @@ from tarflow_fast.checks import check_choice
 from tarflow_fast.errors import ArgumentError
 
 from .affine import Rule, affine_tokens
-from .launch import DTYPES, check_operand, dot, launch_dependents, prefetch_lines, wait
+from .launch import DTYPES, Launch, check_operand, dot, launch, launch_dependents, prefetch_lines, wait
 
 
 @dataclass(frozen=True)
@@ -195,27 +195,19 @@ def _launch(
     check_operand("h", h, (branches * B * window, C), torch.float32, x.device)
     check_operand("position", position, (1,), torch.int32, x.device)
     check_choice("precision", precision, ("ieee", "tf32"))
-    _affine_step_kernel[tile.grid(B * window, C)](
+    arguments = (
         parameters, z, x, token_log_det, nonfinite, rule.guidance, embedding.weight, embedding.bias,
         embedding.positions, embedding.classes, h, position, offset, B, window, T,
-        **constants(C, D, rule, parameters is not None, branches, embedding.classes is not None, precision, tile, pdl),
-        num_warps=tile.warps,
-        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-
-
-def constants(
-    C: int, D: int, rule: Rule, update: bool, branches: int, classes: bool, precision: str, tile: Tile, pdl: bool
-) -> dict[str, object]:
-    """What the kernel is compiled for."""
-    return {
+    constants = {
         "C": C,
         **rule.constants(D),
-        "UPDATE": update,
+        "UPDATE": parameters is not None,
         "BRANCHES": branches,
-        "CLASSES": classes,
+        "CLASSES": embedding.classes is not None,
         "PRECISION": precision,
         "BLOCK_B": tile.samples,
         "BLOCK_N": tile.columns,
         "PDL": pdl,
     }
+    launch(Launch(_affine_step_kernel, tile.grid(B * window, C), arguments, constants, tile.warps, pdl))

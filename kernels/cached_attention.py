@@ -25,7 +25,19 @@ from torch import Tensor
 from tarflow_fast.checks import check_choice, check_count
 from tarflow_fast.errors import ArgumentError
 
-from .launch import DTYPES, Scratch, arrive, check_operand, dot, launch_dependents, prefetch_lines, wait
+from .launch import (
+    DTYPES,
+    Launch,
+    Scratch,
+    arrive,
+    check_operand,
+    dot,
+    launch,
+    launch_dependents,
+    padded,
+    prefetch_lines,
+    wait,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)  # where a running maximum starts: finite, so that no difference is ∞ − ∞
@@ -52,7 +64,7 @@ class Tile:
         """Values and counters that a `Scratch` must have."""
         pairs, down, _ = self.grid(rows, heads, window)
         tiles = pairs * down if self.splits > 1 else 0
-        return tiles * self.splits * self.window * (max(triton.next_power_of_2(head_dim), 16) + 2), tiles
+        return tiles * self.splits * self.window * (padded(head_dim) + 2), tiles
 
 
 def reference(queries: Tensor, keys: Tensor, values: Tensor, scale: Tensor, position: int, window: int) -> Tensor:
@@ -234,25 +246,17 @@ def cached_attention(
     if 1 < tile.window < 16:
         raise ArgumentError("tile", "a window of 1, or of 16 or more for tensor cores", tile)
     scratch = Scratch.fitting(scratch, *tile.scratch(R, H, window, d), device)
-    _cached_attention_kernel[tile.grid(R, H, window)](
-        queries, keys, values, out, scale, scratch.partial, scratch.arrived, position, offset, window, T,
-        **constants(H, d, precision, tile, pdl),
-        num_warps=tile.warps,
-        **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-
-
-def constants(heads: int, head_dim: int, precision: str, tile: Tile, pdl: bool) -> dict[str, object]:
-    """What the kernel is compiled for."""
-    return {
-        "H": heads,
-        "HEAD": head_dim,
+    arguments = (queries, keys, values, out, scale, scratch.partial, scratch.arrived, position, offset, window, T)
+    constants = {
+        "H": H,
+        "HEAD": d,
         "PRECISION": precision,
         "BLOCK_W": tile.window,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "BLOCK_D": padded(d),
         "BLOCK_T": tile.tokens,
         "SPLITS": tile.splits,
         "STAGES": tile.stages,
         "PREFETCH": PREFETCHED,
         "PDL": pdl,
     }
+    launch(Launch(_cached_attention_kernel, tile.grid(R, H, window), arguments, constants, tile.warps, pdl))

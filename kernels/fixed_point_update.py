@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine import Rule, affine_tokens
-from .launch import check_operand, launch_dependents, wait
+from .launch import Launch, check_operand, launch, launch_dependents, wait
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,7 @@ def fixed_point_update(
     rule.check_tokens(parameters, z, x, token_log_det, window)
     check_operand("change", change, (z.shape[0], window), torch.float32, z.device)
     check_operand("position", position, (1,), torch.int32, z.device)
-    _fixed_point_update_kernel[(triton.cdiv(B * window, tile.tokens),)](
-        parameters, z, x, token_log_det, change, rule.guidance, position, B, window, z.shape[1],
-        **constants(z.shape[2], rule, tile, pdl),
-        num_warps=tile.warps,
-        **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-
-
-def constants(D: int, rule: Rule, tile: Tile, pdl: bool) -> dict[str, object]:
-    """What the kernel is compiled for."""
-    return {**rule.constants(D), "BLOCK_T": tile.tokens, "PDL": pdl}
+    arguments = (parameters, z, x, token_log_det, change, rule.guidance, position, B, window, z.shape[1])
+    constants = {**rule.constants(z.shape[2]), "BLOCK_T": tile.tokens, "PDL": pdl}
+    grid = (triton.cdiv(B * window, tile.tokens),)
+    launch(Launch(_fixed_point_update_kernel, grid, arguments, constants, tile.warps, pdl))

@@ -13,8 +13,11 @@ Nothing that a kernel before may write is read, and nothing is written, before 3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -47,6 +50,11 @@ def dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def padded(size: int) -> int:
+    """The block that holds so many values: a power of two, and enough for tensor cores."""
+    return max(triton.next_power_of_2(size), 16)
+
+
 def check_operand(
     name: str,
     x: Tensor,
@@ -67,6 +75,52 @@ def check_operand(
     if not x.is_contiguous():
         raise ArgumentError(name, "a contiguous tensor", f"strides {x.stride()}")
     return x
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: call it to launch. constants: what the kernel is compiled for; pdl: see above."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, object]
+    warps: int
+    pdl: bool
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"num_warps": self.warps, **({"launch_pdl": True} if self.pdl else {})}
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
+
+    def compile(self) -> None:
+        """Without launching, for the device at hand."""
+        self.kernel.warmup(*self.arguments, grid=self.grid, **self.constants, **self.options)
+
+
+_record: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within it nothing is launched: what would be is gathered in the list."""
+    launches: list[Launch] = []
+    token = _record.set(launches)
+    try:
+        yield launches
+    finally:
+        _record.reset(token)
+
+
+def launch(this: Launch) -> None:
+    """Launch it, or record it if that is what is being done."""
+    record = _record.get()
+    if record is None:
+        this()
+    else:
+        record.append(this)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from torch import Tensor
 from tarflow_fast.checks import check_choice
 from tarflow_fast.errors import ArgumentError
 
-from .launch import DTYPES, Scratch, arrive, check_operand, dot, launch_dependents, prefetch_lines, wait
+from .launch import DTYPES, Launch, Scratch, arrive, check_operand, dot, launch, launch_dependents, prefetch_lines, wait
 
 NORM_EPS = 1e-5
 FEW_ROWS = 4  # that are multiplied without tensor cores
@@ -263,24 +263,16 @@ def _launch(
     rows = x.shape[0]
     scratch = Scratch.fitting(scratch, *tile.scratch(rows, N), weight.device)
     gamma, beta = norm or (None, None)
-    _norm_linear_kernel[tile.grid(rows, N)](
-        x, weight, bias, gamma, beta, out, keys, values, scratch.partial, scratch.arrived, position, offset,
-        rows, window, 1 if keys is None else keys.shape[2],
-        **constants(N, K, 1 if keys is None else keys.shape[3], norm is not None, epilogue, precision, tile, pdl),
-        num_warps=tile.warps,
-        **({"launch_pdl": True} if pdl else {}),
+    T, d = (1, 1) if keys is None else keys.shape[2:]
+    arguments = (
+        x, weight, bias, gamma, beta, out, keys, values, scratch.partial, scratch.arrived, position, offset, rows,
+        window, T,
     )  # fmt: skip
-
-
-def constants(
-    N: int, K: int, head_dim: int, norm: bool, epilogue: str, precision: str, tile: Tile, pdl: bool
-) -> dict[str, object]:
-    """What the kernel is compiled for."""
-    return {
+    constants = {
         "N": N,
         "K": K,
-        "HEAD": head_dim,
-        "NORM": norm,
+        "HEAD": d,
+        "NORM": norm is not None,
         "EPS": NORM_EPS,
         "EPILOGUE": epilogue,
         "PRECISION": precision,
@@ -292,3 +284,4 @@ def constants(
         "STAGES": tile.stages,
         "PDL": pdl,
     }
+    launch(Launch(_norm_linear_kernel, tile.grid(rows, N), arguments, constants, tile.warps, pdl))

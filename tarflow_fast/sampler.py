@@ -34,7 +34,7 @@ from .engine import (
     check_compile,
     check_threads,
     choose_backend,
-    make_engine,
+    make_engines,
 )
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
 from .model import TarFlow, stream_dtype
@@ -141,17 +141,14 @@ class Sampler:
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)
         state = self._model.state_dict()
-        self._engines = [
-            make_engine(
-                self.backend,
-                block_weights(state, self.config, k),
-                device=self.device,
-                dtype=self.dtype,
-                compile=compile,
-                threads=threads,
-            )
-            for k in range(self.config.num_blocks)
-        ]
+        self._engines = make_engines(
+            self.backend,
+            (block_weights(state, self.config, k) for k in range(self.config.num_blocks)),
+            device=self.device,
+            dtype=self.dtype,
+            compile=compile,
+            threads=threads,
+        )
         self._prior_std = self._model.var.sqrt()
 
     def sample(
@@ -290,9 +287,9 @@ class Sampler:
             x = tokens[-1]
             state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition, spent=state)
             solve(self._engines[k], state, None if bar is None else lambda n: bar.update(n * z.shape[0]))
-            finite = serial.all_finite(state.x, 2).cpu()  # (B, T), the block's one synchronisation
-            for row in (~finite.all(1)).nonzero().flatten().tolist():
-                failures.setdefault(row, (k, int(finite[row].int().argmin())))
+            first = state.first_nonfinite().tolist()  # the block's one synchronisation
+            for row in (row for row, token in enumerate(first) if token < z.shape[1]):
+                failures.setdefault(row, (k, first[row]))
             log_dets.append(state.log_det)
             tokens.append(serial.flipped(state.x) if k % 2 else state.x)
         images = model.unpatchify(tokens[-1])
@@ -312,7 +309,8 @@ class Sampler:
         if batch_size is not None:
             check_count("batch_size", batch_size)
         each = self._engines[0].bytes_per_sample(guided)
-        fits = int(MEMORY_SHARE * free_memory(self.device) / each)
+        free = free_memory(self.device) + self._engines[0].idle_bytes
+        fits = int(MEMORY_SHARE * free / each)
         wanted = min(n, MAX_BATCH if batch_size is None else batch_size)
         if fits < 1 or (batch_size is not None and wanted > fits):
             raise OutOfMemoryError(

@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 import torch
-from cases import random_latents, random_model
+from cases import KERNEL_DEVICE, random_latents, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import GOLDEN, INVERSE_F64, assert_close, error_budget, max_error
 from torch import Tensor
 
 from tarflow_fast import reference
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engine
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.model import TarFlow
@@ -23,14 +23,15 @@ from tarflow_fast.solvers import sequential
 GUIDED = Guidance(1.5, "ab", 0.7, True)
 CPU = torch.device("cpu")
 NATIVE = pytest.param("cpu", marks=pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing())))
-BACKENDS = ["torch", NATIVE]
+BACKENDS = ["torch", NATIVE, "triton"]
 
 
 def engine_of(
     model: TarFlow, k: int = 0, backend: str = "torch", dtype: torch.dtype = torch.float32, compile: bool = False
 ) -> BlockEngine:
     weights = block_weights(model.state_dict(), model.config, k)
-    return make_engine(backend, weights, device=CPU, dtype=dtype, compile=compile)
+    device = KERNEL_DEVICE if backend == "triton" else CPU
+    return make_engines(backend, [weights], device=device, dtype=dtype, compile=compile)[0]
 
 
 def poisoned(engine: BlockEngine, z: Tensor, condition: Condition) -> BlockState:
@@ -70,7 +71,7 @@ def expected(
     ("batch", "k", "sizes"),
     [
         (1, 0, {}),
-        (3, 1, {"num_classes": 4, "channels": 128, "layers_per_block": 2}),
+        (3, 1, {"num_classes": 4, "channels": 128, "layers_per_block": 2, "img_size": 6}),
         (5, 1, {"in_channels": 3, "img_size": 6, "patch_size": 2, "head_dim": 32}),
         (2, 0, {"img_size": 15, "patch_size": 5, "num_classes": 2, "head_dim": 16, "channels": 48}),
         (2, 0, {"num_classes": 2, "nvp": False}),
@@ -110,7 +111,13 @@ def test_float64_inverts_exactly(backend: str, guidance: Guidance) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("torch", torch.bfloat16), ("torch", torch.float16), pytest.param("cpu", torch.bfloat16, marks=NATIVE.marks)],
+    [
+        ("torch", torch.bfloat16),
+        ("torch", torch.float16),
+        pytest.param("cpu", torch.bfloat16, marks=NATIVE.marks),
+        ("triton", torch.bfloat16),
+        ("triton", torch.float16),
+    ],
 )
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 def test_half_precision_is_as_good_as_the_same_dtype_in_pytorch(
@@ -147,6 +154,18 @@ def test_half_precision_is_as_good_as_the_same_dtype_in_pytorch(
 def test_fixed_point_in_any_windows_equals_sequential(
     backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject
 ) -> None:
+    check_windows(backend, dtype, tolerance, guidance, data)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@settings(max_examples=3)
+@given(data=st.data())
+def test_fixed_point_of_the_triton_kernels(guidance: Guidance, data: st.DataObject) -> None:
+    """The same law; fewer examples, as the interpreter is slow. Windows of other sizes are summed in another order."""
+    check_windows("triton", torch.float32, GOLDEN, guidance, data)
+
+
+def check_windows(backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject) -> None:
     """Windows [start, stop) repeated stop − start times, one after the other, give the sequential result."""
     model = random_model(11, dtype, num_classes=2, img_size=6)
     T = model.config.num_patches

@@ -34,7 +34,7 @@ BF16_BIAS = 2e-4
 def max_error(got: Tensor, wanted: Tensor) -> float:
     """The largest absolute difference, in float64; shapes must agree and nothing may be NaN."""
     assert got.shape == wanted.shape, f"{tuple(got.shape)} against {tuple(wanted.shape)}"
-    error = (got.detach().double() - wanted.detach().double()).abs().max().item()
+    error = (got.detach().double().cpu() - wanted.detach().double().cpu()).abs().max().item()
     assert error == error, "a NaN"
     return error
 

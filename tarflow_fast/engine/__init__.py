@@ -1,7 +1,7 @@
 """Engines invert one flow block on one backend. `contract.py` says how; `registry.py` says which there are."""
 
 from .contract import BlockEngine, BlockState, Condition, Guidance
-from .registry import BackendStatus, backends, check_compile, check_threads, choose_backend, make_engine
+from .registry import BackendStatus, backends, check_compile, check_threads, choose_backend, make_engines
 from .weights import BlockWeights, block_weights
 
 __all__ = [
@@ -16,5 +16,5 @@ __all__ = [
     "check_compile",
     "check_threads",
     "choose_backend",
-    "make_engine",
+    "make_engines",
 ]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import serial
 from ..checks import GUIDE_WHAT, check_choice, check_number
 from ..errors import ArgumentError
 
@@ -68,7 +69,8 @@ class BlockState:
 
     z: (B, T, D) latents, never written. x: (B, T, D) tokens; x[:, 0] = z[:, 0], the rest is the engine's to fill (it
     starts as a copy of z). token_log_det: (B, T), Σ_d xa that made each token, in nats of dx/dz; 0 for token 0.
-    cache: the engine's own (keys, values, scratch). cache_bytes: its size.
+    cache: the engine's own (keys, values, scratch). cache_bytes: its size. nonfinite: what `first_nonfinite` gives, if
+    the engine has seen it in passing.
     """
 
     z: Tensor
@@ -77,15 +79,32 @@ class BlockState:
     condition: Condition
     cache: Any
     cache_bytes: int
+    nonfinite: Tensor | None = None
 
     @property
     def log_det(self) -> Tensor:
         """log|det dx/dz|, (B,), in nats."""
         return self.token_log_det.sum(1)
 
+    def first_nonfinite(self) -> Tensor:
+        """The first token of each sample that has an infinity or NaN, T if none has; (B,) integers."""
+        if self.nonfinite is not None:
+            return self.nonfinite
+        bad = ~serial.all_finite(self.x, 2)
+        return torch.where(bad.any(1), bad.int().argmax(1), self.x.shape[1])
+
 
 class BlockEngine(Protocol):
-    """One flow block on one backend, its weights packed once at construction."""
+    """One flow block on one backend, its weights packed once at construction.
+
+    idle_bytes: memory held for batches to come, which would be given up for another batch. setup_seconds: spent so far
+    on what is done once for a shape: compiling, choosing tiles, capturing graphs.
+    """
+
+    setup_seconds: float
+
+    @property
+    def idle_bytes(self) -> int: ...
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         """Allocate the state of a batch (cache rows: B, or 2B when guided). z: (B, T, D), not mutated.
@@ -119,7 +138,7 @@ def embedding_rows(condition: Condition, batch: int, num_classes: int, device: t
     if condition.labels is None:
         rows = torch.full((batch,), num_classes, dtype=torch.int64, device=device)
     else:
-        rows = torch.where(condition.labels < 0, num_classes, condition.labels)
+        rows = torch.where(condition.labels < 0, num_classes, condition.labels).to(device)
     if condition.guidance.active:
         rows = torch.cat([rows, torch.full_like(rows, num_classes)])
     return rows

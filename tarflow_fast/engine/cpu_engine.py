@@ -136,6 +136,9 @@ class CpuEngine:
         """Memory of the packed weights."""
         return int(self._native.packed_bytes)
 
+    idle_bytes = 0
+    setup_seconds = 0.0
+
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config = self.config
         B, T, D = z.shape

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from .cpu_engine import CpuEngine, choose_instruction_set, cpu_missing
 from .torch_engine import TorchEngine
 from .weights import BlockWeights
 
-BACKENDS = ("cpu", "torch")
+BACKENDS = ("cpu", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ def backends() -> list[BackendStatus]:
         if kind == "cpu":
             found.append(_cpu_status())
         missing = device_missing(kind)
+        if kind == "cuda":
+            found.append(_triton_status(missing))
         if missing is None:
             name = torch.cuda.get_device_name() if kind == "cuda" else kind
             found.append(BackendStatus("torch", kind, True, f"PyTorch {torch.__version__} on {name}"))
@@ -57,6 +62,23 @@ def _cpu_status() -> BackendStatus:
         return BackendStatus("cpu", "cpu", False, missing)
     why = f"native engine, {choose_instruction_set()}, {torch.get_num_threads()} threads; float32 and bfloat16"
     return BackendStatus("cpu", "cpu", True, why)
+
+
+def _triton_status(device_missing: str | None) -> BackendStatus:
+    missing = device_missing or triton_missing(torch.device("cuda", torch.cuda.current_device()))
+    if missing is not None:
+        return BackendStatus("triton", "cuda", False, missing)
+    why = f"Triton {version('triton')} on {torch.cuda.get_device_name()}; to be asked for: not yet measured on a GPU"
+    return BackendStatus("triton", "cuda", True, why)
+
+
+def triton_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
+    """Why the Triton engine cannot serve such a request, with the mend, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch for CUDA on Linux (pip install triton)"
+    from .triton_engine import triton_missing as missing
+
+    return missing(device, dtype, compile)
 
 
 def check_compile(compile: object, device: torch.device) -> bool:
@@ -77,8 +99,14 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, compi
         missing = cpu_missing(dtype, compile)
         if missing is not None:
             raise BackendError(f"backend 'cpu' cannot be had: {missing}")
+    if backend == "triton":
+        missing = triton_missing(device, dtype, compile)
+        if missing is not None:
+            raise BackendError(f"backend 'triton' cannot be had: {missing}")
     if backend != "auto":
         return backend, "asked for"
+    if device.type == "cuda":
+        return "torch", "the best that has been measured on a GPU; backend='triton' has not"
     if device.type != "cpu":
         return "torch", f"the best available on {device.type}"
     missing = cpu_missing(dtype, compile)
@@ -97,16 +125,23 @@ def check_threads(threads: object, backend: str) -> int | None:
     return count
 
 
-def make_engine(
+def make_engines(
     backend: str,
-    weights: BlockWeights,
+    blocks: Iterable[BlockWeights],
     *,
     device: torch.device,
     dtype: torch.dtype,
     compile: bool,
     threads: int | None = None,
-) -> BlockEngine:
-    """The engine of one flow block; `backend` is a name that `choose_backend` gave. threads: see `check_threads`."""
+) -> list[BlockEngine]:
+    """The engines of a model's flow blocks; `backend` is a name that `choose_backend` gave. threads: see
+    `check_threads`."""
     if backend == "cpu":
-        return CpuEngine(weights, dtype=dtype, threads=threads)
-    return TorchEngine(weights, device=device, dtype=dtype, compile=compile)
+        return [CpuEngine(weights, dtype=dtype, threads=threads) for weights in blocks]
+    if backend == "triton":
+        from .triton_engine import TritonEngine
+        from .triton_workspace import Pool
+
+        pool = Pool()
+        return [TritonEngine(weights, device=device, dtype=dtype, pool=pool) for weights in blocks]
+    return [TorchEngine(weights, device=device, dtype=dtype, compile=compile) for weights in blocks]

@@ -68,6 +68,9 @@ class TorchEngine:
             fc2=self._linear(w.fc2_weight, w.fc2_bias),
         )
 
+    idle_bytes = 0
+    setup_seconds = 0.0
+
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config, guidance = self.config, condition.guidance
         B, T, _ = z.shape
