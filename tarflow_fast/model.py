@@ -17,6 +17,7 @@ from .attention import ATTENTION_BACKENDS, causal_attention
 from .checks import batch_labels, check_choice, check_tensor, short
 from .config import TarFlowConfig
 from .errors import ArgumentError
+from .ops import affine_density
 
 EXPANSION = 4
 
@@ -119,24 +120,14 @@ class FlowBlock(nn.Module):
         dtype = self.proj_in.weight.dtype
         stream = stream_dtype(dtype)
         x = x.to(stream)
-        pos: Tensor = self.pos_embed
-        if self.flip:
-            x, pos = x.flip(1), pos.flip(0)
-        h = self.proj_in(x.to(dtype)).to(stream) + pos
+        tokens, pos = (x.flip(1), self.pos_embed.flip(0)) if self.flip else (x, self.pos_embed)
+        h = self.proj_in(tokens.to(dtype)).to(stream) + pos
         embedding = self._class_embedding(y)
         if embedding is not None:
             h = h + embedding
         for block in self.attn_blocks:
             h = block(h)
-        out = self.proj_out(h.to(dtype)).to(stream)[:, :-1]
-        if self.nvp:
-            xa, xb = out.chunk(2, dim=-1)
-            z = torch.cat([x[:, :1], (x[:, 1:] - xb) * (-xa).exp()], dim=1)
-            log_det = F.pad(-xa.sum(-1), (1, 0))
-        else:
-            z = torch.cat([x[:, :1], x[:, 1:] - out], dim=1)
-            log_det = x.new_zeros(x.shape[:2])
-        return (z.flip(1) if self.flip else z), log_det
+        return affine_density(self.proj_out(h.to(dtype)), x, self.nvp, self.flip)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `transform`, with the log-det averaged over all T·D values, (B,), as in ml-tarflow."""

@@ -72,6 +72,7 @@ def test_the_reference_stands_alone() -> None:
         ("denoising.py", {"sampler", "engine", "cli", "trainer"}),
         ("checkpoint.py", {"sampler", "engine", "cli", "trainer"}),
         ("trainer", {"cli"}),
+        ("ops.py", {"model", "engine"}),
     ],
 )
 def test_imports_run_downwards(lower: str, higher: set[str]) -> None:

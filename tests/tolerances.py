@@ -15,6 +15,9 @@ LOG_DET_F64 = 1e-8
 # float64: one thing computed in two ways.
 SAME_F64 = 1e-10
 
+# fp32: one thing computed in two ways, of values of about 1 (larger ones: as much larger).
+SAME_F32 = 1e-5
+
 # fp32: a row of a batch against the same row alone or in another batch.
 BATCH = 1e-4
 
