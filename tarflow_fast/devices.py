@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+
 import psutil
 import torch
 
@@ -19,6 +23,15 @@ def device_missing(kind: str) -> str | None:
         return "torch finds no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
     if kind == "mps" and not torch.backends.mps.is_available():
         return "Apple's Metal is not available on this machine"
+    return None
+
+
+def triton_missing() -> str | None:
+    """Why Triton cannot be used here, whatever the device, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch for CUDA on Linux (pip install triton)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton builds its launchers with a C compiler, and there is none; install gcc or clang, or set CC"
     return None
 
 

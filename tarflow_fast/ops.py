@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # a dependency on Linux alone
+from .devices import triton_missing
+
+HAS_TRITON = triton_missing() is None
 
 
 def fused(x: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import devices
 from ..checks import check_choice, check_count
 from ..devices import device_missing
 from ..errors import ArgumentError, BackendError
@@ -74,8 +74,9 @@ def _triton_status(device_missing: str | None) -> BackendStatus:
 
 def triton_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
     """Why the Triton engine cannot serve such a request, with the mend, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; it comes with PyTorch for CUDA on Linux (pip install triton)"
+    unusable = devices.triton_missing()
+    if unusable is not None:
+        return unusable
     from .triton_engine import triton_missing as missing
 
     return missing(device, dtype, compile)

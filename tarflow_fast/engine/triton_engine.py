@@ -6,6 +6,7 @@ for the device until the block is done. In Triton's interpreter the same host co
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -181,7 +182,8 @@ class TritonEngine:
             done = 0
             while done < T - 1:
                 tokens = min(TOKENS_PER_GRAPH, T - 1 - done)
-                self._play(window, (rule.what, tokens), lambda n=tokens: self._steps(workspace, window, rule, n))
+                run = functools.partial(self._steps, workspace, window, rule, tokens)
+                self._play(window, (rule.what, tokens), run)
                 done += tokens
                 if progress is not None:
                     progress(tokens)

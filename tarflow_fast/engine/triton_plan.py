@@ -1,8 +1,8 @@
 """Which tiles the Triton kernels work in: candidates for a shape, and the choice among them by measurement.
 
-A kernel timed alone, with cold or warm caches, is not the kernel that runs: in a step every one is followed at once by the
-next, whose weights are already on their way. So what is timed here is the whole chain of a step, with one operation's tile
-changed at a time. The choice is kept on disk, for each device, shape and version.
+A kernel timed alone, with cold or warm caches, is not the kernel that runs: in a step every one is followed at once by
+the next, whose weights are already on their way. So what is timed here is the whole chain of a step, with the tile of
+one operation changed at a time. The choice is kept on disk, for each device, shape and version.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FORMAT = 1  # of the files on disk; a new one whenever kernels or candidates cha
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tiles of a pass depend on. rows: R · window, of the linear layers; pairs: R · heads; samples: B · window."""
+    """What the tiles of a pass depend on."""
 
-    rows: int
-    pairs: int
-    samples: int
+    rows: int  # R · window, of the linear layers
+    pairs: int  # R · heads
+    samples: int  # B · window
     window: int
     tokens: int  # T
     channels: int  # C
@@ -88,8 +88,8 @@ def linear_tiles(rows: int, N: int, K: int, dtype: torch.dtype, multiprocessors:
     tiles = []
     if rows <= norm_linear.FEW_ROWS:
         r = padded_rows(rows)
-        sizes = [(4, 512), (8, 256), (8, 512), (16, 256), (2, 1024), (16, 128)]
-        tiles += [Tile(r, c, k) for c, k in sizes if r * c * k <= 8192 and k <= max(padded(K), 128)]
+        few = [(4, 512), (8, 256), (8, 512), (16, 256), (2, 1024), (16, 128)]
+        tiles += [Tile(r, c, k) for c, k in few if r * c * k <= 8192 and k <= max(padded(K), 128)]
     if rows <= 16:
         sizes = [(16, 32, 32, 4), (16, 16, 64, 4)] if full else [(16, 32, 128, 4), (16, 16, 256, 4), (16, 64, 128, 4)]
     elif rows <= 32:
@@ -207,10 +207,8 @@ def cache_folder() -> Path:
 
 def _path(shape: Shape, device: dict[str, Any]) -> Path:
     """device: everything beside the shape that a choice depends on."""
-    key = {"format": FORMAT, **asdict(shape), "dtype": short(shape.dtype), **device}
-    return (
-        cache_folder() / "tiles" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
-    )
+    key = json.dumps({"format": FORMAT, **asdict(shape), "dtype": short(shape.dtype), **device}, sort_keys=True)
+    return cache_folder() / "tiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def read(shape: Shape, device: dict[str, Any]) -> Plan | None:

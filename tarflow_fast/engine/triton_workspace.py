@@ -1,7 +1,7 @@
-"""The memory that the Triton engine works in, at addresses that stay: a CUDA graph replays launches with their pointers.
+"""The memory that the Triton engine works in, at addresses that stay: a CUDA graph replays launches with pointers.
 
-A workspace belongs to one state at a time. The engines of a model share a `Pool`, from which each block's state takes the
-workspace of the block before, and the next batch that of the batch before.
+A workspace belongs to one state at a time. The engines of a model share a `Pool`, from which each block's state takes
+the workspace of the block before, and the next batch that of the batch before.
 """
 
 from __future__ import annotations
