@@ -9,6 +9,7 @@ import click
 from tarflow_fast import TarFlowError
 
 from .cpu import cpu_command
+from .kernels import kernels_command
 from .peers import peers_command
 from .show import show_command
 
@@ -48,7 +49,7 @@ def main() -> None:
     """
 
 
-for command in (peers_command, cpu_command, show_command):
+for command in (peers_command, cpu_command, kernels_command, show_command):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ INTERPRETING = tl.constexpr(interpreting())
 
 
 def can_launch(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of this device."""
-    return device.type == "cuda" or (interpreting() and device.type == "cpu")
+    """Whether kernels can run on tensors of this device, or be recorded for "meta", which has none."""
+    return device.type in ("cuda", "meta") or (interpreting() and device.type == "cpu")
 
 
 def dependent_launch(device: torch.device) -> bool:

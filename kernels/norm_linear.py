@@ -279,7 +279,7 @@ def _launch(
         "BLOCK_R": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
-        "BLOCK_S": min(triton.next_power_of_2(K), max(STATISTICS // tile.rows, 32)),
+        "BLOCK_S": min(triton.next_power_of_2(K), max(STATISTICS // tile.rows, 32)) if norm else 1,
         "SPLITS": tile.splits,
         "STAGES": tile.stages,
         "PDL": pdl,

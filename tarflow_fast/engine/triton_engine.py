@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,17 +23,14 @@ from triton.runtime._async_compile import AsyncCompileMode
 from ..checks import short
 from ..errors import ArgumentError, BackendError
 from ..kernels.affine import Rule
-from ..kernels.affine_step import Embedding, affine_step, embed
-from ..kernels.cached_attention import cached_attention
-from ..kernels.fixed_point_update import fixed_point_update
-from ..kernels.launch import DTYPES, can_launch, dependent_launch, interpreting, recording
-from ..kernels.norm_linear import Norm, norm_linear, norm_qkv
+from ..kernels.launch import DTYPES, Launch, can_launch, dependent_launch, interpreting, recording
 from . import triton_plan
 from .contract import BlockState, Condition, Progress, embedding_rows
 from .cuda_graph import capture, timed
-from .triton_plan import Plan, Shape
+from .triton_chain import END, LAYER, Chain, Operation
+from .triton_plan import Candidates, Plan, Shape
 from .triton_workspace import Pool, Size, Window, Workspace
-from .weights import BlockWeights, LayerWeights
+from .weights import BlockWeights
 
 TOKENS_PER_GRAPH = 8  # long enough for the GPU that the next graph is launched meanwhile
 MULTIPROCESSORS = 132  # assumed where there is no GPU to ask
@@ -52,22 +49,6 @@ def triton_missing(device: torch.device, dtype: torch.dtype = torch.float32, com
     return None
 
 
-@dataclass(frozen=True)
-class _Linear:
-    weight: Tensor  # (N, K), in the engine's dtype
-    bias: Tensor  # (N,) fp32
-
-
-@dataclass(frozen=True)
-class _Layer:
-    norm1: Norm
-    qkv: _Linear
-    proj: _Linear
-    norm2: Norm
-    fc1: _Linear
-    fc2: _Linear
-
-
 @contextmanager
 def _on_device(device: torch.device, workspace: Workspace | None) -> Iterator[None]:
     with torch.cuda.device(device):
@@ -82,8 +63,9 @@ def _on_device(device: torch.device, workspace: Workspace | None) -> Iterator[No
 class TritonEngine:
     """BlockEngine in Triton kernels. dtype: float32, bfloat16 or float16, of weights and KV cache.
 
-    pool: shared by the engines of a model. pdl: programmatic dependent launch; default where the device has it.
-    fp32 products are done in tf32 if torch.set_float32_matmul_precision says so when the engine is made.
+    pool: shared by the engines of a model. pdl: programmatic dependent launch; default where the device has it. On the
+    device "meta" nothing can run, but `possible_launches` can be had. fp32 products are done in tf32 if
+    torch.set_float32_matmul_precision says so when the engine is made.
     """
 
     def __init__(
@@ -98,34 +80,14 @@ class TritonEngine:
         missing = triton_missing(device, dtype)
         if missing is not None:
             raise BackendError(missing)
-        if pdl and not dependent_launch(device):
+        if pdl and not dependent_launch(device) and device.type != "meta":
             raise BackendError(f"pdl=True cannot be had: {device} has no programmatic dependent launch")
         self.config, self.device, self.dtype = weights.config, device, dtype
         self.pool = Pool() if pool is None else pool
         self.pdl = dependent_launch(device) if pdl is None else pdl
         self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         self.setup_seconds = 0.0
-        self.proj_in = self._linear(weights.proj_in_weight, weights.proj_in_bias)
-        self.position = self._fp32(weights.position)
-        self.classes = None if weights.classes is None else self._fp32(weights.classes)
-        self.layers = [self._layer(layer) for layer in weights.layers]
-        self.proj_out = self._linear(weights.proj_out_weight, weights.proj_out_bias)
-
-    def _fp32(self, x: Tensor) -> Tensor:
-        return x.detach().to(self.device, torch.float32).contiguous()
-
-    def _linear(self, weight: Tensor, bias: Tensor) -> _Linear:
-        return _Linear(weight.detach().to(self.device, self.dtype).contiguous(), self._fp32(bias))
-
-    def _layer(self, w: LayerWeights) -> _Layer:
-        return _Layer(
-            norm1=(self._fp32(w.norm1_weight), self._fp32(w.norm1_bias)),
-            qkv=self._linear(w.qkv_weight, w.qkv_bias),
-            proj=self._linear(w.proj_weight, w.proj_bias),
-            norm2=(self._fp32(w.norm2_weight), self._fp32(w.norm2_bias)),
-            fc1=self._linear(w.fc1_weight, w.fc1_bias),
-            fc2=self._linear(w.fc2_weight, w.fc2_bias),
-        )
+        self.chain = Chain(weights, device, dtype, self.precision, self.pdl)
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config, guidance = self.config, condition.guidance
@@ -144,9 +106,9 @@ class TritonEngine:
             if guidance.active:
                 workspace.scale[B:] = config.head_dim**-0.5 / guidance.attn_temp
                 workspace.guidance.copy_(torch.tensor(guidance.schedule(z.shape[1]), dtype=torch.float32))
-            if workspace.classes is not None and self.classes is not None:
+            if workspace.classes is not None and self.chain.classes is not None:
                 rows = embedding_rows(condition, B, config.num_classes, self.device)
-                torch.index_select(self.classes, 0, rows, out=workspace.classes)
+                torch.index_select(self.chain.classes, 0, rows, out=workspace.classes)
             state = BlockState(
                 z=z,
                 x=z.clone(),
@@ -178,11 +140,11 @@ class TritonEngine:
             finite = torch.isfinite(workspace.x[:, 0]).all(-1)
             workspace.nonfinite.copy_(torch.where(finite, T, 0))
             workspace.position.zero_()
-            self._embed(workspace, window, 1, rule.branches)
+            self.chain.embed(workspace, window, 1, rule.branches)
             done = 0
             while done < T - 1:
                 tokens = min(TOKENS_PER_GRAPH, T - 1 - done)
-                run = functools.partial(self._steps, workspace, window, rule, tokens)
+                run = functools.partial(self.chain.steps, workspace, window, rule, tokens)
                 self._play(window, (rule.what, tokens), run)
                 done += tokens
                 if progress is not None:
@@ -200,7 +162,7 @@ class TritonEngine:
             window = self._window(workspace, stop - start)
             workspace.x[:, start - 1 : stop] = state.x[:, start - 1 : stop]
             workspace.position.fill_(start - 1)
-            self._play(window, rule.what, lambda: self._pass(workspace, window, rule, stop - start))
+            self._play(window, rule.what, lambda: self.chain.window_pass(workspace, window, rule, stop - start))
             state.x[:, start:stop] = workspace.x[:, start:stop]
             state.token_log_det[:, start:stop] = workspace.token_log_det[:, start:stop]
             state.nonfinite = None
@@ -216,60 +178,6 @@ class TritonEngine:
     def _on_device(self, workspace: Workspace | None = None) -> AbstractContextManager[Any]:
         """Launches go to this device; afterwards the point up to which the workspace is in use is marked."""
         return _on_device(self.device, workspace) if self.device.type == "cuda" else nullcontext()
-
-    # One pass: the launches of a token step, or of a window.
-
-    def _steps(self, workspace: Workspace, window: Window, rule: Rule, tokens: int) -> None:
-        """So many tokens from workspace.position on, which is moved on."""
-        for offset in range(tokens):
-            self._transformer(workspace, window, offset, 1)
-            affine_step(
-                window.parameters, workspace.z, workspace.x, workspace.token_log_det, workspace.nonfinite, rule,
-                self._embedding(workspace), window.h, workspace.position, tile=window.plan.step, offset=offset,
-                precision=self.precision, pdl=self.pdl,
-            )  # fmt: skip
-        workspace.position.add_(tokens)
-
-    def _pass(self, workspace: Workspace, window: Window, rule: Rule, tokens: int) -> None:
-        self._embed(workspace, window, tokens, rule.branches)
-        self._transformer(workspace, window, 0, tokens)
-        fixed_point_update(
-            window.parameters, workspace.z, workspace.x, workspace.token_log_det, window.change, rule,
-            workspace.position, tile=window.plan.update, pdl=self.pdl,
-        )  # fmt: skip
-
-    def _embedding(self, workspace: Workspace) -> Embedding:
-        return Embedding(self.proj_in.weight, self.proj_in.bias, self.position, workspace.classes)
-
-    def _embed(self, workspace: Workspace, window: Window, tokens: int, branches: int) -> None:
-        embed(
-            workspace.x, self._embedding(workspace), window.h, workspace.position, tile=window.plan.step,
-            branches=branches, window=tokens, precision=self.precision, pdl=self.pdl,
-        )  # fmt: skip
-
-    def _transformer(self, workspace: Workspace, window: Window, offset: int, tokens: int) -> None:
-        """From window.h to window.parameters, with keys and values of these tokens into the cache."""
-        plan, h = window.plan, window.h
-        options: dict[str, Any] = {"scratch": window.scratch, "precision": self.precision, "pdl": self.pdl}
-        where: dict[str, Any] = {"offset": offset, "window": tokens, **options}
-        for layer, (keys, values) in zip(self.layers, workspace.keys_values, strict=True):
-            norm_qkv(
-                h, layer.qkv.weight, layer.qkv.bias, layer.norm1, window.queries, keys, values, workspace.position,
-                tile=plan.qkv, **where,
-            )  # fmt: skip
-            cached_attention(
-                window.queries, keys, values, window.attended, workspace.scale, workspace.position,
-                tile=plan.attention, **where,
-            )  # fmt: skip
-            norm_linear(
-                window.attended, layer.proj.weight, layer.proj.bias, h, tile=plan.proj, epilogue="add", **options
-            )
-            norm_linear(
-                h, layer.fc1.weight, layer.fc1.bias, window.hidden, tile=plan.fc1, norm=layer.norm2, epilogue="gelu",
-                **options,
-            )  # fmt: skip
-            norm_linear(window.hidden, layer.fc2.weight, layer.fc2.bias, h, tile=plan.fc2, epilogue="add", **options)
-        norm_linear(h, self.proj_out.weight, self.proj_out.bias, window.parameters, tile=plan.proj_out, **options)
 
     # Graphs and tiles.
 
@@ -304,6 +212,38 @@ class TritonEngine:
             plan = self._tuned(workspace, shape)
         return Window(workspace.size, tokens, plan, shape.out_dim)
 
+    # For the bench, and for the checks that need no GPU.
+
+    @property
+    def launches_per_token(self) -> int:
+        return len(LAYER) * self.config.layers_per_block + len(END)
+
+    def operations(self, state: BlockState, position: int) -> list[Operation]:
+        """The kernels of a step at this position, each apart, with the state's buffers."""
+        workspace, rule = self._owned(state)
+        with self._on_device(workspace):
+            return self.chain.operations(workspace, self._window(workspace, 1), rule, position)
+
+    def possible_launches(self, state: BlockState, tokens: int = 1, *, every: bool = True) -> list[Launch]:
+        """Every launch that a pass over so many tokens may consist of, under any of the tiles to choose from, or under
+        those of first choice."""
+        workspace, rule = self._owned(state)
+        shape = self._shape(workspace.size, tokens)
+        among = triton_plan.candidates(shape)
+        return self._launches(workspace, rule, shape, among if every else {n: t[:1] for n, t in among.items()})
+
+    def _launches(self, workspace: Workspace, rule: Rule, shape: Shape, among: Candidates) -> list[Launch]:
+        begin = triton_plan.first(among)
+        with recording() as launches:
+            for plan in (replace(begin, **{name: tile}) for name, tiles in among.items() for tile in tiles):
+                window = Window(workspace.size, shape.window, plan, shape.out_dim)
+                if shape.window == 1:
+                    self.chain.embed(workspace, window, 1, rule.branches)
+                    self.chain.steps(workspace, window, rule, 1)
+                else:
+                    self.chain.window_pass(workspace, window, rule, shape.window)
+        return launches
+
     def _shape(self, size: Size, tokens: int) -> Shape:
         config, multiprocessors = self.config, MULTIPROCESSORS
         if self.device.type == "cuda":
@@ -316,7 +256,7 @@ class TritonEngine:
             tokens=config.num_patches,
             channels=config.channels,
             token_dim=config.token_dim,
-            out_dim=self.proj_out.weight.shape[0],
+            out_dim=self.chain.proj_out.weight.shape[0],
             head_dim=config.head_dim,
             dtype=self.dtype,
             multiprocessors=multiprocessors,
@@ -342,18 +282,14 @@ class TritonEngine:
 
         def steps(plan: Plan) -> Callable[[], None]:
             window = Window(workspace.size, 1, plan, shape.out_dim)
-            return lambda: self._steps(workspace, window, rule, tokens)
+            return lambda: self.chain.steps(workspace, window, rule, tokens)
 
         def seconds(plan: Plan) -> float | None:
             return timed(steps(plan), lambda: workspace.position.fill_((self.config.num_patches - tokens) // 2))
 
-        begin = triton_plan.first(among)
-        with AsyncCompileMode(ThreadPoolExecutor()), recording() as launches:
-            for plan in (replace(begin, **{name: tile}) for name, tiles in among.items() for tile in tiles):
-                steps(plan)()
-                for launch in launches:
-                    launch.compile()
-                launches.clear()
+        with AsyncCompileMode(ThreadPoolExecutor()):
+            for launch in self._launches(workspace, rule, shape, among):
+                launch.compile()
         plan = triton_plan.tune(among, seconds)
         triton_plan.write(shape, device, plan)
         self.setup_seconds += time.perf_counter() - started
