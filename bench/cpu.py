@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ from tarflow_fast import Sampler, TarFlowConfig
 from tarflow_fast.engine.cpu_engine import choose_instruction_set
 from tarflow_fast.noise import latent_noise
 
-from . import limits, machine, options
+from . import limits, options
 from .cells import Cell, random_model
-from .measure import Contestants, check, hold_to_limit, measure_cell
+from .measure import Contestants, check, measure_cell
 from .peers import BASELINE, torch_threads
 from .published import Published
-from .record import Record, short
 from .roofline import Work, inverse_work
-from .show import finish, require_matplotlib
+from .show import require_matplotlib
+from .suite import new_record, run_cells
 
 MODELS = {
     "small": TarFlowConfig(1, 28, 4, 128, 4, 4),
@@ -136,36 +135,31 @@ def cpu_command(
     published = Published.load(checkout)
     cells = [TypedCell(c, b, 0.0, d) for c in configs for d in dtypes for b in batches]
     with torch_threads(threads or torch.get_num_threads()):
-        before = measure_rates(cells)
-        record: Record = {
-            "suite": "cpu",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine.describe(),
-            "settings": {
-                "baseline": BASELINE,
-                "baseline_sha256": published.sha256,
-                "threads": torch.get_num_threads(),
-                "instruction_set": choose_instruction_set(),
-                "device": "cpu",
-                "dtype": ", ".join(dtypes),
-                "solver": "sequential",
-                "compile": compile,
-                "repeat": repeat,
-                "budget_seconds": budget,
-                "seed": seed,
-            },
-            "limits": before,
-            "cells": [],
+        settings = {
+            "instruction_set": choose_instruction_set(),
+            "device": "cpu",
+            "dtype": ", ".join(dtypes),
+            "solver": "sequential",
+            "compile": compile,
+            "repeat": repeat,
+            "budget_seconds": budget,
+            "seed": seed,
         }
-        for number, cell in enumerate(cells, 1):
-            label = ", ".join(f"{column} {short(value)}" for column, value in cell.label.items())
-            click.echo(f"[{number}/{len(cells)}] {label}", err=True)
+        record = new_record("cpu", published, settings, baseline=BASELINE)
+
+        def measure(cell: TypedCell) -> dict[str, Any]:
             entrants = contestants(cell, published, seed=seed, compile=compile)
             verdict = check if cell.dtype == "float32" else check_bf16
-            record["cells"].append(measure_cell(cell, entrants, repeat=repeat, budget=budget, verdict=verdict))
+            entry = measure_cell(cell, entrants, repeat=repeat, budget=budget, verdict=verdict)
             name = MATRIX_RATES[cell.dtype]
-            before[name] = max(before[name], limits.matrix_rate(DTYPES[cell.dtype]))
-        rates = record["limits"] = limits.best(before, measure_rates(cells))
-    for cell, entry in zip(cells, record["cells"], strict=True):
-        hold_to_limit(entry, {**rates, "matrix_flops_per_second": rates[MATRIX_RATES[cell.dtype]]})
-    finish(record, out)
+            record["limits"][name] = max(record["limits"][name], limits.matrix_rate(DTYPES[cell.dtype]))
+            return entry
+
+        run_cells(
+            record,
+            cells,
+            measure=measure,
+            rates=lambda: measure_rates(cells),
+            rates_of=lambda cell, rates: {**rates, "matrix_flops_per_second": rates[MATRIX_RATES[cell.dtype]]},
+            out=out,
+        )

@@ -8,36 +8,39 @@ from typing import Any
 
 import torch
 
+from .timing import timer_of
+
+CPU = torch.device("cpu")
 MATRIX_SIZE = 2048
+GPU_MATRIX_SIZE = 8192
 LARGE_BYTES = 512 * 2**20  # beyond every cache
 SECONDS = 0.5  # spent on each measurement
 ROW = 1024  # columns of the matrix that a read test multiplies
 
 
-def _best(run: Callable[[], object]) -> float:
+def _best(run: Callable[[], object], device: torch.device = CPU) -> float:
     """The shortest of the runs that fit in SECONDS (three at least): a limit is a best case, not a median."""
     run()
+    timer = timer_of(device)
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - started < SECONDS:
-        before = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - before)
+        times.append(timer(run))
     return min(times)
 
 
-def matrix_rate(dtype: torch.dtype = torch.float32) -> float:
-    """Operations per second of a large product, 2·n³ / seconds with n = MATRIX_SIZE and torch's current threads.
+def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> float:
+    """Operations per second of a large product, 2·n³ / seconds with torch's current threads.
 
-    dtype: fp32 or bf16.
-    The best of torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors.
+    n is MATRIX_SIZE, or GPU_MATRIX_SIZE. dtype: fp32 or bf16. On a CPU the best of torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors.
     """
-    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE).to(dtype)
-    seconds = _best(lambda: torch.mm(a, b))
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    n = MATRIX_SIZE if device.type == "cpu" else GPU_MATRIX_SIZE
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = _best(lambda: torch.mm(a, b), device)
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         c, d = a.to_mkldnn(), b.to_mkldnn()
         seconds = min(seconds, _best(lambda: torch.nn.functional.linear(c, d)))
-    return 2 * MATRIX_SIZE**3 / seconds
+    return 2 * n**3 / seconds
 
 
 def read_bandwidth(size: int) -> float:
@@ -50,6 +53,22 @@ def read_bandwidth(size: int) -> float:
     matrix, vector = torch.ones(rows, ROW), torch.ones(ROW)
     seconds = min(_best(matrix.sum), _best(matrix.view(torch.float64).sum), _best(lambda: torch.mv(matrix, vector)))
     return 4 * rows * ROW / seconds
+
+
+def copy_bandwidth(size: int, device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy of `size` bytes on the device."""
+    source, target = torch.ones(2, size // 4, device=device)
+    return 2 * 4 * source.numel() / _best(lambda: target.copy_(source), device)
+
+
+def measure_gpu(device: torch.device) -> dict[str, Any]:
+    """The record of a GPU's limits: its bf16 rate, and the bandwidth of its memory, for which there is one size."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    size = max(LARGE_BYTES, 4 * cache)
+    return {
+        "matrix_flops_per_second": matrix_rate(torch.bfloat16, device),
+        "copy_bandwidth": [{"bytes": size, "bytes_per_second": copy_bandwidth(size, device)}],
+    }
 
 
 def measure(sizes: Iterable[int]) -> dict[str, Any]:
@@ -65,15 +84,25 @@ def measure(sizes: Iterable[int]) -> dict[str, Any]:
 def best(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """The higher of each rate of two measurements, such as before and after the cells: neighbours on a shared machine
     come and go, and a limit that was taken in a bad minute would be no limit."""
-    merged = {name: max(rate, second[name]) for name, rate in first.items() if name != "read_bandwidth"}
-    merged["read_bandwidth"] = [
-        {"bytes": a["bytes"], "bytes_per_second": max(a["bytes_per_second"], b["bytes_per_second"])}
-        for a, b in zip(first["read_bandwidth"], second["read_bandwidth"], strict=True)
-    ]
-    return merged
+
+    def higher(one: Any, other: Any) -> Any:
+        if not isinstance(one, list):
+            return max(one, other)
+        return [
+            {"bytes": a["bytes"], "bytes_per_second": max(a["bytes_per_second"], b["bytes_per_second"])}
+            for a, b in zip(one, other, strict=True)
+        ]
+
+    return {name: higher(rate, second[name]) for name, rate in first.items()}
 
 
 def bandwidth(limits: dict[str, Any], size: int) -> float:
-    """The measured read bandwidth at exactly this size. Raises KeyError if `measure` was not asked for it."""
+    """A GPU's copy bandwidth, or a CPU's read bandwidth at exactly this size.
+
+    Raises KeyError if `measure` was not asked for it.
+    """
+    if "copy_bandwidth" in limits:
+        copied: float = limits["copy_bandwidth"][0]["bytes_per_second"]
+        return copied
     rates: dict[int, float] = {entry["bytes"]: entry["bytes_per_second"] for entry in limits["read_bandwidth"]}
     return rates[size]

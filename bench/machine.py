@@ -51,8 +51,27 @@ def commit() -> dict[str, Any]:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
-def describe() -> dict[str, Any]:
-    """load_average: processes that wanted a core in the last minute; above the bench's own, the times are suspect."""
+def gpu(device: torch.device) -> dict[str, Any]:
+    """A GPU's name, size and software; driver: None where nvidia-smi is not to be had."""
+    properties = torch.cuda.get_device_properties(device)
+    driver = None
+    if shutil.which("nvidia-smi") is not None:
+        query = ["nvidia-smi", f"--id=GPU-{properties.uuid}", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True)
+        driver = done.stdout.strip() if done.returncode == 0 else None
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+    }
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What `device` is part of; "gpu" if it is one. load_average: processes that wanted a core in the last minute; above the bench's own, the times are suspect."""
     return {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -66,4 +85,5 @@ def describe() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "tarflow_fast": version("tarflow_fast"),
         **commit(),
+        **({"triton": version("triton"), "gpu": gpu(device)} if device.type == "cuda" else {}),
     }

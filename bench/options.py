@@ -27,13 +27,16 @@ repeat = click.option(
 seed = click.option("--seed", type=click.IntRange(0), default=0, help="Of weights and noise.")
 
 
-def budget(seconds: float) -> Any:
+def budget(
+    seconds: float,
+    help: str = "For timing one cell: slow cells are repeated less often, at least once; the record has the count.",
+) -> Any:
     return click.option(
         "--budget",
         type=click.FloatRange(0, min_open=True),
         default=seconds,
         metavar="SECONDS",
-        help="For timing one cell: slow cells are repeated less often, at least once; the record has the count.",
+        help=help,
     )
 
 

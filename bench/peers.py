@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 from tarflow_fast import Sampler
 from tarflow_fast.noise import latent_noise
 
-from . import limits, machine, options
+from . import limits, options
 from .cells import CONFIGS, DEFAULT_CONFIGS, Cell, choose_cells, random_model
-from .measure import hold_to_limit, measure_cell
+from .measure import measure_cell
 from .published import Published
-from .record import Record, short
-from .show import finish, require_matplotlib
+from .show import require_matplotlib
+from .suite import new_record, run_cells
 
 BASELINE = "ml-tarflow"
 
@@ -108,33 +108,21 @@ def peers_command(
     published = Published.load(checkout)
     cells = choose_cells(configs, batches)
     sizes = [size for cell in cells for size in (cell.work.weight_bytes, cell.work.working_set)]
+
+    def measure(cell: Cell) -> dict[str, Any]:
+        entrants = contestants(cell, published, seed=seed, compile=compile)
+        return measure_cell(cell, entrants, repeat=repeat, budget=budget)
+
     with torch_threads(threads or torch.get_num_threads()):
-        record: Record = {
-            "suite": "peers",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine.describe(),
-            "settings": {
-                "baseline": BASELINE,
-                "baseline_sha256": published.sha256,
-                "threads": torch.get_num_threads(),
-                "device": "cpu",
-                "dtype": "float32",
-                "backend": "torch",
-                "solver": "sequential",
-                "compile": compile,
-                "repeat": repeat,
-                "budget_seconds": budget,
-                "seed": seed,
-            },
-            "limits": limits.measure(sizes),
-            "cells": [],
+        settings = {
+            "device": "cpu",
+            "dtype": "float32",
+            "backend": "torch",
+            "solver": "sequential",
+            "compile": compile,
+            "repeat": repeat,
+            "budget_seconds": budget,
+            "seed": seed,
         }
-        for number, cell in enumerate(cells, 1):
-            label = ", ".join(f"{column} {short(value)}" for column, value in cell.label.items())
-            click.echo(f"[{number}/{len(cells)}] {label}", err=True)
-            entrants = contestants(cell, published, seed=seed, compile=compile)
-            record["cells"].append(measure_cell(cell, entrants, repeat=repeat, budget=budget))
-        record["limits"] = limits.best(record["limits"], limits.measure(sizes))
-    for entry in record["cells"]:
-        hold_to_limit(entry, record["limits"])
-    finish(record, out)
+        record = new_record("peers", published, settings, baseline=BASELINE)
+        run_cells(record, cells, measure=measure, rates=lambda: limits.measure(sizes), out=out)

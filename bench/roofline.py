@@ -54,6 +54,28 @@ def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, ite
     )
 
 
+def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, itemsize: int = 4) -> Work:
+    """The least work of the density pass of K blocks, in the notation of `inverse_work`, all T tokens at once:
+
+        flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ]
+        bytes = s [ K W + 2 B T D ]
+
+    The weights are read, the images read and z written; activations between are taken to stay on the chip. backward:
+    each product twice more (the gradients of both its factors), three times the flops; the weights are read again and
+    their gradients written, and the images' values read again.
+    """
+    K, L, T = config.num_blocks, config.layers_per_block, config.num_patches
+    C, D = config.channels, config.token_dim
+    out = 2 * D if config.nvp else D
+    matrices = D * C + 12 * L * C * C + C * out
+    weights = matrices + C + 13 * L * C + out
+    flops = K * batch * (2 * T * matrices + 2 * L * C * T * (T + 1))
+    moved = K * weights + 2 * batch * T * D
+    if backward:
+        flops, moved = 3 * flops, 3 * K * weights + 3 * batch * T * D
+    return Work(flops, itemsize * moved, itemsize * weights, itemsize * (weights + 2 * batch * T * D))
+
+
 def limit_seconds(work: Work, matrix_rate: float, bandwidth: float) -> float:
     """max(flops / matrix_rate, bytes / bandwidth): no code can be quicker than the slower of the two.
 

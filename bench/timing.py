@@ -6,10 +6,34 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 Clock = Callable[[], float]
+Timer = Callable[[Callable[[], object]], float]
+"""Runs a function once; how many seconds it took."""
 
 REST = 0.03  # seconds before each run: OpenMP threads of the contestant before spin on for some milliseconds
+
+
+def wall(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    before = clock()
+    run()
+    return clock() - before
+
+
+def cuda_events(run: Callable[[], object]) -> float:
+    """From when the GPU, idle before, reaches what `run` gives it until it is through with all of that."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def timer_of(device: torch.device) -> Timer:
+    return cuda_events if device.type == "cuda" else wall
 
 
 def alternate(
@@ -18,12 +42,13 @@ def alternate(
     repeat: int,
     budget: float,
     clock: Clock = time.perf_counter,
+    timer: Timer | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round: A B A B …, in the order given, each after a short rest.
 
     Contestants must be warm: run each once before. repeat: rounds wanted, >= 1. budget: seconds; a round that by the
     longest one so far would end later is not begun, but the first always runs. So there may be fewer samples than
-    `repeat`; sample i of every contestant is from round i.
+    `repeat`; sample i of every contestant is from round i. timer: measures a run; default by `clock`.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     started = clock()
@@ -34,9 +59,7 @@ def alternate(
             break
         for name, run in contestants.items():
             time.sleep(REST)
-            before = clock()
-            run()
-            samples[name].append(clock() - before)
+            samples[name].append(wall(run, clock) if timer is None else timer(run))
         longest = max(longest, clock() - round_started)
     return samples
 
@@ -48,5 +71,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def pairwise_ratios(baseline: Sequence[float], ours: Sequence[float]) -> list[float]:
-    """baseline / ours, round by round: how many times faster ours was; drift of the machine cancels."""
+    """baseline / ours, round by round: how many times faster ours was; drift of the machine cancels.
+
+    A baseline that was too slow to be run again has one sample, and every round is set against that.
+    """
+    baseline = list(baseline) * len(ours) if len(baseline) == 1 else baseline
     return [a / b for a, b in zip(baseline, ours, strict=True)]

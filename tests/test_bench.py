@@ -259,14 +259,14 @@ def test_show_draws_a_finished_run_again(tmp_path: Path) -> None:
 
 
 def test_the_machine_is_described_without_its_name_or_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    described = machine.describe()
+    described = machine.describe(limits.CPU)
     assert described["torch"] == torch.__version__
     assert described["logical_cores"] >= 1
     text = json.dumps(described)
     assert str(Path.cwd()) not in text
     assert str(machine.ROOT) not in text
     monkeypatch.setattr(platform, "node", lambda: pytest.fail("asked for the machine's name"))
-    machine.describe()
+    machine.describe(limits.CPU)
 
 
 def test_a_copy_without_git_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
