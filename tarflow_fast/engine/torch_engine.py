@@ -38,25 +38,39 @@ class _Layer:
 
 
 class TorchEngine:
-    """BlockEngine in plain PyTorch. dtype: of weights and cache; the residual stream is fp32 (fp64 for float64)."""
+    """BlockEngine in plain PyTorch. dtype: of weights and cache; the residual stream is fp32 (fp64 for float64).
+
+    compile: the step under torch.compile, on CUDA as a CUDA graph (mode "reduce-overhead").
+    """
 
     def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype, compile: bool = False):
         self.config = weights.config
         self.device, self.dtype, self.stream = device, dtype, stream_dtype(dtype)
-        self.compile = compile
+        self.compile, self.graphs = compile, compile and device.type == "cuda"
         self.position = self._in_stream(weights.position)
         self.classes = None if weights.classes is None else self._in_stream(weights.classes)
         self.proj_in = self._linear(weights.proj_in_weight, weights.proj_in_bias)
         self.layers = [self._layer(layer) for layer in weights.layers]
         self.proj_out = self._linear(weights.proj_out_weight, weights.proj_out_bias)
-        self._compiled = torch.compile(self._transformer, dynamic=False) if compile else None
+        mode = "reduce-overhead" if self.graphs else None
+        self._compiled = torch.compile(self._transformer, dynamic=False, mode=mode) if compile else None
+
+    def _static(self, x: Tensor) -> Tensor:
+        """x itself, said to stay where it is: a CUDA graph copies any other input at each replay, and torch makes no
+        graph of a step that writes to one, as this one does to the cache."""
+        if self.graphs:
+            torch._dynamo.mark_static_address(x)
+        return x
 
     def _in_stream(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.stream).contiguous()
+        return self._static(x.to(self.device, self.stream).contiguous())
 
     def _linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         to = (self.device, self.dtype)
-        return Linear(weight.to(*to), bias.to(*to), gelu=gelu, fused=not self.compile)
+        linear = Linear(weight.to(*to), bias.to(*to), gelu=gelu, fused=not self.compile)
+        for x in (linear.weight, linear.bias):
+            self._static(x)
+        return linear
 
     def _layer(self, w: LayerWeights) -> _Layer:
         return _Layer(
@@ -87,7 +101,7 @@ class TorchEngine:
         shape = (config.layers_per_block, 2, R, config.num_heads, T, config.head_dim)
         if self._compiled is not None:
             # A compiled step reads beyond the position, under a mask: those values must be finite (0 · NaN is NaN).
-            keys_values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            keys_values = self._static(torch.zeros(shape, dtype=self.dtype, device=self.device))
         elif spent is not None and spent.cache.keys_values.shape == shape:
             keys_values = spent.cache.keys_values
         else:
@@ -140,10 +154,12 @@ class TorchEngine:
         """The same with the position in a tensor, so that one compiled step serves many positions."""
         assert self._compiled is not None
         T = state.x.shape[1]
-        index = torch.tensor([i], device=self.device)
+        index = torch.full((1,), i, device=self.device)  # a kernel; torch.tensor would copy, and wait for the device
         keys = min(T, -(-(i + 1) // COMPILED_KEYS) * COMPILED_KEYS)
         mask = (torch.arange(keys, device=self.device) <= index).unsqueeze(0)
         x, position = state.x[:, i : i + 1].clone(), self.position[i : i + 1].clone()
+        if self.graphs:  # the last step's output, which the next replay overwrites, has been used
+            torch.compiler.cudagraph_mark_step_begin()
         out: Tensor = self._compiled(state.cache, x, position, index, keys, mask)
         return out
 
