@@ -9,6 +9,7 @@ import click
 from tarflow_fast import TarFlowError
 
 from .cpu import cpu_command
+from .gpu import gpu_command
 from .kernels import kernels_command
 from .peers import peers_command
 from .show import show_command
@@ -45,11 +46,12 @@ def main() -> None:
       git clone https://github.com/apple/ml-tarflow ../ml-tarflow
       python -m bench peers --ml-tarflow ../ml-tarflow --threads 2
       python -m bench peers --ml-tarflow ../ml-tarflow --config small --batch 1 --repeat 9
+      python -m bench gpu --ml-tarflow ../ml-tarflow
       python -m bench show bench/results/NAME.json
     """
 
 
-for command in (peers_command, cpu_command, kernels_command, show_command):
+for command in (peers_command, cpu_command, gpu_command, kernels_command, show_command):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def _best(run: Callable[[], object], device: torch.device = CPU) -> float:
 def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> float:
     """Operations per second of a large product, 2·n³ / seconds with torch's current threads.
 
-    n is MATRIX_SIZE, or GPU_MATRIX_SIZE. dtype: fp32 or bf16. On a CPU the best of torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors.
+    n is MATRIX_SIZE, or GPU_MATRIX_SIZE. dtype: fp32 or bf16. On a CPU the best of torch.mm and of oneDNN where torch
+    has it: which BLAS suits a processor differs by factors.
     """
     n = MATRIX_SIZE if device.type == "cpu" else GPU_MATRIX_SIZE
     a, b = torch.randn(2, n, n, device=device).to(dtype)

@@ -71,7 +71,10 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What `device` is part of; "gpu" if it is one. load_average: processes that wanted a core in the last minute; above the bench's own, the times are suspect."""
+    """Of the machine; "gpu" if `device` is one.
+
+    load_average: processes that wanted a core in the last minute; above the bench's own, the times are suspect.
+    """
     return {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

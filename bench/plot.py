@@ -5,24 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .record import Record, short, threads
+from .columns import short
+from .record import Record, hardware
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#9a9a9a", "#1f6fb4", "#e07b1a", "#2f9457")  # the baseline is grey
+COLOURS = ("#9a9a9a", "#1f6fb4", "#e07b1a", "#2f9457", "#8a5fb0")  # the baseline is grey
 
 
-def _bars(axes: Axes, record: Record, names: list[str], part: str) -> None:
-    """Bars of runs `names`, side by side in each cell. part: "ratio" (with p20-p80) or "fraction_of_limit"."""
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        offset = (index - (len(names) - 1) / 2) * width
-        for position, cell in enumerate(record["cells"]):
-            run = next((run for run in cell["runs"] if run["name"] == name), None)
-            if run is None:
-                continue
+def _bars(axes: Axes, record: Record, colours: dict[str, str], part: str) -> None:
+    """Bars of the runs that have a colour, side by side in each cell.
+
+    part: "ratio" (with p20-p80) or "fraction_of_limit".
+    """
+    width = 0.8 / max(1, max(sum(run["name"] in colours for run in cell["runs"]) for cell in record["cells"]))
+    for position, cell in enumerate(record["cells"]):
+        runs = [run for run in cell["runs"] if run["name"] in colours]
+        for index, run in enumerate(runs):
+            offset = (index - (len(runs) - 1) / 2) * width
             if part == "ratio":
                 ratio = run["ratio"]
                 value, top, text = ratio["median"], ratio["p80"], f"{ratio['median']:.2f}×"
@@ -30,8 +32,7 @@ def _bars(axes: Axes, record: Record, names: list[str], part: str) -> None:
             else:
                 value = top = 100 * run["fraction_of_limit"]
                 text = f"{value:.1f}"
-            colour = COLOURS[[run["name"] for run in cell["runs"]].index(name) % len(COLOURS)]
-            axes.bar(position + offset, value, width * 0.92, color=colour)
+            axes.bar(position + offset, value, width * 0.92, color=colours[run["name"]])
             axes.annotate(
                 text, (position + offset, max(top, value)), (0, 3), textcoords="offset points", ha="center", fontsize=9
             )
@@ -50,12 +51,13 @@ def picture(record: Record) -> Figure:
     cells = record["cells"]
     names = list(dict.fromkeys(run["name"] for cell in cells for run in cell["runs"]))
     baseline = record["settings"]["baseline"]
-    ours = [name for name in names if name != baseline]
-    figure = Figure(figsize=(max(6.4, 1.25 * len(cells) + 1.5), 7.2), layout="constrained")
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    ours = {name: colour for name, colour in colours.items() if name != baseline}
+    figure = Figure(figsize=(max(6.4, 1.4 * len(cells) + 1.5), 7.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     if ours:
         _bars(above, record, ours, "ratio")
-        _bars(below, record, names, "fraction_of_limit")
+        _bars(below, record, colours, "fraction_of_limit")
     above.axhline(1, color=COLOURS[0], linewidth=1.2, zorder=0)
     for position, cell in enumerate(cells):
         if not cell["runs"]:
@@ -69,13 +71,12 @@ def picture(record: Record) -> Figure:
         ["\n".join(f"{column} {short(value)}" for column, value in cell["label"].items()) for cell in cells],
         fontsize=9,
     )
-    handles = [Patch(color=COLOURS[index % len(COLOURS)], label=name) for index, name in enumerate(names)]
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-    machine = record["machine"]
     below.set_xlabel(
-        f"{machine['cpu']}, {threads(record)}, {record['settings']['dtype']}, "
-        f"torch {machine['torch']}; median, line from p20 to p80",
+        f"{hardware(record)}, {record['settings']['dtype']}, "
+        f"torch {record['machine']['torch']}; median, line from p20 to p80",
         fontsize=8,
         color="#555555",
     )

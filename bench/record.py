@@ -5,6 +5,12 @@ A record has "suite", "date", "machine", "settings", "limits" (`limits.measure`)
 {seconds, by, bytes_per_second}, and "runs", empty if the check failed. A run has "name", "seconds" (every sample, in
 the order taken), their "median", "p20", "p80", and "fraction_of_limit", "bytes_per_second", "flops_per_second" at the
 median; all but the first, the baseline, have "ratio" {samples, median, p20, p80}: baseline / run, round by round.
+
+A suite whose contestants are checked one by one (`trials.measure_trials`) has in a cell "left_out", [{name, reason}],
+and in a run "first_seconds" and its own "max_error". A suite with a budget has "not_run", [{label, reason}], of cells.
+That of GPUs has besides "tests" (`gpu_tests.run_tests`) or None, "launches" (`launches.measure_launches`), "failures",
+a line for each part that could not be done, and in its sampling cells "engine" (`engine_parts.measure_engine`) or None;
+of its limits see `limits.measure_gpu`.
 """
 
 from __future__ import annotations
@@ -13,6 +19,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .columns import aligned, short
+from .gpu_table import gpu_lines
 from .roofline import Work
 from .timing import pairwise_ratios, spread
 
@@ -46,17 +54,19 @@ def read(path: Path) -> Record:
     return record
 
 
-def short(value: Any) -> str:
-    """A label's value, short: 2.0 as 2."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def threads(record: Record) -> str:
     count = record["settings"]["threads"]
     return f"{count} thread{'' if count == 1 else 's'}"
 
 
+def hardware(record: Record) -> str:
+    machine = record["machine"]
+    name: str = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {threads(record)}"
+    return f"DRY RUN on {name}" if record["settings"].get("dry") else name
+
+
 def _error(check: dict[str, Any]) -> str:
+    """check: a cell's, or a run with a check of its own."""
     return check["reason"] if check["max_error"] is None else f"{check['max_error']:.1e}"
 
 
@@ -79,9 +89,13 @@ def _rows(record: Record) -> list[list[str]]:
                     f"{run['bytes_per_second'] / 1e9:.2f}",
                     f"{run['flops_per_second'] / 1e9:.2f}",
                     f"{100 * run['fraction_of_limit']:.1f}%",
-                    _error(cell["check"]),
+                    _error(run if "max_error" in run else cell["check"]),
                 ]
             )
+        if cell["runs"]:
+            rows += [[*label, out["name"], *["-"] * 7, out["reason"]] for out in cell.get("left_out", [])]
+    for cell in record.get("not_run", []):
+        rows.append([*map(short, cell["label"].values()), "not run", *["-"] * 7, cell["reason"]])
     return rows
 
 
@@ -90,28 +104,21 @@ def table(record: Record) -> str:
 
     A cell whose check failed has one line without times. The last column is the largest difference from the baseline.
     """
-    labels = list(record["cells"][0]["label"])
+    labels = list([*record["cells"], *record.get("not_run", [])][0]["label"])
     head = [*labels, "run", "seconds", "p20-p80", "n", "faster", "GB/s", "GFLOP/s", "of limit", "max error"]
     lines = [head, *_rows(record)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    left = len(labels) + 1  # names to the left, figures to the right
-    rows = [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    machine, limits = record["machine"], record["limits"]
+    limits = record["limits"]
     rates = ", ".join(
-        f"{size['bytes_per_second'] / 1e9:.1f} GB/s from {size['bytes'] / 2**20:.3g} MiB"
-        for size in limits["read_bandwidth"]
+        f"{size['bytes_per_second'] / 1e9:.1f} GB/s {verb} {size['bytes'] / 2**20:.3g} MiB"
+        for name, verb in (("read_bandwidth", "from"), ("copy_bandwidth", "copying"))
+        for size in limits.get(name, [])
     )
     return "\n".join(
         [
-            f"machine: {machine['cpu']}, {threads(record)}, {machine['os']}",
+            f"machine: {hardware(record)}, {record['machine']['os']}",
             f"limits:  {limits['matrix_flops_per_second'] / 1e9:.1f} GFLOP/s, {rates}",
             "",
-            *rows,
+            *aligned(lines, len(labels) + 1),
+            *(gpu_lines(record) if record["suite"] == "gpu" else []),
         ]
     )

@@ -19,15 +19,23 @@ def require_matplotlib() -> None:
 
 
 def finish(record: Record, path: Path) -> None:
-    """Write the JSON and the PNG, print the table; raise click.ClickException (exit code 1) if a check failed."""
+    """Write the JSON and the PNG, print the table; raise click.ClickException (exit code 1) if something failed."""
     write(record, path)
     picture = path.with_suffix(".png")
     draw(record, picture)
     click.echo(table(record))
     click.echo(f"\n{path}\n{picture}")
+    problems = []
     failed = sum(not cell["check"]["passed"] for cell in record["cells"])
     if failed:
-        raise click.ClickException(f"{failed} of {len(record['cells'])} checks failed; those cells were not timed")
+        problems.append(f"{failed} of {len(record['cells'])} checks failed; what failed was not timed")
+    if any((cell.get("engine") or {}).get("failed") for cell in record["cells"]):
+        problems.append("a step with or without PDL went wrong and was not timed")
+    problems += record.get("failures", [])
+    if not (record.get("tests") or {"ok": True})["ok"]:
+        problems.append("the tests failed:\n" + "\n".join(record["tests"]["tail"]))
+    if problems:
+        raise click.ClickException("\n".join(problems))
 
 
 @click.command("show")

@@ -12,9 +12,10 @@ import torch
 
 from . import limits, machine
 from .cells import Cell
+from .columns import short
 from .measure import hold_to_limit
 from .published import Published
-from .record import Record, short, write
+from .record import Record, write
 from .show import finish
 
 C = TypeVar("C", bound=Cell)

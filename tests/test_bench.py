@@ -11,59 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
+from stand_in import bench, quick_limits, stand_in
 
 from bench import limits, machine, record, roofline, timing
-from bench.__main__ import main
 from bench.cells import CONFIGS, DEFAULT_CONFIGS, choose_cells, random_model
 from bench.measure import TOLERANCE, check, hold_to_limit
 from bench.plot import picture
 from tarflow_fast import NonFiniteError, TarFlowConfig, reference
 from tarflow_fast.engine.cpu_engine import cpu_missing
 
-STAND_IN = """
-import torch
-from tarflow_fast import reference
-
-seen = []
-
-class Model(torch.nn.Module):
-    def __init__(self, in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp, num_classes):
-        super().__init__()
-        self.patch_size = patch_size
-
-    def load_state_dict(self, weights):
-        self.weights = weights
-
-    def reverse(self, x, y=None, guidance=0):
-        seen.append((len(x), y is not None, guidance))
-        images = reference.unpatchify(reference.inverse(self.weights, x, y, guidance=guidance).x, self.patch_size)
-        return SPOIL(images)
-"""
-SPOILS = {
-    "right": "lambda images: images",
-    "a little off": f"lambda images: images + {1.5 * TOLERANCE}",
-    "nan": "lambda images: images.log()",
-    "shape": "lambda images: images[:1]",
-}
-
-
-def stand_in(folder: Path, spoil: str = "right") -> Path:
-    (folder / "transformer_flow.py").write_text(STAND_IN.replace("SPOIL", f"({SPOILS[spoil]})"))
-    return folder
-
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits from small and short measurements."""
-    monkeypatch.setattr(limits, "SECONDS", 0.0)
-    monkeypatch.setattr(limits, "MATRIX_SIZE", 64)
-    monkeypatch.setattr(limits, "LARGE_BYTES", 2**20)
-
-
-def bench(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    quick_limits(monkeypatch)
 
 
 def peers(checkout: Path, out: Path, *more: str) -> Result:

@@ -198,7 +198,7 @@ def test_compiled_step_equals_eager(guidance: Guidance) -> None:
     latents = [random_latents(model, 2, seed).to(KERNEL_DEVICE) for seed in (0, 1)]
     passes = []
     for compile in (False, True):
-        engine = make_engine("torch", weights, device=KERNEL_DEVICE, dtype=torch.float32, compile=compile)
+        engine = make_engines("torch", [weights], device=KERNEL_DEVICE, dtype=torch.float32, compile=compile)[0]
         states = [engine.begin(z, condition) for z in latents]
         for state in states:
             engine.reverse(state)
