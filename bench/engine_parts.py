@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tarflow_fast.kernels.launch import dependent_launch
 from torch import Tensor
 
 from tarflow_fast.engine import BlockEngine, Condition, Guidance, block_weights
+from tarflow_fast.kernels.launch import dependent_launch
 
 from .gpu_cells import BACKEND, DTYPE, GpuCell, Inputs
 from .launches import graph_of

@@ -18,7 +18,7 @@ from .published import Published
 from .roofline import Work, density_work, inverse_work
 from .trials import Contestant
 
-BACKEND = "torch"
+BACKEND = "triton"
 """Which backend the contestant TRITON is."""
 DTYPE = torch.bfloat16
 GUIDANCE = 2.0

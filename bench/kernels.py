@@ -1,167 +1,16 @@
-"""`python -m bench kernels`: what the Triton kernels compile to, without a GPU: registers, shared memory, spills.
-
-The engine itself says which kernels it launches in which tiles: it is run on tensors without storage, and its launches
-are recorded and compiled for each architecture.
-"""
+"""`python -m bench kernels`: compile every Triton kernel for every architecture, and hold it to its limits."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
-
 import click
-import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from tarflow_fast import TarFlow, TarFlowConfig
-from tarflow_fast.engine import Condition, Guidance, block_weights
-from tarflow_fast.engine.triton_engine import TritonEngine
-from tarflow_fast.kernels.launch import Launch, interpreting
-
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes for one program, by architecture
-FIRST_WITH_PDL = 90
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
-MODELS = {
-    "afhq": TarFlowConfig(3, 256, 8, 768, 8, 8, num_classes=3),
-    "imagenet64": TarFlowConfig(3, 64, 2, 768, 8, 8, num_classes=1000),
-    "small": TarFlowConfig(1, 28, 4, 128, 4, 4, num_classes=10),
-    "wide heads": TarFlowConfig(3, 32, 4, 256, 4, 4, head_dim=128),
-    "volume-preserving": TarFlowConfig(3, 32, 4, 96, 4, 4, head_dim=32, nvp=False),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What an engine is asked for: a model's block, so many images and tokens at once."""
-
-    model: str
-    batch: int
-    guided: bool
-    window: int
-    dtype: torch.dtype
-
-    def launches(self, every: bool, pdl: bool) -> list[Launch]:
-        """Of one pass; every: under all tiles that there are to choose from, not the first choice alone."""
-        config = MODELS[self.model]
-        with torch.device("meta"):
-            weights = TarFlow.from_config(config).state_dict()
-        engine = TritonEngine(block_weights(weights, config, 0), device=torch.device("meta"), dtype=self.dtype, pdl=pdl)
-        z = torch.empty(self.batch, config.num_patches, config.token_dim, device="meta")
-        state = engine.begin(z, Condition(None, Guidance(2.0 if self.guided else 0.0)))
-        return engine.possible_launches(state, self.window, every=every)
-
-
-HALF, FULL = torch.bfloat16, torch.float32
-SHORT = [
-    Case("afhq", 16, True, 1, HALF),
-    Case("afhq", 1, False, 1, HALF),
-    Case("imagenet64", 256, False, 1, HALF),
-    Case("afhq", 1, True, 64, HALF),
-    Case("small", 4, True, 1, FULL),
-]
-WHOLE = [
-    *(Case(m, b, g, 1, HALF) for m in ("afhq", "imagenet64") for b in (1, 2, 4, 16, 128) for g in (False, True)),
-    *(Case(m, b, True, 1, HALF) for m in ("small", "wide heads", "volume-preserving") for b in (1, 8, 64)),
-    *(Case(m, b, False, 1, FULL) for m in MODELS for b in (1, 16, 64)),
-    *(Case(m, b, False, 1, torch.float16) for m in ("afhq", "small") for b in (1, 16)),
-    *(Case(m, b, False, w, d) for m in MODELS for b in (1, 16) for w in (4, 49) for d in (HALF, FULL)),
-]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel on one architecture. stack: bytes of spilled registers; shared: bytes for one program."""
-
-    kernel: str
-    architecture: int
-    tile: str
-    registers: int
-    stack: int
-    shared: int
-
-    @property
-    def fault(self) -> str | None:
-        if self.stack:
-            return f"spills {self.stack} bytes"
-        if self.shared > SHARED_LIMIT[self.architecture]:
-            return f"wants {self.shared} bytes of shared memory, there are {SHARED_LIMIT[self.architecture]}"
-        return None
-
-
-def source(launch: Launch) -> ASTSource:
-    """What Triton's own launch would make of these arguments: a size of 1 is compiled in, and a divisibility by 16."""
-    signature: dict[str, str] = {}
-    constants: dict[str, object] = dict(launch.constants)
-    attributes: dict[tuple[int, ...], Any] = {}
-    for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
-        if isinstance(value, Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value is None or (value == 1 and name != "offset"):
-            constants[name] = value
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and name != "offset":
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    signature.update(dict.fromkeys(constants, "constexpr"))
-    signature = {name: signature[name] for name in launch.kernel.arg_names}
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def compile_for(launch: Launch, architecture: int) -> Compiled:
-    kernel = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    numbers = {name: value for name, value in launch.constants.items() if isinstance(value, (int, str))}
-    tile = " ".join(f"{name}={value}" for name, value in numbers.items() if name not in ("EPS", "PDL", "PREFETCH"))
-    return Compiled(
-        launch.kernel.__name__.strip("_"),
-        architecture,
-        f"{tile} warps={launch.warps}",
-        found["REG"],
-        found["STACK"] + found["LOCAL"],
-        kernel.metadata.shared,
-    )
-
-
-def distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """One of each that compile to the same."""
-    found: dict[str, Launch] = {}
-    for launch in launches:
-        types = [
-            value.dtype if isinstance(value, Tensor) else value is None or (value == 1, value % 16 == 0)
-            for name, value in zip(launch.kernel.arg_names, launch.arguments, strict=False)
-            if name != "offset"
-        ]
-        found.setdefault(repr((launch.kernel.__name__, types, launch.constants, launch.options)), launch)
-    return list(found.values())
-
-
-def survey(cases: Iterable[Case], architectures: Iterable[int], *, every: bool) -> Iterator[Compiled]:
-    cases = list(cases)
-    with ThreadPoolExecutor() as pool:
-        for architecture in architectures:
-            pdl = architecture >= FIRST_WITH_PDL
-            launches = distinct(launch for case in cases for launch in case.launches(every, pdl))
-            yield from pool.map(lambda launch, on=architecture: compile_for(launch, on), launches)
+ARCHITECTURES = ("80", "90", "100")
 
 
 @click.command("kernels")
 @click.option(
-    "--arch", "architectures", multiple=True, type=click.Choice(list(map(str, SHARED_LIMIT))),
-    default=tuple(map(str, SHARED_LIMIT)), help="Compute capabilities; may be given more than once.",
+    "--arch", "architectures", multiple=True, type=click.Choice(ARCHITECTURES),
+    default=ARCHITECTURES, help="Compute capabilities; may be given more than once.",
 )  # fmt: skip
 @click.option("--every", is_flag=True, help="All shapes and all tiles that there are to choose from: some 20 minutes.")
 def kernels_command(architectures: tuple[str, ...], every: bool) -> None:
@@ -170,6 +19,11 @@ def kernels_command(architectures: tuple[str, ...], every: bool) -> None:
     Prints registers, spilled bytes and shared memory of each. Exit code 1 if a kernel spills, or wants more shared
     memory than the architecture has. By default for typical shapes, in the tiles of first choice.
     """
+    # Triton is there on Linux only
+    from tarflow_fast.kernels.launch import interpreting
+
+    from .compiled import SHORT, WHOLE, survey
+
     if interpreting():
         raise click.ClickException("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
     faults = 0

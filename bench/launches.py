@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from tarflow_fast.kernels.launch import dependent_launch, launch_dependents, wait
 
 from .timing import alternate, spread, timer_of

@@ -7,7 +7,7 @@ affine step, which ends with the embedding of the next token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +25,11 @@ LAYER = ("qkv", "attention", "proj", "fc1", "fc2")
 END = ("proj_out", "affine_step")
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One of the kernels of a step. launches: its own, one for each layer; bytes: what each must at least read or write
-    of weights, keys and values."""
+class Operation(NamedTuple):
+    """One of the launches of a step. bytes: what it must at least read or write of weights, keys and values."""
 
     name: str
-    launches: list[Launch]
+    run: Launch
     bytes: int
 
 
@@ -132,21 +130,18 @@ class Chain:
         norm_linear(h, self.proj_out.weight, self.proj_out.bias, window.parameters, tile=plan.proj_out, **options)
 
     def operations(self, workspace: Workspace, window: Window, rule: Rule, position: int) -> list[Operation]:
-        """The kernels of a step at this position, each apart."""
+        """The launches of a step at this position, in their order."""
         with recording() as launches:
             self.steps(workspace, window, rule, 1)
         workspace.position.fill_(position)
-        per_layer = len(LAYER)
         layer, size = self.layers[0], workspace.size
-        token = 2 * size.rows * size.config.channels * self.dtype.itemsize  # one token's keys and values
         matrices = {
             "qkv": layer.qkv, "proj": layer.proj, "fc1": layer.fc1, "fc2": layer.fc2, "proj_out": self.proj_out,
             "affine_step": self.proj_in,
         }  # fmt: skip
         moved = {name: linear.weight.nbytes for name, linear in matrices.items()}
+        token = 2 * size.rows * size.config.channels * self.dtype.itemsize  # one token's keys and values
         moved["qkv"] += token
         moved["attention"] = token * (position + 1)
-        last = len(launches) - len(END)
-        found = {name: launches[i:last:per_layer] for i, name in enumerate(LAYER)}
-        found.update({name: [launches[last + i]] for i, name in enumerate(END)})
-        return [Operation(name, found[name], moved[name]) for name in (*LAYER, *END)]
+        names = LAYER * len(self.layers) + END
+        return [Operation(name, run, moved[name]) for name, run in zip(names, launches, strict=True)]
