@@ -51,8 +51,10 @@ class Report:
     """How samples were made.
 
     backend, backend_reason, solver, device, dtype: what ran, and why that backend. batch_size: samples per batch.
-    seconds: wall time of the inverse passes; denoise_seconds: of denoising. tokens: transformed, images · K · T.
-    cache_bytes: KV cache of one block for one batch. redrawn: image number to how many times it was drawn again.
+    seconds: wall time of the inverse passes; setup_seconds: of what in them is done once for a batch size (compiling
+    and choosing kernels, capturing graphs), as far as the backend knows; denoise_seconds: of denoising. tokens:
+    transformed, images · K · T. cache_bytes: KV cache of one block for one batch. redrawn: image number to how many
+    times it was drawn again.
     """
 
     backend: str
@@ -62,6 +64,7 @@ class Report:
     dtype: str
     batch_size: int
     seconds: float = 0.0
+    setup_seconds: float = 0.0
     denoise_seconds: float = 0.0
     tokens: int = 0
     cache_bytes: int = 0
@@ -197,7 +200,7 @@ class Sampler:
         images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=stream_dtype(self.dtype))
         log_prob = None if rule.active else images.new_empty(n)
         sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
-        started = time.perf_counter()
+        started, setup = time.perf_counter(), self._setup_seconds()
         with self._bar(n, progress) as bar:
             for attempt in range(MAX_REDRAWS + 1):
                 failed: dict[int, NonFiniteError] = {}
@@ -224,6 +227,7 @@ class Sampler:
                 pending = sorted(failed)
                 report.redrawn.update({first + row: attempt + 1 for row in pending})
         report.seconds = time.perf_counter() - started
+        report.setup_seconds = self._setup_seconds() - setup
         if denoise:
             started = time.perf_counter()
             images = tweedie(
@@ -296,6 +300,9 @@ class Sampler:
         log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - torch.stack(log_dets).sum(0)
         sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
         return _Inverse(images, log_prob, sequence, 0 if state is None else state.cache_bytes, failures)
+
+    def _setup_seconds(self) -> float:
+        return sum(engine.setup_seconds for engine in self._engines)
 
     def _report(self, batch: int) -> Report:
         return Report(self.backend, self.backend_reason, self.solver, str(self.device), short(self.dtype), batch)

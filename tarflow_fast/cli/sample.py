@@ -124,6 +124,8 @@ def summary_lines(facts: dict[str, Any], model: TarFlow, plan: Layout) -> list[s
         f"backend {facts['backend']} ({facts['backend_reason']}), {facts['device']}, {facts['dtype']}, "
         f"{facts['solver']} solver",
     ]
+    if facts["setup_seconds"] >= 0.01:
+        lines.append(f"{facts['setup_seconds']:.2f} s of it to set up for this batch size: the next batch does without")
     if plan.rows is not None and names:
         lines.append("rows: " + ", ".join("no class" if y < 0 else names[y] for y in plan.rows))
     if facts["redrawn"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime._async_compile import AsyncCompileMode
 
 from ..checks import short
 from ..errors import ArgumentError, BackendError
@@ -288,10 +288,17 @@ class TritonEngine:
         def seconds(plan: Plan) -> float | None:
             return timed(steps(plan), lambda: workspace.position.fill_((self.config.num_patches - tokens) // 2))
 
-        with AsyncCompileMode(ThreadPoolExecutor()):
+        with ThreadPoolExecutor() as workers, triton.AsyncCompileMode(workers):
             for launch in self._launches(workspace, rule, shape, among):
                 launch.compile()
         plan = triton_plan.tune(among, seconds)
-        triton_plan.write(shape, device, plan)
+        try:
+            triton_plan.write(shape, device, plan)
+        except OSError as error:
+            warnings.warn(
+                f"the choice of tiles could not be kept and will be made again by the next process: {error}; "
+                f"set {triton_plan.CACHE_VARIABLE} to a folder that can be written",
+                stacklevel=2,
+            )
         self.setup_seconds += time.perf_counter() - started
         return plan

@@ -119,9 +119,8 @@ def attention_tiles(shape: Shape) -> list[cached_attention.Tile]:
     Tile = cached_attention.Tile
     full, d = shape.dtype == torch.float32, padded(shape.head_dim)
     if shape.window == 1:
-        sizes = [(1, 32, 4), (1, 64, 4), (1, 32, 2), (1, 16, 2)]
-        most = 2048 if full else 4096  # values of a tile of keys for four warps: more do not fit in the registers
-        sizes = [(w, t, warps) for w, t, warps in sizes if t * d * 4 <= most * warps]
+        most = 1024 // d  # tokens for each warp: more do not fit in its registers
+        sizes = [(1, max(t, 1), warps) for t, warps in ((2 * most, 4), (4 * most, 4), (2 * most, 2), (most, 2))]
     elif shape.window <= 16 or full:
         sizes = [(16, 32, 4)] if full else [(16, 64, 4), (16, 32, 4)]
     else:

@@ -1,0 +1,392 @@
+"""The Triton engine around its kernels: golden images, workspaces, graphs, and how tiles are chosen and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import GOLDEN as CASES
+from cases import KERNEL_DEVICE, Case, random_latents, random_model
+from tolerances import GOLDEN, assert_close
+
+from tarflow_fast import BackendError, NonFiniteError, OutOfMemoryError, Sampler
+from tarflow_fast.engine import Condition, Guidance, block_weights, choose_backend, triton_engine, triton_plan
+from tarflow_fast.engine.contract import BlockState
+from tarflow_fast.engine.triton_engine import TOKENS_PER_GRAPH, TritonEngine
+from tarflow_fast.engine.triton_workspace import KEPT, WINDOWS, Pool, Size
+from tarflow_fast.errors import ArgumentError
+from tarflow_fast.kernels import cached_attention, norm_linear
+from tarflow_fast.kernels.launch import launch, recording
+from tarflow_fast.model import TarFlow
+
+ROOT = Path(__file__).parent.parent
+
+
+def engine_of(model: TarFlow, k: int = 0, pool: Pool | None = None, **options: Any) -> TritonEngine:
+    weights = block_weights(model.state_dict(), model.config, k)
+    return TritonEngine(weights, device=KERNEL_DEVICE, dtype=torch.float32, pool=pool, **options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_golden_images(case: Case) -> None:
+    y = None if case.y is None else case.y.to(KERNEL_DEVICE)
+    sampler = Sampler(case.model(), backend="triton", device=KERNEL_DEVICE)
+    images = sampler.reverse(case.tensor("in.z").to(KERNEL_DEVICE), y, **case.reverse_args)
+    assert isinstance(images, torch.Tensor)
+    assert_close(images, case.tensor("out.reverse"), GOLDEN)
+
+
+def test_samples_and_their_likelihood_are_those_of_the_torch_backend() -> None:
+    model = random_model(num_classes=3, img_size=6)
+    ours, wanted = (
+        Sampler(model, backend=name, device=KERNEL_DEVICE).sample(3, [0, -1, 2], batch_size=2)
+        for name in ("triton", "torch")
+    )
+    assert_close(ours.images, wanted.images, GOLDEN)
+    assert ours.log_prob is not None
+    assert wanted.log_prob is not None
+    assert_close(ours.log_prob, wanted.log_prob, 1e-3)
+    assert (ours.report.backend, ours.report.backend_reason) == ("triton", "asked for")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_first_token_that_is_not_finite_is_named(backend: str) -> None:
+    """Both backends say the same: block 0, sample 1, whose xa overflows after its token 2."""
+    model = random_model(img_size=6)
+    with torch.no_grad():
+        model.blocks[0].proj_out.weight[0].fill_(50.0)
+    z = random_latents(model, 3)
+    sampler = Sampler(model, backend=backend, device=KERNEL_DEVICE)
+    with pytest.raises(NonFiniteError) as raised:
+        sampler.reverse(z.to(KERNEL_DEVICE))
+    wanted = Sampler(model, backend="torch", dtype=torch.float32)
+    with pytest.raises(NonFiniteError) as expected:
+        wanted.reverse(z)
+    found = [(error.value.block, error.value.token, error.value.sample) for error in (raised, expected)]
+    assert found[0] == found[1]
+    assert found[0][0] == 0
+
+
+def test_a_first_token_that_is_not_finite_is_token_0() -> None:
+    model = random_model(img_size=4)
+    engine, z = engine_of(model), random_latents(model, 2)
+    z[1, 0, 0] = torch.inf
+    state = engine.begin(z, Condition())
+    engine.reverse(state)
+    assert state.first_nonfinite().tolist() == [model.config.num_patches, 0]
+    state.nonfinite = None
+    assert state.first_nonfinite().tolist() == [model.config.num_patches, 0]  # the same, read off the tokens
+
+
+def test_launches_of_a_step_are_what_the_engine_says() -> None:
+    model = random_model(num_classes=2, layers_per_block=3, img_size=4)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 2), Condition(None, Guidance(1.0)))
+    operations = engine.operations(state)
+    assert len(operations) == engine.launches_per_token == 5 * 3 + 2
+    assert [operation.name for operation in operations[:6]] == ["qkv", "attention", "proj", "fc1", "fc2", "qkv"]
+    assert [operation.name for operation in operations[-2:]] == ["proj_out", "affine_step"]
+    assert operations[3].bytes == 4 * 64 * 64 * 4  # fc1's weight in fp32
+    assert operations[1].bytes == 2 * 4 * 64 * 4 * (3 * 3 // 4 + 1)  # keys and values of 4 rows, so many tokens
+    operations[0].run()
+
+
+def test_recording_launches_nothing() -> None:
+    model = random_model(img_size=4)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 1), Condition())
+    state.cache.x.fill_(torch.nan)
+    with recording() as launches:
+        engine.reverse(state)
+    assert len(launches) == 1 + 3 * engine.launches_per_token
+    assert state.cache.x[:, 1:].isnan().all()
+    for each in launches[:2]:
+        launch(each)
+
+
+# Workspaces
+
+
+def test_a_workspace_goes_from_block_to_block_and_from_batch_to_batch() -> None:
+    model, pool = random_model(img_size=4), Pool()
+    first, second = engine_of(model, 1, pool), engine_of(model, 0, pool)
+    z = random_latents(model, 2)
+    state = first.begin(z, Condition())
+    workspace = state.cache
+    later = second.begin(z, Condition(), spent=state)
+    assert later.cache is workspace
+    assert pool.idle_bytes == 0
+    beside = first.begin(z, Condition())
+    assert beside.cache is not workspace  # in use
+    del later, beside
+    assert first.begin(z, Condition()).cache.size == workspace.size
+    assert pool.idle_bytes == workspace.size.bytes
+
+
+def test_a_state_whose_memory_was_handed_on_is_refused() -> None:
+    model, pool = random_model(img_size=4), Pool()
+    engine, z = engine_of(model, 0, pool), random_latents(model, 2)
+    spent = engine.begin(z, Condition())
+    engine.begin(z, Condition(), spent=spent)
+    for run in (engine.reverse, lambda state: engine.fixed_point(state, 1, 2)):
+        with pytest.raises(ArgumentError, match=r"^state: expected one whose memory was not handed on"):
+            run(spent)
+
+
+def test_a_pool_keeps_few_workspaces_and_gives_them_up_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pool = random_model(img_size=4), Pool()
+    engine = engine_of(model, 0, pool)
+
+    def held(batch: int) -> int:
+        engine.begin(random_latents(model, batch), Condition())
+        return len(pool._kept)
+
+    assert [held(batch) for batch in (1, 2, 3, 4)] == [1, 2, KEPT, KEPT]
+    size = Size(model.config, torch.float32, KERNEL_DEVICE, 5, 1)
+    monkeypatch.setattr("tarflow_fast.engine.triton_workspace.free_memory", lambda device: size.bytes)
+    assert held(5) == 2
+    monkeypatch.setattr(
+        "tarflow_fast.engine.triton_workspace.free_memory", lambda device: 3 * size.bytes // 5 if pool._kept else 0
+    )
+    with pytest.raises(OutOfMemoryError, match=r"^z: 6 samples need 0 MiB on .*, 0 would fit"):
+        held(6)
+
+
+def test_windows_make_room_for_each_other() -> None:
+    model = random_model(img_size=12)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 1), Condition())
+    for tokens in range(1, WINDOWS + 3):
+        engine._window(state.cache, tokens)
+    assert list(state.cache.windows) == list(range(3, WINDOWS + 3))
+
+
+@pytest.mark.parametrize("window", [(0, 1), (2, 2), (3, 2), (1, 5)])
+def test_a_window_outside_the_sequence_is_refused(window: tuple[int, int]) -> None:
+    model = random_model(img_size=4)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 1), Condition())
+    with pytest.raises(ArgumentError, match=r"^start, stop: expected 1 <= start < stop <= 4"):
+        engine.fixed_point(state, *window)
+
+
+# Graphs
+
+
+def test_launches_are_run_once_then_captured_then_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is played on a GPU, with a stand-in for its graphs."""
+    model = random_model(img_size=4)
+    engine = engine_of(model)
+    window = engine._window(engine.begin(random_latents(model, 1), Condition()).cache, 1)
+    log: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    def capture(run: Any) -> Graph:
+        log.append("capture")
+        return Graph()
+
+    monkeypatch.setattr(triton_engine, "capture", capture)
+    engine.device = torch.device("cuda")
+    for key in ("a", "a", "b", "a"):
+        engine._play(window, key, lambda: log.append("run"))
+    assert log == ["run", "capture", "replay", "run", "replay"]
+    assert engine.setup_seconds > 0
+
+
+def test_tokens_are_run_in_graphs_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(img_size=10)
+    engine, steps = engine_of(model), []
+    monkeypatch.setattr(engine, "_play", lambda window, key, run: steps.append(key[1]))
+    state = engine.begin(random_latents(model, 1), Condition())
+    seen: list[int] = []
+    engine.reverse(state, seen.append)
+    assert steps == seen == [TOKENS_PER_GRAPH] * 3  # of T − 1 = 24 tokens
+
+
+# What cannot be had
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float64}, "the Triton kernels have no float64; use float32, bfloat16 or float16"),
+        ({"compile": True}, "torch.compile has nothing to compile in the Triton engine"),
+        ({"threads": 2}, "threads is for backend 'cpu', and this is 'triton'"),
+    ],
+    ids=str,
+)
+def test_requests_that_cannot_be_met_say_why(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        Sampler(random_model(), backend="triton", device=KERNEL_DEVICE, **options)
+
+
+def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tarflow_fast.kernels.launch.interpreting", lambda: False)
+    with pytest.raises(BackendError, match="backend 'triton' cannot be had: Triton kernels need a CUDA device"):
+        choose_backend("triton", torch.device("cpu"), torch.float32, False)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(BackendError, match="a C compiler, and there is none"):
+        choose_backend("triton", KERNEL_DEVICE, torch.float32, False)
+
+
+@pytest.mark.skipif(KERNEL_DEVICE.type == "cuda", reason="a GPU may have it")
+def test_pdl_that_cannot_be_had_is_refused() -> None:
+    with pytest.raises(BackendError, match="pdl=True cannot be had"):
+        engine_of(random_model(), pdl=True)
+
+
+def test_latents_of_another_shape_are_refused() -> None:
+    model = random_model()
+    with pytest.raises(ArgumentError, match=r"^z: expected shape \(B, 16, 4\)"):
+        engine_of(model).begin(torch.zeros(2, 15, 4), Condition())
+
+
+# Tiles
+
+SHAPE = triton_plan.Shape(
+    rows=32,
+    pairs=384,
+    samples=16,
+    window=1,
+    tokens=1024,
+    channels=768,
+    token_dim=192,
+    out_dim=384,
+    head_dim=64,
+    dtype=torch.bfloat16,
+    multiprocessors=132,
+)
+SHAPES = [
+    SHAPE,
+    *(replace(SHAPE, rows=rows, pairs=12 * rows, samples=rows) for rows in (1, 2, 3, 4, 5, 64, 200, 4096)),
+    replace(SHAPE, dtype=torch.float32, head_dim=128, token_dim=3, channels=128, pairs=32),
+    replace(SHAPE, window=7, rows=224),
+    replace(SHAPE, window=64, rows=2048, head_dim=32),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}-{s.window}-{s.head_dim}")
+def test_candidates_are_tiles_that_the_kernels_take(shape: triton_plan.Shape) -> None:
+    """Powers of two; tensor cores have their sixteen rows; no choice is there twice; splits have something to share."""
+    for name, tiles in triton_plan.candidates(shape).items():
+        assert tiles, name
+        assert len(set(tiles)) == len(tiles), name
+        for tile in tiles:
+            assert all(value & (value - 1) == 0 for value in vars(tile).values() if value != 3), (name, tile)
+            if isinstance(tile, norm_linear.Tile):
+                assert tile.rows >= 16 or (tile.rows <= norm_linear.FEW_ROWS and tile.splits == 1)
+                assert tile.splits * tile.depth <= 4 * max(shape.channels, tile.depth)
+            if isinstance(tile, cached_attention.Tile):
+                assert tile.window == 1 if shape.window == 1 else tile.window >= 16
+                assert tile.splits * tile.tokens <= shape.tokens
+
+
+def test_tuning_finds_the_quickest_of_each() -> None:
+    among = triton_plan.candidates(SHAPE)
+    costs = {(name, tile): (7 * i) % 11 for name, tiles in among.items() for i, tile in enumerate(tiles)}
+    slow = among["fc1"][0]
+
+    def seconds(plan: triton_plan.Plan) -> float | None:
+        if plan.fc1 == slow:
+            return None  # as if it did not fit
+        return 100.0 + sum(costs[name, getattr(plan, name)] for name in among)
+
+    plan = triton_plan.tune(among, seconds)
+    for name, tiles in among.items():
+        usable = [tile for tile in tiles if (name, tile) != ("fc1", slow)]
+        if name in ("attention", "qkv"):  # tried while nothing could run: the first choice stays
+            assert getattr(plan, name) == tiles[0]
+        else:
+            assert costs[name, getattr(plan, name)] == min(costs[name, tile] for tile in usable), name
+    with pytest.raises(OutOfMemoryError, match="no choice of tiles fits"):
+        triton_plan.tune(among, lambda plan: None)
+
+
+def test_a_choice_is_kept_for_its_device_and_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    plan = triton_plan.Plan(**{name: tiles[-1] for name, tiles in triton_plan.candidates(SHAPE).items()})
+    device = {"gpu": "NVIDIA H200"}
+    assert triton_plan.read(SHAPE, device) is None
+    triton_plan.write(SHAPE, device, plan)
+    assert triton_plan.read(SHAPE, device) == plan
+    assert triton_plan.read(SHAPE, {"gpu": "another"}) is None
+    assert triton_plan.read(replace(SHAPE, rows=33), device) is None
+    (file,) = (tmp_path / "tiles").iterdir()
+    assert json.loads(file.read_text())["device"] == device
+    for spoilt in ("", "[]", '{"plan": {}}'):
+        file.write_text(spoilt)
+        assert triton_plan.read(SHAPE, device) is None
+
+
+def test_the_folder_of_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(triton_plan.CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert triton_plan.cache_folder() == tmp_path / "tarflow_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert triton_plan.cache_folder() == Path.home() / ".cache" / "tarflow_fast"
+
+
+def test_tuning_a_step_compiles_measures_and_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the clock of a GPU, and for its name."""
+    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "made up")
+    monkeypatch.setattr("tarflow_fast.kernels.launch.Launch.compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(triton_engine, "timed", lambda run, before: timings.append(before()) or 1.0 / len(timings))
+    compiled: list[Any] = []
+    timings: list[Any] = []
+    model = random_model(img_size=8, num_classes=2)
+    engine = engine_of(model)
+    state: BlockState = engine.begin(random_latents(model, 2), Condition(None, Guidance(1.0)))
+    shape = engine._shape(state.cache.size, 1)
+    plan = engine._tuned(state.cache, shape)
+    choices = sum(map(len, triton_plan.candidates(shape).values()))
+    assert len(compiled) == choices * (1 + engine.launches_per_token)
+    assert len(timings) == choices - 7  # eight operations, and their first choices are one plan
+    assert plan == triton_plan.Plan(**{n: tiles[-1] for n, tiles in triton_plan.candidates(shape).items()})
+    assert state.cache.position.item() == (16 - TOKENS_PER_GRAPH) // 2
+    timings.clear()
+    assert engine._tuned(state.cache, shape) == plan
+    assert not timings  # from disk
+    monkeypatch.setattr(triton_plan, "read", lambda shape, device: None)
+    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="the choice of tiles could not be kept"):
+        engine._tuned(state.cache, shape)
+
+
+# Without a GPU: what the kernels compile to
+
+
+def compile_all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", "kernels", *arguments]
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True)
+
+
+def test_kernels_compile_for_every_architecture_without_spills() -> None:
+    done = compile_all()
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    kernels = {"norm_linear_kernel", "cached_attention_kernel", "affine_step_kernel", "fixed_point_update_kernel"}
+    assert {(row[0], row[1]) for row in rows} >= {(name, sm) for name in kernels for sm in ("80", "90", "100")}
+    assert all(int(row[3]) == 0 for row in rows)
+
+
+def test_the_interpreter_compiles_nothing() -> None:
+    done = compile_all(TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert "TRITON_INTERPRET is set" in done.stderr
