@@ -6,6 +6,7 @@ are recorded and compiled for each architecture.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -23,7 +24,8 @@ from triton.compiler import ASTSource
 from tarflow_fast import TarFlow, TarFlowConfig
 from tarflow_fast.engine import Condition, Guidance, block_weights
 from tarflow_fast.engine.triton_engine import TritonEngine
-from tarflow_fast.kernels.launch import Launch
+from tarflow_fast.kernels.affine_density import density_backward, density_forward
+from tarflow_fast.kernels.launch import Launch, recording
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes for one program, by architecture
 FIRST_WITH_PDL = 90
@@ -58,6 +60,19 @@ class Case:
         return engine.possible_launches(state, self.window, every=every)
 
 
+def density_launches() -> list[Launch]:
+    """Of the density pass of every model, there and back, in weights of either precision."""
+    with recording() as launches:
+        for config, dtype in itertools.product(MODELS.values(), (HALF, FULL)):
+            sizes = (2, config.num_patches, config.token_dim)
+            outputs = 2 * config.token_dim if config.nvp else config.token_dim
+            z, log_det = torch.empty(sizes, device="meta"), torch.empty(2, 1, device="meta").expand(2, sizes[1])
+            out = torch.empty(*sizes[:2], outputs, dtype=dtype, device="meta")
+            density_forward(out, z, config.nvp)
+            density_backward(z, log_det, *((z, out) if config.nvp else (None, None)), dtype, False)
+    return launches
+
+
 HALF, FULL = torch.bfloat16, torch.float32
 SHORT = [
     Case("afhq", 16, True, 1, HALF),
@@ -71,7 +86,7 @@ WHOLE = [
     *(Case(m, b, True, 1, HALF) for m in ("small", "wide heads", "volume-preserving") for b in (1, 8, 64)),
     *(Case(m, b, False, 1, FULL) for m in MODELS for b in (1, 16, 64)),
     *(Case(m, b, False, 1, torch.float16) for m in ("afhq", "small") for b in (1, 16)),
-    *(Case(m, b, False, w, d) for m in MODELS for b in (1, 16) for w in (4, 49) for d in (HALF, FULL)),
+    *(Case(m, b, False, w, d) for m in MODELS for b in (1, 16) for w in (4, 48) for d in (HALF, FULL)),
 ]
 
 
@@ -153,5 +168,6 @@ def survey(cases: Iterable[Case], architectures: Iterable[int], *, every: bool) 
     with ThreadPoolExecutor() as pool:
         for architecture in architectures:
             pdl = architecture >= FIRST_WITH_PDL
-            launches = distinct(launch for case in cases for launch in case.launches(every, pdl))
+            steps = (launch for case in cases for launch in case.launches(every, pdl))
+            launches = distinct(itertools.chain(steps, density_launches()))
             yield from pool.map(lambda launch, on=architecture: compile_for(launch, on), launches)

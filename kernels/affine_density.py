@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tarflow_fast.errors import ArgumentError, BackendError
 
-from .launch import DTYPES, can_launch, check_operand
+from .launch import DTYPES, Launch, can_launch, check_operand, launch
 
 TILE = 1024
 """Values of x in a program, 8 for each thread of four warps: it asks for 6 to 12 KB before it needs any of them, and
@@ -133,12 +133,12 @@ def _launch(kernel: Any, x: Tensor, *tensors: Any, nvp: bool, flip: bool) -> Non
     block_d = triton.next_power_of_2(D)
     block_t = min(triton.next_power_of_2(T), max(TILE // block_d, 1))
     warps = min(max(block_t * block_d // 256, 4), 32)
+    constants = {"D": D, "NVP": nvp, "FLIP": flip, "BLOCK_T": block_t, "BLOCK_D": block_d}
     with torch.cuda.device_of(x):
-        kernel[(B * triton.cdiv(T, block_t),)](*tensors, T, D, nvp, flip, block_t, block_d, num_warps=warps)
+        launch(Launch(kernel, (B * triton.cdiv(T, block_t),), (*tensors, T), constants, warps, pdl=False))
 
 
-@torch.library.custom_op("tarflow_fast::affine_density", mutates_args=())
-def affine_density(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tuple[Tensor, Tensor]:
+def density_forward(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tuple[Tensor, Tensor]:
     """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i), and the log-det of each token, −Σ_d xa in nats.
 
     out: (B, T, 2D) fp32, bf16 or fp16, xa and xb of every token in the block's order; (B, T, D), xb alone, unless nvp;
@@ -156,8 +156,7 @@ def affine_density(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tup
     return z, log_det
 
 
-@torch.library.custom_op("tarflow_fast::affine_density_backward", mutates_args=())
-def affine_density_backward(
+def density_backward(
     dz: Tensor, dlog_det: Tensor, z: Tensor | None, out: Tensor | None, dtype: torch.dtype, flip: bool
 ) -> tuple[Tensor, Tensor]:
     """dx = dz · exp(−xa), dxb = −dx, dxa = −dz · z − dlog_det; 0 for the last output.
@@ -179,6 +178,13 @@ def affine_density_backward(
     tensors = dz, dlog_det, z, out, dout, dx
     _launch(_affine_density_backward_kernel, dz, *tensors, *dlog_det.stride(), nvp=nvp, flip=flip)
     return dout, dx
+
+
+# As operations of torch, which autograd and torch.compile know.
+affine_density = torch.library.custom_op("tarflow_fast::affine_density", density_forward, mutates_args=())
+affine_density_backward = torch.library.custom_op(
+    "tarflow_fast::affine_density_backward", density_backward, mutates_args=()
+)
 
 
 @affine_density.register_fake
