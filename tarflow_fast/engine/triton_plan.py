@@ -91,7 +91,7 @@ def linear_tiles(rows: int, N: int, K: int, dtype: torch.dtype, multiprocessors:
         few = [(4, 512), (8, 256), (8, 512), (16, 256), (2, 1024), (16, 128)]
         tiles += [Tile(r, c, k) for c, k in few if r * c * k <= 8192 and k <= max(padded(K), 128)]
     if rows <= 16:
-        sizes = [(16, 32, 32, 4), (16, 16, 64, 4)] if full else [(16, 32, 128, 4), (16, 16, 256, 4), (16, 64, 128, 4)]
+        sizes = [(16, 32, 32, 4), (16, 64, 32, 4)] if full else [(16, 32, 128, 4), (16, 16, 256, 4), (16, 64, 128, 4)]
     elif rows <= 32:
         sizes = [(16, 32, 32, 4), (32, 32, 32, 4)] if full else [(32, 32, 128, 4), (32, 64, 128, 4), (16, 64, 128, 4)]
     elif rows <= 64:
@@ -107,6 +107,8 @@ def linear_tiles(rows: int, N: int, K: int, dtype: torch.dtype, multiprocessors:
         tile = Tile(r, c, k, warps=warps, stages=2 if full else 3)
         across, down, _ = tile.grid(rows, N)
         most = _power_of_two(min(1.5 * multiprocessors / (across * down), K / k, 8))
+        if r * c >= 128 * 128:  # its registers are full
+            most = 1
         tiles += [replace(tile, splits=splits) for splits in sorted({1, most, max(most // 2, 1)}, reverse=True)]
     return tiles
 
