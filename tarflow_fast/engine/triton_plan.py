@@ -81,8 +81,10 @@ def _power_of_two(n: float) -> int:
     return 1 << max(int(n).bit_length() - 1, 0)
 
 
-def linear_tiles(rows: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> list[norm_linear.Tile]:
-    """Tiles for a product of (rows, K) by (N, K)ᵀ."""
+def linear_tiles(
+    rows: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int, *, norm: bool = False
+) -> list[norm_linear.Tile]:
+    """Tiles for a product of (rows, K) by (N, K)ᵀ, after a norm or not."""
     Tile = norm_linear.Tile
     full = dtype == torch.float32  # products in full precision hold their operands in registers
     tiles = []
@@ -102,6 +104,8 @@ def linear_tiles(rows: int, N: int, K: int, dtype: torch.dtype, multiprocessors:
         sizes = [(64, 64, 64, 4), (128, 64, 64, 8), (64, 128, 64, 8), (128, 128, 64, 8)]
     else:
         sizes = [(128, 128, 64, 8), (128, 64, 64, 8), (64, 128, 64, 8)]
+    if norm:  # which needs registers of its own
+        sizes = [size for size in sizes if size[:2] != (128, 128)]
     for r, c, k, warps in sizes:
         k = min(k, padded(K))
         tile = Tile(r, c, k, warps=warps, stages=2 if full else 3)
@@ -124,7 +128,7 @@ def attention_tiles(shape: Shape) -> list[cached_attention.Tile]:
         most = 1024 // d  # tokens for each warp: more do not fit in its registers
         sizes = [(1, max(t, 1), warps) for t, warps in ((2 * most, 4), (4 * most, 4), (2 * most, 2), (most, 2))]
     elif shape.window <= 16 or full:
-        sizes = [(16, 32, 4)] if full else [(16, 64, 4), (16, 32, 4)]
+        sizes = [(16, 32 if d <= 64 else 16, 4)] if full else [(16, 64, 4), (16, 32, 4)]
     else:
         sizes = [(64, 32, 4), (16, 64, 4), (128, 64, 8)]
     tiles = []
@@ -140,8 +144,8 @@ def candidates(shape: Shape) -> Candidates:
     """For every operation of a pass of this shape."""
     C = shape.channels
 
-    def linear(N: int, K: int) -> list[norm_linear.Tile]:
-        return linear_tiles(shape.rows, N, K, shape.dtype, shape.multiprocessors)
+    def linear(N: int, K: int, norm: bool = False) -> list[norm_linear.Tile]:
+        return linear_tiles(shape.rows, N, K, shape.dtype, shape.multiprocessors, norm=norm)
 
     d = padded(shape.token_dim)
     if shape.samples < 16:
@@ -153,13 +157,13 @@ def candidates(shape: Shape) -> Candidates:
         steps = [affine_step.Tile(16, c, warps=8 if d >= 256 else 4) for c in (32, 16, most)]
     return {
         "attention": attention_tiles(shape),
-        "qkv": linear(3 * C, C),
-        "fc1": linear(4 * C, C),
+        "qkv": linear(3 * C, C, norm=True),
+        "fc1": linear(4 * C, C, norm=True),
         "fc2": linear(C, 4 * C),
         "proj": linear(C, C),
         "proj_out": linear(shape.out_dim, C),
         "step": list(dict.fromkeys(steps)),
-        "update": [fixed_point_update.Tile(max(_power_of_two(2048 / d), 1))],
+        "update": [fixed_point_update.Tile(max(_power_of_two(1024 / d), 1))],
     }
 
 
