@@ -83,7 +83,7 @@ def affine_tokens(
     parameters, z, guidance, row, rows, sample, token, inside, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NVP: tl.constexpr, GUIDE_A: tl.constexpr, GUIDE_B: tl.constexpr,
 ):  # fmt: skip
-    """New tokens and their log-dets: (N, BLOCK_D) and (N,), fp32; of rows that are not inside, anything.
+    """New tokens, their log-dets and exp(−xa): (N, BLOCK_D), (N,), (N, BLOCK_D) fp32; of rows not inside, anything.
 
     row: (N,) of the parameters, `rows` further down for the unguided branch; sample, token: (N,), which tokens these
     are. Guidance is that after the token before.
@@ -103,6 +103,6 @@ def affine_tokens(
         xa = tl.load(place, mask=there, other=0.0)
         if GUIDE_A:
             xa += g * (xa - tl.load(unguided, mask=there, other=0.0))
-        return x * tl.exp(xa) + xb, tl.sum(xa, 1)
+        return x * tl.exp(xa) + xb, tl.sum(xa, 1), tl.exp(-xa)
     else:
-        return x + xb, tl.zeros_like(tl.sum(x, 1))
+        return x + xb, tl.zeros_like(tl.sum(x, 1)), tl.full(x.shape, 1.0, tl.float32)

@@ -95,7 +95,7 @@ def _affine_step_kernel(
     if UPDATE:
         token += 1
         place += D
-        v, log_det = affine_tokens(
+        v, log_det, _ = affine_tokens(
             parameters, z, guidance, row, rows, sample, token, inside, T, D, BLOCK_D, NVP, GUIDE_A, GUIDE_B
         )
         if tl.program_id(0) == 0:

@@ -130,7 +130,12 @@ def _many_queries(
         inside = (t < last)[:, None] & real
         k = tl.load(keys + place, mask=inside, other=0.0)
         v = tl.load(values + place, mask=inside, other=0.0)
+        # A later token of the window may be infinite or NaN. Its weight is 0 for the earlier queries, but 0 · NaN is
+        # NaN: such values are left out of the product, and make the weights NaN of those queries that do see them.
+        bad = tl.sum(tl.where(v - v == 0, 0, 1), 1) > 0
+        v = tl.where(bad[:, None], 0.0, v).to(v.dtype)
         logit = dot(q, tl.trans(k), tl.zeros((BLOCK_W, BLOCK_T), tl.float32), PRECISION) * (scale * LOG2_E)
+        logit = tl.where(bad[None, :], float("nan"), logit)
         logit = tl.where((t[None, :] <= token[:, None]) & (t < last)[None, :], logit, float("-inf"))
         higher = tl.maximum(highest, tl.max(logit, 1))
         p = tl.exp2(logit - higher[:, None])

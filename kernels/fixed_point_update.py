@@ -1,9 +1,11 @@
 """One parallel pass's update of a window of tokens, and how far each of them moved.
 
-    x_{i+1} ← z_{i+1} · exp(xa_i) + xb_i,     change_{i+1} = max_d |new x_{i+1} − old x_{i+1}|
+    x_{i+1} ← z_{i+1} · exp(xa_i) + xb_i
+    change_{i+1} = max_d |new x_{i+1} − old x_{i+1}|
+    residual_{i+1} = max_d |forward(old x)_{i+1} − z_{i+1}| = max_d |new x_{i+1} − old x_{i+1}| · exp(−xa_i)
 
 for every token i + 1 of the window at once, from parameters that were computed from the old tokens; with guidance, see
-`affine.py`. A token that is not finite has a change that is not finite either.
+`affine.py`. A token that is not finite has a change and a residual that are not finite either.
 """
 
 from __future__ import annotations
@@ -28,8 +30,15 @@ class Tile:
 
 
 @triton.jit
+def _largest(values, there):
+    """Of each row; NaN if one of them is, which a maximum would pass over."""
+    unordered = tl.sum(tl.where(there & (values != values), 1, 0), 1) > 0
+    return tl.where(unordered, float("nan"), tl.max(tl.where(there, values, 0.0), 1))
+
+
+@triton.jit
 def _fixed_point_update_kernel(
-    parameters, z, x, token_log_det, change, guidance, position, samples, window, T,
+    parameters, z, x, token_log_det, change, residual, guidance, position, samples, window, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NVP: tl.constexpr, GUIDE_A: tl.constexpr, GUIDE_B: tl.constexpr,
     BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -43,15 +52,14 @@ def _fixed_point_update_kernel(
         wait()
     sample = row // window
     token = tl.load(position, cache_modifier=".cg") + 1 + row % window
-    new, log_det = affine_tokens(
+    new, log_det, shrink = affine_tokens(
         parameters, z, guidance, row, rows, sample, token, inside, T, D, BLOCK_D, NVP, GUIDE_A, GUIDE_B
     )
     place = sample.to(tl.int64) * T + token
     cell = x + place[:, None] * D + d[None, :]
     moved = tl.abs(new - tl.load(cell, mask=there, other=0.0))
-    moved = tl.where(there, moved, 0.0)
-    unordered = tl.sum(tl.where(moved != moved, 1, 0), 1) > 0  # a maximum would pass over NaN
-    tl.store(change + row, tl.where(unordered, float("nan"), tl.max(moved, 1)), mask=inside)
+    tl.store(change + row, _largest(moved, there), mask=inside)
+    tl.store(residual + row, _largest(moved * shrink, there), mask=inside)
     tl.store(cell, new, mask=there)
     tl.store(token_log_det + place, log_det, mask=inside)
 
@@ -62,23 +70,26 @@ def fixed_point_update(
     x: Tensor,
     token_log_det: Tensor,
     change: Tensor,
+    residual: Tensor,
     rule: Rule,
     position: Tensor,
     *,
     tile: Tile,
     pdl: bool = False,
 ) -> None:
-    """Tokens position + 1 … position + window of x and their log-dets, in place; their change into `change`.
+    """Tokens position + 1 … position + window of x and their log-dets, in place; what that did to them into `change`
+    and `residual`.
 
     parameters: (branches·B·window, 2D), or (…, D) if volume-preserving, fp32, row (branch, sample, token of the
-    window), after the tokens from `position` on; z, x: (B, T, D) fp32; token_log_det: (B, T) fp32; change: (B, window)
-    fp32; position: (1,) int32, read on the device. Raises ArgumentError.
+    window), after the tokens from `position` on; z, x: (B, T, D) fp32; token_log_det: (B, T) fp32; change, residual:
+    (B, window) fp32; position: (1,) int32, read on the device. Raises ArgumentError.
     """
     B, window = check_operand("change", change, (-1, -1), torch.float32).shape
     rule.check_tokens(parameters, z, x, token_log_det, window)
-    check_operand("change", change, (z.shape[0], window), torch.float32, z.device)
+    for name, each in (("change", change), ("residual", residual)):
+        check_operand(name, each, (z.shape[0], window), torch.float32, z.device)
     check_operand("position", position, (1,), torch.int32, z.device)
-    arguments = (parameters, z, x, token_log_det, change, rule.guidance, position, B, window, z.shape[1])
+    arguments = (parameters, z, x, token_log_det, change, residual, rule.guidance, position, B, window, z.shape[1])
     constants = {**rule.constants(z.shape[2]), "BLOCK_T": tile.tokens, "PDL": pdl}
     grid = (triton.cdiv(B * window, tile.tokens),)
     launch(Launch(_fixed_point_update_kernel, grid, arguments, constants, tile.warps, pdl))

@@ -1,7 +1,7 @@
 """TarFlow (Zhai et al., arXiv 2412.06329): a stack of autoregressive affine flows made of causal transformers.
 
 Constructor, methods and state-dict keys are those of the published `ml-tarflow`, so that either code loads the
-other's checkpoints. This file is the differentiable density pass; the inverse lives in `engine/` and `solvers.py`.
+other's checkpoints. This file is the differentiable density pass; the inverse lives in `engine/` and `solvers/`.
 """
 
 from __future__ import annotations

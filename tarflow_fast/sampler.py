@@ -39,11 +39,26 @@ from .engine import (
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
 from .model import TarFlow, stream_dtype
 from .noise import latent_noise
-from .solvers import SOLVERS, choose_solver
+from .solvers import Solution, choose_solver, make_solver
 
 MAX_REDRAWS = 3
 MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
 MEMORY_SHARE = 0.8  # of what is free, for one batch
+
+
+@dataclass
+class BlockReport:
+    """How one flow block was inverted, over all batches. passes: dependent steps of a batch, the most that one took;
+    evaluations: tokens that the transformer was evaluated on; residual: the largest |forward(x) − z|, 0 if exact."""
+
+    passes: int = 0
+    evaluations: int = 0
+    residual: float = 0.0
+
+    def add(self, solution: Solution) -> None:
+        self.passes = max(self.passes, solution.passes)
+        self.evaluations += solution.evaluations
+        self.residual = max(self.residual, float(solution.residual.max()))
 
 
 @dataclass
@@ -54,7 +69,7 @@ class Report:
     seconds: wall time of the inverse passes; setup_seconds: of what in them is done once for a batch size (compiling
     and choosing kernels, capturing graphs), as far as the backend knows; denoise_seconds: of denoising. tokens:
     transformed, images · K · T. cache_bytes: KV cache of one block for one batch. redrawn: image number to how many
-    times it was drawn again.
+    times it was drawn again. blocks: how each flow block was inverted, in the order of their indices.
     """
 
     backend: str
@@ -69,6 +84,7 @@ class Report:
     tokens: int = 0
     cache_bytes: int = 0
     redrawn: dict[int, int] = field(default_factory=dict)
+    blocks: list[BlockReport] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,7 +115,7 @@ class Samples:
 class _Inverse:
     """One batch through all blocks. sequence: as `Samples.trajectory`, or empty.
 
-    failures: row to the (block, token) at which it first was not finite.
+    failures: row to the (block, token) at which it first was not finite. solutions: by block.
     """
 
     images: Tensor
@@ -107,13 +123,16 @@ class _Inverse:
     sequence: list[Tensor]
     cache_bytes: int
     failures: dict[int, tuple[int, int]]
+    solutions: dict[int, Solution]
 
 
 class Sampler:
     """Draws images from a TarFlow.
 
     model: a TarFlow; its weights are copied when the sampler is made, and changing them later has no effect here.
-    backend: "auto" or a name from `backends()`; solver: "auto" or "sequential". device, dtype: default the model's
+    backend: "auto" or a name from `backends()`. solver: "auto", "sequential" (exact, T − 1 steps a block) or "adaptive"
+    (parallel passes, as few as a block allows; see `solvers/adaptive.py`). tol: of the adaptive solver, how far a token
+    may still move when it is taken as final, in units of the images; default 3e-5. device, dtype: default the model's
     own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is fp32.
     compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
     torch.get_num_threads() at each call. Images do not depend on it.
@@ -129,6 +148,7 @@ class Sampler:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         solver: str = "auto",
+        tol: float | None = None,
         compile: bool = False,
         threads: int | None = None,
     ):
@@ -141,6 +161,7 @@ class Sampler:
         self.backend, self.backend_reason = choose_backend(backend, self.device, self.dtype, compile)
         threads = check_threads(threads, self.backend)
         self.solver = choose_solver(solver)
+        self._solve = make_solver(self.solver, tol)
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)
         state = self._model.state_dict()
@@ -209,6 +230,8 @@ class Sampler:
                     z = latent_noise(seed, image_numbers, self.config.num_patches, self.config.token_dim, attempt)
                     part = self._invert(z, None if y is None else y[rows], rule, bar, trajectory)
                     report.tokens += len(rows) * self.config.num_blocks * self.config.num_patches
+                    for k, solution in part.solutions.items():
+                        report.blocks[k].add(solution)
                     report.cache_bytes = max(report.cache_bytes, part.cache_bytes)
                     for row, (block, token) in part.failures.items():
                         failed[rows[row]] = NonFiniteError(block, token, image_numbers[row])
@@ -280,17 +303,20 @@ class Sampler:
     @torch.no_grad()
     def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any, trajectory: bool) -> _Inverse:
         """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var) for one batch; y: (B,) on the device."""
-        model, solve = self._model, SOLVERS[self.solver]
+        model = self._model
         condition = Condition(y, rule)
         z = z.detach().to(self.device, stream_dtype(self.dtype))
         tokens = [z, serial.scaled(z, self._prior_std)]  # then after each block
         log_dets = []
         failures: dict[int, tuple[int, int]] = {}
+        solutions: dict[int, Solution] = {}
         state = None
         for k in reversed(range(self.config.num_blocks)):
             x = tokens[-1]
             state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition, spent=state)
-            solve(self._engines[k], state, None if bar is None else lambda n: bar.update(n * z.shape[0]))
+            solutions[k] = self._solve(
+                self._engines[k], state, None if bar is None else lambda n: bar.update(n * z.shape[0])
+            )
             first = state.first_nonfinite().tolist()  # the block's one synchronisation
             for row in (row for row, token in enumerate(first) if token < z.shape[1]):
                 failures.setdefault(row, (k, first[row]))
@@ -299,13 +325,21 @@ class Sampler:
         images = model.unpatchify(tokens[-1])
         log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - torch.stack(log_dets).sum(0)
         sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
-        return _Inverse(images, log_prob, sequence, 0 if state is None else state.cache_bytes, failures)
+        return _Inverse(images, log_prob, sequence, 0 if state is None else state.cache_bytes, failures, solutions)
 
     def _setup_seconds(self) -> float:
         return sum(engine.setup_seconds for engine in self._engines)
 
     def _report(self, batch: int) -> Report:
-        return Report(self.backend, self.backend_reason, self.solver, str(self.device), short(self.dtype), batch)
+        return Report(
+            self.backend,
+            self.backend_reason,
+            self.solver,
+            str(self.device),
+            short(self.dtype),
+            batch,
+            blocks=[BlockReport() for _ in range(self.config.num_blocks)],
+        )
 
     def _bar(self, n: int, progress: bool) -> Any:
         total = n * self.config.num_blocks * (self.config.num_patches - 1)

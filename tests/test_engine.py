@@ -178,13 +178,49 @@ def check_windows(backend: str, dtype: torch.dtype, tolerance: float, guidance: 
     for start, stop in itertools.pairwise(cuts):
         for passes in range(stop - start):
             before = state.x.clone()
-            change = engine.fixed_point(state, start, stop)
-            assert change.shape == (2, stop - start)
-            assert_close(change, (state.x - before)[:, start:stop].abs().amax(-1), 0.0)
+            moved = engine.fixed_point(state, start, stop)
+            assert moved.change.shape == moved.residual.shape == (2, stop - start)
+            assert_close(moved.change, (state.x - before)[:, start:stop].abs().amax(-1), 0.0)
             assert torch.equal(state.x[:, stop:], before[:, stop:])
             # after p passes the first p tokens of the window are final
             assert_close(state.x[:, : start + passes + 1], wanted.x[:, : start + passes + 1], tolerance)
     assert_close(state.token_log_det[:, 1:], wanted.token_log_det[:, 1:], tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e38])
+def test_a_token_depends_on_the_tokens_before_it_alone(backend: str, guidance: Guidance, bad: float) -> None:
+    """Also where a later one of the window, or a stale one behind it in the cache, overflows."""
+    model = random_model(11, num_classes=2, img_size=6)
+    condition = Condition(torch.tensor([1, -1]), guidance)
+    z, T = random_latents(model, 2), model.config.num_patches
+    engine = engine_of(model, 0, backend)
+    wanted, spoilt = (engine.begin(z, condition) for _ in range(2))
+    spoilt.x[0, 4] = bad
+    for state in (wanted, spoilt):
+        engine.fixed_point(state, 1, T)
+    assert torch.equal(spoilt.x[0, :5], wanted.x[0, :5])
+    assert torch.equal(spoilt.x[1], wanted.x[1])
+    assert not torch.equal(spoilt.x[0, 5:], wanted.x[0, 5:])
+    spoilt.x[0, 4:] = wanted.x[0, 4:]
+    for state in (wanted, spoilt):  # the cache behind the window is still spoilt
+        engine.fixed_point(state, 2, 4)
+        engine.fixed_point(state, 4, T)
+    assert torch.equal(spoilt.x, wanted.x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("nvp", [True, False])
+def test_the_residual_is_that_of_the_tokens_before_the_pass(backend: str, nvp: bool) -> None:
+    model = random_model(11, img_size=6, nvp=nvp)
+    engine, T = engine_of(model, 0, backend), model.config.num_patches
+    state = engine.begin(random_latents(model, 3), Condition())
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+    for _ in range(3):
+        z, _ = reference.block_density(weights, 0, state.x.double().cpu())
+        moved = engine.fixed_point(state, 1, T)
+        assert_close(moved.residual, (z - state.z.cpu()).abs().amax(-1)[:, 1:], GOLDEN)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

@@ -32,6 +32,7 @@ def operands(B: int, D: int, rule: Rule, start: int, window: int) -> dict[str, A
         "x": x.clone(),
         "token_log_det": torch.full((B, T), torch.nan, device=KERNEL_DEVICE),
         "change": torch.full((B, window), torch.nan, device=KERNEL_DEVICE),
+        "residual": torch.full((B, window), torch.nan, device=KERNEL_DEVICE),
         "rule": rule,
         "position": torch.tensor([start - 1], dtype=torch.int32, device=KERNEL_DEVICE),
     }
@@ -50,6 +51,10 @@ def test_equals_the_reference(tile: Tile, rule: Rule, B: int, D: int, start: int
     assert_close(given["x"][:, there], x, FP32)
     assert_close(given["token_log_det"][:, there], log_det, FP32)
     assert_close(given["change"], (x - before[:, there]).abs().amax(-1), FP32)
+    z = given["z"][:, there].double()
+    shift = reference(parameters, torch.zeros_like(given["z"]).double(), rule, start)[0]
+    shrink = z / (x - shift) if rule.nvp else torch.ones_like(z)  # exp(−xa), as x − xb = z · exp(xa)
+    assert_close(given["residual"], ((x - before[:, there]).abs() * shrink).amax(-1), 1e-4)
     given["x"][:, there] = before[:, there]
     given["token_log_det"][:, there] = torch.nan
     assert torch.equal(given["x"], before)  # no other token was written
@@ -62,7 +67,8 @@ def test_what_is_not_finite_has_moved_beyond_all_bounds() -> None:
     parameters[0, 1, 5] = 1000.0
     parameters[1, 0, 13] = torch.nan
     fixed_point_update(**given, tile=Tile(4))
-    assert given["change"].isfinite().tolist() == [[True, False, True], [False, True, True]]
+    for name in ("change", "residual"):
+        assert given[name].isfinite().tolist() == [[True, False, True], [False, True, True]]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,7 @@ def test_what_is_not_finite_has_moved_beyond_all_bounds() -> None:
         ({"change": torch.zeros(2, 7)}, "window"),
         ({"change": torch.zeros(3, 3)}, "change"),
         ({"change": torch.zeros(2, 3, dtype=torch.float64)}, "change"),
+        ({"residual": torch.zeros(2, 2)}, "residual"),
         ({"x": torch.zeros(2, 7, 11)}, "x"),
         ({"position": torch.zeros(1)}, "position"),
     ],

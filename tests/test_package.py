@@ -67,7 +67,7 @@ def test_the_reference_stands_alone() -> None:
     ("lower", "higher"),
     [
         ("engine", {"solvers", "sampler", "cli", "trainer", "checkpoint"}),
-        ("solvers.py", {"sampler", "cli", "trainer", "torch_engine", "registry"}),
+        ("solvers", {"sampler", "cli", "trainer", "torch_engine", "registry"}),
         ("sampler.py", {"cli", "trainer"}),
         ("denoising.py", {"sampler", "engine", "cli", "trainer"}),
         ("checkpoint.py", {"sampler", "engine", "cli", "trainer"}),

@@ -45,11 +45,11 @@ Engine make(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_di
 
 // Runs without the GIL. A signal's handler, and progress, run on this thread about every 50 ms; what they raise ends the
 // pass and is raised here.
-void run(const Engine& engine, Address z, Address input, Address x, Address token_log_det, Address change,
+void run(const Engine& engine, Address z, Address input, Address x, Address token_log_det, Address change, Address residual,
          Address keys_values, Address embedding, Address guidance, bool guide_a, bool guide_b, float unguided_scale,
          int64_t samples, int64_t start, int64_t stop, bool sequential, int threads, const py::object& progress) {
   const Batch batch{at<const float>(z), at<const float>(input), at<float>(x), at<float>(token_log_det),
-                    at<float>(change), start, stop - start, at<void>(keys_values), at<const float>(embedding),
+                    at<float>(change), at<float>(residual), start, stop - start, at<void>(keys_values), at<const float>(embedding),
                     at<const float>(guidance), guide_a, guide_b, unguided_scale, samples};
   std::exception_ptr raised;
   const auto hook = [&](int64_t steps) {

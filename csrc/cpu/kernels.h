@@ -44,7 +44,8 @@ struct Batch {
   const float* input;      // (B, T, D), the tokens that are read: x itself in the sequential pass
   float* x;                // (B, T, D), the tokens that are written
   float* token_log_det;    // (B, T)
-  float* change;           // (B, change_tokens) or null: largest change of each token from change_start on
+  float* change;           // (B, change_tokens) or null: largest change of each token from change_start on,
+  float* residual;         // and the largest |forward(old x) − z|
   int64_t change_start, change_tokens;
   void* keys_values;       // [layer][R][head][K | V]; fp32: K [key_tokens/VW][d][VW], V [token][d];
                            // bf16: K [key_tokens/VW][d/2][VW][2], V [token/2][d][2]

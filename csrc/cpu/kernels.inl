@@ -221,7 +221,7 @@ void transform(const Rows& rows) {
     const float* unguided = out + rows.samples() * b.out_stride;
     const float g = batch.guidance ? batch.guidance[next - 1] : 0.0f;
     const int64_t shift = b.affine ? D : 0;
-    float log_det = 0.0f, change = 0.0f;
+    float log_det = 0.0f, change = 0.0f, residual = 0.0f;
     for (int64_t i = 0; i < D; i++) {
       float xa = out[i], xb = out[shift + i];
       if (batch.guidance && batch.guide_a) xa += g * (xa - unguided[i]);
@@ -232,10 +232,18 @@ void transform(const Rows& rows) {
       if (b.affine) log_det += xa;
       const float moved = __builtin_fabsf(x - before);
       change = moved > change || moved != moved ? moved : change;  // once NaN, always NaN
+      if (batch.change) {
+        const float off = b.affine ? moved * __builtin_expf(-xa) : moved;
+        residual = off > residual || off != off ? off : residual;
+      }
       batch.x[at] = x;
     }
     batch.token_log_det[sample * b.tokens + next] = log_det;
-    if (batch.change) batch.change[sample * batch.change_tokens + next - batch.change_start] = change;
+    if (batch.change) {
+      const int64_t at = sample * batch.change_tokens + next - batch.change_start;
+      batch.change[at] = change;
+      batch.residual[at] = residual;
+    }
   }
 }
 

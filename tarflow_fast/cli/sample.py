@@ -126,6 +126,12 @@ def summary_lines(facts: dict[str, Any], model: TarFlow, plan: Layout) -> list[s
     ]
     if facts["setup_seconds"] >= 0.01:
         lines.append(f"{facts['setup_seconds']:.2f} s of it to set up for this batch size: the next batch does without")
+    if facts["solver"] != "sequential":
+        blocks = facts["blocks"]
+        lines.append(
+            f"passes of each block: {', '.join(str(block['passes']) for block in blocks)} instead of "
+            f"{model.config.num_patches - 1}; residual at most {max(block['residual'] for block in blocks):.1e}"
+        )
     if plan.rows is not None and names:
         lines.append("rows: " + ", ".join("no class" if y < 0 else names[y] for y in plan.rows))
     if facts["redrawn"]:
@@ -255,7 +261,15 @@ Examples:
     show_default="float32",
     help="Of weights and KV cache.",
 )
-@option("--solver", default="auto", metavar="NAME", section="Machine", help="auto or sequential.")
+@option("--solver", default="auto", metavar="NAME", section="Machine", help="auto, sequential or adaptive.")
+@option(
+    "--tol",
+    type=click.FloatRange(0),
+    default=None,
+    metavar="X",
+    section="Machine",
+    help="Of the adaptive solver: how far a token may still move, on the scale -1 to 1.",
+)
 @option("--compile", is_flag=True, section="Machine", help="Run the torch backend under torch.compile.")
 @option(
     "--threads",
@@ -357,6 +371,7 @@ def sample_command(
         device=device,
         dtype=torch_dtype(given["dtype"]),
         solver=given["solver"],
+        tol=given["tol"],
         compile=given["compile"],
         threads=given["threads"],
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -94,6 +94,16 @@ class BlockState:
         return torch.where(bad.any(1), bad.int().argmax(1), self.x.shape[1])
 
 
+class Moved(NamedTuple):
+    """What one parallel pass did to the tokens of its window; (B, W) each, NaN or infinite where a token is.
+
+    change: max_d |new x − old x|. residual: max_d |forward(old x) − z| = max_d |new x − old x| · exp(−xa).
+    """
+
+    change: Tensor
+    residual: Tensor
+
+
 class BlockEngine(Protocol):
     """One flow block on one backend, its weights packed once at construction.
 
@@ -118,13 +128,14 @@ class BlockEngine(Protocol):
         """The sequential pass: fills state.x and state.token_log_det. progress(n): n more tokens are done."""
         ...
 
-    def fixed_point(self, state: BlockState, start: int, stop: int) -> Tensor:
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
         """One parallel pass over tokens [start, stop), 1 <= start < stop <= T, against the cached prefix.
 
         Evaluates the transformer on tokens [start−1, stop−1) as they stand in state.x (writing their keys and
         values; those of tokens before start−1 must be in the cache), and updates x and token_log_det of tokens
-        [start, stop) in place. Returns the largest change of each token, (B, stop−start). `fixed_point(state, 1, T)`
-        is one Jacobi pass; start = i, stop = i+1 for i = 1 … T−1 is `reverse`.
+        [start, stop) in place. `fixed_point(state, 1, T)` is one Jacobi pass; start = i, stop = i+1 for i = 1 … T−1 is
+        `reverse`. A token's result depends on the tokens before it and on nothing else, also where later ones of the
+        window are infinite or NaN.
         """
         ...
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import serial
 from ..checks import check_count, short
 from ..errors import ArgumentError, BackendError
-from .contract import BlockState, Condition, Progress, embedding_rows
+from .contract import BlockState, Condition, Moved, Progress, embedding_rows
 from .weights import BlockWeights, LayerWeights
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -176,16 +176,16 @@ class CpuEngine:
     def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
         self._run(state, state.x, None, 1, state.x.shape[1], sequential=True, progress=progress)
 
-    def fixed_point(self, state: BlockState, start: int, stop: int) -> Tensor:
-        change = state.x.new_empty(state.x.shape[0], stop - start)
-        self._run(state, serial.copy(state.x), change, start, stop, sequential=False, progress=None)
-        return change
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
+        moved = Moved(*(state.x.new_empty(state.x.shape[0], stop - start) for _ in Moved._fields))
+        self._run(state, serial.copy(state.x), moved, start, stop, sequential=False, progress=None)
+        return moved
 
     def _run(
         self,
         state: BlockState,
         read: Tensor,
-        change: Tensor | None,
+        moved: Moved | None,
         start: int,
         stop: int,
         *,
@@ -207,7 +207,8 @@ class CpuEngine:
             read.data_ptr(),
             state.x.data_ptr(),
             state.token_log_det.data_ptr(),
-            0 if change is None else change.data_ptr(),
+            0 if moved is None else moved.change.data_ptr(),
+            0 if moved is None else moved.residual.data_ptr(),
             cache.keys_values.data_ptr(),
             0 if cache.embedding is None else cache.embedding.data_ptr(),
             0 if cache.guidance is None else cache.guidance.data_ptr(),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import stream_dtype
-from .contract import BlockState, Condition, Progress, embedding_rows
+from .contract import BlockState, Condition, Moved, Progress, embedding_rows
 from .torch_linear import Linear
 from .weights import BlockWeights, LayerWeights
 
@@ -134,7 +134,7 @@ class TorchEngine:
                     progress(1)
 
     @torch.no_grad()
-    def fixed_point(self, state: BlockState, start: int, stop: int) -> Tensor:
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
         T, W = state.x.shape[1], stop - start
         scale = torch.tensor(state.condition.guidance.schedule(T)[start - 1 : stop - 1], dtype=self.stream)
         keys = torch.arange(stop - 1, device=self.device)
@@ -143,8 +143,9 @@ class TorchEngine:
             window = slice(start - 1, stop - 1)
             out = self._transformer(state.cache, state.x[:, window], self.position[window], window, stop - 1, mask)
             before = state.x[:, start:stop].clone()
-            self._affine(state, out, scale.to(self.device).view(1, W, 1), start, stop)
-            return (state.x[:, start:stop] - before).abs().amax(-1)
+            xa = self._affine(state, out, scale.to(self.device).view(1, W, 1), start, stop)
+            moved = (state.x[:, start:stop] - before).abs()
+            return Moved(moved.amax(-1), (moved if xa is None else moved * (-xa).exp()).amax(-1))
 
     def _evaluate(self, state: BlockState, i: int) -> Tensor:
         window = slice(i, i + 1)
@@ -193,14 +194,17 @@ class TorchEngine:
             keys_values[:, :, :, window] = qkv[1:]
             q = qkv[0] if cache.query_scale is None else qkv[0] * cache.query_scale
             k, v = keys_values[:, :, :, :keys]
-            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (R, H, W, d)
+            a = _attention(q, k, v, mask)  # (R, H, W, d)
             h = h + layer.proj(a.transpose(1, 2).reshape(R * W, -1))
             a = torch.layer_norm(h, width, *layer.norm2).to(dtype)
             h = h + layer.fc2(layer.fc1(a))
         return self.proj_out(h.to(dtype)).to(self.stream).view(R, W, -1)
 
-    def _affine(self, state: BlockState, out: Tensor, scale: float | Tensor, start: int, stop: int) -> None:
-        """Guide and apply x = z · exp(xa) + xb to tokens [start, stop), out: (R, W, 2D or D) from the tokens before."""
+    def _affine(self, state: BlockState, out: Tensor, scale: float | Tensor, start: int, stop: int) -> Tensor | None:
+        """Guide and apply x = z · exp(xa) + xb to tokens [start, stop), out: (R, W, 2D or D) from the tokens before.
+
+        Returns xa (B, W, D), or None if volume-preserving.
+        """
         D, guidance = state.x.shape[2], state.condition.guidance
         z, x = state.z[:, start:stop], state.x[:, start:stop]
         if guidance.active:
@@ -215,7 +219,22 @@ class TorchEngine:
         if not self.config.nvp:
             torch.add(z, out, out=x)
             state.token_log_det[:, start:stop] = 0
-            return
+            return None
         xa, xb = out[..., :D], out[..., D:]
         torch.addcmul(xb, z, xa.exp(), out=x)
         torch.sum(xa, dim=-1, out=state.token_log_det[:, start:stop])
+        return xa
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √d, mask) v; q: (R, H, W, d), k, v: (R, H, keys, d), mask: (W, keys) or None.
+
+    A later token of a window may be infinite or NaN. Its weight is 0 for the queries before it, but 0 · NaN is NaN:
+    such keys and values are left out, and the result is NaN for the queries that do see them.
+    """
+    if mask is None or mask.shape[0] == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1)  # (R, H, keys)
+    k, v = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (k, v))
+    seen = (bad.unsqueeze(2) & mask).any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(seen, torch.nan)

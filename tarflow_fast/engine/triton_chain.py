@@ -92,7 +92,7 @@ class Chain:
         self.embed(workspace, window, tokens, rule.branches)
         self._transformer(workspace, window, 0, tokens)
         fixed_point_update(
-            window.parameters, workspace.z, workspace.x, workspace.token_log_det, window.change, rule,
+            window.parameters, workspace.z, workspace.x, workspace.token_log_det, window.change, window.residual, rule,
             workspace.position, tile=window.plan.update, pdl=self.pdl,
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ from ..errors import ArgumentError, BackendError
 from ..kernels.affine import Rule
 from ..kernels.launch import DTYPES, Launch, can_launch, dependent_launch, interpreting, recording
 from . import triton_plan
-from .contract import BlockState, Condition, Progress, embedding_rows
+from .contract import BlockState, Condition, Moved, Progress, embedding_rows
 from .cuda_graph import capture, timed
 from .triton_chain import END, LAYER, Chain, Operation
 from .triton_plan import Candidates, Plan, Shape
@@ -154,7 +154,7 @@ class TritonEngine:
             state.nonfinite = workspace.nonfinite.clone()
 
     @torch.no_grad()
-    def fixed_point(self, state: BlockState, start: int, stop: int) -> Tensor:
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
         if not 1 <= start < stop <= self.config.num_patches:
             raise ArgumentError("start, stop", f"1 <= start < stop <= {self.config.num_patches}", (start, stop))
         workspace, rule = self._owned(state)
@@ -166,7 +166,7 @@ class TritonEngine:
             state.x[:, start:stop] = workspace.x[:, start:stop]
             state.token_log_det[:, start:stop] = workspace.token_log_det[:, start:stop]
             state.nonfinite = None
-            return window.change.clone()
+            return Moved(window.change.clone(), window.residual.clone())
 
     def _owned(self, state: BlockState) -> tuple[Workspace, Rule]:
         workspace = state.cache

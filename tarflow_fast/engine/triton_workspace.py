@@ -69,7 +69,7 @@ class Window:
         self.queries, self.attended = empty(C, size.dtype), empty(C, size.dtype)
         self.hidden = empty(4 * C, size.dtype)
         self.parameters = empty(out_dim)
-        self.change = torch.empty(size.batch, window, device=device)
+        self.change, self.residual = (torch.empty(size.batch, window, device=device) for _ in range(2))
         self.scratch = self._scratch(size, window, plan, out_dim)
         self.graphs: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
