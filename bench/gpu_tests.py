@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .machine import ROOT
@@ -20,16 +21,34 @@ FILES = (
     "tests/test_triton_engine.py",
 )
 """Those whose tests use `cases.KERNEL_DEVICE`."""
-TAIL = 20  # lines of pytest's output that the record keeps of a run that failed
+TAIL = 20  # lines of the output that the record keeps of a file that failed
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
-    """{passed, failed, seconds, ok, tail} of one pytest over FILES; it is stopped after `seconds`, which is no success.
+    """{passed, failed, seconds, ok, tail} of pytest over FILES, a process for each file, all at once: most of the time
+    kernels are being compiled. They are stopped after `seconds`, which is no success.
 
-    failed: tests that failed or could not be set up. tail: the last lines that pytest wrote, None if all is well.
+    failed: tests that failed or could not be set up. tail: the last lines of each file's run that went wrong, None if
+    all is well.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *FILES]
     started = time.monotonic()
+    with ThreadPoolExecutor(len(FILES)) as pool:
+        runs = list(pool.map(lambda file: _run_file(file, seconds), FILES))
+    passed = sum(counts.get("passed", 0) for counts, _ in runs)
+    failed = sum(counts.get("failed", 0) + counts.get("error", 0) for counts, _ in runs)
+    tails = [line for _, tail in runs for line in tail]
+    return {
+        "passed": passed,
+        "failed": failed,
+        "seconds": time.monotonic() - started,
+        "ok": not tails,
+        "tail": tails or None,
+    }
+
+
+def _run_file(file: str, seconds: float) -> tuple[dict[str, int], list[str]]:
+    """Counts by outcome, and the end of the output unless all went well."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", file]
     try:
         done = subprocess.run(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
@@ -39,10 +58,4 @@ def run_tests(seconds: float) -> dict[str, Any]:
         ok = False
         output = (error.stdout or b"").decode(errors="replace") + f"\nstopped after {seconds:.0f} s"
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", output)}
-    return {
-        "passed": counts.get("passed", 0),
-        "failed": counts.get("failed", 0) + counts.get("error", 0),
-        "seconds": time.monotonic() - started,
-        "ok": ok,
-        "tail": None if ok else output.replace(f"{ROOT}/", "").splitlines()[-TAIL:],
-    }
+    return counts, [] if ok else output.replace(f"{ROOT}/", "").splitlines()[-TAIL:]

@@ -23,3 +23,15 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _first_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the Triton engine would time all tiles for the sizes of every test: take the first of each instead."""
+    if torch.cuda.is_available():
+        from tarflow_fast.engine import triton_engine, triton_plan
+
+        def first(engine: object, workspace: object, shape: triton_plan.Shape) -> triton_plan.Plan:
+            return triton_plan.first(triton_plan.candidates(shape))
+
+        monkeypatch.setattr(triton_engine.TritonEngine, "_tuned", first)

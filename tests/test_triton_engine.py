@@ -27,6 +27,8 @@ from tarflow_fast.kernels.launch import launch, recording
 from tarflow_fast.model import TarFlow
 
 ROOT = Path(__file__).parent.parent
+TUNED = TritonEngine._tuned  # see conftest.py
+ON_GPU = pytest.mark.skipif(KERNEL_DEVICE.type != "cuda", reason="there is no GPU")
 
 
 def engine_of(model: TarFlow, k: int = 0, pool: Pool | None = None, **options: Any) -> TritonEngine:
@@ -213,6 +215,50 @@ def test_tokens_are_run_in_graphs_of_several(monkeypatch: pytest.MonkeyPatch) ->
     assert steps == seen == [TOKENS_PER_GRAPH] * 3  # of T − 1 = 24 tokens
 
 
+@ON_GPU
+def test_eager_steps_graphs_and_dependent_launch_agree() -> None:
+    """Bit for bit: a first batch, run launch by launch, others from graphs, and one on another stream."""
+    model = random_model(num_classes=3, img_size=10)
+    condition = Condition(torch.tensor([0, -1, 2], device=KERNEL_DEVICE), Guidance(1.5, "ab", 0.7, True))
+    z = random_latents(model, 3)
+    results = []
+    for pdl in (False, None):
+        engine = engine_of(model, pdl=pdl)
+        for stream in (torch.cuda.current_stream(), torch.cuda.current_stream(), torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                state = engine.begin(z, condition)
+                engine.reverse(state)
+                results.append(state.x.cpu())
+                del state
+    assert torch.isfinite(results[0]).all()
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+@ON_GPU
+def test_passes_of_a_window_are_graphs_too() -> None:
+    model = random_model(img_size=10)
+    engine, z, T = engine_of(model), random_latents(model, 2), model.config.num_patches
+    state = engine.begin(z, Condition())
+    for _ in range(T - 1):
+        engine.fixed_point(state, 1, T)
+    wanted = engine.begin(z, Condition())
+    engine.reverse(wanted)
+    assert_close(state.x, wanted.x, GOLDEN)
+
+
+@ON_GPU
+def test_tuning_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    model = random_model(img_size=8, layers_per_block=2)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 2), Condition())
+    shape = engine._shape(state.cache.size, 1)
+    plan = TUNED(engine, state.cache, shape)
+    assert all(getattr(plan, name) in tiles for name, tiles in triton_plan.candidates(shape).items())
+    assert engine.setup_seconds > 0
+
+
 # What cannot be had
 
 
@@ -352,20 +398,20 @@ def test_tuning_a_step_compiles_measures_and_keeps(tmp_path: Path, monkeypatch: 
     engine = engine_of(model)
     state: BlockState = engine.begin(random_latents(model, 2), Condition(None, Guidance(1.0)))
     shape = engine._shape(state.cache.size, 1)
-    plan = engine._tuned(state.cache, shape)
+    plan = TUNED(engine, state.cache, shape)
     choices = sum(map(len, triton_plan.candidates(shape).values()))
     assert len(compiled) == choices * (1 + engine.launches_per_token)
     assert len(timings) == choices - 7  # eight operations, and their first choices are one plan
     assert plan == triton_plan.Plan(**{n: tiles[-1] for n, tiles in triton_plan.candidates(shape).items()})
     assert state.cache.position.item() == (16 - TOKENS_PER_GRAPH) // 2
     timings.clear()
-    assert engine._tuned(state.cache, shape) == plan
+    assert TUNED(engine, state.cache, shape) == plan
     assert not timings  # from disk
     monkeypatch.setattr(triton_plan, "read", lambda shape, device: None)
     monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="the choice of tiles could not be kept"):
-        engine._tuned(state.cache, shape)
+        TUNED(engine, state.cache, shape)
 
 
 # Without a GPU: what the kernels compile to

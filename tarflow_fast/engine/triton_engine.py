@@ -246,13 +246,15 @@ class TritonEngine:
         return launches
 
     def _shape(self, size: Size, tokens: int) -> Shape:
+        """Batches between two powers of two have the same: they share a choice of tiles."""
         config, multiprocessors = self.config, MULTIPROCESSORS
+        batch = triton.next_power_of_2(size.batch)
         if self.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return Shape(
-            rows=size.rows * tokens,
-            pairs=size.rows * config.num_heads,
-            samples=size.batch * tokens,
+            rows=batch * size.branches * tokens,
+            pairs=batch * size.branches * config.num_heads,
+            samples=batch * tokens,
             window=tokens,
             tokens=config.num_patches,
             channels=config.channels,

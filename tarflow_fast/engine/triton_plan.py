@@ -90,10 +90,10 @@ def linear_tiles(
     tiles = []
     if rows <= norm_linear.FEW_ROWS:
         r = padded_rows(rows)
-        few = [(4, 512), (8, 256), (8, 512), (16, 256), (2, 1024), (16, 128)]
+        few = [(4, 512), (8, 256), (8, 512), (16, 256), (2, 1024)]
         tiles += [Tile(r, c, k) for c, k in few if r * c * k <= 8192 and k <= max(padded(K), 128)]
     if rows <= 16:
-        sizes = [(16, 32, 32, 4), (16, 64, 32, 4)] if full else [(16, 32, 128, 4), (16, 16, 256, 4), (16, 64, 128, 4)]
+        sizes = [(16, 32, 32, 4), (16, 64, 32, 4)] if full else [(16, 32, 128, 4), (16, 16, 256, 4)]
     elif rows <= 32:
         sizes = [(16, 32, 32, 4), (32, 32, 32, 4)] if full else [(32, 32, 128, 4), (32, 64, 128, 4), (16, 64, 128, 4)]
     elif rows <= 64:
@@ -113,7 +113,7 @@ def linear_tiles(
         most = _power_of_two(min(1.5 * multiprocessors / (across * down), K / k, 8))
         if r * c >= 128 * 128:  # its registers are full
             most = 1
-        tiles += [replace(tile, splits=splits) for splits in sorted({1, most, max(most // 2, 1)}, reverse=True)]
+        tiles += [replace(tile, splits=splits) for splits in sorted({most, max(most // 2, 1)}, reverse=True)]
     return tiles
 
 
@@ -135,7 +135,7 @@ def attention_tiles(shape: Shape) -> list[cached_attention.Tile]:
     for window, tokens, warps in sizes:
         programs = shape.pairs * -(-shape.window // window)
         most = _power_of_two(min(4 * shape.multiprocessors / programs, shape.tokens / tokens, 32))
-        for splits in sorted({most, max(most // 2, 1), max(most // 4, 1)}, reverse=True):
+        for splits in sorted({most, max(most // 2, 1)}, reverse=True):
             tiles.append(Tile(window, tokens, splits, warps))
     return tiles
 
