@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .model import TarFlow, dequantize
     from .sampler import Report, Sampler, Samples, accelerate
+    from .solvers import SolverPlan
     from .trainer import TrainConfig, train
 
     __version__: str
@@ -37,6 +38,7 @@ _HOME = {
     "load_pretrained": "checkpoint",
     "Sampler": "sampler",
     "Samples": "sampler",
+    "SolverPlan": "solvers",
     "Report": "sampler",
     "accelerate": "sampler",
     "denoise": "denoising",
@@ -60,6 +62,7 @@ __all__ = [
     "Report",
     "Sampler",
     "Samples",
+    "SolverPlan",
     "TarFlow",
     "TarFlowConfig",
     "TarFlowError",

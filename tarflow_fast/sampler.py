@@ -39,7 +39,7 @@ from .engine import (
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
 from .model import TarFlow, stream_dtype
 from .noise import latent_noise
-from .solvers import Solution, choose_solver, make_solver
+from .solvers import Solution, SolverPlan, choose_solver, make_solver
 
 MAX_REDRAWS = 3
 MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
@@ -132,7 +132,8 @@ class Sampler:
     model: a TarFlow; its weights are copied when the sampler is made, and changing them later has no effect here.
     backend: "auto" or a name from `backends()`. solver: "auto", "sequential" (exact, T − 1 steps a block) or "adaptive"
     (parallel passes, as few as a block allows; see `solvers/adaptive.py`). tol: of the adaptive solver, how far a token
-    may still move when it is taken as final, in units of the images; default 3e-5. device, dtype: default the model's
+    may still move when it is taken as final, in units of the images; default 3e-5. plan: where its passes start, from
+    `learn_plan`; default the latents. device, dtype: default the model's
     own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is fp32.
     compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
     torch.get_num_threads() at each call. Images do not depend on it.
@@ -149,6 +150,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         solver: str = "auto",
         tol: float | None = None,
+        plan: SolverPlan | None = None,
         compile: bool = False,
         threads: int | None = None,
     ):
@@ -161,7 +163,8 @@ class Sampler:
         self.backend, self.backend_reason = choose_backend(backend, self.device, self.dtype, compile)
         threads = check_threads(threads, self.backend)
         self.solver = choose_solver(solver)
-        self._solve = make_solver(self.solver, tol)
+        self._solve = make_solver(self.solver, tol, plan)
+        self.plan = None if plan is None else check_plan(plan, self.config)
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)
         state = self._model.state_dict()
@@ -300,6 +303,19 @@ class Sampler:
             return [torch.cat(piece).to(x.device) for piece in pieces]
         return torch.cat([part.images for part in parts]).to(x.device)
 
+    def learn_plan(self, n: int = 256, labels: Labels = None, *, seed: int = 0, progress: bool = False) -> SolverPlan:
+        """A plan for the adaptive solver, from n >= 2 images drawn without guidance by this sampler; see `SolverPlan`.
+
+        labels, seed: as in `sample`; for a conditional model give the classes that will be drawn.
+        """
+        check_count("n", n, 2)
+        trajectory = self.sample(n, labels, seed=seed, trajectory=True, progress=progress).trajectory
+        assert trajectory is not None
+        tokens = [self._model.patchify(images) for images in trajectory]
+        tokens[0] = tokens[0] * self._prior_std
+        pairs = [(tokens[-2 - k], tokens[-1 - k]) for k in range(self.config.num_blocks)]  # block 0 came last
+        return SolverPlan.fit([(z.flip(1), x.flip(1)) if k % 2 else (z, x) for k, (z, x) in enumerate(pairs)])
+
     @torch.no_grad()
     def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any, trajectory: bool) -> _Inverse:
         """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var) for one batch; y: (B,) on the device."""
@@ -314,9 +330,9 @@ class Sampler:
         for k in reversed(range(self.config.num_blocks)):
             x = tokens[-1]
             state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition, spent=state)
-            solutions[k] = self._solve(
-                self._engines[k], state, None if bar is None else lambda n: bar.update(n * z.shape[0])
-            )
+            start = {} if self.plan is None else {"guess": self.plan.guess(k, state.z)}
+            advance = None if bar is None else lambda n: bar.update(n * z.shape[0])
+            solutions[k] = self._solve(self._engines[k], state, advance, **start)
             first = state.first_nonfinite().tolist()  # the block's one synchronisation
             for row in (row for row, token in enumerate(first) if token < z.shape[1]):
                 failures.setdefault(row, (k, first[row]))
@@ -358,6 +374,13 @@ class Sampler:
                 f"batch_size: {wanted} samples need {wanted * each / 2**20:.0f} MiB on {self.device}, {fits} would fit"
             )
         return min(wanted, fits)
+
+
+def check_plan(plan: object, config: TarFlowConfig) -> SolverPlan:
+    """Raises ArgumentError if this is no plan of a model of these sizes."""
+    if not isinstance(plan, SolverPlan):
+        raise ArgumentError("plan", "a SolverPlan", type(plan).__name__)
+    return plan.check((config.num_blocks, config.num_patches, config.token_dim))
 
 
 def accelerate(model: nn.Module, **options: Any) -> Sampler:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from cases import random_latents, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tolerances import GOLDEN, INVERSE_F64, assert_close
 from torch import Tensor
 
-from tarflow_fast import NonFiniteError, Sampler, load_pretrained, reference
+from tarflow_fast import CheckpointError, NonFiniteError, Sampler, SolverPlan, load_pretrained, reference
 from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
@@ -147,6 +150,82 @@ def test_a_diverging_sample_neither_delays_nor_alters_another() -> None:
     assert torch.isfinite(solution.residual).all()
 
 
+# What is learnt
+
+
+def test_a_plan_is_the_affine_map_that_fits_best() -> None:
+    z = torch.randn(500, 3, 2, dtype=torch.float64)
+    slope, shift = torch.tensor([0.5, 2.0]), torch.tensor([-1.0, 3.0])
+    plan = SolverPlan.fit([(z, slope * z + shift), (z, z)])
+    assert_close(plan.slope[0], slope.expand(3, 2), GOLDEN)
+    assert_close(plan.shift[0], shift.expand(3, 2), GOLDEN)
+    assert_close(plan.guess(1, z), z, GOLDEN)
+
+
+def test_a_learnt_plan_saves_passes_and_changes_nothing_else(tmp_path: Path) -> None:
+    model = load_pretrained()
+    labels = [*range(10), -1]
+    plan = Sampler(model).learn_plan(200, labels, seed=1)
+    plan.save(tmp_path / "plan.safetensors")
+    again = SolverPlan.load(tmp_path / "plan.safetensors")
+    assert torch.equal(again.slope, plan.slope)
+    assert torch.equal(again.shift, plan.shift)
+    without, with_plan = (Sampler(model, solver="adaptive", tol=1e-3, plan=p).sample(16, labels) for p in (None, again))
+    exact = Sampler(model, solver="sequential").sample(16, labels)
+    assert_close(with_plan.images, exact.images, 2e-2)
+    before, after = ([block.passes for block in out.report.blocks] for out in (without, with_plan))
+    assert sum(after) < sum(before)
+    assert sum(block.evaluations for block in with_plan.report.blocks) < sum(
+        block.evaluations for block in without.report.blocks
+    )
+    assert sorted(after)[2] <= 10  # of the three easy blocks
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_a_guess_is_in_the_order_of_its_block(k: int) -> None:
+    """A plan learnt on a model whose blocks are nearly affine guesses them nearly right, flipped ones too."""
+    model = louder(random_model(3, num_blocks=2, img_size=6), 0.05)
+    sampler = Sampler(model, backend="torch")
+    plan = sampler.learn_plan(64)
+    engine = make_engines(
+        "torch", [block_weights(model.state_dict(), model.config, k)], device=torch.device("cpu"),
+        dtype=torch.float32, compile=False,
+    )[0]  # fmt: skip
+    z = random_latents(model, 4)
+    wanted = solved(engine, z)
+    off = (plan.guess(k, z) - wanted.x).abs().mean()
+    assert off < 0.3 * (z - wanted.x).abs().mean()
+    assert off < 0.5 * (plan.guess(k, z.flip(1)).flip(1) - wanted.x).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("fast", "plan: expected a SolverPlan, got str"),
+        (SolverPlan(torch.zeros(2, 16, 3), torch.zeros(2, 16, 4)), r"\(blocks, tokens, values\) = \(2, 16, 4\), got"),
+        (SolverPlan(torch.zeros(2, 16, 4), torch.full((2, 16, 4), torch.nan)), "infinities or NaNs in its shift"),
+    ],
+    ids=["type", "shape", "finite"],
+)
+def test_a_plan_that_does_not_fit_is_refused(plan: SolverPlan, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Sampler(random_model(), solver="adaptive", plan=plan)
+
+
+def test_files_that_are_no_plans(tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    with pytest.raises(CheckpointError, match="not a solver plan"):
+        SolverPlan.load(path)
+    path.write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="not a solver plan"):
+        SolverPlan.load(path)
+    save_file({"slope": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="not a solver plan"):
+        SolverPlan.load(path)
+    with pytest.raises(ArgumentError, match="path's suffix"):
+        SolverPlan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)).save(tmp_path / "plan.pt")
+
+
 # In the sampler
 
 
@@ -186,7 +265,10 @@ def test_a_block_that_overflows_is_named_as_by_the_sequential_solver() -> None:
     assert found[0] == found[1]
 
 
-def test_a_tolerance_is_for_the_adaptive_solver() -> None:
+def test_tolerance_and_plan_are_for_the_adaptive_solver() -> None:
+    plan = SolverPlan(torch.zeros(2, 16, 4), torch.zeros(2, 16, 4))
+    with pytest.raises(ArgumentError, match=r"^plan: expected None with solver='sequential'"):
+        Sampler(random_model(), plan=plan)
     with pytest.raises(ArgumentError, match=r"^tol: expected None with solver='sequential', which is exact"):
         Sampler(random_model(), solver="sequential", tol=1e-3)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got -1"):

@@ -15,8 +15,8 @@ So every pass gains at least one token: T − 1 passes are the worst case, with 
 was kept, |forward(x) − z| has been computed in the pass that kept it; that of the others is 0 up to rounding.
 
 A guess may overflow. Nothing is clamped: engines see to it that a token that is infinite or NaN does not reach the
-tokens before it, and here such a guess is replaced by z, from where it started, so that it does not spoil the guesses
-after it for more than one pass. A sample whose *final* token is not finite has failed; its later tokens become NaN, and
+tokens before it, and here such a guess is replaced by the one that it started from, so that it does not spoil the
+guesses after it for more than one pass. A sample whose *final* token is not finite has failed; its later tokens become NaN, and
 it no longer counts.
 """
 
@@ -36,16 +36,20 @@ def adaptive(
     progress: Progress | None = None,
     *,
     tol: float,
+    guess: Tensor | None = None,
     window: int | None = None,
 ) -> Solution:
     """tol: how far a token may still move when it is taken as final, in units of the images ([-1, 1] across); 0 gives
-    the sequential result up to rounding. window: tokens in a pass at most; default all from the frontier on.
+    the sequential result up to rounding. guess: (B, T, D), where the passes start; default the latents z. window:
+    tokens in a pass at most; default all from the frontier on.
 
     One small read from the device for each pass. Samples have frontiers of their own; a pass begins at the hindmost.
     """
     x = state.x
     B, T, _ = x.shape
-    guess = torch.where(torch.isfinite(state.z), state.z, 0)
+    if guess is not None:
+        x[:, 1:] = guess[:, 1:]
+    guess = torch.where(torch.isfinite(x), x, 0)
     frontier = torch.ones(B, dtype=torch.int64, device=x.device)
     residual = x.new_zeros(B)
     passes = evaluations = 0

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..engine.contract import BlockEngine, BlockState, Progress
-
 
 @dataclass(frozen=True)
 class Solution:
@@ -24,4 +22,5 @@ class Solution:
     residual: Tensor
 
 
-Solver = Callable[[BlockEngine, BlockState, Progress | None], Solution]
+Solver = Callable[..., Solution]
+"""solve(engine, state, progress), and guess= for solvers that start from one, (B, T, D) in the block's order."""
