@@ -15,9 +15,9 @@ So every pass gains at least one token: T − 1 passes are the worst case, with 
 was kept, |forward(x) − z| has been computed in the pass that kept it; that of the others is 0 up to rounding.
 
 A guess may overflow. Nothing is clamped: engines see to it that a token that is infinite or NaN does not reach the
-tokens before it, and here such a guess is replaced by the one that it started from, so that it does not spoil the
-guesses after it for more than one pass. A sample whose *final* token is not finite has failed; its later tokens become NaN, and
-it no longer counts.
+tokens before it, and here such a guess is replaced by the one that it started from, so that it spoils the guesses after
+it for one pass at most. A sample whose *final* token is not finite has failed; its later tokens become NaN, and it no
+longer counts.
 """
 
 from __future__ import annotations
