@@ -13,6 +13,7 @@ from .gpu import gpu_command
 from .kernels import kernels_command
 from .peers import peers_command
 from .show import show_command
+from .solver import solver_command
 
 
 class _Group(click.Group):
@@ -47,11 +48,12 @@ def main() -> None:
       python -m bench peers --ml-tarflow ../ml-tarflow --threads 2
       python -m bench peers --ml-tarflow ../ml-tarflow --config small --batch 1 --repeat 9
       python -m bench gpu --ml-tarflow ../ml-tarflow
+      python -m bench solver --batch 16
       python -m bench show bench/results/NAME.json
     """
 
 
-for command in (peers_command, cpu_command, gpu_command, kernels_command, show_command):
+for command in (peers_command, cpu_command, gpu_command, kernels_command, solver_command, show_command):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .columns import short
 from .record import Record, hardware
+from .solver_plot import curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,8 @@ def _bars(axes: Axes, record: Record, colours: dict[str, str], part: str) -> Non
 
 def draw(record: Record, path: Path) -> None:
     """Write the picture as a PNG. Needs matplotlib."""
-    picture(record).savefig(path, dpi=130)
+    figure = curves(record, hardware(record)) if record["suite"] == "solver" else picture(record)
+    figure.savefig(path, dpi=130)
 
 
 def picture(record: Record) -> Figure:

@@ -11,6 +11,11 @@ and in a run "first_seconds" and its own "max_error". A suite with a budget has 
 That of GPUs has besides "tests" (`gpu_tests.run_tests`) or None, "launches" (`launches.measure_launches`), "failures",
 a line for each part that could not be done, and in its sampling cells "engine" (`engine_parts.measure_engine`) or None;
 of its limits see `limits.measure_gpu`.
+
+That of solvers has no limits, and "failures" as above; a cell, one block, has besides "tokens", "largest", the largest
+|x| of the sequential result, and "jacobi_errors" (`solver_cells.jacobi_errors`). Its runs have what
+`solver_cells.examine` gives, adaptive's also "jacobi_evaluations", what all-Jacobi evaluates until its error is no
+larger. They are there if the check failed too, with no "seconds".
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 from .columns import aligned, short
 from .gpu_table import gpu_lines
 from .roofline import Work
+from .solver_table import solver_lines
 from .timing import pairwise_ratios, spread
 
 Record = dict[str, Any]
@@ -104,6 +110,9 @@ def table(record: Record) -> str:
 
     A cell whose check failed has one line without times. The last column is the largest difference from the baseline.
     """
+    machine = f"machine: {hardware(record)}, {record['machine']['os']}"
+    if record["suite"] == "solver":
+        return "\n".join([machine, *solver_lines(record)])
     labels = list([*record["cells"], *record.get("not_run", [])][0]["label"])
     head = [*labels, "run", "seconds", "p20-p80", "n", "faster", "GB/s", "GFLOP/s", "of limit", "max error"]
     lines = [head, *_rows(record)]
@@ -115,7 +124,7 @@ def table(record: Record) -> str:
     )
     return "\n".join(
         [
-            f"machine: {hardware(record)}, {record['machine']['os']}",
+            machine,
             f"limits:  {limits['matrix_flops_per_second'] / 1e9:.1f} GFLOP/s, {rates}",
             "",
             *aligned(lines, len(labels) + 1),

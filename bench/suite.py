@@ -1,4 +1,4 @@
-"""What every suite beside the published model is: a record, cells one by one, and limits before and after them."""
+"""What a suite is: a record, cells one by one, and limits before and after them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ Rates = dict[str, Any]
 
 
 def new_record(
-    suite: str, published: Published, settings: dict[str, Any], *, baseline: str, device: torch.device = limits.CPU
+    suite: str,
+    published: Published | None,
+    settings: dict[str, Any],
+    *,
+    baseline: str,
+    device: torch.device = limits.CPU,
 ) -> Record:
-    """A record without limits and cells. settings: beside those that every suite has."""
+    """A record without limits and cells. published: if it is the baseline. settings: beside those of every suite."""
     return {
         "suite": suite,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.describe(device),
         "settings": {
             "baseline": baseline,
-            "baseline_sha256": published.sha256,
+            **({} if published is None else {"baseline_sha256": published.sha256}),
             "threads": torch.get_num_threads(),
             **settings,
         },
