@@ -106,6 +106,7 @@ def linear_tiles(
         sizes = [(128, 128, 64, 8), (128, 64, 64, 8), (64, 128, 64, 8)]
     if norm:  # which needs registers of its own
         sizes = [size for size in sizes if size[:2] != (128, 128)]
+    sizes = [size for size in sizes if size[1] <= padded(N)] or sizes[-1:]
     for r, c, k, warps in sizes:
         k = min(k, padded(K))
         tile = Tile(r, c, k, warps=warps, stages=2 if full else 3)
