@@ -161,7 +161,7 @@ def _cached_attention_kernel(
     if PDL:
         # Old tokens are being asked for, by a position that may be stale: a prefetch is a hint, and L2 is coherent.
         line = tl.arange(0, PREFETCH)
-        near = tl.load(position, cache_modifier=".cg") + offset
+        near = tl.minimum(tl.load(position, cache_modifier=".cg") + offset, T)
         t = near * split // SPLITS + line
         prefetch_lines(keys + cached + t.to(tl.int64) * HEAD, t < near)
         prefetch_lines(values + cached + t.to(tl.int64) * HEAD, t < near)
