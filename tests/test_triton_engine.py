@@ -170,6 +170,29 @@ def test_windows_make_room_for_each_other() -> None:
     assert list(state.cache.windows) == list(range(3, WINDOWS + 3))
 
 
+def test_a_workspace_outlives_inference_mode_and_other_defaults() -> None:
+    """Buffers that were made under inference mode or another default dtype serve batches outside of it."""
+    model = random_model(img_size=4)
+    engine, z = engine_of(model), random_latents(model, 2).to(KERNEL_DEVICE)
+    found = []
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            state = engine.begin(z, Condition())
+            engine.reverse(state)
+            engine.fixed_point(state, 1, 3)
+            found.append(state.x.clone())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    workspace = state.cache
+    del state
+    state = engine.begin(z, Condition())
+    assert state.cache is workspace
+    engine.reverse(state)
+    engine.fixed_point(state, 1, 3)
+    assert_close(state.x, found[0], GOLDEN)
+
+
 @pytest.mark.parametrize("window", [(0, 1), (2, 2), (3, 2), (1, 5)])
 def test_a_window_outside_the_sequence_is_refused(window: tuple[int, int]) -> None:
     model = random_model(img_size=4)
@@ -203,6 +226,18 @@ def test_launches_are_run_once_then_captured_then_replayed(monkeypatch: pytest.M
         engine._play(window, key, lambda: log.append("run"))
     assert log == ["run", "capture", "replay", "run", "replay"]
     assert engine.setup_seconds > 0
+
+
+def test_launches_that_failed_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernels may not be loaded, which cannot be done during capture."""
+    model = random_model(img_size=4)
+    engine = engine_of(model)
+    window = engine._window(engine.begin(random_latents(model, 1), Condition()).cache, 1)
+    monkeypatch.setattr(triton_engine, "capture", lambda run: pytest.fail("captured"))
+    engine.device = torch.device("cuda")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            engine._play(window, "a", lambda: 1 // 0)  # type: ignore[arg-type, return-value]
 
 
 def test_tokens_are_run_in_graphs_of_several(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,8 +189,8 @@ class TritonEngine:
         graphs = window.graphs.setdefault(self, {})
         started = time.perf_counter()
         if key not in graphs:
-            graphs[key] = None
             run()
+            graphs[key] = None
         else:
             if graphs[key] is None:
                 graphs[key] = capture(run)
@@ -290,7 +290,9 @@ class TritonEngine:
         def seconds(plan: Plan) -> float | None:
             return timed(steps(plan), lambda: workspace.position.fill_((self.config.num_patches - tokens) // 2))
 
-        with ThreadPoolExecutor() as workers, triton.AsyncCompileMode(workers):
+        # What does not compile is compiled again when it is launched, and fails there: an error that leaves this mode
+        # would leave it switched on.
+        with ThreadPoolExecutor() as workers, triton.AsyncCompileMode(workers, ignore_errors=True):
             for launch in self._launches(workspace, rule, shape, among):
                 launch.compile()
         plan = triton_plan.tune(among, seconds)

@@ -69,7 +69,9 @@ class Window:
         self.queries, self.attended = empty(C, size.dtype), empty(C, size.dtype)
         self.hidden = empty(4 * C, size.dtype)
         self.parameters = empty(out_dim)
-        self.change, self.residual = (torch.empty(size.batch, window, device=device) for _ in range(2))
+        self.change, self.residual = (
+            torch.empty(size.batch, window, dtype=torch.float32, device=device) for _ in range(2)
+        )
         self.scratch = self._scratch(size, window, plan, out_dim)
         self.graphs: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -111,7 +113,9 @@ class Workspace:
 
         self.keys_values = empty(config.layers_per_block, 2, R, config.num_heads, T, config.head_dim, dtype=size.dtype)
         self.z, self.x, self.token_log_det = empty(B, T, D), empty(B, T, D), empty(B, T)
-        self.nonfinite, self.position = empty(B, dtype=torch.int32), empty(1, dtype=torch.int32)
+        self.nonfinite = empty(B, dtype=torch.int32)
+        # a stale one may be prefetched from, but none that never was
+        self.position = torch.zeros(1, dtype=torch.int32, device=size.device)
         self.guidance, self.scale = empty(max(T - 1, 0)), empty(R)
         self.classes = empty(R, config.channels) if config.num_classes else None
 
@@ -122,7 +126,8 @@ class Workspace:
     def window(self, tokens: int, make: Callable[[], Window]) -> Window:
         """Buffers for windows of so many tokens; those least recently used make room."""
         if tokens not in self.windows:
-            self.windows[tokens] = make()
+            with torch.inference_mode(False):  # see Pool.take
+                self.windows[tokens] = make()
             if len(self.windows) > WINDOWS:
                 self.windows.popitem(last=False)
         self.windows.move_to_end(tokens)
@@ -150,7 +155,8 @@ class Pool:
             self._kept.move_to_end(size)
             return kept
         self._make_room(size)
-        workspace = self._kept[size] = Workspace(size)
+        with torch.inference_mode(False):  # tensors made in that mode could never be written outside of it
+            workspace = self._kept[size] = Workspace(size)
         return workspace
 
     def _make_room(self, size: Size) -> None:
