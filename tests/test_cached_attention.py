@@ -93,6 +93,16 @@ def test_a_split_leaves_its_counters_as_it_found_them() -> None:
     assert_close(results[0], exact(given, 15, 1), FP32)
 
 
+@pytest.mark.parametrize(("tile", "window"), [(Tile(tokens=4, splits=3), 1), (Tile(16, 16, splits=2), 20)], ids=str)
+def test_every_part_of_a_split_has_a_place_of_its_own(tile: Tile, window: int) -> None:
+    """On a GPU the tiles are computed at once; the interpreter, which goes from one to the next, would not notice."""
+    scratch = Scratch.allocate(*tile.scratch(2, 3, window, 24), KERNEL_DEVICE)
+    scratch.partial.fill_(torch.nan)
+    run(operands(2, 3, 40, 24, 5, window), 5, window, tile, scratch=scratch)
+    assert scratch.arrived.numel() == 6 * -(-window // tile.window)
+    assert scratch.partial.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [

@@ -121,6 +121,17 @@ def test_a_split_leaves_its_counters_as_it_found_them() -> None:
     assert torch.equal(*results)
 
 
+def test_every_part_of_a_split_has_a_place_of_its_own() -> None:
+    """On a GPU the tiles are computed at once; the interpreter, which goes from one to the next, would not notice."""
+    given = operands(33, 48, 64, torch.float32)
+    tile = Tile(16, 16, 32, splits=2)
+    scratch = Scratch.allocate(*tile.scratch(33, 48), KERNEL_DEVICE)
+    scratch.partial.fill_(torch.nan)
+    norm_linear(**given, out=torch.empty(33, 48, device=KERNEL_DEVICE), tile=tile, scratch=scratch)
+    assert scratch.arrived.numel() == 9
+    assert scratch.partial.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
