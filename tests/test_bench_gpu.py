@@ -229,6 +229,13 @@ def test_tests_are_counted_and_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     found = gpu_tests.run_tests(60.0)
     assert (found["passed"], found["failed"], found["ok"]) == (1, 2, False)
     assert "2 failed, 1 passed" in found["tail"][-1]
+    other = tmp_path / "test_another.py"
+    other.write_text("def test_d(): pass")
+    monkeypatch.setattr(gpu_tests, "FILES", (str(path), str(other)))
+    both = gpu_tests.run_tests(60.0)
+    assert (both["passed"], both["failed"], both["ok"]) == (2, 2, False)
+    assert "2 failed, 1 passed" in both["tail"][-1]  # of the one that failed
+    monkeypatch.setattr(gpu_tests, "FILES", (str(path),))
     made_up_tests(tmp_path, "import time", "def test_a(): time.sleep(60)")
     stopped = gpu_tests.run_tests(0.5)
     assert not stopped["ok"]
