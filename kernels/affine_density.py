@@ -151,7 +151,7 @@ def density_forward(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tu
     x = check_operand("x", x.contiguous(), (-1, -1, -1), torch.float32)
     B, T, D = x.shape
     out = check_operand("out", out.contiguous(), (B, T, 2 * D if nvp else D), DTYPES, x.device)
-    z, log_det = torch.empty_like(x), torch.empty((B, T), device=x.device)
+    z, log_det = torch.empty_like(x), torch.empty((B, T), dtype=torch.float32, device=x.device)
     _launch(_affine_density_kernel, x, out, x, z, log_det, nvp=nvp, flip=flip)
     return z, log_det
 

@@ -167,6 +167,17 @@ def test_infinities_and_nans_stay_where_they_are() -> None:
     assert log_det.isfinite().all()
 
 
+def test_log_dets_are_fp32_under_any_default() -> None:
+    out, x = operands((2, 5, 3))
+    wanted = affine_density(out, x, True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = affine_density(out, x, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+
+
 class TestOperator:
     @every_kind
     def test_is_a_well_behaved_op(self, nvp: bool, flip: bool) -> None:
