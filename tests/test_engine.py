@@ -37,8 +37,10 @@ def poisoned(engine: BlockEngine, z: Tensor, condition: Condition) -> BlockState
     state = engine.begin(z, condition)
     state.x[:, 1:] = torch.nan
     state.token_log_det[:, 1:] = torch.nan
-    if isinstance(state.cache.keys_values, Tensor):
-        state.cache.keys_values.fill_(torch.nan)
+    for holder in (state.cache, *getattr(state.cache, "windows", {}).values()):
+        for name in ("keys_values", "x", "token_log_det", "h", "queries", "attended", "hidden", "parameters"):
+            if isinstance(getattr(holder, name, None), Tensor):
+                getattr(holder, name).fill_(torch.nan)
     return state
 
 

@@ -20,9 +20,9 @@ from tarflow_fast import BackendError, NonFiniteError, OutOfMemoryError, Sampler
 from tarflow_fast.engine import Condition, Guidance, block_weights, choose_backend, triton_engine, triton_plan
 from tarflow_fast.engine.contract import BlockState
 from tarflow_fast.engine.triton_engine import TOKENS_PER_GRAPH, TritonEngine
-from tarflow_fast.engine.triton_workspace import KEPT, WINDOWS, Pool, Size
+from tarflow_fast.engine.triton_workspace import KEPT, WINDOWS, Pool, Size, Window
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.kernels import cached_attention, norm_linear
+from tarflow_fast.kernels import affine_step, cached_attention, fixed_point_update, norm_linear
 from tarflow_fast.kernels.launch import launch, recording
 from tarflow_fast.model import TarFlow
 
@@ -95,9 +95,44 @@ def test_launches_of_a_step_are_what_the_engine_says() -> None:
     assert len(operations) == engine.launches_per_token == 5 * 3 + 2
     assert [operation.name for operation in operations[:6]] == ["qkv", "attention", "proj", "fc1", "fc2", "qkv"]
     assert [operation.name for operation in operations[-2:]] == ["proj_out", "affine_step"]
+    token = 2 * 4 * 64 * 4  # keys and values of a token in 4 rows
     assert operations[3].bytes == 4 * 64 * 64 * 4  # fc1's weight in fp32
-    assert operations[1].bytes == 2 * 4 * 64 * 4 * (3 * 3 // 4 + 1)  # keys and values of 4 rows, so many tokens
+    assert operations[1].bytes == token * (3 * 3 // 4 + 1)
+    assert operations[0].bytes == 3 * 64 * 64 * 4 + token
+    assert state.cache.position.item() == 3 * 3 // 4
     operations[0].run()
+
+
+def test_a_chain_of_split_tiles_makes_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where every operation of a chain leaves its parts in one memory, one after the other."""
+    model = random_model(num_classes=2, img_size=6)
+    linear = norm_linear.Tile(16, 64, 16, splits=2)
+    plan = triton_plan.Plan(
+        attention=cached_attention.Tile(tokens=2, splits=8),
+        step=affine_step.Tile(2, 32),
+        update=fixed_point_update.Tile(4),
+        **dict.fromkeys(("qkv", "fc1", "fc2", "proj", "proj_out"), linear),
+    )
+    states = []
+    for split in (False, True):
+        if split:
+            monkeypatch.setattr(TritonEngine, "_new_window", lambda self, w, tokens: Window(w.size, tokens, plan, 8))
+        engine = engine_of(model)
+        states.append(engine.begin(random_latents(model, 2), Condition(None, Guidance(1.0))))
+        engine.reverse(states[-1])
+    scratch = states[1].cache.windows[1].scratch
+    assert scratch.partial.numel() == 2 * 16 * 256  # of fc1, the widest
+    assert not scratch.arrived.any()
+    assert_close(states[1].x, states[0].x, GOLDEN)
+
+
+def test_scratch_memory_suffices_for_attention() -> None:
+    size = Size(random_model().config, torch.float32, KERNEL_DEVICE, 3, 2)
+    tile = cached_attention.Tile(tokens=2, splits=8)
+    plan = replace(triton_plan.interpreted(SHAPE), attention=tile)
+    values, counters = tile.scratch(6, 1, 1, 64)
+    scratch = Window(size, 1, plan, 8).scratch
+    assert (scratch.partial.numel(), scratch.arrived.numel()) == (values, counters)
 
 
 def test_recording_launches_nothing() -> None:
@@ -111,6 +146,33 @@ def test_recording_launches_nothing() -> None:
     assert state.cache.x[:, 1:].isnan().all()
     for each in launches[:2]:
         launch(each)
+
+
+def test_what_a_pass_returns_is_its_own() -> None:
+    """Not the workspace's memory, which the next pass, or the next block, writes to."""
+    model = random_model(img_size=4)
+    engine, z = engine_of(model), random_latents(model, 2)
+    state = engine.begin(z, Condition())
+    engine.reverse(state)
+    found = [state.x, state.token_log_det, state.first_nonfinite(), engine.fixed_point(state, 1, 3)]
+    kept = [each.clone() for each in found]
+    later = engine.begin(3 * z, Condition(), spent=state)
+    later.x[1, 0] = torch.inf
+    engine.reverse(later)
+    engine.fixed_point(later, 1, 3)
+    assert later.cache is state.cache
+    assert all(torch.equal(*pair) for pair in zip(found, kept, strict=True))
+
+
+def test_a_parallel_pass_forgets_which_tokens_were_finite() -> None:
+    model = random_model(img_size=4)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 2), Condition())
+    engine.reverse(state)
+    assert state.first_nonfinite().tolist() == [4, 4]
+    state.x[1, 2] = torch.inf
+    engine.fixed_point(state, 3, 4)
+    assert state.first_nonfinite().tolist() == [4, 2]
 
 
 # Workspaces
@@ -151,6 +213,8 @@ def test_a_pool_keeps_few_workspaces_and_gives_them_up_when_memory_is_short(monk
         return len(pool._kept)
 
     assert [held(batch) for batch in (1, 2, 3, 4)] == [1, 2, KEPT, KEPT]
+    held(3)
+    assert [size.batch for size in pool._kept] == [4, 3]  # the least recently used first
     size = Size(model.config, torch.float32, KERNEL_DEVICE, 5, 1)
     monkeypatch.setattr("tarflow_fast.engine.triton_workspace.free_memory", lambda device: size.bytes)
     assert held(5) == 2
@@ -168,6 +232,9 @@ def test_windows_make_room_for_each_other() -> None:
     for tokens in range(1, WINDOWS + 3):
         engine._window(state.cache, tokens)
     assert list(state.cache.windows) == list(range(3, WINDOWS + 3))
+    engine._window(state.cache, 3)
+    engine._window(state.cache, 12)
+    assert list(state.cache.windows) == [*range(5, WINDOWS + 3), 3, 12]  # the least recently used has gone
 
 
 def test_a_workspace_outlives_inference_mode_and_other_defaults() -> None:
@@ -238,6 +305,20 @@ def test_launches_that_failed_are_not_captured(monkeypatch: pytest.MonkeyPatch) 
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             engine._play(window, "a", lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+
+
+def test_every_rule_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one workspace: what is guided is compiled into the kernels that a graph replays."""
+    model = random_model(img_size=4)
+    engine, played = engine_of(model), []
+    monkeypatch.setattr(engine, "_play", lambda window, key, run: played.append((window, key)))
+    for what in ("a", "b", "ab"):
+        state = engine.begin(random_latents(model, 1), Condition(None, Guidance(1.0, what)))
+        engine.reverse(state)
+        engine.fixed_point(state, 1, 2)
+        del state
+    assert len({id(window) for window, _ in played}) == 1
+    assert len({key for _, key in played}) == len(played) == 6
 
 
 def test_tokens_are_run_in_graphs_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
