@@ -290,10 +290,12 @@ class TritonEngine:
         def seconds(plan: Plan) -> float | None:
             return timed(steps(plan), lambda: workspace.position.fill_((self.config.num_patches - tokens) // 2))
 
+        launches = self._launches(workspace, rule, shape, among)
+        kernels = {(each.kernel.__name__, repr(each.constants), each.warps): each for each in launches}  # of all layers
         # What does not compile is compiled again when it is launched, and fails there: an error that leaves this mode
         # would leave it switched on.
         with ThreadPoolExecutor() as workers, triton.AsyncCompileMode(workers, ignore_errors=True):
-            for launch in self._launches(workspace, rule, shape, among):
+            for launch in kernels.values():
                 launch.compile()
         plan = triton_plan.tune(among, seconds)
         try:
