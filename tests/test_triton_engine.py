@@ -82,6 +82,7 @@ def test_a_first_token_that_is_not_finite_is_token_0() -> None:
     z[1, 0, 0] = torch.inf
     state = engine.begin(z, Condition())
     engine.reverse(state)
+    assert state.nonfinite is not None  # seen in passing
     assert state.first_nonfinite().tolist() == [model.config.num_patches, 0]
     state.nonfinite = None
     assert state.first_nonfinite().tolist() == [model.config.num_patches, 0]  # the same, read off the tokens
@@ -198,7 +199,8 @@ def test_a_state_whose_memory_was_handed_on_is_refused() -> None:
     model, pool = random_model(img_size=4), Pool()
     engine, z = engine_of(model, 0, pool), random_latents(model, 2)
     spent = engine.begin(z, Condition())
-    engine.begin(z, Condition(), spent=spent)
+    owner = engine.begin(z, Condition(), spent=spent)
+    assert engine.begin(z, Condition(), spent=spent).cache is not owner.cache
     for run in (engine.reverse, lambda state: engine.fixed_point(state, 1, 2)):
         with pytest.raises(ArgumentError, match=r"^state: expected one whose memory was not handed on"):
             run(spent)
