@@ -201,6 +201,8 @@ def test_a_state_whose_memory_was_handed_on_is_refused() -> None:
     spent = engine.begin(z, Condition())
     owner = engine.begin(z, Condition(), spent=spent)
     assert engine.begin(z, Condition(), spent=spent).cache is not owner.cache
+    guided = engine.begin(z, Condition(None, Guidance(1.0)), spent=owner)
+    assert guided.cache.size.branches == 2  # too large for it
     for run in (engine.reverse, lambda state: engine.fixed_point(state, 1, 2)):
         with pytest.raises(ArgumentError, match=r"^state: expected one whose memory was not handed on"):
             run(spent)
