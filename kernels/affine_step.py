@@ -56,7 +56,7 @@ class Tile:
     warps: int = 4
 
     def grid(self, samples: int, C: int) -> tuple[int, int]:
-        return triton.cdiv(C, self.columns), triton.cdiv(samples, self.samples)
+        return triton.cdiv(samples, self.samples), triton.cdiv(C, self.columns)  # the second has a limit of 65,535
 
 
 def reference(x: Tensor, embedding: Embedding, start: int, branches: int) -> Tensor:
@@ -77,8 +77,8 @@ def _affine_step_kernel(
     GUIDE_A: tl.constexpr, GUIDE_B: tl.constexpr, UPDATE: tl.constexpr, BRANCHES: tl.constexpr,
     CLASSES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)  # (sample, token of the window)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # (sample, token of the window)
     d = tl.arange(0, BLOCK_D)
     rows = samples * window
     inside = row < rows
@@ -98,7 +98,7 @@ def _affine_step_kernel(
         v, log_det, _ = affine_tokens(
             parameters, z, guidance, row, rows, sample, token, inside, T, D, BLOCK_D, NVP, GUIDE_A, GUIDE_B
         )
-        if tl.program_id(0) == 0:
+        if tl.program_id(1) == 0:
             tl.store(place, v, mask=there)
             tl.store(token_log_det + sample.to(tl.int64) * T + token, log_det, mask=inside)
             bad = tl.sum(tl.where(there & ~(tl.abs(v) < float("inf")), 1, 0), 1) > 0
