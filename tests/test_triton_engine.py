@@ -155,7 +155,7 @@ def test_what_a_pass_returns_is_its_own() -> None:
     engine, z = engine_of(model), random_latents(model, 2)
     state = engine.begin(z, Condition())
     engine.reverse(state)
-    found = [state.x, state.token_log_det, state.first_nonfinite(), engine.fixed_point(state, 1, 3)]
+    found = [state.x, state.token_log_det, state.first_nonfinite(), *engine.fixed_point(state, 1, 3)]
     kept = [each.clone() for each in found]
     later = engine.begin(3 * z, Condition(), spent=state)
     later.x[1, 0] = torch.inf

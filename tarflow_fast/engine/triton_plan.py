@@ -131,7 +131,7 @@ def attention_tiles(shape: Shape) -> list[cached_attention.Tile]:
     elif shape.window <= 16 or full:
         sizes = [(16, 32 if d <= 64 else 16, 4)] if full else [(16, 64, 4), (16, 32, 4)]
     else:
-        sizes = [(64, 32, 4), (16, 64, 4), (128, 64, 8)]
+        sizes = [(64, 32, 8), (16, 64, 4), *([(128, 64, 8)] if d <= 64 else [])]
     tiles = []
     for window, tokens, warps in sizes:
         programs = shape.pairs * -(-shape.window // window)
