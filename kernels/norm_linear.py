@@ -159,7 +159,7 @@ def _norm_linear_kernel(
 
     token = 0
     if EPILOGUE == "qkv":
-        token = tl.load(position) + offset
+        token = tl.load(position, cache_modifier=".cg") + offset
     if SPLITS == 1:
         _finish(acc, r, n, rows, bias, out, keys, values, token, window, T, N, HEAD, EPILOGUE)
     else:

@@ -90,7 +90,7 @@ def linear_tiles(
     tiles = []
     if rows <= norm_linear.FEW_ROWS:
         r = padded_rows(rows)
-        few = [(4, 512), (8, 256), (8, 512), (16, 256), (2, 1024)]
+        few = [(4, 512), (8, 512), (16, 256), (2, 1024), *([(8, 256)] if r > 1 else [])]
         tiles += [Tile(r, c, k) for c, k in few if r * c * k <= 8192 and k <= max(padded(K), 128)]
     if rows <= 16:
         sizes = [(16, 32, 32, 4), (16, 64, 32, 4)] if full else [(16, 32, 128, 4), (16, 16, 256, 4)]
@@ -106,7 +106,8 @@ def linear_tiles(
         sizes = [(128, 128, 64, 8), (128, 64, 64, 8), (64, 128, 64, 8)]
     if norm:  # which needs registers of its own
         sizes = [size for size in sizes if size[:2] != (128, 128)]
-    sizes = [size for size in sizes if size[1] <= padded(N)] or sizes[-1:]
+    widest = max(padded(N), min(size[1] for size in sizes))
+    sizes = [size for size in sizes if size[1] <= widest]
     for r, c, k, warps in sizes:
         k = min(k, padded(K))
         tile = Tile(r, c, k, warps=warps, stages=2 if full else 3)
@@ -126,7 +127,7 @@ def attention_tiles(shape: Shape) -> list[cached_attention.Tile]:
     Tile = cached_attention.Tile
     full, d = shape.dtype == torch.float32, padded(shape.head_dim)
     if shape.window == 1:
-        most = 1024 // d  # tokens for each warp: more do not fit in its registers
+        most = min(1024 // d, 16)  # tokens for each warp: more do not fit in its registers
         sizes = [(1, max(t, 1), warps) for t, warps in ((2 * most, 4), (4 * most, 4), (2 * most, 2), (most, 2))]
     elif shape.window <= 16 or full:
         sizes = [(16, 32 if d <= 64 else 16, 4)] if full else [(16, 64, 4), (16, 32, 4)]
