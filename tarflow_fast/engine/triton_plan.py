@@ -105,7 +105,7 @@ def linear_tiles(
     else:
         sizes = [(128, 128, 64, 8), (128, 64, 64, 8), (64, 128, 64, 8)]
     if norm:  # which needs registers of its own
-        sizes = [size for size in sizes if size[:2] != (128, 128)]
+        sizes = [size for size in sizes if size[:2] not in ((128, 128), (32, 32 if full else 0))]
     widest = max(padded(N), min(size[1] for size in sizes))
     sizes = [size for size in sizes if size[1] <= widest]
     for r, c, k, warps in sizes:
