@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from ..checks import short
 from ..errors import OutOfMemoryError
@@ -89,7 +90,7 @@ def linear_tiles(
     full = dtype == torch.float32  # products in full precision hold their operands in registers
     tiles = []
     if rows <= norm_linear.FEW_ROWS:
-        r = padded_rows(rows)
+        r = triton.next_power_of_2(rows)
         few = [(4, 512), (8, 512), (16, 256), (2, 1024), *([(8, 256)] if r > 1 else [])]
         tiles += [Tile(r, c, k) for c, k in few if r * c * k <= 8192 and k <= max(padded(K), 128)]
     if rows <= 16:
@@ -117,10 +118,6 @@ def linear_tiles(
             most = 1
         tiles += [replace(tile, splits=splits) for splits in sorted({most, max(most // 2, 1)}, reverse=True)]
     return tiles
-
-
-def padded_rows(rows: int) -> int:
-    return 1 << (rows - 1).bit_length()
 
 
 def attention_tiles(shape: Shape) -> list[cached_attention.Tile]:
@@ -151,7 +148,7 @@ def candidates(shape: Shape) -> Candidates:
 
     d = padded(shape.token_dim)
     if shape.samples < 16:
-        samples = padded_rows(shape.samples)
+        samples = triton.next_power_of_2(shape.samples)
         columns = [max(_power_of_two(n / (samples * d)), 1) for n in (4096, 8192, 16384)]
         steps = [affine_step.Tile(samples, c) for c in dict.fromkeys(min(c, 64) for c in columns)]
     else:
