@@ -9,7 +9,7 @@ permutes. The parameters (xa, xb) that transform token i come from the tokens be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -108,10 +108,12 @@ class BlockEngine(Protocol):
     """One flow block on one backend, its weights packed once at construction.
 
     idle_bytes: memory held for batches to come, which would be given up for another batch. setup_seconds: spent so far
-    on what is done once for a shape: compiling, choosing tiles, capturing graphs.
+    on what is done once for a shape: compiling, choosing tiles, capturing graphs. ragged: whether `fixed_point` takes
+    a window for each sample.
     """
 
     setup_seconds: float
+    ragged: bool
 
     @property
     def idle_bytes(self) -> int: ...
@@ -124,11 +126,18 @@ class BlockEngine(Protocol):
         """
         ...
 
-    def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
-        """The sequential pass: fills state.x and state.token_log_det. progress(n): n more tokens are done."""
+    def reverse(
+        self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
+    ) -> None:
+        """The sequential pass over tokens [start, stop), 1 <= start <= stop <= T, by default all of them.
+
+        Evaluates the transformer on one token after the other of [start−1, stop−1), writing their keys and values;
+        those of tokens before start−1 must be in the cache. Fills x and token_log_det of tokens [start, stop).
+        progress(n): n more tokens are done.
+        """
         ...
 
-    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
+    def fixed_point(self, state: BlockState, start: int | Sequence[int], stop: int | Sequence[int]) -> Moved:
         """One parallel pass over tokens [start, stop), 1 <= start < stop <= T, against the cached prefix.
 
         Evaluates the transformer on tokens [start−1, stop−1) as they stand in state.x (writing their keys and
@@ -136,6 +145,10 @@ class BlockEngine(Protocol):
         [start, stop) in place. `fixed_point(state, 1, T)` is one Jacobi pass; start = i, stop = i+1 for i = 1 … T−1 is
         `reverse`. A token's result depends on the tokens before it and on nothing else, also where later ones of the
         window are infinite or NaN.
+
+        An engine that is `ragged` takes B starts and stops too, a window for each sample: column j of what it returns
+        is then token start[b] + j of sample b, and 0 beyond that sample's window. Where start[b] = stop[b], sample b is
+        left out.
         """
         ...
 
