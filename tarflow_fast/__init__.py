@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         TarFlowError,
     )
     from .model import TarFlow, dequantize
-    from .sampler import Report, Sampler, Samples, accelerate
+    from .report import Report, Samples
+    from .sampler import Sampler, accelerate
     from .solvers import SolverPlan
     from .trainer import TrainConfig, train
 
@@ -37,9 +38,9 @@ _HOME = {
     "save": "checkpoint",
     "load_pretrained": "checkpoint",
     "Sampler": "sampler",
-    "Samples": "sampler",
+    "Samples": "report",
     "SolverPlan": "solvers",
-    "Report": "sampler",
+    "Report": "report",
     "accelerate": "sampler",
     "denoise": "denoising",
     "backends": "engine",

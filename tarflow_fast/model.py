@@ -270,7 +270,7 @@ class TarFlow(nn.Module):
 
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return Sampler(self, dtype=dtype).reverse(
+        return Sampler(self, dtype=dtype, solver="sequential").reverse(
             x, y, guidance, guide_what, attn_temp, annealed_guidance, return_sequence
         )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,76 +40,13 @@ from .engine import (
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
 from .model import TarFlow, stream_dtype
 from .noise import latent_noise
-from .solvers import Solution, SolverPlan, choose_solver, make_solver
+from .report import BlockReport, Report, Samples
+from .solvers import TOL, Solution, SolverPlan, adaptive, make_solvers, widths
 
 MAX_REDRAWS = 3
 MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
 MEMORY_SHARE = 0.8  # of what is free, for one batch
-
-
-@dataclass
-class BlockReport:
-    """How one flow block was inverted, over all batches. passes: dependent steps of a batch, the most that one took;
-    evaluations: tokens that the transformer was evaluated on; residual: the largest |forward(x) − z|, 0 if exact."""
-
-    passes: int = 0
-    evaluations: int = 0
-    residual: float = 0.0
-
-    def add(self, solution: Solution) -> None:
-        self.passes = max(self.passes, solution.passes)
-        self.evaluations += solution.evaluations
-        self.residual = max(self.residual, float(solution.residual.max()))
-
-
-@dataclass
-class Report:
-    """How samples were made.
-
-    backend, backend_reason, solver, device, dtype: what ran, and why that backend. batch_size: samples per batch.
-    seconds: wall time of the inverse passes; setup_seconds: of what in them is done once for a batch size (compiling
-    and choosing kernels, capturing graphs), as far as the backend knows; denoise_seconds: of denoising. tokens:
-    transformed, images · K · T. cache_bytes: KV cache of one block for one batch. redrawn: image number to how many
-    times it was drawn again. blocks: how each flow block was inverted, in the order of their indices.
-    """
-
-    backend: str
-    backend_reason: str
-    solver: str
-    device: str
-    dtype: str
-    batch_size: int
-    seconds: float = 0.0
-    setup_seconds: float = 0.0
-    denoise_seconds: float = 0.0
-    tokens: int = 0
-    cache_bytes: int = 0
-    redrawn: dict[int, int] = field(default_factory=dict)
-    blocks: list[BlockReport] = field(default_factory=list)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
-
-
-@dataclass
-class Samples:
-    """What `Sampler.sample` returns.
-
-    images: (n, in_channels, H, W) on the training scale, [-1, 1] for images, not clamped. log_prob: (n,) in nats, the
-    model's log p(x | y) of each image before denoising; None under guidance, which draws from another distribution.
-    labels: (n,) or None. trajectory: the latents, then the images after each block, [(n, in_channels, H, W)] * (K + 1),
-    if asked for.
-    """
-
-    images: Tensor
-    log_prob: Tensor | None
-    labels: Tensor | None
-    report: Report
-    trajectory: list[Tensor] | None = None
+PACED = 16  # images whose passes are counted for a plan
 
 
 @dataclass
@@ -130,11 +68,12 @@ class Sampler:
     """Draws images from a TarFlow.
 
     model: a TarFlow; its weights are copied when the sampler is made, and changing them later has no effect here.
-    backend: "auto" or a name from `backends()`. solver: "auto", "sequential" (exact, T − 1 steps a block) or "adaptive"
-    (parallel passes, as few as a block allows; see `solvers/adaptive.py`). tol: of the adaptive solver, how far a token
-    may still move when it is taken as final, in units of the images; default 3e-5. plan: where its passes start, from
-    `learn_plan`; default the latents. device, dtype: default the model's
-    own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is fp32.
+    backend: "auto" or a name from `backends()`. solver: "sequential" (exact, T − 1 steps a block), "adaptive" (parallel
+    passes, as few as a block allows; see `solvers/frontier.py`), or "auto", for each block the one that takes less time
+    (see `solvers/auto.py`). tol: of parallel passes, how far a token may still move when it is taken as final, in units
+    of the images; default 3e-5. plan: where they start and how many a block takes, from `learn_plan`; default at the
+    latents, and learnt from what is sampled. device, dtype: default the model's own; dtype is that of weights and KV
+    cache (float32, bfloat16, float16, float64), the residual stream is fp32.
     compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
     torch.get_num_threads() at each call. Images do not depend on it.
 
@@ -162,9 +101,10 @@ class Sampler:
         compile = check_compile(compile, self.device)
         self.backend, self.backend_reason = choose_backend(backend, self.device, self.dtype, compile)
         threads = check_threads(threads, self.backend)
-        self.solver = choose_solver(solver)
-        self._solve = make_solver(self.solver, tol, plan)
         self.plan = None if plan is None else check_plan(plan, self.config)
+        sizes = {"blocks": self.config.num_blocks, "tokens": self.config.num_patches}
+        self._solvers = make_solvers(solver, tol, self.plan, **sizes)
+        self.solver, self._tol = solver, TOL if tol is None else tol
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)
         state = self._model.state_dict()
@@ -199,7 +139,8 @@ class Sampler:
     ) -> Samples:
         """Draw the images numbered first … first+n−1 of a seed.
 
-        Image i depends on (seed, i) and its label alone: batch size, device and order do not matter, up to rounding.
+        Image i depends on (seed, i) and its label alone: batch size, device and order do not matter, up to rounding,
+        and up to what `tol` allows where passes are parallel.
         labels: None (no class), an int, or a sequence or tensor of which image i takes entry i mod its length;
         negative for no class. guidance … annealed_guidance: see `Guidance`. denoise: Tweedie's step afterwards, with
         σ = noise_std (default: what the checkpoint records) and the optimal step times denoise_scale.
@@ -304,17 +245,31 @@ class Sampler:
         return torch.cat([part.images for part in parts]).to(x.device)
 
     def learn_plan(self, n: int = 256, labels: Labels = None, *, seed: int = 0, progress: bool = False) -> SolverPlan:
-        """A plan for the adaptive solver, from n >= 2 images drawn without guidance by this sampler; see `SolverPlan`.
+        """A plan for parallel passes, from n >= 2 images drawn without guidance by this sampler; see `SolverPlan`.
 
-        labels, seed: as in `sample`; for a conditional model give the classes that will be drawn.
+        labels, seed: as in `sample`; for a conditional model give the classes that will be drawn. The first 16 images,
+        or fewer, are drawn again with each window, at this sampler's tol, to count passes.
         """
         check_count("n", n, 2)
-        trajectory = self.sample(n, labels, seed=seed, trajectory=True, progress=progress).trajectory
-        assert trajectory is not None
-        tokens = [self._model.patchify(images) for images in trajectory]
+        samples = self.sample(n, labels, seed=seed, trajectory=True, progress=progress)
+        assert samples.trajectory is not None
+        tokens = [self._model.patchify(images) for images in samples.trajectory]
         tokens[0] = tokens[0] * self._prior_std
         pairs = [(tokens[-2 - k], tokens[-1 - k]) for k in range(self.config.num_blocks)]  # block 0 came last
-        return SolverPlan.fit([(z.flip(1), x.flip(1)) if k % 2 else (z, x) for k, (z, x) in enumerate(pairs)])
+        pairs = [(z.flip(1), x.flip(1)) if k % 2 else (z, x) for k, (z, x) in enumerate(pairs)]
+        plan = SolverPlan.fit(pairs)
+        some = slice(0, min(PACED, samples.report.batch_size))
+        condition = Condition(None if samples.labels is None else samples.labels[some].to(self.device))
+        state = None
+        for k, (z, _) in enumerate(pairs):
+            engine, z = self._engines[k], z[some].to(stream_dtype(self.dtype))
+            for i, window in enumerate(widths(self.config.num_patches)):
+                state = engine.begin(z, condition, spent=state)
+                guess = functools.partial(plan.guess, k)
+                solution = adaptive(engine, state, tol=self._tol, guess=guess, window=window)
+                plan.passes[k, i] = max(solution.passes, 1)
+                plan.evaluations[k, i] = max(solution.evaluations / z.shape[0], 1)
+        return plan
 
     @torch.no_grad()
     def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any, trajectory: bool) -> _Inverse:
@@ -330,9 +285,8 @@ class Sampler:
         for k in reversed(range(self.config.num_blocks)):
             x = tokens[-1]
             state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition, spent=state)
-            start = {} if self.plan is None else {"guess": self.plan.guess(k, state.z)}
             advance = None if bar is None else lambda n: bar.update(n * z.shape[0])
-            solutions[k] = self._solve(self._engines[k], state, advance, **start)
+            solutions[k] = self._solvers[k](self._engines[k], state, advance)
             first = state.first_nonfinite().tolist()  # the block's one synchronisation
             for row in (row for row, token in enumerate(first) if token < z.shape[1]):
                 failures.setdefault(row, (k, first[row]))

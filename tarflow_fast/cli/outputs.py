@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..sampler import Samples
+    from ..report import Samples
 
 
 def output_path(option: str, path: str, suffixes: Sequence[str]) -> Path:

@@ -28,7 +28,7 @@ from .outputs import Outputs
 
 if TYPE_CHECKING:
     from ..model import TarFlow
-    from ..sampler import Samples
+    from ..report import Samples
 
 # How the shipped model is drawn from unless told otherwise. For other models: no guidance. For all: denoising
 # with the optimal step where the checkpoint records the Gaussian noise that it was trained with.
@@ -126,8 +126,8 @@ def summary_lines(facts: dict[str, Any], model: TarFlow, plan: Layout) -> list[s
     ]
     if facts["setup_seconds"] >= 0.01:
         lines.append(f"{facts['setup_seconds']:.2f} s of it to set up for this batch size: the next batch does without")
-    if facts["solver"] != "sequential":
-        blocks = facts["blocks"]
+    blocks = facts["blocks"]
+    if any(block["window"] > 1 for block in blocks):
         lines.append(
             f"passes of each block: {', '.join(str(block['passes']) for block in blocks)} instead of "
             f"{model.config.num_patches - 1}; residual at most {max(block['residual'] for block in blocks):.1e}"
@@ -261,14 +261,20 @@ Examples:
     show_default="float32",
     help="Of weights and KV cache.",
 )
-@option("--solver", default="auto", metavar="NAME", section="Machine", help="auto, sequential or adaptive.")
+@option(
+    "--solver",
+    default="auto",
+    metavar="NAME",
+    section="Machine",
+    help="auto (the quickest for each block), sequential (exact) or adaptive.",
+)
 @option(
     "--tol",
     type=click.FloatRange(0),
     default=None,
     metavar="X",
     section="Machine",
-    help="Of the adaptive solver: how far a token may still move, on the scale -1 to 1.",
+    help="Of parallel passes: how far a token may still move, on the scale -1 to 1.",
 )
 @option("--compile", is_flag=True, section="Machine", help="Run the torch backend under torch.compile.")
 @option(

@@ -7,43 +7,51 @@ import functools
 from ..checks import check_choice, check_number
 from ..errors import ArgumentError
 from .adaptive import adaptive
+from .auto import Auto, CostTable
+from .costs import Costs
+from .pace import Pace, widths
 from .plan import SolverPlan
 from .sequential import sequential
 from .solution import Solution, Solver
 
-SOLVERS = ("sequential", "adaptive")
+SOLVERS = ("auto", "sequential", "adaptive")
 TOL = 3e-5
-"""Of the adaptive solver, if none is given: images of trained models are then within 1e-3 of the sequential ones."""
+"""Of the parallel passes, if none is given: images of trained models are then within 1e-3 of the sequential ones."""
 
 
-def choose_solver(solver: str) -> str:
-    """The name of the solver that serves this request: "auto" is the best there is for every block."""
-    check_choice("solver", solver, ("auto", *SOLVERS))
-    return "sequential" if solver == "auto" else solver
+def make_solvers(solver: str, tol: float | None, plan: SolverPlan | None, *, blocks: int, tokens: int) -> list[Solver]:
+    """One for each flow block; those of "auto" learn from what goes through them. Raises ArgumentError.
 
-
-def make_solver(solver: str, tol: float | None, plan: SolverPlan | None = None) -> Solver:
-    """solver: a name that `choose_solver` gave. tol: see `adaptive`; None for TOL. Raises ArgumentError.
-
-    plan: only whether there is one is looked at: its guesses are given to the solver with each block.
+    solver: one of `SOLVERS`. tol: see `adaptive`; None for TOL. plan: of a model of so many blocks and tokens.
     """
+    check_choice("solver", solver, SOLVERS)
     if solver == "sequential":
         if tol is not None:
-            raise ArgumentError("tol", "None with solver='sequential', which is exact; or solver='adaptive'", tol)
+            raise ArgumentError("tol", "None with solver='sequential', which is exact; or another solver", tol)
         if plan is not None:
             raise ArgumentError("plan", "None with solver='sequential', which guesses nothing", "a SolverPlan")
-        return sequential
-    return functools.partial(adaptive, tol=TOL if tol is None else check_number("tol", tol, 0))
+        return [sequential] * blocks
+    tol = TOL if tol is None else check_number("tol", tol, 0)
+    guesses = [None if plan is None else functools.partial(plan.guess, k) for k in range(blocks)]
+    if solver == "adaptive":
+        return [functools.partial(adaptive, tol=tol, guess=guess) for guess in guesses]
+    costs = CostTable()
+    paces = [Pace(tokens, {}, {}) if plan is None else plan.pace(k) for k in range(blocks)]
+    return [Auto(tol, pace, costs, guess) for pace, guess in zip(paces, guesses, strict=True)]
 
 
 __all__ = [
     "SOLVERS",
     "TOL",
+    "Auto",
+    "CostTable",
+    "Costs",
+    "Pace",
     "Solution",
     "Solver",
     "SolverPlan",
     "adaptive",
-    "choose_solver",
-    "make_solver",
+    "make_solvers",
     "sequential",
+    "widths",
 ]

@@ -1,15 +1,17 @@
-"""What was learnt of a model for the adaptive solver: where its passes are to start.
+"""What was learnt of a model for its parallel solvers: where passes are to start, and how many of them a block takes.
 
 A pass refines guesses, and the better the first one, the fewer passes. The guess is affine for each position and value,
 
     x ≈ slope · z + shift,      slope = cov(z, x) / var(z),   shift = mean(x) − slope · mean(z),
 
-fitted by least squares to the tokens that each flow block took in and gave out for images of the model itself.
+fitted by least squares to the tokens that each flow block took in and gave out for images of the model itself. From
+those guesses, the passes and evaluations that each window takes are counted, which no machine has a part in.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,39 +21,62 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
+from .pace import Pace, widths
 
 
 @dataclass(frozen=True, eq=False)
 class SolverPlan:
-    """slope, shift: (K, T, D) fp32, by flow block, each in its own token order."""
+    """By flow block, in fp32. slope, shift: (K, T, D), each in its block's own token order. passes, evaluations: (K, n)
+    for the n windows of `widths(T)`; evaluations are those of one sample; NaN where they are not known."""
 
     slope: Tensor
     shift: Tensor
+    passes: Tensor
+    evaluations: Tensor
 
     @classmethod
-    def fit(cls, pairs: list[tuple[Tensor, Tensor]]) -> SolverPlan:
-        """pairs: what each block took in and gave out, (n, T, D) each, by block and in its token order, n >= 2."""
+    def fit(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> SolverPlan:
+        """pairs: what each block took in and gave out, (n, T, D) each, by block and in its token order, n >= 2.
+
+        Passes and evaluations are not known yet.
+        """
         slopes, shifts = [], []
         for z, x in pairs:
             mean_z, mean_x = z.mean(0), x.mean(0)
             slope = ((z - mean_z) * (x - mean_x)).mean(0) / (z - mean_z).square().mean(0)
             slopes.append(slope)
             shifts.append(mean_x - slope * mean_z)
-        return cls(torch.stack(slopes).float().cpu(), torch.stack(shifts).float().cpu())
+        unknown = torch.full((len(pairs), len(widths(pairs[0][0].shape[1]))), torch.nan)
+        return cls(torch.stack(slopes).float().cpu(), torch.stack(shifts).float().cpu(), unknown, unknown.clone())
 
     def guess(self, k: int, z: Tensor) -> Tensor:
         """Where block k's passes start for the latents z: (B, T, D) in the block's token order."""
         slope, shift = self.slope[k].to(z), self.shift[k].to(z)
         return torch.addcmul(shift, slope, z)
 
+    def pace(self, k: int) -> Pace:
+        """What block k takes, as far as it is known."""
+        tokens = self.slope.shape[1]
+        passes, evaluations = (
+            {window: value for window, value in zip(widths(tokens), row[k].tolist(), strict=True) if value == value}
+            for row in (self.passes, self.evaluations)
+        )
+        return Pace(tokens, passes, evaluations)
+
     def check(self, shape: tuple[int, int, int]) -> SolverPlan:
-        """Raises ArgumentError unless this plan is of a model of (K, T, D) = shape, and finite."""
-        for field in fields(self):
-            tensor = getattr(self, field.name)
+        """Raises ArgumentError unless this plan is of a model of (K, T, D) = shape, and finite where it has to be."""
+        K, T, _ = shape
+        for tensor in (self.slope, self.shift):
             if tuple(tensor.shape) != shape:
                 raise ArgumentError("plan", f"one of a model with (blocks, tokens, values) = {shape}", tensor.shape)
             if not torch.isfinite(tensor).all():
-                raise ArgumentError("plan", "finite values", f"infinities or NaNs in its {field.name}")
+                raise ArgumentError("plan", "finite guesses", "infinities or NaNs")
+        for tensor in (self.passes, self.evaluations):
+            if tuple(tensor.shape) != (K, len(widths(T))):
+                wanted = f"passes and evaluations of (blocks, windows) = {(K, len(widths(T)))}"
+                raise ArgumentError("plan", wanted, tuple(tensor.shape))
+            if (tensor <= 0).any() or tensor.isinf().any():
+                raise ArgumentError("plan", "positive numbers of passes and evaluations", f"{tensor.min().item():g}")
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -10,4 +10,4 @@ def sequential(engine: BlockEngine, state: BlockState, progress: Progress | None
     """T − 1 dependent steps in the engine's fused pass."""
     engine.reverse(state, progress)
     B, T, _ = state.x.shape
-    return Solution(T - 1, B * (T - 1), state.x.new_zeros(B))
+    return Solution(T - 1, B * (T - 1), T - 1, state.x.new_zeros(B), 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+from ..engine.contract import BlockEngine, BlockState, Progress
 
 
 @dataclass(frozen=True)
@@ -13,14 +15,19 @@ class Solution:
     """How a block was solved, whose result is in its state.
 
     passes: dependent steps, each an evaluation of the transformer on one token or a window of tokens. evaluations:
-    tokens evaluated, of all samples together. residual: (B,), max |forward(x) − z| of each sample, up to rounding; 0
-    for an exact solver.
+    tokens evaluated, of all samples together. steps: of the passes, those of the engine's sequential pass. residual:
+    (B,), max |forward(x) − z| of each sample, up to rounding; 0 for an exact solver, and at most this where the last
+    tokens were left to one. window: tokens of a sample in a pass; 1 for the sequential pass.
     """
 
     passes: int
     evaluations: int
+    steps: int
     residual: Tensor
+    window: int
 
 
-Solver = Callable[..., Solution]
-"""solve(engine, state, progress), and guess= for solvers that start from one, (B, T, D) in the block's order."""
+class Solver(Protocol):
+    """Inverts a flow block: from a state that `begin` gave to one whose x and token_log_det are the result."""
+
+    def __call__(self, engine: BlockEngine, state: BlockState, progress: Progress | None = None) -> Solution: ...

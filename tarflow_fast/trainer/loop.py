@@ -250,7 +250,7 @@ class _Run:
         model, config = self.state.average, self.config
         classes = model.config.num_classes
         columns = classes or UNCONDITIONAL_COLUMNS
-        samples = Sampler(model).sample(
+        samples = Sampler(model, solver="sequential").sample(
             columns * config.sample_rows,
             list(range(classes)) if classes else None,
             seed=config.seed,

@@ -1,0 +1,124 @@
+"""One parallel pass over the tokens ahead of each sample's frontier, and what it makes final.
+
+A block's inverse is a triangular fixed-point problem: x_i = z_i · exp(xa_{i−1}) + xb_{i−1}, with parameters that depend
+on the tokens before i. A pass evaluates them for a window of tokens from the *frontier* on, from guesses for those
+tokens. Then, for each sample:
+
+- the frontier's own token is final, whatever was guessed: all tokens before it are;
+- if a token at the frontier moved by no more than `tol`, what was guessed for it is kept. Its keys and values, which
+  this pass has computed, are then the right ones, so the token after it has been computed from final tokens too, and
+  the frontier goes on to that one, and so forth;
+- the first token that moved by more is given its new value and is final as well, but the tokens after it have been
+  computed from its old one: they are the guesses of the next pass.
+
+So every pass gains at least one token: T − 1 passes are the worst case, with the sequential result. Of every token that
+was kept, |forward(x) − z| has been computed in the pass that kept it; that of the others is 0 up to rounding.
+
+A guess may overflow. Nothing is clamped: engines see to it that a token that is infinite or NaN does not reach the
+tokens before it, and here such a guess is replaced by the one that it started from, so that it spoils the guesses after
+it for one pass at most. A sample whose *final* token is not finite has failed; its later tokens become NaN, and it no
+longer counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.contract import BlockEngine, BlockState
+
+
+class Frontier:
+    """How far the samples of a batch are.
+
+    tol: how far a token may still move when it is kept. guess: (B, T, D), where the passes start; default the tokens as
+    they stand in the state. start: the first token that is not final, >= 1; keys and values of those before start − 1
+    must be in the cache.
+
+    reached: the first token of each sample that is not final, T if none is left. evaluations: tokens that passes have
+    evaluated, of all samples. residual: (B,), the largest |forward(x) − z| of the tokens that were kept.
+    """
+
+    def __init__(self, engine: BlockEngine, state: BlockState, tol: float, guess: Tensor | None = None, start: int = 1):
+        x = state.x
+        B = x.shape[0]
+        if guess is not None:
+            x[:, start:] = guess[:, start:]
+        self.engine, self.state, self.tol = engine, state, tol
+        self.reached = [start] * B
+        self.evaluations = 0
+        self.residual = x.new_zeros(B)
+        self._guess = torch.where(torch.isfinite(x), x, 0)
+        self._final = torch.full((B, 1), start, device=x.device)  # `reached`, on the device
+        x[:, start:] = self._guess[:, start:]
+
+    @property
+    def hindmost(self) -> int:
+        return min(self.reached)
+
+    def advance(self, window: int) -> None:
+        """A pass over so many tokens of each sample at most, with one small read from the device.
+
+        Samples have windows of their own, and those that are done take no part, if the engine is ragged; else every
+        window reaches from the hindmost sample's frontier to the foremost end.
+        """
+        x, ragged = self.state.x, self.engine.ragged
+        B, T, _ = x.shape
+        starts, stops = self.reached, [min(start + window, T) for start in self.reached]
+        if not ragged:
+            starts, stops = [min(starts)] * B, [max(stops)] * B
+        at = _tokens(starts, stops, x.device)
+        before = x[at].clone()
+        if ragged and B > 1:
+            moved = self.engine.fixed_point(self.state, starts, stops)
+        else:
+            moved = self.engine.fixed_point(self.state, starts[0], stops[0])
+        self.evaluations += sum(stops) - sum(starts)
+
+        still = moved.change <= self.tol  # (B, W)
+        if not ragged and B > 1:
+            final = torch.arange(starts[0], stops[0], device=x.device) < self._final
+            still |= final
+            moved.residual.masked_fill_(final, 0)
+        still = still.cumprod(1).bool()
+        x[at] = torch.where(still.unsqueeze(-1), before, x[at])
+        self.residual = torch.maximum(self.residual, torch.where(still, moved.residual, 0).amax(1))
+        kept = still.sum(1)
+        if not ragged and B > 1:
+            self._final = torch.maximum(self._final, (kept.unsqueeze(1) + starts[0] + 1).clamp(max=stops[0]))
+
+        *counts, finite = torch.cat([kept, torch.isfinite(moved.change).all().long().view(1)]).tolist()
+        first = [min(start + n, stop) for start, stop, n in zip(starts, stops, counts, strict=True)]
+        failed = [False] * B if finite else self._mend(first, stops)
+        self.reached = [
+            T if bad else max(reached, min(token + 1, stop))
+            for reached, token, stop, bad in zip(self.reached, first, stops, failed, strict=True)
+        ]
+
+    def _mend(self, first: list[int], stops: list[int]) -> list[bool]:
+        """Put the guesses that were started from where tokens after `first` overflowed. Returns which samples failed.
+
+        first: the token of each sample that was given its new value, its entry in `stops` if all were kept.
+        """
+        x = self.state.x
+        T = x.shape[1]
+        new, stop = torch.tensor([first, stops], device=x.device).unsqueeze(-1)
+        later = torch.arange(T, device=x.device) > new
+        finite = torch.isfinite(x).all(-1)
+        failed = (new < stop) & ~finite.gather(1, new.clamp(max=T - 1))
+        x.copy_(torch.where((later & ~finite).unsqueeze(-1), self._guess, x))
+        x.masked_fill_((later & failed).unsqueeze(-1), torch.nan)
+        self._final.masked_fill_(failed, T)
+        failures: list[bool] = failed.squeeze(1).tolist()
+        return failures
+
+
+def _tokens(starts: list[int], stops: list[int], device: torch.device) -> Any:
+    """The index of x that gives each sample's window, (B, W, D). Beyond its window a sample's token 0 stands in."""
+    if min(starts) == max(starts) and min(stops) == max(stops):
+        return slice(None), slice(starts[0], stops[0])
+    start, stop = torch.tensor([starts, stops], device=device).unsqueeze(-1)
+    token = start + torch.arange(max(b - a for a, b in zip(starts, stops, strict=True)), device=device)
+    return torch.arange(len(starts), device=device).unsqueeze(1), torch.where(token < stop, token, 0)
