@@ -34,9 +34,9 @@ class Report:
 
     backend, backend_reason, solver, device, dtype: what ran, and why that backend. batch_size: samples per batch.
     seconds: wall time of the inverse passes; setup_seconds: of what in them is done once for a batch size (compiling
-    and choosing kernels, capturing graphs), as far as the backend knows; denoise_seconds: of denoising. tokens:
-    transformed, images · K · T. cache_bytes: KV cache of one block for one batch. redrawn: image number to how many
-    times it was drawn again. blocks: how each flow block was inverted, in the order of their indices.
+    and choosing kernels, capturing graphs, measuring what passes cost), as far as it is known; denoise_seconds: of
+    denoising. tokens: transformed, images · K · T. cache_bytes: KV cache of one block for one batch. redrawn: image
+    number to how many times it was drawn again. blocks: how each flow block was inverted, in the order of their indices.
     """
 
     backend: str

@@ -41,7 +41,7 @@ from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
 from .model import TarFlow, stream_dtype
 from .noise import latent_noise
 from .report import BlockReport, Report, Samples
-from .solvers import TOL, Solution, SolverPlan, adaptive, make_solvers, widths
+from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, make_solvers, widths
 
 MAX_REDRAWS = 3
 MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
@@ -298,7 +298,8 @@ class Sampler:
         return _Inverse(images, log_prob, sequence, 0 if state is None else state.cache_bytes, failures, solutions)
 
     def _setup_seconds(self) -> float:
-        return sum(engine.setup_seconds for engine in self._engines)
+        tables = {solver.costs for solver in self._solvers if isinstance(solver, Auto)}  # one, shared by all blocks
+        return sum(engine.setup_seconds for engine in self._engines) + sum(table.seconds for table in tables)
 
     def _report(self, batch: int) -> Report:
         return Report(

@@ -210,7 +210,7 @@ def test_report_says_what_ran() -> None:
     report = out.report.to_dict()
     config = model.config
     assert (report["backend"], report["backend_reason"]) == ("torch", "asked for")
-    assert (report["device"], report["dtype"], report["solver"]) == ("cpu", "bfloat16", "sequential")
+    assert (report["device"], report["dtype"], report["solver"]) == ("cpu", "bfloat16", "auto")
     assert report["batch_size"] == 2
     assert report["tokens"] == 3 * config.num_blocks * config.num_patches
     assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"])

@@ -18,7 +18,7 @@ from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, bl
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.model import TarFlow
-from tarflow_fast.solvers import adaptive, make_solver, sequential
+from tarflow_fast.solvers import adaptive, make_solvers, sequential, widths
 
 GUIDED = Guidance(1.5, "ab", 0.7, True)
 NATIVE = pytest.param(
@@ -122,6 +122,8 @@ def test_guesses_that_overflow_neither_reach_final_tokens_nor_stop_convergence(
 class Overflowing:
     """An engine whose tokens overflow wherever the token before is off by more than 0.1."""
 
+    ragged = False
+
     def __init__(self, inner: BlockEngine):
         self.inner, self.overflows = inner, 0
         self.solution = torch.empty(0)
@@ -153,6 +155,13 @@ def test_a_diverging_sample_neither_delays_nor_alters_another() -> None:
 # What is learnt
 
 
+def plan_of(**changes: Tensor) -> SolverPlan:
+    """A plan that fits `random_model()`: 2 blocks, 16 tokens of 4 values, windows 2, 4, 8 and 15."""
+    tensors = {"slope": torch.zeros(2, 16, 4), "shift": torch.zeros(2, 16, 4)}
+    tensors |= {"passes": torch.ones(2, 4), "evaluations": torch.full((2, 4), torch.nan)}
+    return SolverPlan(**{**tensors, **changes})
+
+
 def test_a_plan_is_the_affine_map_that_fits_best() -> None:
     z = torch.randn(500, 3, 2, dtype=torch.float64)
     slope, shift = torch.tensor([0.5, 2.0]), torch.tensor([-1.0, 3.0])
@@ -168,8 +177,8 @@ def test_a_learnt_plan_saves_passes_and_changes_nothing_else(tmp_path: Path) -> 
     plan = Sampler(model).learn_plan(200, labels, seed=1)
     plan.save(tmp_path / "plan.safetensors")
     again = SolverPlan.load(tmp_path / "plan.safetensors")
-    assert torch.equal(again.slope, plan.slope)
-    assert torch.equal(again.shift, plan.shift)
+    for name, tensor in vars(plan).items():
+        assert torch.equal(getattr(again, name), tensor), name
     without, with_plan = (Sampler(model, solver="adaptive", tol=1e-3, plan=p).sample(16, labels) for p in (None, again))
     exact = Sampler(model, solver="sequential").sample(16, labels)
     assert_close(with_plan.images, exact.images, 2e-2)
@@ -202,10 +211,12 @@ def test_a_guess_is_in_the_order_of_its_block(k: int) -> None:
     ("plan", "message"),
     [
         ("fast", "plan: expected a SolverPlan, got str"),
-        (SolverPlan(torch.zeros(2, 16, 3), torch.zeros(2, 16, 4)), r"\(blocks, tokens, values\) = \(2, 16, 4\), got"),
-        (SolverPlan(torch.zeros(2, 16, 4), torch.full((2, 16, 4), torch.nan)), "infinities or NaNs in its shift"),
+        (plan_of(slope=torch.zeros(2, 16, 3)), r"\(blocks, tokens, values\) = \(2, 16, 4\), got"),
+        (plan_of(shift=torch.full((2, 16, 4), torch.nan)), "finite guesses, got infinities or NaNs"),
+        (plan_of(passes=torch.ones(2, 5)), r"passes and evaluations of \(blocks, windows\) = \(2, 4\), got \(2, 5\)"),
+        (plan_of(evaluations=torch.zeros(2, 4)), "positive numbers of passes and evaluations, got 0"),
     ],
-    ids=["type", "shape", "finite"],
+    ids=["type", "shape", "finite", "windows", "positive"],
 )
 def test_a_plan_that_does_not_fit_is_refused(plan: SolverPlan, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
@@ -219,11 +230,11 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
     path.write_bytes(b"no")
     with pytest.raises(CheckpointError, match="not a solver plan"):
         SolverPlan.load(path)
-    save_file({"slope": torch.zeros(1)}, path)
+    save_file({"slope": torch.zeros(1), "shift": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a solver plan"):
         SolverPlan.load(path)
     with pytest.raises(ArgumentError, match="path's suffix"):
-        SolverPlan(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)).save(tmp_path / "plan.pt")
+        plan_of().save(tmp_path / "plan.pt")
 
 
 # In the sampler
@@ -265,13 +276,12 @@ def test_a_block_that_overflows_is_named_as_by_the_sequential_solver() -> None:
     assert found[0] == found[1]
 
 
-def test_tolerance_and_plan_are_for_the_adaptive_solver() -> None:
-    plan = SolverPlan(torch.zeros(2, 16, 4), torch.zeros(2, 16, 4))
+def test_tolerance_and_plan_are_for_parallel_passes() -> None:
     with pytest.raises(ArgumentError, match=r"^plan: expected None with solver='sequential'"):
-        Sampler(random_model(), plan=plan)
+        Sampler(random_model(), solver="sequential", plan=plan_of())
     with pytest.raises(ArgumentError, match=r"^tol: expected None with solver='sequential', which is exact"):
         Sampler(random_model(), solver="sequential", tol=1e-3)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got -1"):
-        make_solver("adaptive", -1)
+        make_solvers("adaptive", -1, None, blocks=2, tokens=16)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got '1'"):
-        Sampler(random_model(), solver="adaptive", tol="1")  # type: ignore[arg-type]
+        Sampler(random_model(), tol="1")  # type: ignore[arg-type]

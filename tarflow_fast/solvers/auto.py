@@ -8,6 +8,7 @@ up to twice as long, and those after it do not.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from torch import Tensor
@@ -21,15 +22,21 @@ from .solution import Solution
 
 
 class CostTable:
-    """Costs by the size of a batch, of one device's engines for blocks of one shape."""
+    """Costs by the size of a batch, of one device's engines for blocks of one shape.
+
+    seconds: spent on measuring them, beside what the engine counts as its own setup.
+    """
 
     def __init__(self) -> None:
+        self.seconds = 0.0
         self._costs: dict[tuple[int, bool], Costs] = {}
 
     def of(self, engine: BlockEngine, state: BlockState) -> Costs:
         size = (state.x.shape[0], state.condition.guidance.active)
         if size not in self._costs:
+            started, setup = time.perf_counter(), engine.setup_seconds
             self._costs[size] = measure(engine, state, widths(state.x.shape[1]))
+            self.seconds += time.perf_counter() - started - (engine.setup_seconds - setup)
         return self._costs[size]
 
 
