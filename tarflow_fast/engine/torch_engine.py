@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import stream_dtype
-from .contract import BlockState, Condition, Moved, Progress, embedding_rows
+from .contract import BlockState, Condition, Guidance, Moved, Progress, embedding_rows
 from .torch_linear import Linear
+from .torch_windows import Windows, attention
 from .weights import BlockWeights, LayerWeights
+from .windows import check_part, check_window, check_windows
 
 # torch.compile wants fixed shapes: a compiled step attends to a whole multiple of this many tokens, masked.
 COMPILED_KEYS = 128
@@ -84,6 +86,7 @@ class TorchEngine:
 
     idle_bytes = 0
     setup_seconds = 0.0
+    ragged = True
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config, guidance = self.config, condition.guidance
@@ -99,13 +102,10 @@ class TorchEngine:
             query_scale = torch.ones(R, 1, 1, 1, device=self.device, dtype=self.dtype)
             query_scale[B:] = 1 / guidance.attn_temp
         shape = (config.layers_per_block, 2, R, config.num_heads, T, config.head_dim)
-        if self._compiled is not None:
-            # A compiled step reads beyond the position, under a mask: those values must be finite (0 · NaN is NaN).
-            keys_values = self._static(torch.zeros(shape, dtype=self.dtype, device=self.device))
-        elif spent is not None and spent.cache.keys_values.shape == shape:
+        if self._compiled is None and spent is not None and spent.cache.keys_values.shape == shape:
             keys_values = spent.cache.keys_values
         else:
-            keys_values = torch.empty(shape, dtype=self.dtype, device=self.device)
+            keys_values = self._static(torch.empty(shape, dtype=self.dtype, device=self.device))
         return BlockState(
             z=z,
             x=z.clone(),
@@ -123,29 +123,65 @@ class TorchEngine:
         return rows * (cache + step) + 4 * T * config.token_dim * self.stream.itemsize
 
     @torch.inference_mode()
-    def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
+    def reverse(
+        self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
+    ) -> None:
         T = state.x.shape[1]
+        stop = T if stop is None else stop
+        check_part(start, stop, T)
         schedule = state.condition.guidance.schedule(T)
+        if self._compiled is not None and start < stop:
+            # A compiled step reads beyond the position, under a mask: those values must be finite (0 · NaN is NaN).
+            state.cache.keys_values[..., start - 1 :, :] = 0
         with torch.autocast(self.device.type, enabled=False):
-            for i in range(T - 1):
+            for i in range(start - 1, stop - 1):
                 out = self._evaluate(state, i) if self._compiled is None else self._evaluate_compiled(state, i)
                 self._affine(state, out, schedule[i], i + 1, i + 2)
                 if progress is not None:
                     progress(1)
 
     @torch.no_grad()
-    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
-        T, W = state.x.shape[1], stop - start
-        scale = torch.tensor(state.condition.guidance.schedule(T)[start - 1 : stop - 1], dtype=self.stream)
+    def fixed_point(self, state: BlockState, start: int | Sequence[int], stop: int | Sequence[int]) -> Moved:
+        B, T, _ = state.x.shape
+        with torch.autocast(self.device.type, enabled=False):
+            if isinstance(start, int) and isinstance(stop, int):
+                check_window(start, stop, T)
+                return self._one_window(state, start, stop)
+            starts, stops = check_windows(start, stop, B, T)
+            if starts == stops:
+                return Moved(*(state.x.new_zeros(B, 0) for _ in Moved._fields))
+            return self._windows(state, Windows(starts, stops, state.cache.rows // B, self.device))
+
+    def _one_window(self, state: BlockState, start: int, stop: int) -> Moved:
         keys = torch.arange(stop - 1, device=self.device)
         mask = keys <= keys[start - 1 :, None]  # query j of the window sees the prefix and the window up to itself
-        with torch.autocast(self.device.type, enabled=False):
-            window = slice(start - 1, stop - 1)
-            out = self._transformer(state.cache, state.x[:, window], self.position[window], window, stop - 1, mask)
-            before = state.x[:, start:stop].clone()
-            xa = self._affine(state, out, scale.to(self.device).view(1, W, 1), start, stop)
-            moved = (state.x[:, start:stop] - before).abs()
-            return Moved(moved.amax(-1), (moved if xa is None else moved * (-xa).exp()).amax(-1))
+        window = slice(start - 1, stop - 1)
+        out = self._transformer(state.cache, state.x[:, window], self.position[window], window, stop - 1, mask)
+        before = state.x[:, start:stop].clone()
+        xa = self._affine(state, out, self._schedule(state)[window], start, stop)
+        moved = (state.x[:, start:stop] - before).abs()
+        return Moved(moved.amax(-1), (moved if xa is None else moved * (-xa).exp()).amax(-1))
+
+    def _windows(self, state: BlockState, windows: Windows) -> Moved:
+        """A window for each sample; `fixed_point` of one window, on N tokens instead of (B, W)."""
+        B, places = state.x.shape[0], (windows.samples, windows.tokens)
+        out = self._evaluate_windows(state, windows)
+        xa, xb = self._parameters(out, self._schedule(state)[windows.tokens - 1], state.condition.guidance)
+        z, before = state.z[places], state.x[places]
+        x = z + xb if xa is None else torch.addcmul(xb, z, xa.exp())
+        state.x[places] = x
+        state.token_log_det[places] = x.new_zeros(len(x)) if xa is None else xa.sum(-1)
+        moved = (x - before).abs()
+        found = Moved(*(x.new_zeros(B, windows.width) for _ in Moved._fields))
+        found.change[windows.samples, windows.columns] = moved.amax(-1)
+        residual = moved if xa is None else moved * (-xa).exp()
+        found.residual[windows.samples, windows.columns] = residual.amax(-1)
+        return found
+
+    def _schedule(self, state: BlockState) -> Tensor:
+        """g_i, (T − 1, 1)."""
+        schedule = state.condition.guidance.schedule(state.x.shape[1])
+        return torch.tensor(schedule, dtype=self.stream).to(self.device).unsqueeze(1)
 
     def _evaluate(self, state: BlockState, i: int) -> Tensor:
         window = slice(i, i + 1)
@@ -178,35 +214,53 @@ class TorchEngine:
         Writes the tokens' keys and values into cache positions `window`, and attends to the first `keys` positions.
         Returns (R, W, 2D), or (R, W, D) for volume-preserving blocks, in the stream's dtype.
         """
-        dtype, R, W = self.dtype, cache.rows, x.shape[1]
+        R, (B, W, D) = cache.rows, x.shape
         H, d = self.config.num_heads, self.config.head_dim
-        B, _, D = x.shape
-        h = self.proj_in(x.to(dtype).reshape(B * W, D)).to(self.stream).view(B, W, -1) + position
+        h = self.proj_in(x.to(self.dtype).reshape(B * W, D)).to(self.stream).view(B, W, -1) + position
         if B != R:  # guided: both branches read the same tokens
             h = h.repeat(2, 1, 1)
         if cache.embedding is not None:
             h = h + cache.embedding
-        h = h.view(R * W, -1)  # the residual stream, (R·W, C)
-        width = (h.shape[1],)
-        for layer, keys_values in zip(self.layers, cache.keys_values, strict=True):
-            a = torch.layer_norm(h, width, *layer.norm1).to(dtype)
-            qkv = layer.qkv(a).view(R, W, 3, H, d).permute(2, 0, 3, 1, 4)
+
+        def attend(qkv: Tensor, keys_values: Tensor) -> Tensor:
+            qkv = qkv.view(R, W, 3, H, d).permute(2, 0, 3, 1, 4)
             keys_values[:, :, :, window] = qkv[1:]
             q = qkv[0] if cache.query_scale is None else qkv[0] * cache.query_scale
             k, v = keys_values[:, :, :, :keys]
-            a = _attention(q, k, v, mask)  # (R, H, W, d)
-            h = h + layer.proj(a.transpose(1, 2).reshape(R * W, -1))
+            return attention(q, k, v, mask).transpose(1, 2)
+
+        return self._layers(cache, h.view(R * W, -1), attend).view(R, W, -1)
+
+    def _evaluate_windows(self, state: BlockState, windows: Windows) -> Tensor:
+        """proj_out of the token before each token of the windows, raw: (M, 2D or D), in the stream's dtype."""
+        cache, before = state.cache, windows.tokens - 1
+        h = self.proj_in(state.x[windows.samples, before].to(self.dtype)).to(self.stream) + self.position[before]
+        h = h.repeat(len(windows.rows) // len(h), 1)
+        if cache.embedding is not None:
+            h = h + cache.embedding[windows.rows, 0]
+
+        def attend(qkv: Tensor, keys_values: Tensor) -> Tensor:
+            qkv = qkv.view(len(qkv), 3, self.config.num_heads, self.config.head_dim)
+            return windows.attend(qkv, keys_values, cache.query_scale)
+
+        return self._layers(cache, h, attend)
+
+    def _layers(self, cache: _Cache, h: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """All layers and proj_out. h: the residual stream, (M, C); attend(qkv (M, 3C), keys_values) has M·C values."""
+        dtype, width = self.dtype, (h.shape[1],)
+        for layer, keys_values in zip(self.layers, cache.keys_values, strict=True):
+            a = torch.layer_norm(h, width, *layer.norm1).to(dtype)
+            h = h + layer.proj(attend(layer.qkv(a), keys_values).reshape(h.shape))
             a = torch.layer_norm(h, width, *layer.norm2).to(dtype)
             h = h + layer.fc2(layer.fc1(a))
-        return self.proj_out(h.to(dtype)).to(self.stream).view(R, W, -1)
+        return self.proj_out(h.to(dtype)).to(self.stream)
 
-    def _affine(self, state: BlockState, out: Tensor, scale: float | Tensor, start: int, stop: int) -> Tensor | None:
-        """Guide and apply x = z · exp(xa) + xb to tokens [start, stop), out: (R, W, 2D or D) from the tokens before.
+    def _parameters(self, out: Tensor, scale: float | Tensor, guidance: Guidance) -> tuple[Tensor | None, Tensor]:
+        """(xa, xb) of tokens, guided, from their raw (…, 2D or D), both branches of guidance along dimension 0.
 
-        Returns xa (B, W, D), or None if volume-preserving.
+        xa is None if volume-preserving. scale: g_i.
         """
-        D, guidance = state.x.shape[2], state.condition.guidance
-        z, x = state.z[:, start:stop], state.x[:, start:stop]
+        D = self.config.token_dim
         if guidance.active:
             out, unguided = out.chunk(2)
             guided = out + scale * (out - unguided)
@@ -216,25 +270,19 @@ class TorchEngine:
             elif not self.config.nvp and guidance.what == "a":
                 guided = out  # there is no xa to guide
             out = guided
-        if not self.config.nvp:
-            torch.add(z, out, out=x)
+        return (out[..., :D], out[..., D:]) if self.config.nvp else (None, out)
+
+    def _affine(self, state: BlockState, out: Tensor, scale: float | Tensor, start: int, stop: int) -> Tensor | None:
+        """Apply x = z · exp(xa) + xb to tokens [start, stop), out: (R, W, 2D or D) from the tokens before.
+
+        Returns xa (B, W, D), or None if volume-preserving.
+        """
+        xa, xb = self._parameters(out, scale, state.condition.guidance)
+        z, x = state.z[:, start:stop], state.x[:, start:stop]
+        if xa is None:
+            torch.add(z, xb, out=x)
             state.token_log_det[:, start:stop] = 0
             return None
-        xa, xb = out[..., :D], out[..., D:]
         torch.addcmul(xb, z, xa.exp(), out=x)
         torch.sum(xa, dim=-1, out=state.token_log_det[:, start:stop])
         return xa
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √d, mask) v; q: (R, H, W, d), k, v: (R, H, keys, d), mask: (W, keys) or None.
-
-    A later token of a window may be infinite or NaN. Its weight is 0 for the queries before it, but 0 · NaN is NaN:
-    such keys and values are left out, and the result is NaN for the queries that do see them.
-    """
-    if mask is None or mask.shape[0] == 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    bad = ~(torch.isfinite(k) & torch.isfinite(v)).all(-1)  # (R, H, keys)
-    k, v = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (k, v))
-    seen = (bad.unsqueeze(2) & mask).any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(seen, torch.nan)
