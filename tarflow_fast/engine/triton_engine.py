@@ -10,7 +10,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -29,8 +29,9 @@ from .contract import BlockState, Condition, Moved, Progress, embedding_rows
 from .cuda_graph import capture, timed
 from .triton_chain import END, LAYER, Chain, Operation
 from .triton_plan import Candidates, Plan, Shape
-from .triton_workspace import Pool, Size, Window, Workspace
+from .triton_workspace import Pool, Size, Window, Workspace, widened
 from .weights import BlockWeights
+from .windows import check_part, check_window
 
 TOKENS_PER_GRAPH = 8  # long enough for the GPU that the next graph is launched meanwhile
 MULTIPROCESSORS = 132  # assumed where there is no GPU to ask
@@ -87,6 +88,7 @@ class TritonEngine:
         self.pdl = dependent_launch(device) if pdl is None else pdl
         self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         self.setup_seconds = 0.0
+        self.ragged = False
         self.chain = Chain(weights, device, dtype, self.precision, self.pdl)
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
@@ -130,43 +132,51 @@ class TritonEngine:
         return self.pool.idle_bytes
 
     @torch.no_grad()
-    def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
-        workspace, rule = self._owned(state)
+    def reverse(
+        self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
+    ) -> None:
         T = self.config.num_patches
+        stop = T if stop is None else stop
+        check_part(start, stop, T)
+        workspace, rule = self._owned(state)
         with self._on_device(workspace):
             window = self._window(workspace, 1)
-            workspace.x[:, 0] = state.x[:, 0]
-            workspace.token_log_det.zero_()
-            finite = torch.isfinite(workspace.x[:, 0]).all(-1)
-            workspace.nonfinite.copy_(torch.where(finite, T, 0))
-            workspace.position.zero_()
+            workspace.x[:, start - 1] = state.x[:, start - 1]
+            finite = torch.isfinite(state.x[:, :start]).all(-1)
+            workspace.nonfinite.copy_(torch.where(finite.all(1), T, finite.int().argmin(1)))
+            workspace.position.fill_(start - 1)
             self.chain.embed(workspace, window, 1, rule.branches)
-            done = 0
-            while done < T - 1:
-                tokens = min(TOKENS_PER_GRAPH, T - 1 - done)
+            at = start
+            while at < stop:
+                tokens = min(TOKENS_PER_GRAPH, stop - at)
                 run = functools.partial(self.chain.steps, workspace, window, rule, tokens)
                 self._play(window, (rule.what, tokens), run)
-                done += tokens
+                at += tokens
                 if progress is not None:
                     progress(tokens)
-            state.x.copy_(workspace.x)
-            state.token_log_det.copy_(workspace.token_log_det)
-            state.nonfinite = workspace.nonfinite.clone()
+            self._copy_back(state, start, stop)
+            state.nonfinite = workspace.nonfinite.clone() if stop == T else None
 
     @torch.no_grad()
-    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
-        if not 1 <= start < stop <= self.config.num_patches:
-            raise ArgumentError("start, stop", f"1 <= start < stop <= {self.config.num_patches}", (start, stop))
+    def fixed_point(self, state: BlockState, start: int | Sequence[int], stop: int | Sequence[int]) -> Moved:
+        T = self.config.num_patches
+        start, stop = check_window(start, stop, T)
         workspace, rule = self._owned(state)
+        first, last = widened(start, stop, T)
         with self._on_device(workspace):
-            window = self._window(workspace, stop - start)
-            workspace.x[:, start - 1 : stop] = state.x[:, start - 1 : stop]
-            workspace.position.fill_(start - 1)
-            self._play(window, rule.what, lambda: self.chain.window_pass(workspace, window, rule, stop - start))
-            state.x[:, start:stop] = workspace.x[:, start:stop]
-            state.token_log_det[:, start:stop] = workspace.token_log_det[:, start:stop]
+            window = self._window(workspace, last - first)
+            # Also of the tokens that are there for the width alone: the pass before this one updated them.
+            workspace.x[:, first - 1 : last] = state.x[:, first - 1 : last]
+            workspace.position.fill_(first - 1)
+            self._play(window, rule.what, lambda: self.chain.window_pass(workspace, window, rule, last - first))
+            self._copy_back(state, start, stop)
             state.nonfinite = None
-            return Moved(window.change.clone(), window.residual.clone())
+            wanted = slice(start - first, stop - first)
+            return Moved(window.change[:, wanted].clone(), window.residual[:, wanted].clone())
+
+    def _copy_back(self, state: BlockState, start: int, stop: int) -> None:
+        state.x[:, start:stop] = state.cache.x[:, start:stop]
+        state.token_log_det[:, start:stop] = state.cache.token_log_det[:, start:stop]
 
     def _owned(self, state: BlockState) -> tuple[Workspace, Rule]:
         workspace = state.cache

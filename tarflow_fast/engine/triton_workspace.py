@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..config import TarFlowConfig
@@ -23,7 +24,6 @@ from ..kernels.launch import Scratch
 from .contract import BlockState
 from .triton_plan import Plan
 
-WINDOWS = 8  # sizes of window that a workspace keeps buffers and graphs for
 KEPT = 2  # workspaces that a pool keeps for batches to come
 
 
@@ -52,6 +52,17 @@ class Size:
         config, stream = self.config, 4
         step = self.rows * (10 * config.channels + 2 * config.token_dim) * stream
         return self.cache_bytes + step + 2 * self.batch * config.num_patches * (config.token_dim + 1) * stream
+
+
+def widened(start: int, stop: int, tokens: int) -> tuple[int, int]:
+    """A window around [start, stop) of one of few widths: the powers of two below T − 1, and T − 1 itself.
+
+    Each width has kernels, buffers and graphs of its own, and a solver's windows have any. It is widened to the left as
+    far as there are tokens, and then to the right.
+    """
+    width = min(triton.next_power_of_2(stop - start), tokens - 1)
+    first = max(1, stop - width)
+    return first, first + width
 
 
 class Window:
@@ -100,7 +111,7 @@ class Workspace:
     scale: Tensor = field(init=False)  # (R,), of the logits
     classes: Tensor | None = field(init=False)
     keys_values: Tensor = field(init=False)  # (L, 2, R, H, T, d)
-    windows: OrderedDict[int, Window] = field(default_factory=OrderedDict)
+    windows: dict[int, Window] = field(default_factory=dict)  # by tokens
     owner: Callable[[], BlockState | None] = lambda: None
     used: Any = None  # a CUDA event after the last kernel that touched it
 
@@ -124,13 +135,10 @@ class Workspace:
         return self.owner() is None
 
     def window(self, tokens: int, make: Callable[[], Window]) -> Window:
-        """Buffers for windows of so many tokens; those least recently used make room."""
+        """Buffers for windows of so many tokens, see `widened`."""
         if tokens not in self.windows:
             with torch.inference_mode(False):  # see Pool.take
                 self.windows[tokens] = make()
-            if len(self.windows) > WINDOWS:
-                self.windows.popitem(last=False)
-        self.windows.move_to_end(tokens)
         return self.windows[tokens]
 
 
