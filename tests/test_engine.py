@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from cases import KERNEL_DEVICE, random_latents, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import GOLDEN, INVERSE_F64, assert_close, error_budget, max_error
+from tolerances import GOLDEN, INVERSE_F64, SAME_F64, assert_close, error_budget, max_error
 from torch import Tensor
 
 from tarflow_fast import reference
@@ -24,6 +25,8 @@ GUIDED = Guidance(1.5, "ab", 0.7, True)
 CPU = torch.device("cpu")
 NATIVE = pytest.param("cpu", marks=pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing())))
 BACKENDS = ["torch", NATIVE, "triton"]
+PARTS = ["torch", "triton"]
+RAGGED = ["torch"]
 
 
 def engine_of(model: TarFlow, k: int = 0, backend: str = "torch", dtype: torch.dtype = torch.float32) -> BlockEngine:
@@ -189,6 +192,192 @@ def check_windows(backend: str, dtype: torch.dtype, tolerance: float, guidance: 
     assert_close(state.token_log_det[:, 1:], wanted.token_log_det[:, 1:], tolerance)
 
 
+# Parts of the tokens
+
+
+def assert_same(got: Tensor, wanted: Tensor) -> None:
+    """Bit for bit, or NaN in both."""
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def check_parts(backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject) -> None:
+    """Any parts, each by either pass, are the whole; what is beyond a part stays as it is, and is not looked at."""
+    model = random_model(11, dtype, num_classes=2, img_size=6, layers_per_block=2)
+    T = model.config.num_patches
+    cuts = sorted([1, T, *data.draw(st.lists(st.integers(1, T), max_size=4))])
+    condition = Condition(torch.tensor([1, -1]), guidance)
+    z = random_latents(model, 2, seed=data.draw(st.integers(0, 9)))
+    engine = engine_of(model, 0, backend, dtype)
+    wanted = poisoned(engine, z, condition)
+    engine.reverse(wanted)
+    state = poisoned(engine, z, condition)
+    for start, stop in itertools.pairwise(cuts):
+        before, log_det = state.x.clone(), state.token_log_det.clone()
+        steps = [0]
+        if start == stop or data.draw(st.booleans()):
+            engine.reverse(state, steps.append, start, stop)
+            assert sum(steps) == stop - start
+        else:
+            for _ in range(stop - start):
+                engine.fixed_point(state, start, stop)
+        outside = torch.ones(T, dtype=torch.bool)
+        outside[start:stop] = False
+        assert_same(state.x[:, outside], before[:, outside])
+        assert_same(state.token_log_det[:, outside], log_det[:, outside])
+    assert_close(state.x, wanted.x, tolerance)
+    assert_close(state.token_log_det, wanted.token_log_det, tolerance)
+    assert state.first_nonfinite().tolist() == [T, T]
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_parts_of_the_tokens_are_the_whole(guidance: Guidance, data: st.DataObject) -> None:
+    check_parts("torch", torch.float64, INVERSE_F64, guidance, data)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@settings(max_examples=3)
+@given(data=st.data())
+def test_parts_of_the_tokens_by_the_triton_kernels(guidance: Guidance, data: st.DataObject) -> None:
+    check_parts("triton", torch.float32, GOLDEN, guidance, data)
+
+
+BAD_WINDOWS = [(0, 1), (2, 2), (3, 2), (1, 5), (1.0, 2), (1, None), ([1], 2), (1, [2]), ("1", "2")]
+BAD_RAGGED = [([1, 2], [2]), ([1], [2]), ([0, 1], [1, 2]), ([1, 3], [2, 2]), ([1, 1], [2, 5]), ([1, 1], [2, 2.0])]
+
+
+@pytest.mark.parametrize("backend", PARTS)
+@pytest.mark.parametrize("window", [*BAD_WINDOWS, *BAD_RAGGED], ids=repr)
+def test_a_window_outside_the_sequence_is_refused(backend: str, window: tuple[Any, Any]) -> None:
+    model = random_model(img_size=4)
+    engine = engine_of(model, 0, backend)
+    state = engine.begin(random_latents(model, 2), Condition())
+    with pytest.raises(ArgumentError, match=r"^start, stop: expected integers with 1 <= start < stop <= 4"):
+        engine.fixed_point(state, *window)
+    assert torch.equal(state.x, state.z)
+
+
+@pytest.mark.parametrize("backend", PARTS)
+@pytest.mark.parametrize("part", [(0, 1), (3, 2), (1, 5), (5, 5), (1.0, 2), ([1, 1], [2, 2])], ids=repr)
+def test_a_part_outside_the_sequence_is_refused(backend: str, part: tuple[Any, Any]) -> None:
+    model = random_model(img_size=4)
+    engine = engine_of(model, 0, backend)
+    state = engine.begin(random_latents(model, 2), Condition())
+    with pytest.raises(ArgumentError, match=r"^start, stop: expected integers with 1 <= start <= stop <= 4"):
+        engine.reverse(state, None, *part)
+    assert torch.equal(state.x, state.z)
+
+
+# A window for each sample
+
+
+@pytest.mark.parametrize("backend", PARTS)
+def test_an_engine_says_whether_it_takes_a_window_for_each_sample(backend: str) -> None:
+    model = random_model(img_size=4)
+    engine = engine_of(model, 0, backend)
+    state = engine.begin(random_latents(model, 2), Condition())
+    assert engine.ragged == (backend in RAGGED)
+    if engine.ragged:
+        engine.fixed_point(state, [1, 1], [3, 2])
+    else:
+        with pytest.raises(ArgumentError, match=r"^start, stop: expected integers .*, got \(\[1, 1\], \[3, 2\]\)"):
+            engine.fixed_point(state, [1, 1], [3, 2])
+
+
+@pytest.mark.parametrize("backend", RAGGED)
+@pytest.mark.parametrize("nvp", [True, False])
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED, Guidance(2.0, "a")], ids=repr)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_windows_of_samples_are_those_of_each_alone(
+    backend: str, nvp: bool, guidance: Guidance, data: st.DataObject
+) -> None:
+    """Several passes; what a pass is not to look at is NaN: the cache at first, and tokens outside of its windows."""
+    model = random_model(11, torch.float64, num_classes=2, img_size=6, layers_per_block=2, head_dim=32, nvp=nvp)
+    B, T = 3, model.config.num_patches
+    labels, z = torch.tensor([1, -1, 0]), random_latents(model, B, seed=data.draw(st.integers(0, 9)))
+    engine = engine_of(model, 0, backend, torch.float64)
+    state = engine.begin(z, Condition(labels, guidance))
+    alone = [engine.begin(z[b : b + 1], Condition(labels[b : b + 1], guidance)) for b in range(B)]
+    for each in (state, *alone):
+        each.cache.keys_values.fill_(torch.nan)
+    starts = [1] * B
+    for _ in range(data.draw(st.integers(1, 4))):
+        starts = [data.draw(st.integers(1, start)) for start in starts]
+        stops = [data.draw(st.integers(start, T)) for start in starts]
+        x, log_det = state.x.clone(), state.token_log_det.clone()
+        token = torch.arange(T)
+        inside = torch.stack([(token >= a) & (token < b) for a, b in zip(starts, stops, strict=True)])
+        read = torch.stack([(token >= a - 1) & (token < b) for a, b in zip(starts, stops, strict=True)])
+        state.x[~read] = torch.nan
+        moved = engine.fixed_point(state, starts, stops)
+        assert state.x[~read].isnan().all()
+        state.x[~read] = x[~read]
+        assert torch.equal(state.x[~inside], x[~inside])
+        assert torch.equal(state.token_log_det[~inside], log_det[~inside])
+        widest = max(stop - start for start, stop in zip(starts, stops, strict=True))
+        assert moved.change.shape == moved.residual.shape == (B, widest)
+        for b, (each, start, stop) in enumerate(zip(alone, starts, stops, strict=True)):
+            width = stop - start
+            assert not torch.stack(moved)[:, b, width:].any()
+            if width == 0:
+                continue
+            wanted = engine.fixed_point(each, start, stop)
+            assert_close(moved.change[b, :width], wanted.change[0], SAME_F64)
+            assert_close(moved.residual[b, :width], wanted.residual[0], SAME_F64)
+            assert_close(state.x[b], each.x[0], SAME_F64)
+            assert_close(state.token_log_det[b], each.token_log_det[0], SAME_F64)
+        starts = [max(start, stop) for start, stop in zip(starts, stops, strict=True)]  # as far as the cache goes
+
+
+@pytest.mark.parametrize("backend", RAGGED)
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e38])
+@pytest.mark.parametrize(
+    ("starts", "stops"),
+    [([2, 1, 3], [9, 9, 5]), ([3, 9, 9], [9, 9, 9]), ([2, 7, 9], [8, 8, 9]), ([5, 6, 7], [6, 7, 8])],
+    ids=str,
+)
+def test_what_is_not_finite_stays_with_its_sample(
+    backend: str, guidance: Guidance, bad: float, starts: list[int], stops: list[int]
+) -> None:
+    """And with the tokens after it, in a window of one sample or of one token as well."""
+    model = random_model(11, num_classes=2, img_size=6)
+    condition = Condition(torch.tensor([1, -1, 0]), guidance)
+    z = random_latents(model, 3)
+    engine = engine_of(model, 0, backend)
+    wanted, spoilt = (poisoned(engine, z, condition) for _ in range(2))
+    for state in (wanted, spoilt):
+        engine.reverse(state, stop=max(starts))
+        state.x[:, 1:] = torch.where(state.x[:, 1:].isnan(), z[:, 1:], state.x[:, 1:])
+    spoilt.x[0, 4] = bad
+    for state in (wanted, spoilt):
+        moved = engine.fixed_point(state, starts, stops)
+    assert torch.equal(spoilt.x[1:], wanted.x[1:])
+    assert torch.equal(spoilt.token_log_det[1:, : max(starts)], wanted.token_log_det[1:, : max(starts)])
+    assert torch.isfinite(torch.stack(moved)[:, 1:]).all()
+    assert torch.equal(spoilt.x[0, :4], wanted.x[0, :4])
+    if starts[0] < 5:
+        assert torch.equal(spoilt.x[0, 4], wanted.x[0, 4])
+    after = spoilt.x[0, max(5, starts[0]) : stops[0]]  # of the tokens of the window, those that see it
+    assert not torch.equal(after, wanted.x[0, max(5, starts[0]) : stops[0]])
+    assert bad == 1e38 or after.isnan().all()
+
+
+@pytest.mark.parametrize("backend", RAGGED)
+def test_no_window_for_any_sample_is_no_pass(backend: str) -> None:
+    model = random_model(img_size=4)
+    engine = engine_of(model, 0, backend)
+    state = engine.begin(random_latents(model, 2), Condition())
+    moved = engine.fixed_point(state, [1, 4], [1, 4])
+    assert moved.change.shape == moved.residual.shape == (2, 0)
+    assert torch.equal(state.x, state.z)
+
+
+# Laws of every pass
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e38])
@@ -205,6 +394,7 @@ def test_a_token_depends_on_the_tokens_before_it_alone(backend: str, guidance: G
     assert torch.equal(spoilt.x[0, :5], wanted.x[0, :5])
     assert torch.equal(spoilt.x[1], wanted.x[1])
     assert not torch.equal(spoilt.x[0, 5:], wanted.x[0, 5:])
+    assert bad == 1e38 or spoilt.x[0, 5:].isnan().all()
     spoilt.x[0, 4:] = wanted.x[0, 4:]
     for state in (wanted, spoilt):  # the cache behind the window is still spoilt
         engine.fixed_point(state, 2, 4)
@@ -240,6 +430,11 @@ def test_compiled_step_equals_eager(guidance: Guidance) -> None:
         states = [engine.begin(z, condition) for z in latents]
         for state in states:
             engine.reverse(state)
+        for state in states:  # from token 3 on once more, after a pass that left NaN in the cache behind it
+            state.x[:, 6] = torch.nan
+            engine.fixed_point(state, 1, model.config.num_patches)
+            assert state.x[:, 7:].isnan().all()
+            engine.reverse(state, start=3)
         passes.append(states)
     for eager, compiled in zip(*passes, strict=True):
         assert_close(compiled.x, eager.x, GOLDEN)
