@@ -114,7 +114,9 @@ def test_costs_are_measured_once_for_a_size_of_batch(monkeypatch: pytest.MonkeyP
         return Costs(float(len(sizes)))
 
     monkeypatch.setattr(auto, "measure", counted)
-    states = [engine.begin(random_latents(model, n), Condition(guidance=g)) for n in (2, 3) for g in (GUIDED, None) if g]
+    states = [
+        engine.begin(random_latents(model, n), Condition(guidance=g)) for n in (2, 3) for g in (GUIDED, None) if g
+    ]
     states += [engine.begin(random_latents(model, 2), Condition())]
     assert [table.of(engine, state).token for state in states * 2] == [1.0, 2.0, 3.0] * 2
     assert sizes == [2, 3, 2]
@@ -204,7 +206,9 @@ def test_whatever_it_chooses_the_result_is_the_sequential_one(
 ) -> None:
     """With tol = 0; windows that are given up half way too."""
     size, batch = data.draw(st.sampled_from([2, 4, 6, 8])), data.draw(st.integers(1, 4))
-    model = louder(random_model(data.draw(st.integers(0, 99)), dtype, img_size=size), data.draw(st.sampled_from([0.5, 1.5])))
+    model = louder(
+        random_model(data.draw(st.integers(0, 99)), dtype, img_size=size), data.draw(st.sampled_from([0.5, 1.5]))
+    )
     engine, T = engine_of(model, backend, dtype), model.config.num_patches
     condition = Condition(None, GUIDED) if data.draw(st.booleans()) else Condition()
     solver = Auto(0.0, Pace(T, {}, {}), table(1.0, data.draw(st.floats(0.2, 4)), T))

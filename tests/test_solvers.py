@@ -137,6 +137,52 @@ class Overflowing:
         return moved._replace(change=moved.change.masked_fill(off, torch.inf))
 
 
+class Rectangular:
+    """An engine that takes one window for all samples."""
+
+    ragged = False
+
+    def __init__(self, inner: BlockEngine):
+        self.inner = inner
+        self.begin, self.reverse = inner.begin, inner.reverse
+        self.evaluated = 0
+
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> object:
+        assert 1 <= start < stop <= state.x.shape[1]
+        self.evaluated += state.x.shape[0] * (stop - start)
+        return self.inner.fixed_point(state, start, stop)
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+@settings(max_examples=20)
+@given(data=st.data())
+def test_a_batch_is_solved_as_its_samples_are_alone(ragged: bool, data: st.DataObject) -> None:
+    """The same tokens at the same tolerance, in as many passes as the slowest takes; a ragged engine evaluates no more
+    than for the samples one by one, another one no more than a window from the hindmost to the foremost."""
+    batch = data.draw(st.integers(1, 5))
+    model = louder(
+        random_model(data.draw(st.integers(0, 99)), torch.float64, img_size=10), data.draw(st.floats(0.2, 2))
+    )
+    inner, z, T = engine_of(model), random_latents(model, batch), model.config.num_patches
+    z *= torch.rand(batch, 1, 1)  # samples that are easier than others
+    window, tol = data.draw(st.integers(1, T)), data.draw(st.sampled_from([1e-2, 1e-4]))
+    engine = inner if ragged else Rectangular(inner)
+    state = engine.begin(z, Condition())
+    solution = adaptive(engine, state, tol=tol, window=window)
+    singles = [inner.begin(row[None], Condition()) for row in z]
+    alone = [adaptive(inner, single, tol=tol, window=window) for single in singles]
+    assert_close(state.x, torch.cat([single.x for single in singles]), INVERSE_F64)
+    assert_close(state.token_log_det, torch.cat([single.token_log_det for single in singles]), INVERSE_F64)
+    assert_close(solution.residual, torch.cat([each.residual for each in alone]), INVERSE_F64)
+    assert solution.passes == max(each.passes for each in alone)
+    least = sum(each.evaluations for each in alone)
+    if ragged:
+        assert solution.evaluations == least
+    else:
+        assert solution.evaluations == engine.evaluated >= least
+        assert solution.evaluations <= batch * solution.passes * (T - 1)
+
+
 def test_a_diverging_sample_neither_delays_nor_alters_another() -> None:
     model = random_model(5, torch.float64, img_size=12)
     engine, z = engine_of(model), random_latents(model, 3)

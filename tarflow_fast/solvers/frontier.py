@@ -51,7 +51,6 @@ class Frontier:
         self.evaluations = 0
         self.residual = x.new_zeros(B)
         self._guess = torch.where(torch.isfinite(x), x, 0)
-        self._final = torch.full((B, 1), start, device=x.device)  # `reached`, on the device
         x[:, start:] = self._guess[:, start:]
 
     @property
@@ -61,56 +60,54 @@ class Frontier:
     def advance(self, window: int) -> None:
         """A pass over so many tokens of each sample at most, with one small read from the device.
 
-        Samples have windows of their own, and those that are done take no part, if the engine is ragged; else every
-        window reaches from the hindmost sample's frontier to the foremost end.
+        Samples have windows of their own, and those that are done take no part. If the engine is not ragged it
+        evaluates all tokens that any of them has, and what it gives for others is not used: a sample's result does not
+        depend on its batch mates.
         """
-        x, ragged = self.state.x, self.engine.ragged
+        x = self.state.x
         B, T, _ = x.shape
-        starts, stops = self.reached, [min(start + window, T) for start in self.reached]
-        if not ragged:
-            starts, stops = [min(starts)] * B, [max(stops)] * B
+        fronts, ends = self.reached, [min(front + window, T) for front in self.reached]
+        one = self.engine.ragged or B == 1
+        last = max(end for front, end in zip(fronts, ends, strict=True) if front < T)
+        starts, stops = (fronts, ends) if one else ([min(fronts)] * B, [last] * B)
         at = _tokens(starts, stops, x.device)
         before = x[at].clone()
-        if ragged and B > 1:
+        if self.engine.ragged and B > 1:
             moved = self.engine.fixed_point(self.state, starts, stops)
         else:
             moved = self.engine.fixed_point(self.state, starts[0], stops[0])
         self.evaluations += sum(stops) - sum(starts)
 
-        still = moved.change <= self.tol  # (B, W)
-        if not ragged and B > 1:
-            final = torch.arange(starts[0], stops[0], device=x.device) < self._final
-            still |= final
-            moved.residual.masked_fill_(final, 0)
+        still, residual, stays = moved.change <= self.tol, moved.residual, None  # (B, W)
+        if not one:
+            front, end = torch.tensor([fronts, ends], device=x.device).unsqueeze(-1)
+            token = torch.arange(starts[0], stops[0], device=x.device)
+            final, beyond = token < front, token >= end
+            still, residual, stays = (still & ~beyond) | final, residual.masked_fill(final, 0), beyond
         still = still.cumprod(1).bool()
-        x[at] = torch.where(still.unsqueeze(-1), before, x[at])
-        self.residual = torch.maximum(self.residual, torch.where(still, moved.residual, 0).amax(1))
-        kept = still.sum(1)
-        if not ragged and B > 1:
-            self._final = torch.maximum(self._final, (kept.unsqueeze(1) + starts[0] + 1).clamp(max=stops[0]))
+        x[at] = torch.where((still if stays is None else still | stays).unsqueeze(-1), before, x[at])
+        self.residual = torch.maximum(self.residual, torch.where(still, residual, 0).amax(1))
+        flags = torch.isfinite(moved.change).all().long().view(1)
+        *counts, finite = torch.cat([still.sum(1), flags]).tolist()
 
-        *counts, finite = torch.cat([kept, torch.isfinite(moved.change).all().long().view(1)]).tolist()
-        first = [min(start + n, stop) for start, stop, n in zip(starts, stops, counts, strict=True)]
-        failed = [False] * B if finite else self._mend(first, stops)
+        # The token that was given its new value, or the end of the window if all were kept.
+        first = [min(start + n, end) for start, n, end in zip(starts, counts, ends, strict=True)]
+        failed = [False] * B if finite else self._mend(first, ends)
         self.reached = [
-            T if bad else max(reached, min(token + 1, stop))
-            for reached, token, stop, bad in zip(self.reached, first, stops, failed, strict=True)
+            T if bad else max(front, min(token + 1, end))
+            for front, token, end, bad in zip(fronts, first, ends, failed, strict=True)
         ]
 
-    def _mend(self, first: list[int], stops: list[int]) -> list[bool]:
-        """Put the guesses that were started from where tokens after `first` overflowed. Returns which samples failed.
-
-        first: the token of each sample that was given its new value, its entry in `stops` if all were kept.
-        """
+    def _mend(self, first: list[int], ends: list[int]) -> list[bool]:
+        """Put the guesses that were started from where tokens after `first` overflowed. Returns which samples failed."""
         x = self.state.x
         T = x.shape[1]
-        new, stop = torch.tensor([first, stops], device=x.device).unsqueeze(-1)
+        new, end = torch.tensor([first, ends], device=x.device).unsqueeze(-1)
         later = torch.arange(T, device=x.device) > new
         finite = torch.isfinite(x).all(-1)
-        failed = (new < stop) & ~finite.gather(1, new.clamp(max=T - 1))
+        failed = (new < end) & ~finite.gather(1, new.clamp(max=T - 1))
         x.copy_(torch.where((later & ~finite).unsqueeze(-1), self._guess, x))
         x.masked_fill_((later & failed).unsqueeze(-1), torch.nan)
-        self._final.masked_fill_(failed, T)
         failures: list[bool] = failed.squeeze(1).tolist()
         return failures
 
