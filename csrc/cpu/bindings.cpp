@@ -43,14 +43,15 @@ Engine make(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_di
   return Engine({channels, head_dim, tokens, token_dim, layers, affine}, source, bf16, kernels_named(instruction_set));
 }
 
-// Runs without the GIL. A signal's handler, and progress, run on this thread about every 50 ms; what they raise ends the
-// pass and is raised here.
-void run(const Engine& engine, Address z, Address input, Address x, Address token_log_det, Address change, Address residual,
-         Address keys_values, Address embedding, Address guidance, bool guide_a, bool guide_b, float unguided_scale,
-         int64_t samples, int64_t start, int64_t stop, bool sequential, int threads, const py::object& progress) {
-  const Batch batch{at<const float>(z), at<const float>(input), at<float>(x), at<float>(token_log_det),
-                    at<float>(change), at<float>(residual), start, stop - start, at<void>(keys_values), at<const float>(embedding),
-                    at<const float>(guidance), guide_a, guide_b, unguided_scale, samples};
+// start, stop: the window of each sample. Runs without the GIL. A signal's handler, and progress, run on this thread
+// about every 50 ms; what they raise ends the pass and is raised here.
+void run(const Engine& engine, Address z, Address x, Address token_log_det, const std::vector<int64_t>& start,
+         const std::vector<int64_t>& stop, Address change, Address residual, int64_t widest, Address keys_values,
+         Address embedding, Address guidance, bool guide_a, bool guide_b, float unguided_scale, bool sequential,
+         int threads, const py::object& progress) {
+  const Batch batch{at<const float>(z), at<float>(x), at<float>(token_log_det), start.data(), stop.data(),
+                    at<float>(change), at<float>(residual), widest, at<void>(keys_values), at<const float>(embedding),
+                    at<const float>(guidance), guide_a, guide_b, unguided_scale, static_cast<int64_t>(start.size())};
   std::exception_ptr raised;
   const auto hook = [&](int64_t steps) {
     const py::gil_scoped_acquire acquire;
@@ -65,7 +66,7 @@ void run(const Engine& engine, Address z, Address input, Address x, Address toke
   };
   {
     const py::gil_scoped_release release;
-    engine.run(batch, start, stop, sequential, threads, hook);
+    engine.run(batch, sequential, threads, hook);
   }
   if (raised) std::rethrow_exception(raised);
 }

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <new>
 #include <utility>
@@ -40,6 +41,50 @@ struct Share {
 
 // Part i of n in as many.
 Share part(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts - n * i / parts}; }
+
+// The rows of a pass, sample after sample. One token after the other: a row for each sample, which goes ahead through
+// its window in as many steps. All at once: a row for each token, with a copy of what it reads, as x is written
+// meanwhile.
+struct Plan {
+  Plan(const Block& b, const Batch& batch, bool sequential) : steps(sequential ? batch.stop[0] - batch.start[0] : 1) {
+    for (int64_t sample = 0; sample < batch.samples; sample++) {
+      const int64_t start = batch.start[sample], stop = sequential ? start + 1 : batch.stop[sample];
+      for (int64_t token = start - 1; token < stop - 1; token++)
+        rows.push_back({sample, token, batch.x + (sample * b.tokens + token) * b.token_dim});
+      first.push_back(count());
+    }
+    if (sequential) return;
+    copies = allocate(count() * b.token_dim * sizeof(float));
+    float* to = static_cast<float*>(copies.get());
+    for (Row& row : rows) {
+      std::memcpy(to, row.input, b.token_dim * sizeof(float));
+      row.input = std::exchange(to, to + b.token_dim);
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(rows.size()); }
+
+  // Part i of n: about as many rows as any other. A sample is never divided, since its tokens depend on one another.
+  Share part(int64_t i, int64_t n) const {
+    const auto begin = [&](int64_t at) {
+      const int64_t ideal = count() * at / n;
+      const auto above = std::lower_bound(first.begin(), first.end(), ideal);
+      return above != first.begin() && ideal - above[-1] < *above - ideal ? above[-1] : *above;
+    };
+    return {begin(i), begin(i + 1) - begin(i)};
+  }
+
+  int64_t largest_part(int64_t n) const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < n; i++) most = std::max(most, part(i, n).count);
+    return most;
+  }
+
+  const int64_t steps;
+  std::vector<Row> rows;
+  std::vector<int64_t> first{0};  // row of each sample, and the end
+  Memory copies;
+};
 
 // Threads that work on the same rows, and their scratch.
 struct Team {
@@ -123,9 +168,9 @@ int64_t Engine::cache_elements() const {
   return block_.layers * block_.heads * 2 * block_.key_tokens * block_.head_dim;
 }
 
-bool Engine::run(const Batch& batch, int64_t start, int64_t stop, bool sequential, int threads, const Hook& hook) const {
-  const int64_t branches = batch.guidance ? 2 : 1, positions = stop - start;
-  const int64_t rows = batch.samples * branches * (sequential ? 1 : positions);
+bool Engine::run(const Batch& batch, bool sequential, int threads, const Hook& hook) const {
+  const Plan plan(block_, batch, sequential);
+  const int64_t branches = batch.guidance ? 2 : 1, steps = plan.steps;
   // Where the weights fit in the cache but the keys and values do not, fewer rows go through all tokens at a time.
   static const int64_t cache = last_level_cache() * 2 / 5;  // at the end of a pass a row has twice the average, and
                                                             // cores that share the cache want some of it
@@ -135,22 +180,27 @@ bool Engine::run(const Batch& batch, int64_t start, int64_t stop, bool sequentia
   if (sequential && weights < cache)
     most_rows = std::clamp((cache - weights) / std::max<int64_t>(row_bytes, 1), LEAST_ROWS, GROUP_ROWS);
 
-  // As many teams as divide the threads and the samples and still have TEAM_ROWS rows each.
+  // As many teams as divide the threads and still have TEAM_ROWS rows each, none more than a third above its share.
   const auto suits = [&](int64_t n) {
-    return threads % n == 0 && n <= batch.samples && std::min(rows, most_rows) / n >= TEAM_ROWS;
+    return threads % n == 0 && std::min(plan.count() * branches, most_rows) / n >= TEAM_ROWS &&
+           plan.largest_part(n) * n * 3 <= plan.count() * 4;
   };
   int64_t teams = threads;
   while (teams > 1 && !suits(teams)) teams--;
-  const int64_t most_samples = std::max<int64_t>(most_rows / teams / branches, 1);
+  const int64_t most = std::max<int64_t>(most_rows / teams / branches, 1);
   std::vector<std::unique_ptr<Team>> team;
-  std::vector<int64_t> groups(teams), width(teams);
+  std::vector<int64_t> groups(teams);
   for (int64_t i = 0; i < teams; i++) {
-    const int64_t samples = part(batch.samples, i, teams).count;
-    groups[i] = (samples + most_samples - 1) / most_samples;
-    const int64_t largest = (samples + groups[i] - 1) / groups[i];
-    width[i] = sequential ? 1 : std::clamp<int64_t>(most_rows / teams / (largest * branches), 1, positions);
-    team.push_back(std::make_unique<Team>(block_, largest * branches * width[i], threads / teams));
+    const int64_t count = plan.part(i, teams).count;
+    groups[i] = (count + most - 1) / most;
+    const int64_t largest = (count + groups[i] - 1) / std::max<int64_t>(groups[i], 1);
+    team.push_back(std::make_unique<Team>(block_, largest * branches, threads / teams));
   }
+  if (batch.change)  // no row writes beyond the end of its sample's window
+    for (int64_t sample = 0; sample < batch.samples; sample++)
+      for (float* moved : {batch.change, batch.residual})
+        std::fill(moved + sample * batch.widest + batch.stop[sample] - batch.start[sample],
+                  moved + (sample + 1) * batch.widest, 0.0f);
 
   std::atomic<bool> stopped{false};
   auto last = std::chrono::steady_clock::now();
@@ -167,15 +217,15 @@ bool Engine::run(const Batch& batch, int64_t start, int64_t stop, bool sequentia
     const int64_t t = thread / (threads / teams);
     Team& mine = *team[t];
     const Worker& worker = mine.workers[thread % (threads / teams)];
-    const Share samples = part(batch.samples, t, teams);
+    const Share all = plan.part(t, teams);
     unsigned parity = 0;
     for (int64_t group = 0; group < groups[t]; group++) {
-      const Share some = part(samples.count, group, groups[t]);
-      for (int64_t token = start - 1; token < stop - 1; token += width[t], parity ^= 1) {
+      const Share some = part(all.count, group, groups[t]);
+      const Row* row = plan.rows.data() + all.first + some.first;
+      for (int64_t step = 0; step < steps; step++, parity ^= 1) {
         if (worker.rank == 0) mine.stop[parity].store(stopped.load(std::memory_order_relaxed));
-        step_(block_, batch, worker, samples.first + some.first, some.count, token,
-              std::min(width[t], stop - 1 - token));
-        if (thread == 0) attend_to_caller((group * positions + token + 2 - start) / groups[t]);
+        step_(block_, batch, worker, row, some.count, step);
+        if (thread == 0) attend_to_caller((group * steps + step + 1) / groups[t]);
         if (mine.stop[parity].load()) return;
       }
     }
@@ -184,7 +234,7 @@ bool Engine::run(const Batch& batch, int64_t start, int64_t stop, bool sequentia
     attend_to_caller(reported);
     return !stopped;
   });
-  if (!stopped && reported < positions) stopped = !hook(positions - reported);
+  if (!stopped && reported < steps) stopped = !hook(steps - reported);
   return !stopped;
 }
 

@@ -39,15 +39,16 @@ void prefer_huge_pages(void* memory, size_t bytes);
 
 class Engine {
  public:
-  // steps: how many more tokens of the pass are done. Returns whether to go on. Called on the calling thread only, at
-  // most every 50 ms.
+  // steps: how many more tokens of a sequential pass are done; a parallel one is one step. Returns
+  // whether to go on. Called on the calling thread only, at most every 50 ms.
   using Hook = std::function<bool(int64_t steps)>;
 
   Engine(const Sizes& sizes, const Source& source, bool bf16, const Kernels& kernels);
 
-  // Makes tokens [start, stop) of x: one after the other, or all from batch.input, which x must not be then.
-  // Returns false if the hook ended it. Any number of calls may run at once, on different batches.
-  bool run(const Batch& batch, int64_t start, int64_t stop, bool sequential, int threads, const Hook& hook) const;
+  // Makes the tokens of the batch's windows, one at least: one after the other, where the windows are all the same, or
+  // all from the tokens as they are. Returns false if the hook ended it. Any number of calls may run at once, on
+  // different batches.
+  bool run(const Batch& batch, bool sequential, int threads, const Hook& hook) const;
 
   int64_t cache_elements() const;  // per cache row: keys and values of all layers, in the weights' dtype
   int64_t channel_stride() const { return block_.channel_stride; }

@@ -41,12 +41,13 @@ struct Block {
 // A batch of B samples; cache rows R = B, or 2B when guided: conditional rows first.
 struct Batch {
   const float* z;          // (B, T, D)
-  const float* input;      // (B, T, D), the tokens that are read: x itself in the sequential pass
-  float* x;                // (B, T, D), the tokens that are written
+  float* x;                // (B, T, D)
   float* token_log_det;    // (B, T)
-  float* change;           // (B, change_tokens) or null: largest change of each token from change_start on,
+  const int64_t* start;    // (B,): the pass makes tokens [start[b], stop[b]) of sample b
+  const int64_t* stop;     // (B,)
+  float* change;           // (B, widest window) or null: largest change of each token of the window, 0 beyond it,
   float* residual;         // and the largest |forward(old x) − z|
-  int64_t change_start, change_tokens;
+  int64_t widest;
   void* keys_values;       // [layer][R][head][K | V]; fp32: K [key_tokens/VW][d][VW], V [token][d];
                            // bf16: K [key_tokens/VW][d/2][VW][2], V [token/2][d][2]
   const float* embedding;  // (R, channel_stride) or null
@@ -54,6 +55,12 @@ struct Batch {
   bool guide_a, guide_b;
   float unguided_scale;    // 1 / attn_temp
   int64_t samples;
+};
+
+// What a row of activations is evaluated for: a token of a sample. Its input (D) is x's own, or a copy of it.
+struct Row {
+  int64_t sample, token;
+  const float* input;
 };
 
 // One thread of a team, and the team's scratch. A team works on the same rows: it divides columns and heads.
@@ -64,10 +71,9 @@ struct Worker {
   float *normed, *gathered, *scratch;               // its own
 };
 
-// Evaluates the transformer on tokens [token, token + width) of the samples [first, first + count), writes their keys
-// and values, and makes tokens [token + 1, token + width + 1) of x.
-using Step = void (*)(const Block&, const Batch&, const Worker&, int64_t first, int64_t count, int64_t token,
-                      int64_t width);
+// Evaluates the transformer on `count` rows, each `ahead` tokens further on than it says, writes their keys and values,
+// and makes the tokens of x that follow theirs. A row sees the rows of its sample with earlier tokens.
+using Step = void (*)(const Block&, const Batch&, const Worker&, const Row*, int64_t count, int64_t ahead);
 
 struct Kernels {
   const char* name;

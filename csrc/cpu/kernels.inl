@@ -45,21 +45,18 @@ void normalise(const float* h, int64_t n, A* out) {
   if (whole < n) store(out + whole, in_tail ? (load(h + whole) - mean) * scale : vf{});
 }
 
-// What `step` works on: local row r = (branch · count + sample) · width + position.
+// What `step` works on: row r < count is the conditional branch of row[r], and count + r the other branch.
 struct Rows {
   const Block& block;
   const Batch& batch;
   const Worker& worker;
-  int64_t first, count, token, width;
+  const Row* row;
+  int64_t count, ahead;
 
   int64_t branches() const { return batch.guidance ? 2 : 1; }
-  int64_t samples() const { return count * width; }
-  int64_t all() const { return samples() * branches(); }
-  int64_t cache_row(int64_t r) const {
-    const int64_t branch = r / samples(), sample = r % samples() / width;
-    return branch * batch.samples + first + sample;
-  }
-  int64_t position(int64_t r) const { return token + r % width; }
+  int64_t all() const { return count * branches(); }
+  int64_t cache_row(int64_t r) const { return r < count ? row[r].sample : batch.samples + row[r - count].sample; }
+  int64_t position(int64_t r) const { return row[r < count ? r : r - count].token + ahead; }
   void meet() const {
     if (worker.size > 1) wait_at(worker.barrier);
   }
@@ -79,15 +76,15 @@ void embed(const Rows& rows) {
   const Block& b = rows.block;
   const Batch& batch = rows.batch;
   const Worker& w = rows.worker;
-  for (int64_t r = 0; r < rows.samples(); r++) {
-    const float* x = batch.input + ((rows.first + r / rows.width) * b.tokens + rows.position(r)) * b.token_dim;
+  for (int64_t r = 0; r < rows.count; r++) {
+    const float* x = rows.row[r].input + rows.ahead * b.token_dim;
     __builtin_memcpy(w.gathered + r * b.in_stride, x, b.token_dim * sizeof(float));
   }
-  product<F32>(b.in, w.gathered, b.in_stride, rows.samples(), w,
+  product<F32>(b.in, w.gathered, b.in_stride, rows.count, w,
                [&](int64_t row, int64_t n, int64_t column, int64_t columns, const float* y) {
     for (int64_t branch = 0; branch < rows.branches(); branch++)
       for (int64_t i = 0; i < n; i++) {
-        const int64_t r = branch * rows.samples() + row + i;
+        const int64_t r = branch * rows.count + row + i;
         const float* position = b.position + rows.position(r) * b.channel_stride;
         const float* label = batch.embedding ? batch.embedding + rows.cache_row(r) * b.channel_stride : nullptr;
         for (int64_t c = column, j = i * columns; c < column + columns; c += VW, j += VW) {
@@ -159,7 +156,7 @@ void attention(const Rows& rows, int64_t index) {
     const int64_t head = by_head ? begin + item % (end - begin) : (begin + item) % b.heads;
     const W* keys = keys_of<W>(rows, index, rows.cache_row(r), head);
     const int64_t offset = r * b.attention_stride + head * d;
-    const float scale = b.attention_scale * (r >= rows.samples() ? rows.batch.unguided_scale : 1.0f);
+    const float scale = b.attention_scale * (r >= rows.count ? rows.batch.unguided_scale : 1.0f);
     attend<M>(query + offset, keys, keys + b.key_tokens * d, d, rows.position(r) + 1, scale, w.scratch,
               attended + offset);
   }
@@ -215,10 +212,10 @@ void transform(const Rows& rows) {
   const Batch& batch = rows.batch;
   const Worker& w = rows.worker;
   const int64_t D = b.token_dim;
-  for (int64_t r = rows.samples() * w.rank / w.size; r < rows.samples() * (w.rank + 1) / w.size; r++) {
-    const int64_t sample = rows.first + r / rows.width, next = rows.position(r) + 1;
+  for (int64_t r = rows.count * w.rank / w.size; r < rows.count * (w.rank + 1) / w.size; r++) {
+    const int64_t sample = rows.row[r].sample, next = rows.position(r) + 1;
     const float* out = w.out + r * b.out_stride;
-    const float* unguided = out + rows.samples() * b.out_stride;
+    const float* unguided = out + rows.count * b.out_stride;
     const float g = batch.guidance ? batch.guidance[next - 1] : 0.0f;
     const int64_t shift = b.affine ? D : 0;
     float log_det = 0.0f, change = 0.0f, residual = 0.0f;
@@ -240,7 +237,7 @@ void transform(const Rows& rows) {
     }
     batch.token_log_det[sample * b.tokens + next] = log_det;
     if (batch.change) {
-      const int64_t at = sample * batch.change_tokens + next - batch.change_start;
+      const int64_t at = sample * batch.widest + next - batch.start[sample];
       batch.change[at] = change;
       batch.residual[at] = residual;
     }
@@ -248,9 +245,8 @@ void transform(const Rows& rows) {
 }
 
 template <class M>
-void step(const Block& block, const Batch& batch, const Worker& worker, int64_t first, int64_t count, int64_t token,
-          int64_t width) {
-  const Rows rows{block, batch, worker, first, count, token, width};
+void step(const Block& block, const Batch& batch, const Worker& worker, const Row* row, int64_t count, int64_t ahead) {
+  const Rows rows{block, batch, worker, row, count, ahead};
   embed(rows);
   rows.meet();
   for (int64_t i = 0; i < block.layers; i++) {

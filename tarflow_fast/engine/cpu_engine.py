@@ -6,7 +6,9 @@ is in the batch. Linear layers and the KV cache have the chosen dtype, the first
 
 from __future__ import annotations
 
+import operator
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from types import ModuleType
@@ -136,6 +138,7 @@ class CpuEngine:
         """Memory of the packed weights."""
         return int(self._native.packed_bytes)
 
+    ragged = True
     idle_bytes = 0
     setup_seconds = 0.0
 
@@ -173,26 +176,28 @@ class CpuEngine:
         row = self._native.cache_elements * self.dtype.itemsize + 16 * config.channels * 4
         return (2 if guided else 1) * row + 4 * config.num_patches * config.token_dim * 4
 
-    def reverse(self, state: BlockState, progress: Progress | None = None) -> None:
-        self._run(state, state.x, None, 1, state.x.shape[1], sequential=True, progress=progress)
+    def reverse(
+        self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
+    ) -> None:
+        B, T, _ = state.x.shape
+        stop = T if stop is None else stop
+        if not 1 <= start <= stop <= T:
+            raise ArgumentError("start, stop", f"1 <= start <= stop <= {T}", (start, stop))
+        self._run(state, [start] * B, [stop] * B, None, progress)
 
-    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
-        moved = Moved(*(state.x.new_empty(state.x.shape[0], stop - start) for _ in Moved._fields))
-        self._run(state, serial.copy(state.x), moved, start, stop, sequential=False, progress=None)
+    def fixed_point(self, state: BlockState, start: int | Sequence[int], stop: int | Sequence[int]) -> Moved:
+        B, T, _ = state.x.shape
+        starts, stops = _windows(start, stop, B, T)
+        widest = max(map(operator.sub, stops, starts), default=0)
+        moved = Moved(*(state.x.new_empty(B, widest) for _ in Moved._fields))
+        self._run(state, starts, stops, moved, None)
         return moved
 
     def _run(
-        self,
-        state: BlockState,
-        read: Tensor,
-        moved: Moved | None,
-        start: int,
-        stop: int,
-        *,
-        sequential: bool,
-        progress: Progress | None,
+        self, state: BlockState, starts: list[int], stops: list[int], moved: Moved | None, progress: Progress | None
     ) -> None:
-        """Tokens [start, stop) of state.x, one after the other or all at once from the tokens in `read`."""
+        """Tokens [starts[b], stops[b]) of state.x: all at once if `moved` is there to be filled, else one after the
+        other, with the same window for every sample."""
         cache, rule = state.cache, state.condition.guidance
         for name in ("z", "x", "token_log_det"):
             tensor = getattr(state, name)
@@ -200,25 +205,43 @@ class CpuEngine:
                 raise ArgumentError(
                     f"state.{name}", "a contiguous float32 tensor", f"{tensor.dtype}, {tensor.stride()}"
                 )
-        if stop <= start:  # a single token passes unchanged
+        if starts == stops:  # a single token passes unchanged
             return
         self._native.run(
             state.z.data_ptr(),
-            read.data_ptr(),
             state.x.data_ptr(),
             state.token_log_det.data_ptr(),
+            starts,
+            stops,
             0 if moved is None else moved.change.data_ptr(),
             0 if moved is None else moved.residual.data_ptr(),
+            0 if moved is None else moved.change.shape[1],
             cache.keys_values.data_ptr(),
             0 if cache.embedding is None else cache.embedding.data_ptr(),
             0 if cache.guidance is None else cache.guidance.data_ptr(),
             "a" in rule.what,
             "b" in rule.what,
             1 / rule.attn_temp,
-            state.x.shape[0],
-            start,
-            stop,
-            sequential,
+            moved is None,
             self.threads or torch.get_num_threads(),
             progress,
         )
+
+
+def _windows(
+    start: int | Sequence[int], stop: int | Sequence[int], batch: int, tokens: int
+) -> tuple[list[int], list[int]]:
+    """The windows of B samples, from one for all or one for each. Raises ArgumentError."""
+    if isinstance(start, int) and isinstance(stop, int):
+        if not 1 <= start < stop <= tokens:
+            raise ArgumentError("start, stop", f"1 <= start < stop <= {tokens}", (start, stop))
+        return [start] * batch, [stop] * batch
+    if isinstance(start, int) or isinstance(stop, int):
+        raise ArgumentError("start, stop", f"two ints, or {batch} starts and {batch} stops", (start, stop))
+    starts, stops = list(start), list(stop)
+    if not len(starts) == len(stops) == batch:
+        raise ArgumentError("start, stop", f"{batch} starts and {batch} stops", f"{len(starts)} and {len(stops)}")
+    for b, window in enumerate(zip(starts, stops, strict=True)):
+        if not 1 <= window[0] <= window[1] <= tokens:
+            raise ArgumentError("start, stop", f"1 <= start <= stop <= {tokens}", f"{window} for sample {b}")
+    return starts, stops
