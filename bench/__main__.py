@@ -8,6 +8,7 @@ import click
 
 from tarflow_fast import TarFlowError
 
+from .auto import auto_command
 from .cpu import cpu_command
 from .gpu import gpu_command
 from .kernels import kernels_command
@@ -49,11 +50,20 @@ def main() -> None:
       python -m bench peers --ml-tarflow ../ml-tarflow --config small --batch 1 --repeat 9
       python -m bench gpu --ml-tarflow ../ml-tarflow
       python -m bench solver --batch 16
+      python -m bench auto --batch 16
       python -m bench show bench/results/NAME.json
     """
 
 
-for command in (peers_command, cpu_command, gpu_command, kernels_command, solver_command, show_command):
+for command in (
+    peers_command,
+    cpu_command,
+    gpu_command,
+    kernels_command,
+    solver_command,
+    auto_command,
+    show_command,
+):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .auto_plot import dots
 from .columns import short
 from .record import Record, hardware
 from .solver_plot import curves
@@ -41,7 +42,8 @@ def _bars(axes: Axes, record: Record, colours: dict[str, str], part: str) -> Non
 
 def draw(record: Record, path: Path) -> None:
     """Write the picture as a PNG. Needs matplotlib."""
-    figure = curves(record, hardware(record)) if record["suite"] == "solver" else picture(record)
+    own = {"solver": curves, "auto": dots}.get(record["suite"])
+    figure = picture(record) if own is None else own(record, hardware(record))
     figure.savefig(path, dpi=130)
 
 

@@ -16,6 +16,13 @@ That of solvers has no limits, and "failures" as above; a cell, one block, has b
 |x| of the sequential result, and "jacobi_errors" (`solver_cells.jacobi_errors`). Its runs have what
 `solver_cells.examine` gives, adaptive's also "jacobi_evaluations", what all-Jacobi evaluates until its error is no
 larger. They are there if the check failed too, with no "seconds".
+
+That of auto has no limits, and "failures" as above; a cell, one batch, has besides "backend", "tokens", "costs" (of a
+token and of passes by width: as auto measured them, and measured again), "settling" {settled, runs: [{seconds, setup,
+windows}]} of auto, "first" (its first run / sequential's median), "left_out" and "not_run", [{name, reason}] of
+contestants, and "verdict" (`auto_cells.judge`), None if sequential or auto failed. Its runs have besides "passes",
+"evaluations" (for each image), "max_error" and "blocks" (`BlockReport`, by block); those too slow for the rounds have
+the seconds of their first runs and no "ratio". They are there if the check failed too.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .auto_table import auto_lines
 from .columns import aligned, short
 from .gpu_table import gpu_lines
 from .roofline import Work
@@ -113,6 +121,8 @@ def table(record: Record) -> str:
     machine = f"machine: {hardware(record)}, {record['machine']['os']}"
     if record["suite"] == "solver":
         return "\n".join([machine, *solver_lines(record)])
+    if record["suite"] == "auto":
+        return "\n".join([machine, *auto_lines(record)])
     labels = list([*record["cells"], *record.get("not_run", [])][0]["label"])
     head = [*labels, "run", "seconds", "p20-p80", "n", "faster", "GB/s", "GFLOP/s", "of limit", "max error"]
     lines = [head, *_rows(record)]
