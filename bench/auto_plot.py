@@ -19,7 +19,10 @@ STYLES = {  # colour and marker; windows are small grey points
 
 
 def dots(record: Record, hardware: str) -> Figure:
-    """A column of points for each cell, the time on a logarithmic scale, and a line where the rule is."""
+    """A column of points for each cell, the time on a logarithmic scale, and a line where the rule is.
+
+    Of auto what it is judged by, the median of the rounds' ratios, and a line from p20 to p80; of others their medians.
+    """
     from matplotlib.figure import Figure  # an optional dependency; a Figure without pyplot draws with Agg
 
     cells = record["cells"]
@@ -30,18 +33,21 @@ def dots(record: Record, hardware: str) -> Figure:
         if cell["verdict"] is None:
             axes.annotate("check\nfailed", (position, 1), ha="center", color="#b00020")
             continue
+        verdict = cell["verdict"]
         medians = {run["name"]: run["median"] for run in cell["runs"]}
-        best = medians[cell["verdict"]["best"]]
-        for name, median in medians.items():
+        heights = {name: median / medians[verdict["best"]] for name, median in medians.items()}
+        heights["auto"] = verdict["slower"]
+        for name, height in heights.items():
             colour, marker = STYLES.get(name, ("#c8c8c8", "."))
             (handles[name if name in STYLES else "a fixed window"],) = axes.plot(
-                position, median / best, marker, color=colour, zorder=3 if name in STYLES else 2
+                position, height, marker, color=colour, zorder=3 if name in STYLES else 2
             )
+        axes.vlines(position, 1 / verdict["ratio"]["p80"], 1 / verdict["ratio"]["p20"], color=STYLES["auto"][0])
     allowed = record["settings"]["allowed"]
     axes.axhline(1, color="#9a9a9a", linewidth=1, zorder=0)
     handles[f"allowed, {allowed:g}"] = axes.axhline(allowed, color="#b00020", linewidth=1, linestyle="--", zorder=1)
     axes.set_yscale("log")
-    axes.set_ylabel("median time over the best fixed choice's")
+    axes.set_ylabel("time over the best fixed choice's; line from p20 to p80")
     axes.set_xticks(
         range(len(cells)),
         ["\n".join(f"{column} {short(value)}" for column, value in cell["label"].items()) for cell in cells],
