@@ -14,6 +14,7 @@ from tarflow_fast.solvers import TOL, Auto, Costs, CostTable, adaptive, make_sol
 
 from . import timing
 from .auto_entrants import AUTO, BASELINE, PLANNED, Entrant, Problem
+from .cpu import DTYPES
 
 ALLOWED = 1.05  # of the best fixed choice's time
 HOPELESS = 2.0  # times the fastest fixed choice: not timed again, and not run if it takes so long at best
@@ -64,7 +65,7 @@ def try_windows(
             times = at_best / fastest
             not_run.append({"name": name, "reason": f"takes {times:.1f} times as long as the fastest at best"})
             continue
-        solver = functools.partial(adaptive, tol=TOL, window=window)
+        solver = functools.partial(adaptive, tol=TOL[DTYPES[auto.problem.dtype]], window=window)
         entrant = Entrant.fixed(name, auto, [solver] * auto.problem.model.config.num_blocks)
         tried.append(entrant)
         if entrant.run(wanted, allowed):
@@ -102,7 +103,7 @@ def measure(
     windows, not_run = try_windows(auto, baseline, again, wanted, allowed)
     entrants = [baseline, *windows, auto]
     if plan is not None:
-        solvers = make_solvers("auto", None, plan, blocks=blocks, tokens=problem.tokens)
+        solvers = make_solvers("auto", None, plan, dtype=DTYPES[problem.dtype], blocks=blocks, tokens=problem.tokens)
         entrants.append(Entrant.fixed(PLANNED, auto, solvers))
         settle(entrants[-1], wanted, allowed)
     failed = {entrant.name: entrant.reason for entrant in entrants if entrant.reason is not None}

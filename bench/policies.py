@@ -30,7 +30,7 @@ def jacobi(engine: BlockEngine, state: BlockState, progress: Progress | None = N
         moving = not float(moved.change.max()) < threshold  # NaN moves
         if progress is not None:
             progress(1 if moving and passes < T - 1 else T - passes)
-    return Solution(passes, B * passes * (T - 1), state.x.new_full((B,), torch.nan))
+    return Solution(passes, B * passes * (T - 1), 0, state.x.new_full((B,), torch.nan), T - 1)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def gs_jacobi(
             if progress is not None:
                 progress(stop - start if number == count - 1 else 0)
         before = start
-    return Solution(taken, evaluations, state.x.new_full((B,), torch.nan))
+    return Solution(taken, evaluations, 0, state.x.new_full((B,), torch.nan), -(-T // segments))
 
 
 def windows(tokens: int, segments: int) -> list[tuple[int, int]]:

@@ -36,7 +36,7 @@ class Report:
     seconds: wall time of the inverse passes; setup_seconds: of what in them is done once for a batch size (compiling
     and choosing kernels, capturing graphs, measuring what passes cost), as far as it is known; denoise_seconds: of
     denoising. tokens: transformed, images · K · T. cache_bytes: KV cache of one block for one batch. redrawn: image
-    number to how many times it was drawn again. blocks: how each flow block was inverted, in the order of their indices.
+    number to how many times it was drawn again. blocks: how each flow block was inverted, by its index.
     """
 
     backend: str

@@ -71,9 +71,10 @@ class Sampler:
     backend: "auto" or a name from `backends()`. solver: "sequential" (exact, T − 1 steps a block), "adaptive" (parallel
     passes, as few as a block allows; see `solvers/frontier.py`), or "auto", for each block the one that takes less time
     (see `solvers/auto.py`). tol: of parallel passes, how far a token may still move when it is taken as final, in units
-    of the images; default 3e-5. plan: where they start and how many a block takes, from `learn_plan`; default at the
-    latents, and learnt from what is sampled. device, dtype: default the model's own; dtype is that of weights and KV
-    cache (float32, bfloat16, float16, float64), the residual stream is fp32.
+    of the images; default 3e-5, in bfloat16 3e-3 (see `solvers.TOL`). plan: where they start and how many a block
+    takes, from `learn_plan`; default at the latents, and learnt from what is sampled. device, dtype: default the
+    model's own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is
+    fp32.
     compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
     torch.get_num_threads() at each call. Images do not depend on it.
 
@@ -103,8 +104,8 @@ class Sampler:
         threads = check_threads(threads, self.backend)
         self.plan = None if plan is None else check_plan(plan, self.config)
         sizes = {"blocks": self.config.num_blocks, "tokens": self.config.num_patches}
-        self._solvers = make_solvers(solver, tol, self.plan, **sizes)
-        self.solver, self._tol = solver, TOL if tol is None else tol
+        self._solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, **sizes)
+        self.solver, self._tol = solver, TOL[self.dtype] if tol is None else tol
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)
         state = self._model.state_dict()

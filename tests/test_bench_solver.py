@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,7 +269,7 @@ def test_a_failed_check_is_in_the_record_and_not_timed(tmp_path: Path, monkeypat
 def test_too_many_passes_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(engine: BlockEngine, state: BlockState, progress: Any = None, *, tol: float) -> Solution:
         found = adaptive(engine, state, progress, tol=tol)
-        return Solution(16, found.evaluations, found.residual)
+        return replace(found, passes=16)
 
     monkeypatch.setattr(solver_cells, "adaptive", slow)
     result, out = solver(tmp_path)

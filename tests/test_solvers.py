@@ -18,7 +18,7 @@ from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, bl
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.model import TarFlow
-from tarflow_fast.solvers import adaptive, make_solvers, sequential, widths
+from tarflow_fast.solvers import adaptive, make_solvers, sequential
 
 GUIDED = Guidance(1.5, "ab", 0.7, True)
 NATIVE = pytest.param(
@@ -328,6 +328,6 @@ def test_tolerance_and_plan_are_for_parallel_passes() -> None:
     with pytest.raises(ArgumentError, match=r"^tol: expected None with solver='sequential', which is exact"):
         Sampler(random_model(), solver="sequential", tol=1e-3)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got -1"):
-        make_solvers("adaptive", -1, None, blocks=2, tokens=16)
+        make_solvers("adaptive", -1, None, dtype=torch.float32, blocks=2, tokens=16)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got '1'"):
         Sampler(random_model(), tol="1")  # type: ignore[arg-type]

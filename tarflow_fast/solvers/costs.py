@@ -13,7 +13,7 @@ import torch
 from ..engine.contract import BlockEngine, BlockState
 from .frontier import Frontier
 
-STEPS = {"cuda": 8, "cpu": 2}  # tokens of the sequential pass to time; on CUDA what an engine puts into one graph
+STEPS = 8  # tokens of the sequential pass that are timed together: as many as engines put into one CUDA graph
 RUNS, SECONDS = (3, 7), 0.01  # least and most; beyond the least no more than take so long
 SATURATED = 1.8  # twice the rows for this many times the cost, twice in a row: from there on it grows with them
 
@@ -55,7 +55,7 @@ def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
     def one_pass(width: int) -> None:
         Frontier(engine, state, 0.0, start=min(middle, T - width)).advance(width)
 
-    steps = min(STEPS[x.device.type], T - middle)
+    steps = min(STEPS, T - middle)
     costs = Costs(_seconds(engine, lambda: tokens(steps)) / steps)
     doublings, before = 0, costs.token
     for width in widths:

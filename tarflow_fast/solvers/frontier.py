@@ -99,7 +99,7 @@ class Frontier:
         ]
 
     def _mend(self, first: list[int], ends: list[int]) -> list[bool]:
-        """Put the guesses that were started from where tokens after `first` overflowed. Returns which samples failed."""
+        """Put where they started the guesses after `first` that overflowed. Returns which samples failed."""
         x = self.state.x
         T = x.shape[1]
         new, end = torch.tensor([first, ends], device=x.device).unsqueeze(-1)
