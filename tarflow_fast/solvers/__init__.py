@@ -11,10 +11,11 @@ from ..errors import ArgumentError
 from .adaptive import adaptive
 from .auto import Auto, CostTable
 from .costs import Costs
-from .pace import Pace, widths
+from .pace import Pace
 from .plan import SolverPlan
 from .sequential import sequential
 from .solution import Solution, Solver
+from .windows import widths
 
 SOLVERS = ("auto", "sequential", "adaptive")
 TOL = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 4e-4, torch.bfloat16: 3e-3}

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..engine.contract import BlockEngine, BlockState, Progress
 from .adaptive import adaptive
 from .costs import Costs, measure
-from .pace import Pace, widths
+from .pace import Pace
 from .sequential import sequential
 from .solution import Solution
+from .windows import widths
 
 
 class CostTable:

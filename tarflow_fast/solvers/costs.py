@@ -12,10 +12,10 @@ import torch
 
 from ..engine.contract import BlockEngine, BlockState
 from .frontier import Frontier
+from .windows import hoped_advance
 
 STEPS = 8  # tokens of the sequential pass that are timed together: as many as engines put into one CUDA graph
-RUNS, SECONDS = (3, 7), 0.01  # least and most; beyond the least no more than take so long
-SATURATED = 1.8  # twice the rows for this many times the cost, twice in a row: from there on it grows with them
+RUNS, SECONDS = (2, 7), 0.01  # least and most; beyond the least no more than take so long
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Costs:
 
 @torch.no_grad()
 def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
-    """Of this engine, for batches like this one, whose tokens and log-dets are put back. widths: ascending.
+    """Of this engine, for batches like this one, whose tokens and log-dets are put back. widths: ascending; those after
+    two that promise less than the one before them are left out, as where rows already fill the machine.
 
     Runs in which the engine compiles, or captures a graph, do not count.
     """
@@ -57,13 +58,12 @@ def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
 
     steps = min(STEPS, T - middle)
     costs = Costs(_seconds(engine, lambda: tokens(steps)) / steps)
-    doublings, before = 0, costs.token
+    promise: list[float] = []  # tokens a second
     for width in widths:
-        seconds = costs.passes[width] = _seconds(engine, functools.partial(one_pass, width))
-        doublings = doublings + 1 if seconds > SATURATED * before else 0
-        if doublings == 2:
+        costs.passes[width] = _seconds(engine, functools.partial(one_pass, width))
+        promise.append(hoped_advance(width) / costs.passes[width])
+        if len(promise) > 2 and promise[-1] < promise[-2] < promise[-3]:
             break
-        before = seconds
     state.x.copy_(x)
     state.token_log_det.copy_(log_det)
     state.nonfinite = None

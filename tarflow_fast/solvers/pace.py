@@ -6,18 +6,10 @@ import math
 from dataclasses import dataclass
 
 from .costs import Costs
+from .windows import hoped_advance, widths
 
-LEAST_PASSES = 4
-"""Every pass gains a token, whatever was guessed; of those beyond it, trained models have kept none before its fourth
-pass (at a tolerance of 1e-3; at 1e-2, its third or fourth). So 1 + (window − 1) / 4 tokens a pass are hoped for of a
-window that was never tried."""
 WORTH = 0.95  # of the sequential pass's time: for less gain than this, the exact result is preferred
 KEEP = 0.5  # weight of what was learnt before in the moving average
-
-
-def widths(tokens: int) -> list[int]:
-    """Windows to choose from: powers of two, and all tokens but the first, which is given."""
-    return [1 << i for i in range(1, max(tokens - 2, 0).bit_length()) if 1 << i < tokens - 1] + [max(tokens - 1, 1)]
 
 
 @dataclass
@@ -50,7 +42,7 @@ class Pace:
         passes, evaluations = self.passes.get(window), self.evaluations.get(window)
         if passes is None or evaluations is None:
             wider = (known for other, known in self.passes.items() if other > window)  # which takes no more passes
-            passes = max((self.tokens - 1) / (1 + (window - 1) / LEAST_PASSES), *wider, 0)
+            passes = max((self.tokens - 1) / hoped_advance(window), *wider, 0)
             evaluations = passes * window * (1 - window / (2 * (self.tokens - 1)))  # windows shrink towards the end
         return passes * costs.of_pass(evaluations / passes)
 

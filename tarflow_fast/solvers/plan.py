@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
-from .pace import Pace, widths
+from .pace import Pace
+from .windows import widths
 
 
 @dataclass(frozen=True, eq=False)
