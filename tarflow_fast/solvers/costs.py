@@ -40,10 +40,11 @@ class Costs:
 
 @torch.no_grad()
 def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
-    """Of this engine, for batches like this one, whose tokens and log-dets are put back. widths: ascending; those after
-    two that promise less than the one before them are left out, as where rows already fill the machine.
+    """Of this engine, for batches like this one, whose tokens and log-dets are put back.
 
-    Runs in which the engine compiles, or captures a graph, do not count.
+    widths: ascending. Where rows fill the machine, and what a wider window adds takes longer than in the sequential
+    pass even at best, those that are wider still are left out. Runs in which the engine compiles, or captures a graph,
+    do not count.
     """
     x, log_det = state.x.clone(), state.token_log_det.clone()
     T = x.shape[1]
@@ -58,11 +59,11 @@ def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
 
     steps = min(STEPS, T - middle)
     costs = Costs(_seconds(engine, lambda: tokens(steps)) / steps)
-    promise: list[float] = []  # tokens a second
+    gain = before = 0.0  # tokens that a pass gains at best, less those that the sequential pass makes in its time
     for width in widths:
         costs.passes[width] = _seconds(engine, functools.partial(one_pass, width))
-        promise.append(hoped_advance(width) / costs.passes[width])
-        if len(promise) > 2 and promise[-1] < promise[-2] < promise[-3]:
+        before, gain = gain, hoped_advance(width) - costs.passes[width] / costs.token
+        if len(costs.passes) > 2 and gain < min(before, 0):
             break
     state.x.copy_(x)
     state.token_log_det.copy_(log_det)
