@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .columns import short
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -50,7 +48,10 @@ def dots(record: Record, hardware: str) -> Figure:
     axes.set_ylabel("time over the best fixed choice's; line from p20 to p80")
     axes.set_xticks(
         range(len(cells)),
-        ["\n".join(f"{column} {short(value)}" for column, value in cell["label"].items()) for cell in cells],
+        [
+            f"{label['model'].removesuffix('.safetensors')}\n{label['dtype']}\nbatch {label['batch']}"
+            for label in (cell["label"] for cell in cells)
+        ],
         fontsize=7,
     )
     axes.set_xlim(-0.6, len(cells) - 0.4)
