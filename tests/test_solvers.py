@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from torch import Tensor
 
 from tarflow_fast import CheckpointError, NonFiniteError, Sampler, SolverPlan, load_pretrained, reference
 from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
+from tarflow_fast.engine.contract import Moved
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.model import TarFlow
 from tarflow_fast.solvers import adaptive, make_solvers, sequential
+from tarflow_fast.solvers.frontier import Frontier
 
 GUIDED = Guidance(1.5, "ab", 0.7, True)
 NATIVE = pytest.param(
@@ -82,6 +86,8 @@ def test_the_residual_is_what_the_density_pass_finds(tol: float, window: int | N
     again, _ = reference.block_density(model.state_dict(), 0, state.x)
     assert_close(solution.residual, (again - z).abs().amax((1, 2)), INVERSE_F64)
     assert (solution.residual > 0).all()
+    if not nvp:  # it is how far a token would move
+        assert (solution.residual <= tol).all()
     assert_close(state.x, solved(engine, z).x, 5 * tol)
     assert_close(state.token_log_det, reference.block_density(model.state_dict(), 0, state.x)[1].neg(), INVERSE_F64)
 
@@ -181,6 +187,81 @@ def test_a_batch_is_solved_as_its_samples_are_alone(ragged: bool, data: st.DataO
     else:
         assert solution.evaluations == engine.evaluated >= least
         assert solution.evaluations <= batch * solution.passes * (T - 1)
+
+
+class Scripted:
+    """An engine in whose passes the first sample's tokens move, and of the others those outside of their windows alone.
+
+    residual: 1 inside of a sample's own window, 100 elsewhere.
+    """
+
+    ragged = False
+
+    def __init__(self, window: int):
+        self.window = window
+        self.windows: list[tuple[int, int]] = []
+
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> Moved:
+        self.windows.append((start, stop))
+        state.x[:, start:stop] += 1
+        front = torch.tensor(self.frontier.reached).unsqueeze(1)
+        token = torch.arange(start, stop)
+        outside = (token < front) | (token >= front + self.window)
+        moved = outside.float()
+        moved[0] = 1
+        moved[:, token >= 2 * self.window + 2] = 0
+        return Moved(moved, torch.where(outside, 100.0, 1.0))
+
+    frontier: Frontier
+
+
+def test_windows_of_a_batch_that_an_engine_takes_as_one() -> None:
+    """Three samples, T = 12, windows of 2: what each pass evaluates, what it makes final, and what it leaves alone."""
+    engine = Scripted(2)
+    state: Any = SimpleNamespace(x=torch.zeros(3, 12, 1))
+    engine.frontier = frontier = Frontier(engine, state, 0.5)  # type: ignore[arg-type]
+    fronts, values = [], []
+    while frontier.hindmost < 12:
+        frontier.advance(2)
+        fronts.append(frontier.reached)
+        values.append(state.x[..., 0].tolist())
+    # The first gains a token a pass until it comes to token 6, where nothing moves; the others two.
+    assert [row[0] for row in fronts] == [2, 3, 4, 5, 6, 8, 10, 12]
+    assert [row[1] for row in fronts] == [row[2] for row in fronts] == [3, 5, 7, 9, 11, 12, 12, 12]
+    # From the hindmost frontier to the foremost end of those that are not done.
+    assert engine.windows == [(1, 3), (2, 5), (3, 7), (4, 9), (5, 11), (6, 12), (8, 10), (10, 12)]
+    assert frontier.evaluations == 3 * sum(stop - start for start, stop in engine.windows)
+    # What is kept stays as it was; of the first sample's tokens each was given its new value when it was the front.
+    assert values[0] == [[0, 1, 1, *[0] * 9], [0] * 12, [0] * 12]
+    assert values[-1] == [[0, 1, 2, 2, 2, 2, 1, *[0] * 5], [0] * 12, [0] * 12]
+    # Of the tokens that a pass kept: neither of those final before, nor of those beyond a sample's own window.
+    assert frontier.residual.tolist() == [1.0, 1.0, 1.0]
+
+
+class OverflowingOnce(Rectangular):
+    """One whose token 7 overflows in the first pass."""
+
+    def fixed_point(self, state: BlockState, start: int, stop: int) -> object:
+        first = self.evaluated == 0
+        moved: Any = super().fixed_point(state, start, stop)
+        if first:
+            state.x[:, 7], moved.change[:, 7 - start] = torch.inf, torch.inf
+        return moved
+
+
+@pytest.mark.parametrize("where", ["first guess", "first pass"])
+def test_a_guess_that_overflows_delays_the_tokens_after_it_by_a_pass(where: str) -> None:
+    """It is replaced; else the NaN that it makes of the next token would go on from token to token, pass by pass."""
+    model = random_model(4, torch.float64, img_size=16)
+    inner, z = engine_of(model), random_latents(model, 2)
+    usual = adaptive(inner, inner.begin(z, Condition()), tol=1e-6)
+    engine = OverflowingOnce(inner) if where == "first pass" else Rectangular(inner)
+    later = torch.arange(7, z.shape[1])
+    guess = (lambda z: z.index_fill(1, later, torch.inf)) if where == "first guess" else None
+    state = engine.begin(z, Condition())
+    solution = adaptive(engine, state, tol=1e-6, guess=guess)  # type: ignore[arg-type]
+    assert usual.passes <= solution.passes <= usual.passes + 4 < z.shape[1] // 2
+    assert_close(state.x, solved(inner, z).x, 1e-4)
 
 
 def test_a_diverging_sample_neither_delays_nor_alters_another() -> None:
