@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from types import ModuleType
@@ -22,6 +21,7 @@ from ..checks import check_count, short
 from ..errors import ArgumentError, BackendError
 from .contract import BlockState, Condition, Moved, Progress, embedding_rows
 from .weights import BlockWeights, LayerWeights
+from .windows import Bounds, check_part, check_window, check_windows
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 ISA_VARIABLE = "TARFLOW_FAST_CPU_ISA"
@@ -181,13 +181,15 @@ class CpuEngine:
     ) -> None:
         B, T, _ = state.x.shape
         stop = T if stop is None else stop
-        if not 1 <= start <= stop <= T:
-            raise ArgumentError("start, stop", f"1 <= start <= stop <= {T}", (start, stop))
+        check_part(start, stop, T)
         self._run(state, [start] * B, [stop] * B, None, progress)
 
-    def fixed_point(self, state: BlockState, start: int | Sequence[int], stop: int | Sequence[int]) -> Moved:
+    def fixed_point(self, state: BlockState, start: Bounds, stop: Bounds) -> Moved:
         B, T, _ = state.x.shape
-        starts, stops = _windows(start, stop, B, T)
+        if isinstance(start, int) or isinstance(stop, int):
+            first, end = check_window(start, stop, T)
+            start, stop = [first] * B, [end] * B
+        starts, stops = map(list, check_windows(start, stop, B, T))
         widest = max(map(operator.sub, stops, starts), default=0)
         moved = Moved(*(state.x.new_empty(B, widest) for _ in Moved._fields))
         self._run(state, starts, stops, moved, None)
@@ -226,22 +228,3 @@ class CpuEngine:
             self.threads or torch.get_num_threads(),
             progress,
         )
-
-
-def _windows(
-    start: int | Sequence[int], stop: int | Sequence[int], batch: int, tokens: int
-) -> tuple[list[int], list[int]]:
-    """The windows of B samples, from one for all or one for each. Raises ArgumentError."""
-    if isinstance(start, int) and isinstance(stop, int):
-        if not 1 <= start < stop <= tokens:
-            raise ArgumentError("start, stop", f"1 <= start < stop <= {tokens}", (start, stop))
-        return [start] * batch, [stop] * batch
-    if isinstance(start, int) or isinstance(stop, int):
-        raise ArgumentError("start, stop", f"two ints, or {batch} starts and {batch} stops", (start, stop))
-    starts, stops = list(start), list(stop)
-    if not len(starts) == len(stops) == batch:
-        raise ArgumentError("start, stop", f"{batch} starts and {batch} stops", f"{len(starts)} and {len(stops)}")
-    for b, window in enumerate(zip(starts, stops, strict=True)):
-        if not 1 <= window[0] <= window[1] <= tokens:
-            raise ArgumentError("start, stop", f"1 <= start <= stop <= {tokens}", f"{window} for sample {b}")
-    return starts, stops
