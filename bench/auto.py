@@ -61,14 +61,7 @@ def _distinct(context: click.Context, parameter: click.Parameter, paths: tuple[P
     help="A checkpoint, .pth or .safetensors; may be given more than once.  [default: the Fashion-MNIST model that "
     "ships with the package]",
 )
-@click.option(
-    "--batch",
-    "batches",
-    multiple=True,
-    type=click.IntRange(1),
-    default=(1, 16, 64),
-    help="Images at once; may be given more than once.",
-)
+@options.batches
 @click.option(
     "--dtype",
     "dtypes",

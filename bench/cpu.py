@@ -89,14 +89,7 @@ def check_bf16(entrants: Contestants) -> dict[str, Any]:
     default=("small", "medium"),
     help="Which models; may be given more than once.",
 )
-@click.option(
-    "--batch",
-    "batches",
-    multiple=True,
-    type=click.IntRange(1),
-    default=(1, 16, 64),
-    help="Images at once; may be given more than once.",
-)
+@options.batches
 @click.option(
     "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), default=tuple(DTYPES), help="Of ours."
 )

@@ -18,6 +18,14 @@ checkout = click.option(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A checkout of ml-tarflow; its transformer_flow.py is imported.",
 )
+batches = click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 16, 64),
+    help="Images at once; may be given more than once.",
+)
 threads = click.option(
     "--threads", type=click.IntRange(1), help="Of every contestant.  [default: as many as torch takes]"
 )

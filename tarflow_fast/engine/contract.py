@@ -9,7 +9,7 @@ permutes. The parameters (xa, xb) that transform token i come from the tokens be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import serial
 from ..checks import GUIDE_WHAT, check_choice, check_number
 from ..errors import ArgumentError
+from .windows import Bounds
 
 Progress = Callable[[int], None]
 
@@ -137,7 +138,7 @@ class BlockEngine(Protocol):
         """
         ...
 
-    def fixed_point(self, state: BlockState, start: int | Sequence[int], stop: int | Sequence[int]) -> Moved:
+    def fixed_point(self, state: BlockState, start: Bounds, stop: Bounds) -> Moved:
         """One parallel pass over tokens [start, stop), 1 <= start < stop <= T, against the cached prefix.
 
         Evaluates the transformer on tokens [start−1, stop−1) as they stand in state.x (writing their keys and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from .contract import BlockState, Condition, Guidance, Moved, Progress, embeddin
 from .torch_linear import Linear
 from .torch_windows import Windows, attention
 from .weights import BlockWeights, LayerWeights
-from .windows import check_part, check_window, check_windows
+from .windows import Bounds, check_part, check_window, check_windows
 
 # torch.compile wants fixed shapes: a compiled step attends to a whole multiple of this many tokens, masked.
 COMPILED_KEYS = 128
@@ -141,7 +141,7 @@ class TorchEngine:
                     progress(1)
 
     @torch.no_grad()
-    def fixed_point(self, state: BlockState, start: int | Sequence[int], stop: int | Sequence[int]) -> Moved:
+    def fixed_point(self, state: BlockState, start: Bounds, stop: Bounds) -> Moved:
         B, T, _ = state.x.shape
         with torch.autocast(self.device.type, enabled=False):
             if isinstance(start, int) and isinstance(stop, int):

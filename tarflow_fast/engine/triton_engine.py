@@ -10,7 +10,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -31,7 +31,7 @@ from .triton_chain import END, LAYER, Chain, Operation
 from .triton_plan import Candidates, Plan, Shape
 from .triton_workspace import Pool, Size, Window, Workspace, widened
 from .weights import BlockWeights
-from .windows import check_part, check_window
+from .windows import Bounds, check_part, check_window
 
 TOKENS_PER_GRAPH = 8  # long enough for the GPU that the next graph is launched meanwhile
 MULTIPROCESSORS = 132  # assumed where there is no GPU to ask
@@ -158,7 +158,7 @@ class TritonEngine:
             state.nonfinite = workspace.nonfinite.clone() if stop == T else None
 
     @torch.no_grad()
-    def fixed_point(self, state: BlockState, start: int | Sequence[int], stop: int | Sequence[int]) -> Moved:
+    def fixed_point(self, state: BlockState, start: Bounds, stop: Bounds) -> Moved:
         T = self.config.num_patches
         start, stop = check_window(start, stop, T)
         workspace, rule = self._owned(state)

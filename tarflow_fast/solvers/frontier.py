@@ -67,9 +67,9 @@ class Frontier:
         x = self.state.x
         B, T, _ = x.shape
         fronts, ends = self.reached, [min(front + window, T) for front in self.reached]
-        one = self.engine.ragged or B == 1
+        own = self.engine.ragged or B == 1  # each sample's window is evaluated, and no more
         last = max(end for front, end in zip(fronts, ends, strict=True) if front < T)
-        starts, stops = (fronts, ends) if one else ([min(fronts)] * B, [last] * B)
+        starts, stops = (fronts, ends) if own else ([min(fronts)] * B, [last] * B)
         at = _tokens(starts, stops, x.device)
         before = x[at].clone()
         if self.engine.ragged and B > 1:
@@ -79,7 +79,7 @@ class Frontier:
         self.evaluations += sum(stops) - sum(starts)
 
         still, residual, stays = moved.change <= self.tol, moved.residual, None  # (B, W)
-        if not one:
+        if not own:
             front, end = torch.tensor([fronts, ends], device=x.device).unsqueeze(-1)
             token = torch.arange(starts[0], stops[0], device=x.device)
             final, beyond = token < front, token >= end
