@@ -1,0 +1,201 @@
+// All that the kernel uses of CUDA. nvcc compiles it to what is below; the emulation (emulation/device.h) has the same
+// names for a host compiler, and checks every access.
+//
+// Memory is reached through Global and Shared alone, by `load`, `store` and their vectors; indices count elements.
+#pragma once
+
+#include "params.h"
+
+#ifdef TARFLOW_EMULATION
+#include "emulation/device.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL __global__
+#define CONSTANT_PARAMS const __grid_constant__ Params
+
+namespace tarflow {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// Where a thread is: of a block of WARPS · 32, of a grid that is on the device all at once.
+DEVICE int thread() { return threadIdx.x; }
+DEVICE int block() { return blockIdx.x; }
+DEVICE int blocks() { return gridDim.x; }
+
+DEVICE void sync_block() { __syncthreads(); }
+
+// Every lane of the warp takes part.
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T at[N];
+};
+
+template <class T>
+struct Global {
+  T* data;
+  DEVICE explicit Global(const Buffer& buffer) : data(static_cast<T*>(buffer.data)) {}
+};
+
+template <class T>
+struct Shared {
+  T* data;
+};
+
+// The block's dynamic shared memory: `count` elements from that byte on, a multiple of 16.
+template <class T>
+DEVICE Shared<T> shared(int byte, int count) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return {reinterpret_cast<T*>(memory + byte)};
+}
+
+// Of memory that nobody writes during the launch.
+template <class T>
+DEVICE T constant(Global<const T> from, int64_t i) {
+  return __ldg(from.data + i);
+}
+
+// Of memory that other blocks write: not from this multiprocessor's own cache.
+template <class T>
+DEVICE T load(Global<T> from, int64_t i) {
+  return __ldcg(from.data + i);
+}
+
+// N · sizeof(T) is 1, 2, 4, 8 or 16 bytes, and i a multiple of N.
+template <int N, class T>
+DEVICE Vector<T, N> load_vector(Global<T> from, int64_t i) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  static_assert(bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16);
+  union {
+    Vector<T, N> vector;
+    unsigned short two;
+    unsigned four;
+    uint2 eight;
+    uint4 sixteen;
+  } value;
+  const T* at = from.data + i;
+  if constexpr (bytes == 2) value.two = __ldcg(reinterpret_cast<const unsigned short*>(at));
+  if constexpr (bytes == 4) value.four = __ldcg(reinterpret_cast<const unsigned*>(at));
+  if constexpr (bytes == 8) value.eight = __ldcg(reinterpret_cast<const uint2*>(at));
+  if constexpr (bytes == 16) value.sixteen = __ldcg(reinterpret_cast<const uint4*>(at));
+  return value.vector;
+}
+
+template <class T>
+DEVICE void store(Global<T> to, int64_t i, T value) {
+  to.data[i] = value;
+}
+
+template <class T>
+DEVICE T load(Shared<T> from, int i) {
+  return from.data[i];
+}
+
+template <int N, class T>
+DEVICE Vector<T, N> load_vector(Shared<T> from, int i) {
+  return *reinterpret_cast<const Vector<T, N>*>(from.data + i);
+}
+
+template <class T>
+DEVICE void store(Shared<T> to, int i, T value) {
+  to.data[i] = value;
+}
+
+template <int N, class T>
+DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
+  *reinterpret_cast<Vector<T, N>*>(to.data + i) = value;
+}
+
+// Brings the line of an element into the cache that all multiprocessors share. A hint.
+template <class T>
+DEVICE void prefetch(Global<T> from, int64_t i) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from.data + i));
+}
+
+// 16 bytes, i and j multiples of so many elements, from memory that nobody writes. They have come when a wait_copies of
+// the same thread has returned, and can be seen by other threads after the next sync_block.
+template <class T>
+DEVICE void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to.data + i));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from.data + j) : "memory");
+}
+
+// What this thread has asked for since the last commit becomes a group.
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
+
+// Waits until at most so many of this thread's groups, the last ones, have not come. pending: 0 … 7.
+DEVICE void wait_copies(int pending) {
+  switch (pending) {
+#define TARFLOW_WAIT(n) \
+  case n:               \
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); \
+    break;
+    TARFLOW_WAIT(1) TARFLOW_WAIT(2) TARFLOW_WAIT(3) TARFLOW_WAIT(4) TARFLOW_WAIT(5) TARFLOW_WAIT(6) TARFLOW_WAIT(7)
+#undef TARFLOW_WAIT
+    default: asm volatile("cp.async.wait_group 0;" ::: "memory");
+  }
+}
+
+// counter += 1, after all that this block did before its last sync_block. One thread of the block.
+DEVICE void signal(Global<unsigned> counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter.data) : "memory");
+}
+
+// Waits for the counter to reach a number. After the block's next sync_block, all that other blocks did before they
+// signalled can be seen. One thread of the block.
+DEVICE void await(Global<unsigned> counter, unsigned number) {
+  unsigned value;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter.data) : "memory");
+  } while (static_cast<int>(value - number) < 0);
+}
+
+template <class T>
+DEVICE T from_float(float value);
+template <>
+DEVICE float from_float<float>(float value) {
+  return value;
+}
+template <>
+DEVICE bf16 from_float<bf16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+DEVICE fp16 from_float<fp16>(float value) {
+  return __float2half_rn(value);
+}
+DEVICE float to_float(float value) { return value; }
+DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
+DEVICE float to_float(fp16 value) { return __half2float(value); }
+
+// sums += A B on tensor cores, of a whole warp: A 16 × 16, B 16 × 8, sums 16 × 8. With g = lane / 4 and t = lane % 4, a lane
+// has a: A[g][2t, 2t+1], A[g+8][2t, 2t+1], A[g][2t+8, 2t+9], A[g+8][2t+8, 2t+9];
+// b: B[2t, 2t+1][g], B[2t+8, 2t+9][g]; sums: [g][2t, 2t+1], [g+8][2t, 2t+1].
+DEVICE void multiply_tiles(float (&sums)[4], const Vector<bf16, 8>& a, const Vector<bf16, 2>& b0,
+                           const Vector<bf16, 2>& b1) {
+  const unsigned* A = reinterpret_cast<const unsigned*>(&a);
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(*reinterpret_cast<const unsigned*>(&b0)),
+        "r"(*reinterpret_cast<const unsigned*>(&b1)));
+}
+DEVICE void multiply_tiles(float (&sums)[4], const Vector<fp16, 8>& a, const Vector<fp16, 2>& b0,
+                           const Vector<fp16, 2>& b1) {
+  const unsigned* A = reinterpret_cast<const unsigned*>(&a);
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(*reinterpret_cast<const unsigned*>(&b0)),
+        "r"(*reinterpret_cast<const unsigned*>(&b1)));
+}
+
+}  // namespace tarflow
+
+#endif  // TARFLOW_EMULATION

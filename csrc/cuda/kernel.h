@@ -1,0 +1,35 @@
+// The kernels that there are, and how one is launched. The one file for nvcc's runtime is launch.cu; the emulation has its
+// own.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "params.h"
+
+namespace tarflow {
+
+using Kernel = void (*)(Params);
+
+// One instance of the kernel: for which type of weights, at most how many rows, and its block's size.
+struct Instance {
+  const char* dtype;  // "float32", "bfloat16", "float16"
+  int rows;           // 8, 16, 32 or 64
+  int warps;
+  Kernel kernel;
+};
+
+// Those that were compiled, by dtype and then rows; the end has no kernel.
+const Instance* instances();
+
+struct Device {
+  int multiprocessors;
+  int64_t shared_bytes;  // that a block can have
+};
+
+// Throw std::runtime_error with the name of the call that failed and why.
+Device device();
+// All blocks at once, or not at all. stream: a cudaStream_t.
+void launch(const Instance& instance, const Params& params, int blocks, int64_t shared_bytes, uintptr_t stream);
+
+}  // namespace tarflow
