@@ -2,8 +2,8 @@
 // own.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <string>
 
 #include "params.h"
 
@@ -19,8 +19,11 @@ struct Instance {
   Kernel kernel;
 };
 
-// Those that were compiled, by dtype and then rows; the end has no kernel.
-const Instance* instances();
+// With tiles for 8, 16, 32 and 64 rows.
+using Instances = std::array<Instance, 4>;
+Instances float32_instances();
+Instances float16_instances();
+Instances bfloat16_instances();
 
 struct Device {
   int multiprocessors;

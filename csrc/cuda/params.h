@@ -31,29 +31,33 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // Of the launch: mode; start, stop: of SEQUENTIAL; positions P: tokens that are evaluated at once, of one branch; branches
 // 1 or 2, R = P · branches; samples: of the whole batch, rows of a branch in the cache; guide_a, guide_b: what is guided;
 // left_out: phases that are not done, for measurements.
-// Of the plan: slots of the ring; slot_k: inputs that a slot holds of 16 outputs; staged_rows: multiple of 8; splits of the
-// keys of a row and head.
+// Of the plan: slots of the ring; slot_k: inputs that a slot holds of 16 outputs; staged_rows: rows of a
+// product's input that are in shared memory at once, a multiple of 8; splits: blocks that share the keys of a row and head,
+// least_keys: what each takes at least;
+// most_jobs: of any block, see `jobs`.
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
   X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(left_out) X(slots) X(slot_k)             \
-  X(staged_rows) X(splits)
+  X(staged_rows) X(splits) X(least_keys) X(most_jobs)
 
 // C', F', O', D': C, 4C, O, D rounded up to whole tiles; T type of weights and cache; fp32 unless said. Packed linear
 // layers are one after the other: proj_in, then qkv, proj, fc1, fc2 of each layer, then proj_out.
 //   weights    T, see pack_linear in cuda_pack.py; LayerNorm's γ and β are folded into qkv and fc1
 //   biases     of the same layers, each a whole number of tiles
 //   work       int32 (4 L + 2, blocks, 2): the first tile and the number of tiles of each packed layer and block
+//   jobs       int32 (blocks, most_jobs, 2): what a block fetches for a token, in its order: a place in `weights` and a
+//              number, in tiles of 16 × 16; 0 at the end
 //   position   (T, C), class_rows (branches · samples, C) or empty: embeddings
 //   guidance   (T − 1,) or empty
 //   scale      (branches,): of the logits, with log2 e
 //   z, x, input (samples, T, D): input is what FIXED_POINT reads of x; log_det (samples, T)
 //   change, residual (samples, widest) or empty: of FIXED_POINT; column as in `columns`
 //   keys_values T (L, 2, branches · samples, H, T, d)
-//   h, queries (R, C'); partials (R, H, splits, d + 2): unnormalised sum, maximum, sum of weights
+//   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, their maximum and weight
 //   hidden     T (R, F'); parameters (R, O')
 //   barrier    uint32 (1,): 0 at launch
 #define TARFLOW_BUFFERS(X)                                                                                     \
-  X(weights) X(biases) X(work) X(position) X(class_rows) X(guidance) X(scale) X(z) X(x) X(input) X(log_det)    \
+  X(weights) X(biases) X(work) X(jobs) X(position) X(class_rows) X(guidance) X(scale) X(z) X(x) X(input) X(log_det)    \
   X(change) X(residual) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(parameters) X(barrier)
 
 struct Params {

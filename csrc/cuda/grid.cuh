@@ -1,0 +1,28 @@
+// The barrier of the whole grid, whose blocks are all on the device at once.
+#pragma once
+
+#include "device.cuh"
+
+namespace tarflow {
+
+class Grid {
+ public:
+  DEVICE explicit Grid(const Params& p) : counter_(p.barrier) {}
+
+  // All that any block wrote before is seen by every block after. meanwhile(): what needs no other block.
+  template <class Meanwhile>
+  DEVICE void sync(Meanwhile meanwhile) {
+    sync_block();
+    if (thread() == 0) signal(counter_);
+    meanwhile();
+    passed_ += blocks();
+    if (thread() == 0) await(counter_, passed_);
+    sync_block();
+  }
+
+ private:
+  Global<unsigned> counter_;
+  unsigned passed_ = 0;
+};
+
+}  // namespace tarflow

@@ -1,0 +1,70 @@
+// The stream of weights that a block works through, some slots ahead of the work.
+//
+// Weights do not depend on activations. So each block fetches the tiles that it is to multiply next, of this phase and of
+// those after it, while it waits for other blocks. A slot holds what one product takes of a tile: 16 outputs and at most
+// slot_k inputs.
+#pragma once
+
+#include "layers.cuh"
+
+namespace tarflow {
+
+template <class T, int WARPS>
+class Ring {
+ public:
+  // jobs: (most_jobs, 2), what this block fetches for a token; over and over.
+  DEVICE Ring(const Params& p, Shared<T> memory, Shared<int> jobs)
+      : p_(p), memory_(memory), jobs_(jobs), idle_(load(jobs, 1) == 0) {}
+
+  // Fetches into the slots that are free.
+  DEVICE void fill() {
+    while (!idle_ && fetched_ - freed_ < static_cast<unsigned>(p_.slots)) fetch();
+  }
+
+  // The next slot's first element, when this thread's part of it has come; sync_block, and all of it can be read.
+  DEVICE int take() {
+    if (fetched_ == taken_) fill();
+    wait_copies(fetched_ - taken_ - 1);
+    taken_++;
+    const int slot = take_;
+    take_ = following(take_);
+    return slot;
+  }
+
+  // All warps have read the slots that were taken, but for the last `kept`.
+  DEVICE void release(int kept = 0) { freed_ = taken_ - kept; }
+
+  DEVICE void drain() const { wait_copies(0); }
+
+  DEVICE Shared<T> slots() const { return memory_; }
+
+ private:
+  DEVICE int following(int slot) const {
+    const int size = p_.slot_k * TILE;
+    return slot + size == p_.slots * size ? 0 : slot + size;
+  }
+
+  DEVICE void fetch() {
+    constexpr int vector = 16 / sizeof(T), size = TILE * TILE;
+    const Global<const T> weights(p_.weights);
+    const int64_t from = static_cast<int64_t>(load(jobs_, 2 * job_)) * size;
+    const int count = load(jobs_, 2 * job_ + 1) * size;
+    for (int i = thread() * vector; i < count; i += WARPS * 32 * vector)
+      copy_async(memory_, fill_ + i, weights, from + i);
+    commit_copies();
+    fill_ = following(fill_);
+    fetched_++;
+    job_++;
+    if (job_ == p_.most_jobs || load(jobs_, 2 * job_ + 1) == 0) job_ = 0;
+  }
+
+  const Params& p_;
+  Shared<T> memory_;
+  Shared<int> jobs_;
+  bool idle_;                                     // no tile of any layer is this block's
+  int job_ = 0;                                   // what is fetched next
+  int fill_ = 0, take_ = 0;                       // slots that are next, their first elements
+  unsigned fetched_ = 0, taken_ = 0, freed_ = 0;  // slots, since the launch
+};
+
+}  // namespace tarflow

@@ -1,0 +1,32 @@
+// The rows of a launch: which token each of them is, and where its keys and values are.
+//
+// Row b · P + i is position i in branch b; with guidance the second branch is the unguided one.
+#pragma once
+
+#include "layers.cuh"
+
+namespace tarflow {
+
+struct Rows {
+  const Params& p;
+  int next;  // of SEQUENTIAL, the token that is evaluated; moves on
+
+  DEVICE int count() const { return p.positions * p.branches; }
+  DEVICE int branch(int row) const { return row / p.positions; }
+  DEVICE int position(int row) const { return row % p.positions; }
+  DEVICE int token_at(int position) const { return p.mode == SEQUENTIAL ? next : p.token[position]; }
+  DEVICE int token(int row) const { return token_at(position(row)); }
+  DEVICE int cache_row(int row) const { return branch(row) * p.samples + p.sample[position(row)]; }
+
+  // Of the key (0) or value (1) of the row's token 0 in one layer and head.
+  DEVICE int64_t cached(int layer, int which, int row, int head) const {
+    const int64_t rows = static_cast<int64_t>(p.branches) * p.samples;
+    return (((2 * layer + which) * rows + cache_row(row)) * p.heads + head) * p.tokens * p.head_dim;
+  }
+  // Of token `token` of the sample at a position, in (samples, T).
+  DEVICE int64_t place(int position, int token) const {
+    return static_cast<int64_t>(p.sample[position]) * p.tokens + token;
+  }
+};
+
+}  // namespace tarflow
