@@ -17,10 +17,11 @@ from ..devices import device_missing
 from ..errors import ArgumentError, BackendError
 from .contract import BlockEngine
 from .cpu_engine import CpuEngine, choose_instruction_set, cpu_missing
+from .cuda_engine import CudaEngine, cuda_missing
 from .torch_engine import TorchEngine
 from .weights import BlockWeights
 
-BACKENDS = ("cpu", "torch", "triton")
+BACKENDS = ("cpu", "torch", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def backends() -> list[BackendStatus]:
             found.append(_cpu_status())
         missing = device_missing(kind)
         if kind == "cuda":
-            found.append(_triton_status(missing))
+            found += [_cuda_status(missing), _triton_status(missing)]
         if missing is None:
             name = torch.cuda.get_device_name() if kind == "cuda" else kind
             found.append(BackendStatus("torch", kind, True, f"PyTorch {torch.__version__} on {name}"))
@@ -62,6 +63,14 @@ def _cpu_status() -> BackendStatus:
         return BackendStatus("cpu", "cpu", False, missing)
     why = f"native engine, {choose_instruction_set()}, {torch.get_num_threads()} threads; float32 and bfloat16"
     return BackendStatus("cpu", "cpu", True, why)
+
+
+def _cuda_status(device_missing: str | None) -> BackendStatus:
+    missing = device_missing or cuda_missing(torch.device("cuda", torch.cuda.current_device()))
+    if missing is not None:
+        return BackendStatus("cuda", "cuda", False, missing)
+    why = f"one kernel a block on {torch.cuda.get_device_name()}; to be asked for: not yet measured on a GPU"
+    return BackendStatus("cuda", "cuda", True, why)
 
 
 def _triton_status(device_missing: str | None) -> BackendStatus:
@@ -104,10 +113,14 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, compi
         missing = triton_missing(device, dtype, compile)
         if missing is not None:
             raise BackendError(f"backend 'triton' cannot be had: {missing}")
+    if backend == "cuda":
+        missing = cuda_missing(device, dtype, compile)
+        if missing is not None:
+            raise BackendError(f"backend 'cuda' cannot be had: {missing}")
     if backend != "auto":
         return backend, "asked for"
     if device.type == "cuda":
-        return "torch", "the best that has been measured on a GPU; backend='triton' has not"
+        return "torch", "the best that has been measured on a GPU; backend='triton' and 'cuda' have not"
     if device.type != "cpu":
         return "torch", f"the best available on {device.type}"
     missing = cpu_missing(dtype, compile)
@@ -145,4 +158,6 @@ def make_engines(
 
         pool = Pool()
         return [TritonEngine(weights, device=device, dtype=dtype, pool=pool) for weights in blocks]
+    if backend == "cuda":
+        return [CudaEngine(weights, device=device, dtype=dtype) for weights in blocks]
     return [TorchEngine(weights, device=device, dtype=dtype, compile=compile) for weights in blocks]

@@ -1,0 +1,319 @@
+"""The `cuda` backend: all steps of a flow block's pass in one launch of one kernel (`csrc/cuda/`).
+
+Rows (tokens that are evaluated at once: B, or 2B when guided) are taken in groups of at most 64, each a launch. Weights
+and KV cache have the chosen dtype, all else is fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import short
+from ..errors import ArgumentError, BackendError
+from .contract import BlockState, Condition, Moved, Progress, embedding_rows
+from .cuda_pack import linear_sizes, pack
+from .cuda_plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
+from .weights import BlockWeights
+from .windows import Bounds, check_part, check_window, check_windows
+
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEQUENTIAL, FIXED_POINT = 0, 1  # `Mode` in params.h
+Positions = list[tuple[int, int, int]]  # of each row of a branch: sample, token that is evaluated, column of `Moved`
+
+
+def load_native() -> ModuleType:
+    """The compiled module. Raises BackendError with the mend where it was not built."""
+    try:
+        return import_module("tarflow_fast._cuda")
+    except ImportError as error:
+        raise BackendError(
+            "the CUDA engine was not built; install the CUDA toolkit (nvcc, 12.8 or later, on the PATH or under "
+            f"CUDA_HOME) and install tarflow_fast again ({error})"
+        ) from error
+
+
+def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
+    """Why this engine cannot serve such a request, with the mend, or None if it can."""
+    try:
+        native = load_native()
+    except BackendError as error:
+        return str(error)
+    if device.type != native.device_type:
+        return f"the CUDA engine needs a CUDA device, and this is {device}; use device='cuda'"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0; use backend='torch'"
+    if dtype not in CUDA_DTYPES:
+        return f"the CUDA engine has no {short(dtype)}; use float32, bfloat16 or float16, or backend='torch'"
+    if compile:
+        return "torch.compile has nothing to compile in the CUDA engine; leave compile out, or use backend='torch'"
+    return None
+
+
+def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:
+    """A warp takes a key, each lane 16 bytes of it, or one element where it is not a whole number of 16 bytes."""
+    lane = 16 // dtype.itemsize
+    if head_dim <= 32 or (head_dim % lane == 0 and head_dim <= 32 * lane):
+        return None
+    return (
+        f"the CUDA engine takes heads of at most 32 channels, or in {short(dtype)} multiples of {lane} up to {32 * lane}, "
+        f"and this model has {head_dim}; use backend='triton'"
+    )
+
+
+@dataclass
+class _Workspace:
+    """What a state holds on the device, in the kernel's names and shapes (see params.h)."""
+
+    rows: int  # of the cache
+    keys_values: Tensor
+    h: Tensor
+    queries: Tensor
+    partials: Tensor
+    hidden: Tensor
+    parameters: Tensor
+    barrier: Tensor
+    class_rows: Tensor | None
+    guidance: Tensor | None
+    scale: Tensor
+    launch: Any = None
+
+
+class CudaEngine:
+    """BlockEngine in one CUDA kernel. dtype: float32, bfloat16 or float16, of weights and KV cache."""
+
+    ragged = True
+    idle_bytes = 0
+    setup_seconds = 0.0
+
+    def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype):
+        missing = cuda_missing(device, dtype) or head_dim_missing(weights.config.head_dim, dtype)
+        if missing is not None:
+            raise BackendError(missing)
+        self.config, self.device, self.dtype = weights.config, device, dtype
+        self._native = load_native()
+        self._dtype_name = str(dtype).removeprefix("torch.")
+        with self._on_device():
+            multiprocessors, self._shared_bytes = self._native.device()
+            self.blocks = grid_blocks(self.config, multiprocessors)
+            sizes = linear_sizes(self.config)
+            work = share(sizes, self.blocks)
+            self._work = work.to(device)
+            self._jobs = fetches(sizes, work, slot_inputs(self.config)).to(device)
+            self._weights, self._biases = pack(weights, device, dtype)
+            self._position = self._fp32(weights.position)
+            self._classes = None if weights.classes is None else self._fp32(weights.classes)
+        self.plan(MOST_ROWS)  # the widest needs the most shared memory
+
+    def plan(self, rows: int) -> Plan:
+        """How a launch of so many rows is divided. Raises BackendError."""
+        return self._plan(rows)
+
+    @functools.cache  # noqa: B019: lives as long as the engine
+    def _plan(self, rows: int) -> Plan:
+        instances = self._native.instances()
+        most_rows, warps = next((n, w) for name, n, w in instances if name == self._dtype_name and n >= rows)
+        return make_plan(
+            self.config,
+            self.dtype,
+            rows=rows,
+            most_rows=most_rows,
+            warps=warps,
+            jobs=self._jobs.shape[1],
+            blocks=self.blocks,
+            shared_bytes=self._shared_bytes,
+        )
+
+    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
+        config = self.config
+        if z.dim() != 3 or tuple(z.shape[1:]) != (config.num_patches, config.token_dim):
+            raise ArgumentError("z", f"shape (B, {config.num_patches}, {config.token_dim})", tuple(z.shape))
+        z = z.detach().to(self.device, torch.float32).contiguous()
+        with self._on_device():
+            workspace = self._workspace(z.shape[0], condition, spent)
+            state = BlockState(
+                z=z,
+                x=z.clone(),
+                token_log_det=z.new_zeros(z.shape[:2]),
+                condition=condition,
+                cache=workspace,
+                cache_bytes=workspace.keys_values.nbytes,
+            )
+        return state
+
+    def bytes_per_sample(self, guided: bool) -> int:
+        config, branches = self.config, 2 if guided else 1
+        row = 2 * config.layers_per_block * config.num_patches * config.channels * self.dtype.itemsize
+        step = 4 * (self._row_elements() + config.channels)
+        return branches * (row + step) + 4 * config.num_patches * (config.token_dim * 4 + 3)
+
+    @torch.no_grad()
+    def reverse(
+        self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
+    ) -> None:
+        B, T, _ = state.x.shape
+        stop = T if stop is None else stop
+        check_part(start, stop, T)
+        state.nonfinite = None
+        if start == stop:
+            return
+        for samples in self._groups(list(range(B)), state):
+            positions = [(sample, 0, 0) for sample in samples]
+            self._run(state, positions, state.x, None, mode=SEQUENTIAL, start=start, stop=stop)
+        if progress is not None:
+            progress(stop - start)
+
+    @torch.no_grad()
+    def fixed_point(self, state: BlockState, start: Bounds, stop: Bounds) -> Moved:
+        B, T, _ = state.x.shape
+        if isinstance(start, int) or isinstance(stop, int):
+            first, end = check_window(start, stop, T)
+            start, stop = [first] * B, [end] * B
+        starts, stops = check_windows(start, stop, B, T)
+        # A sample's tokens in their order: a launch finds the keys of those before it in the cache.
+        rows = [(b, starts[b] - 1 + j, j) for b in range(B) for j in range(stops[b] - starts[b])]
+        widest = max((column for _, _, column in rows), default=-1) + 1
+        moved = Moved(*(state.x.new_zeros(B, widest) for _ in Moved._fields))
+        state.nonfinite = None
+        before = state.x.clone()
+        for positions in self._groups(rows, state):
+            self._run(state, positions, before, moved, mode=FIXED_POINT)
+        return moved
+
+    # What a launch is given.
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _fp32(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.device, torch.float32).contiguous()
+
+    def _row_elements(self) -> int:
+        """Of h, queries, hidden and parameters, and of partials in the most parts that there are."""
+        config = self.config
+        C, out = whole(config.channels, 16), (2 if config.nvp else 1) * config.token_dim
+        return 2 * C + whole(4 * config.channels, 16) + whole(out, 16)
+
+    def _groups(self, rows: list[Any], state: BlockState) -> Iterator[list[Any]]:
+        """As few as can be, of about the same size."""
+        most = MOST_ROWS // (2 if state.condition.guidance.active else 1)
+        count = math.ceil(len(rows) / most)
+        for i in range(count):
+            yield rows[len(rows) * i // count : len(rows) * (i + 1) // count]
+
+    def _workspace(self, batch: int, condition: Condition, spent: BlockState | None) -> _Workspace:
+        config, guidance = self.config, condition.guidance
+        R = 2 * batch if guidance.active else batch
+        L, H, T, d = config.layers_per_block, config.num_heads, config.num_patches, config.head_dim
+        old = spent.cache if spent is not None else None
+        shape = (L, 2, R, H, T, d)
+        if isinstance(old, _Workspace) and old.keys_values.shape == shape and old.keys_values.dtype == self.dtype:
+            keys_values = old.keys_values
+        else:
+            keys_values = torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=self.device)
+
+        rows = MOST_ROWS  # fixed-point passes may have so many, whatever the batch
+        parts = max(n * self.plan(n).splits for n in range(1, rows + 1)) * H
+        branches = 2 if guidance.active else 1
+        scale = torch.full((branches,), d**-0.5 * math.log2(math.e))
+        if guidance.active:
+            scale[1] /= guidance.attn_temp
+        classes = schedule = None
+        if self._classes is not None:
+            classes = self._classes[embedding_rows(condition, batch, config.num_classes, self.device)]
+        if guidance.active:
+            schedule = torch.tensor(guidance.schedule(T), dtype=torch.float32).to(self.device)
+        workspace = _Workspace(
+            rows=R,
+            keys_values=keys_values,
+            h=empty(rows, whole(config.channels, 16)),
+            queries=empty(rows, whole(config.channels, 16)),
+            partials=empty(parts * (d + 2) + 1),
+            hidden=empty(rows, whole(4 * config.channels, 16), dtype=self.dtype),
+            parameters=empty(rows, whole((2 if config.nvp else 1) * config.token_dim, 16)),
+            barrier=torch.zeros(1, dtype=torch.int32, device=self.device),
+            class_rows=classes,
+            guidance=schedule,
+            scale=scale.to(self.device),
+        )
+        workspace.launch = self._launch(workspace, batch, condition)
+        return workspace
+
+    def _launch(self, workspace: _Workspace, batch: int, condition: Condition) -> Any:
+        config, rule = self.config, condition.guidance
+        launch = self._native.Launch()
+        sizes = {
+            "channels": config.channels,
+            "heads": config.num_heads,
+            "head_dim": config.head_dim,
+            "tokens": config.num_patches,
+            "token_dim": config.token_dim,
+            "out_dim": (2 if config.nvp else 1) * config.token_dim,
+            "layers": config.layers_per_block,
+            "affine": config.nvp,
+            "branches": 2 if rule.active else 1,
+            "samples": batch,
+            "guide_a": rule.active and "a" in rule.what,
+            "guide_b": rule.active and "b" in rule.what,
+            "most_jobs": self._jobs.shape[1],
+        }
+        for name, value in sizes.items():
+            launch.set_size(name, int(value))
+        buffers = {
+            "weights": self._weights,
+            "biases": self._biases,
+            "work": self._work,
+            "jobs": self._jobs,
+            "position": self._position,
+        }
+        for name in (
+            "keys_values", "h", "queries", "partials", "hidden", "parameters", "barrier", "class_rows", "guidance", "scale",
+        ):  # fmt: skip
+            buffers[name] = getattr(workspace, name)
+        self._set_buffers(launch, buffers)
+        return launch
+
+    @staticmethod
+    def _set_buffers(launch: Any, buffers: dict[str, Tensor | None]) -> None:
+        for name, tensor in buffers.items():
+            if tensor is not None:
+                assert tensor.is_contiguous(), name
+                launch.set_buffer(name, tensor.data_ptr(), tensor.numel())
+
+    def _run(
+        self, state: BlockState, positions: Positions, before: Tensor, moved: Moved | None, **sizes: int
+    ) -> None:
+        for name in ("z", "x", "token_log_det"):
+            tensor = getattr(state, name)
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                raise ArgumentError(
+                    f"state.{name}", "a contiguous float32 tensor", f"{tensor.dtype}, {tensor.stride()}"
+                )
+        workspace: _Workspace = state.cache
+        launch = workspace.launch
+        plan = self.plan(len(positions) * (2 if state.condition.guidance.active else 1))
+        geometry = asdict(plan)
+        shared_bytes = geometry.pop("shared_bytes")
+        for name, value in {**geometry, **sizes}.items():
+            launch.set_size(name, value)
+        launch.set_positions(positions)
+        buffers = {"z": state.z, "x": state.x, "input": before, "log_det": state.token_log_det}
+        if moved is not None:
+            buffers |= {"change": moved.change, "residual": moved.residual}
+        self._set_buffers(launch, buffers)
+        with self._on_device():
+            workspace.barrier.zero_()
+            stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
+            launch.run(self._dtype_name, self.blocks, shared_bytes, stream)
