@@ -1,6 +1,7 @@
 """What every test runs under: fixed seeds, and hypothesis without deadlines or a database of its own.
 
-Triton kernels run on the GPU where there is one, else in Triton's interpreter.
+Triton kernels run on the GPU where there is one, else in Triton's interpreter; so does the CUDA engine's, else in its
+emulation.
 """
 
 from __future__ import annotations
@@ -43,3 +44,13 @@ def _first_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             return triton_plan.first(triton_plan.candidates(shape))
 
         monkeypatch.setattr(triton_engine.TritonEngine, "_tuned", first)
+
+
+@pytest.fixture(autouse=True)
+def _emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        from cuda_emulation import emulated
+
+        from tarflow_fast.engine import cuda_engine
+
+        monkeypatch.setattr(cuda_engine, "load_native", emulated)

@@ -12,7 +12,7 @@ struct Parameters {
 };
 
 // Value d of the parameters that the row of a position has given; guidance is that after the position's token.
-DEVICE Parameters parameters_at(const Params& p, const Rows& rows, int position, int token, int d) {
+DEVICE Parameters parameters_at(const Params& p, int position, int token, int d) {
   const Global<float> parameters(p.parameters);
   const int stride = whole_tiles(p.out_dim);
   const int64_t at = static_cast<int64_t>(position) * stride + d;
@@ -48,7 +48,7 @@ DEVICE float next_token(const Params& p, const Rows& rows, int position, int tok
   const int64_t at = rows.place(position, token + 1) * p.token_dim;
   float log_det = 0;
   for (int d = thread() % 32; d < p.token_dim; d += 32) {
-    const Parameters y = parameters_at(p, rows, position, token, d);
+    const Parameters y = parameters_at(p, position, token, d);
     take(d, constant(z, at + d) * expf(y.xa) + y.xb, y.xa);
     log_det += y.xa;
   }

@@ -11,7 +11,7 @@
 #include "kernel.h"
 
 #ifdef TARFLOW_EMULATION
-#include "emulation/fibers.h"
+#include "emulation/machine.h"
 #endif
 
 namespace py = pybind11;
@@ -78,7 +78,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MOST_ROWS") = MOST_ROWS;
 #ifdef TARFLOW_EMULATION
   m.attr("device_type") = "cpu";
-  bind_emulation(m);
+  m.def("set_device", &emulation::set_device);
+  m.def("set_seed", &emulation::set_seed);
 #else
   m.attr("device_type") = "cuda";
 #endif

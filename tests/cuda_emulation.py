@@ -1,0 +1,79 @@
+"""The CUDA engine's kernel without a GPU: the same source, built by the host compiler for emulated threads."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+WARPS = 2  # of a block: on a GPU 8, which a step takes four times as long for here
+FLAGS = (
+    "-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-U_FORTIFY_SOURCE",  # which takes a longjmp to another stack for an attack
+    "-DTARFLOW_EMULATION",
+)  # fmt: skip
+
+
+def compiler_missing() -> str | None:
+    """Why nothing can be built, or None."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
+    return None if shutil.which(compiler) else f"the emulation of CUDA needs a C++ compiler, and {compiler} is not there"
+
+
+@functools.cache
+def emulated(warps: int = WARPS) -> ModuleType:
+    """The module `_cuda`, whose device is the CPU."""
+    sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp"), *SOURCES.glob("emulation/*.cpp")]
+    sources = [path for path in sources if path.name != "launch.cu"]
+    return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}"])
+
+
+def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ModuleType:
+    """The pybind11 module of these sources; compiled once for as long as they and the headers stay as they are."""
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *flags]
+    includes = [f"-I{path}" for path in (SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    digest = hashlib.sha256(repr((command, includes, sys.version)).encode())
+    headers = [path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cuh")]
+    for path in sorted({*sources, *headers}):
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"tarflow_fast_emulation_{os.getuid()}"
+    module = folder / digest.hexdigest()[:16] / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not module.exists():
+        module.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            objects = [Path(scratch) / f"{path.name}.o" for path in sources]
+
+            def compile(source: Path, to: Path) -> None:
+                _run([*command, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile, sources, objects))
+            linked = Path(scratch) / module.name
+            _run([*command, "-shared", *map(str, objects), "-o", str(linked)])
+            os.replace(linked, module)  # at once: another process may be building it too
+    spec = importlib.util.spec_from_file_location(name, module)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}")
