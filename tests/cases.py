@@ -11,18 +11,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import cuda_emulation
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tarflow_fast.engine.cuda_engine import cuda_missing
 from tarflow_fast.model import TarFlow
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 
 KERNEL_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-"""Where Triton kernels run: on the GPU, or in the interpreter (see conftest.py)."""
+"""Where kernels run: on the GPU, or in Triton's interpreter and the emulation of CUDA (see conftest.py)."""
+
+
+
+def cuda_kernel_missing() -> str | None:
+    """Why the CUDA engine's kernel can run neither on a GPU nor in its emulation, or None."""
+    if KERNEL_DEVICE.type == "cuda":
+        return cuda_missing(KERNEL_DEVICE)
+    return cuda_emulation.compiler_missing()
+
 
 SMALL: dict[str, Any] = {
     "in_channels": 1,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNEL_DEVICE, random_latents, random_model
+from cases import KERNEL_DEVICE, cuda_kernel_missing, random_latents, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import GOLDEN, INVERSE_F64, SAME_F64, assert_close, error_budget, max_error
@@ -24,13 +24,15 @@ from tarflow_fast.solvers import sequential
 GUIDED = Guidance(1.5, "ab", 0.7, True)
 CPU = torch.device("cpu")
 NATIVE = pytest.param("cpu", marks=pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing())))
-BACKENDS = ["torch", NATIVE, "triton"]
-RAGGED = ["torch", NATIVE]
+NO_CUDA = cuda_kernel_missing()
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA)))
+BACKENDS = ["torch", NATIVE, "triton", CUDA]
+RAGGED = ["torch", NATIVE, CUDA]
 
 
 def engine_of(model: TarFlow, k: int = 0, backend: str = "torch", dtype: torch.dtype = torch.float32) -> BlockEngine:
     weights = block_weights(model.state_dict(), model.config, k)
-    device = KERNEL_DEVICE if backend == "triton" else CPU
+    device = KERNEL_DEVICE if backend in ("triton", "cuda") else CPU
     return make_engines(backend, [weights], device=device, dtype=dtype, compile=False)[0]
 
 
@@ -119,6 +121,8 @@ def test_float64_inverts_exactly(backend: str, guidance: Guidance) -> None:
         pytest.param("cpu", torch.bfloat16, marks=NATIVE.marks),
         ("triton", torch.bfloat16),
         ("triton", torch.float16),
+        pytest.param("cuda", torch.bfloat16, marks=CUDA.marks),
+        pytest.param("cuda", torch.float16, marks=CUDA.marks),
     ],
 )
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
@@ -159,12 +163,14 @@ def test_fixed_point_in_any_windows_equals_sequential(
     check_windows(backend, dtype, tolerance, guidance, data)
 
 
+@pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 @settings(max_examples=3)
 @given(data=st.data())
-def test_fixed_point_of_the_triton_kernels(guidance: Guidance, data: st.DataObject) -> None:
-    """The same law; fewer examples, as the interpreter is slow. Windows of other sizes are summed in another order."""
-    check_windows("triton", torch.float32, GOLDEN, guidance, data)
+def test_fixed_point_of_the_kernels(backend: str, guidance: Guidance, data: st.DataObject) -> None:
+    """The same law; fewer examples, as interpreter and emulation are slow. Windows of other sizes are summed in another
+    order."""
+    check_windows(backend, torch.float32, GOLDEN, guidance, data)
 
 
 def check_windows(backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject) -> None:
@@ -241,11 +247,12 @@ def test_parts_of_the_tokens_are_the_whole(
     check_parts(backend, dtype, tolerance, guidance, data)
 
 
+@pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 @settings(max_examples=3)
 @given(data=st.data())
-def test_parts_of_the_tokens_by_the_triton_kernels(guidance: Guidance, data: st.DataObject) -> None:
-    check_parts("triton", torch.float32, GOLDEN, guidance, data)
+def test_parts_of_the_tokens_by_the_kernels(backend: str, guidance: Guidance, data: st.DataObject) -> None:
+    check_parts(backend, torch.float32, GOLDEN, guidance, data)
 
 
 BAD_WINDOWS = [(0, 1), (2, 2), (3, 2), (1, 5), (1.0, 2), (1, None), ([1], 2), (1, [2]), ("1", "2")]
@@ -299,6 +306,23 @@ def test_an_engine_says_whether_it_takes_a_window_for_each_sample(backend: str) 
 @settings(max_examples=25)
 @given(data=st.data())
 def test_windows_of_samples_are_those_of_each_alone(
+    backend: str, dtype: torch.dtype, tolerance: float, nvp: bool, guidance: Guidance, data: st.DataObject
+) -> None:
+    check_ragged(backend, dtype, tolerance, nvp, guidance, data)
+
+
+@pytest.mark.parametrize("backend", [CUDA])
+@pytest.mark.parametrize("nvp", [True, False])
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0, "a")], ids=repr)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_windows_of_samples_by_the_cuda_kernel(
+    backend: str, nvp: bool, guidance: Guidance, data: st.DataObject
+) -> None:
+    check_ragged(backend, torch.float32, GOLDEN, nvp, guidance, data)
+
+
+def check_ragged(
     backend: str, dtype: torch.dtype, tolerance: float, nvp: bool, guidance: Guidance, data: st.DataObject
 ) -> None:
     """Several passes; what a pass is not to look at is NaN: the cache at first, and tokens outside of its windows."""
