@@ -18,6 +18,7 @@ from tarflow_fast.engine import Condition, Guidance, backends, block_weights, ch
 from tarflow_fast.engine.cuda_engine import CudaEngine, cuda_missing, head_dim_missing, load_native
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.model import TarFlow
+from tarflow_fast.solvers.frontier import Frontier
 
 EMULATED = KERNEL_DEVICE.type == "cpu"
 IN_EMULATION = pytest.mark.skipif(not EMULATED, reason="of the emulation")
@@ -341,3 +342,100 @@ def test_the_kernels_names_are_checked() -> None:
         launch.set_positions([])
 
 
+
+
+# Passes without the host
+
+
+def by_the_host(engine: CudaEngine, state: Any, tol: float, window: int, most: int | None = None) -> tuple[Frontier, int]:
+    frontier, passes = Frontier(engine, state, tol), 0
+    while frontier.hindmost < state.x.shape[1] and (most is None or passes < most):
+        frontier.advance(window)
+        passes += 1
+    return frontier, passes
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize("tol", [0.0, 1e-3, 0.1])
+@pytest.mark.parametrize(("batch", "window"), [(1, 15), (3, 1), (3, 5), (5, 15), (2, 32)])
+def test_the_frontier_on_the_device_is_the_hosts(guidance: Guidance, tol: float, batch: int, window: int) -> None:
+    """As many passes and evaluations, and the same tokens, also where samples need several launches."""
+    model = random_model(6, num_classes=2)
+    condition = Condition(torch.arange(batch) % 3 - 1, guidance)
+    engine, z = engine_of(model), random_latents(model, batch)
+    states = [poisoned(engine, z, condition) for _ in range(2)]
+    for state in states:
+        state.x.copy_(z)
+    wanted, passes = by_the_host(engine, states[1], tol, window)
+    frontier = Frontier(engine, states[0], tol)
+    moved: list[int] = []
+    assert frontier.run(window, progress=moved.append) == passes
+    assert sum(moved) == model.config.num_patches - 1
+    assert frontier.reached == wanted.reached
+    assert frontier.evaluations == wanted.evaluations
+    assert_close(frontier.residual, wanted.residual, GOLDEN)
+    assert_close(states[0].x, states[1].x, GOLDEN)
+    assert_close(states[0].token_log_det, states[1].token_log_det, GOLDEN)
+    if tol == 0:
+        assert_close(states[0].x, expected(model, 0, z, condition)[0], GOLDEN)
+
+
+def test_a_frontier_may_stop_and_go_on() -> None:
+    model = random_model(6)
+    engine, z = engine_of(model), random_latents(model, 2)
+    states = [engine.begin(z, Condition()) for _ in range(2)]
+    frontier = Frontier(engine, states[0], 1e-3)
+    for most in (1, 2, 100):
+        wanted, passes = by_the_host(engine, states[1], 1e-3, 7, most) if most == 1 else (wanted, 0)
+        if most > 1:
+            while wanted.hindmost < 16 and passes < most:
+                wanted.advance(7)
+                passes += 1
+        assert frontier.run(7, most) == passes
+        assert frontier.reached == wanted.reached
+        assert_close(states[0].x, states[1].x, GOLDEN)
+    assert frontier.reached == [16, 16]
+    assert frontier.run(7) == 0
+
+
+@pytest.mark.parametrize("where", ["guess", "final"])
+def test_a_frontier_with_overflowing_tokens_is_the_hosts(where: str) -> None:
+    """A guess that overflows begins again; a sample whose final token does has failed, and no other one."""
+    model = random_model(6, img_size=6)
+    with torch.no_grad():
+        model.blocks[0].proj_out.weight[:4].mul_(60.0 if where == "final" else 25.0)
+    engine, z = engine_of(model), random_latents(model, 4) * (3.0 if where == "final" else 1.0)
+    states = [engine.begin(z, Condition()) for _ in range(2)]
+    wanted, passes = by_the_host(engine, states[1], 1e-3, 8)
+    frontier = Frontier(engine, states[0], 1e-3)
+    assert frontier.run(8) == passes
+    assert frontier.reached == wanted.reached
+    assert frontier.evaluations == wanted.evaluations
+    finite = states[1].x.isfinite()
+    assert torch.equal(states[0].x.isfinite(), finite)
+    if where == "final":
+        assert not finite.all()
+    scale = states[1].x[finite].abs().clamp(min=1)
+    assert_close(states[0].x[finite] / scale, states[1].x[finite] / scale, 1e-2)
+
+
+def test_a_window_too_wide_for_the_device_is_refused() -> None:
+    model = random_model()
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 2), Condition(None, GUIDED))
+    assert engine.most_window(state) == 32
+    with pytest.raises(ArgumentError, match="^window: expected 1 to 32, got 33"):
+        engine.converge(state, state.x, [1, 1], tol=0.0, window=33, most=1)
+    with pytest.raises(ArgumentError, match=r"^guess: expected shape \(2, 16, 4\), got \(2, 15, 4\)"):
+        engine.converge(state, state.x[:, 1:], [1, 1], tol=0.0, window=3, most=1)
+
+
+def test_the_adaptive_solver_takes_the_devices_frontier(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(num_classes=3)
+    calls = []
+    converge = CudaEngine.converge
+    monkeypatch.setattr(CudaEngine, "converge", lambda self, *a, **k: calls.append(k["window"]) or converge(self, *a, **k))
+    sampler = Sampler(model, backend="cuda", device=KERNEL_DEVICE, solver="adaptive", tol=1e-6)
+    images = sampler.sample(3, [0, 1, 2]).images
+    assert calls == [15, 15]
+    assert_close(images, Sampler(model, backend="torch", solver="sequential").sample(3, [0, 1, 2]).images, GOLDEN)

@@ -55,31 +55,37 @@ DEVICE float next_token(const Params& p, const Rows& rows, int position, int tok
   return sum_lanes(log_det);
 }
 
-// The tokens after those that were evaluated, into x and log_det; of FIXED_POINT, how far they moved and their residual:
-// max_d |new x − old x| and max_d |new x − old x| · exp(−xa). Positions are divided among the grid's warps.
+// How far a token moves, and its residual: max_d |new x − old x| and max_d |new x − old x| · exp(−xa). By a warp; what a
+// lane has of them, until `largest_lane`.
+struct Moved {
+  float change = 0, residual = 0;
+
+  DEVICE void take(float before, float after, float xa) {
+    const float moved = fabsf(after - before);
+    change = larger(change, moved);
+    residual = larger(residual, moved * expf(-xa));
+  }
+};
+
+// The tokens after those that were evaluated, into x and log_det. Positions are divided among the grid's warps.
 template <int WARPS>
 DEVICE void update(const Params& p, const Rows& rows) {
   const Global<float> x(p.x), log_dets(p.log_det), changes(p.change), residuals(p.residual);
   for (int i = block() + thread() / 32 * blocks(); i < p.positions; i += WARPS * blocks()) {
     const int token = rows.token_at(i);
     const int64_t place = rows.place(i, token + 1);
-    float change = 0, residual = 0;
+    Moved moved;
     const float log_det = next_token(p, rows, i, token, [&](int d, float value, float xa) {
-      if (p.mode == FIXED_POINT) {
-        const float moved = fabsf(value - load(x, place * p.token_dim + d));
-        change = larger(change, moved);
-        residual = larger(residual, moved * expf(-xa));
-      }
+      if (p.mode == FIXED_POINT) moved.take(load(x, place * p.token_dim + d), value, xa);
       store(x, place * p.token_dim + d, value);
     });
-    change = largest_lane(change);
-    residual = largest_lane(residual);
+    const float change = largest_lane(moved.change), residual = largest_lane(moved.residual);
     if (thread() % 32 > 0) continue;
     store(log_dets, place, log_det);
     if (p.mode == SEQUENTIAL) continue;
-    const int64_t moved = p.sample[i] * (p.change.count / p.samples) + p.column[i];
-    store(changes, moved, change);
-    store(residuals, moved, residual);
+    const int64_t at = p.sample[i] * (p.change.count / p.samples) + p.column[i];
+    store(changes, at, change);
+    store(residuals, at, residual);
   }
 }
 

@@ -183,7 +183,8 @@ DEVICE Vector<float, V> attended(const Params& p, const Rows& rows, int row, int
       for (int j = 0; j < V; j++) y.at[j] += share * sum[i].at[j];
     }
   }
-  for (int j = 0; j < V; j++) y.at[j] /= weights;
+  if (parts > 0)
+    for (int j = 0; j < V; j++) y.at[j] /= weights;
   return y;
 }
 

@@ -99,5 +99,6 @@ PYBIND11_MODULE(_cuda, m) {
              buffer->count = count;
            })
       .def("set_positions", &set_positions)
+      .def("set_tol", [](Params& params, float tol) { params.tol = tol; })
       .def("run", &run);
 }

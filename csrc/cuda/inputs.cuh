@@ -92,8 +92,7 @@ DEVICE void stage_hidden(const Params& p, const Scratch<T>& scratch, int first, 
 template <int WARPS, class T>
 DEVICE void stage_tokens(const Params& p, const Rows& rows, const Scratch<T>& scratch, int first, int count, bool begin,
                          bool keeps) {
-  const Global<const float> input(p.input);
-  const Global<float> x(p.x), log_dets(p.log_det);
+  const Global<float> input(p.input), x(p.x), log_dets(p.log_det);
   const int lane = thread() % 32, width = whole_tiles(p.token_dim);
   for (int row = thread() / 32; row < count; row += WARPS) {
     const int position = first + row, token = rows.token_at(position);
@@ -101,7 +100,7 @@ DEVICE void stage_tokens(const Params& p, const Rows& rows, const Scratch<T>& sc
     for (int d = p.token_dim + lane; d < width; d += 32) stage_value(scratch, row, d, 0.0f);
     if (begin) {
       for (int d = lane; d < p.token_dim; d += 32)
-        stage_value(scratch, row, d, constant(input, place * p.token_dim + d));
+        stage_value(scratch, row, d, token < 0 ? 0.0f : load(input, place * p.token_dim + d));
       continue;
     }
     const float log_det = next_token(p, rows, position, token - 1, [&](int d, float value, float) {

@@ -6,6 +6,7 @@
 // one block that computes it, so nothing is added atomically and a pass gives the same bits each time.
 #pragma once
 
+#include "frontier.cuh"
 #include "grid.cuh"
 #include "inputs.cuh"
 #include "kernel.h"
@@ -51,7 +52,8 @@ struct Pass {
         [&](int first, int count, int, int) { stage_tokens<WARPS>(p, rows, scratch, first, count, begin, keeps); },
         [&](int n, int i, float y) {
           const bool inside = n < p.channels;
-          if (inside) y += constant(position, static_cast<int64_t>(rows.token_at(i)) * p.channels + n);
+          const int token = rows.token_at(i) < 0 ? 0 : rows.token_at(i);
+          if (inside) y += constant(position, static_cast<int64_t>(token) * p.channels + n);
           for (int row = i; row < rows.count(); row += p.positions) {
             float value = y;
             if (inside && p.class_rows.count)
@@ -71,7 +73,7 @@ struct Pass {
           const int which = n / p.channels, channel = n % p.channels;
           if (which == 0) {
             store(queries, static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
-          } else if (which < 3) {
+          } else if (which < 3 && rows.token(row) >= 0) {
             const int head = channel / p.head_dim, c = channel % p.head_dim;
             store(cache, rows.cached(layer, which - 1, row, head) + rows.token(row) * p.head_dim + c, from_float<T>(y));
           }
@@ -159,27 +161,39 @@ struct Pass {
 
   DEVICE void run() {
     ring.fill();
-    for (bool begin = true;; begin = false) {
-      step(begin);
-      if (p.mode == FIXED_POINT || rows.next + 2 >= p.stop) break;
-      rows.next++;
+    if (p.mode == FRONTIER) {
+      int passes = 0;
+      for (; passes < p.most && look<WARPS>(p, rows); passes++) {
+        step(true);
+        advance<WARPS>(p, rows, scratch.sums);
+        barrier();
+      }
+      if (block() == 0 && thread() == 0) store(Global<int>(p.passes), 0, passes);
+    } else {
+      for (bool begin = true;; begin = false) {
+        step(begin);
+        if (p.mode == FIXED_POINT || rows.next + 2 >= p.stop) break;
+        rows.next++;
+      }
+      update<WARPS>(p, rows);
     }
-    update<WARPS>(p, rows);
     ring.drain();
   }
 };
 
-// Shared memory, in bytes from the beginning: work and jobs of this block; sums, or what attention needs; X; the ring. As in
-// `Layout` of cuda_plan.py.
+// Shared memory: tokens of the positions; work and jobs of this block; sums, or what attention needs; X; the ring. As in
+// cuda_plan.py.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
-  const int layers = 4 * p.layers + 2, work_bytes = divide_up(8 * (layers + p.most_jobs), 16) * 16;
-  const Shared<int> work = shared<int>(0, 2 * layers), jobs = shared<int>(8 * layers, 2 * p.most_jobs);
+  const int layers = 4 * p.layers + 2, work_bytes = divide_up(4 * MOST_ROWS + 8 * (layers + p.most_jobs), 16) * 16;
+  const Shared<int> tokens = shared<int>(0, MOST_ROWS), work = shared<int>(4 * MOST_ROWS, 2 * layers);
+  const Shared<int> jobs = shared<int>(4 * MOST_ROWS + 8 * layers, 2 * p.most_jobs);
   const int products = NT * WARPS * 128, parts = divide_up(WARPS * (p.head_dim + 2), 4) * 4;
   const int sums = products > parts ? products : parts, stride = p.slot_k + 8;
   const Scratch<T> scratch{shared<T>(work_bytes + 4 * sums, p.staged_rows * stride), stride,
                            shared<float>(work_bytes, sums)};
   const int ring = work_bytes + 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
+  for (int i = thread(); i < p.positions; i += WARPS * 32) store(tokens, i, p.token[i]);
   for (int i = thread(); i < 2 * layers; i += WARPS * 32)
     store(work, i, constant(Global<const int>(p.work), (i / 2 * blocks() + block()) * 2 + i % 2));
   for (int i = thread(); i < 2 * p.most_jobs; i += WARPS * 32)
@@ -187,7 +201,7 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   // Rows that no token fills are multiplied too, and columns beyond a layer's own.
   for (int i = thread(); i < p.staged_rows * stride; i += WARPS * 32) store(scratch.staged, i, from_float<T>(0.0f));
   sync_block();
-  Pass<T, NT, WARPS> pass{p,       {p, p.start - 1}, Grid(p), work,
+  Pass<T, NT, WARPS> pass{p,       {p, tokens, p.start - 1}, Grid(p), work,
                           scratch, {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
   pass.run();
 }

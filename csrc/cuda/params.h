@@ -19,6 +19,7 @@ struct Buffer {
 enum Mode : int {
   SEQUENTIAL,   // tokens [start, stop), one after the other, of all positions' samples
   FIXED_POINT,  // one parallel pass over all positions
+  FRONTIER,     // parallel passes until every sample's frontier is at the end, see frontier.cuh
 };
 
 // Phases between two barriers, as bits of `left_out`.
@@ -30,14 +31,15 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // L, affine (0 if volume-preserving).
 // Of the launch: mode; start, stop: of SEQUENTIAL; positions P: tokens that are evaluated at once, of one branch; branches
 // 1 or 2, R = P · branches; samples: of the whole batch, rows of a branch in the cache; guide_a, guide_b: what is guided;
-// left_out: phases that are not done, for measurements.
+// left_out: phases that are not done, for measurements; of FRONTIER window W: tokens of a sample in a pass (P = W · samples
+// of the launch, sample after sample), most: passes.
 // Of the plan: slots of the ring; slot_k: inputs that a slot holds of 16 outputs; staged_rows: rows of a
 // product's input that are in shared memory at once, a multiple of 8; splits: blocks that share the keys of a row and head,
 // least_keys: what each takes at least;
 // most_jobs: of any block, see `jobs`.
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
-  X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(left_out) X(slots) X(slot_k)             \
+  X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(left_out) X(window) X(most) X(slots) X(slot_k)             \
   X(staged_rows) X(splits) X(least_keys) X(most_jobs)
 
 // C', F', O', D': C, 4C, O, D rounded up to whole tiles; T type of weights and cache; fp32 unless said. Packed linear
@@ -50,15 +52,16 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 //   position   (T, C), class_rows (branches · samples, C) or empty: embeddings
 //   guidance   (T − 1,) or empty
 //   scale      (branches,): of the logits, with log2 e
-//   z, x, input (samples, T, D): input is what FIXED_POINT reads of x; log_det (samples, T)
-//   change, residual (samples, widest) or empty: of FIXED_POINT; column as in `columns`
+//   z, x, input, guess (samples, T, D): input is where tokens are read, of FIXED_POINT a copy of x; log_det (samples, T)
+//   change, residual (samples, widest) or empty: of FIXED_POINT; of FRONTIER residual (samples,)
+//   reached, evaluations int32 (samples,), passes int32 (1,) or empty: of FRONTIER
 //   keys_values T (L, 2, branches · samples, H, T, d)
 //   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, their maximum and weight
 //   hidden     T (R, F'); parameters (R, O')
 //   barrier    uint32 (1,): 0 at launch
 #define TARFLOW_BUFFERS(X)                                                                                     \
-  X(weights) X(biases) X(work) X(jobs) X(position) X(class_rows) X(guidance) X(scale) X(z) X(x) X(input) X(log_det)    \
-  X(change) X(residual) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(parameters) X(barrier)
+  X(weights) X(biases) X(work) X(jobs) X(position) X(class_rows) X(guidance) X(scale) X(z) X(x) X(input) X(guess)      \
+  X(log_det) X(change) X(residual) X(reached) X(evaluations) X(passes) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(parameters) X(barrier)
 
 struct Params {
 #define TARFLOW_FIELD(name) int name;
@@ -68,8 +71,9 @@ struct Params {
   TARFLOW_BUFFERS(TARFLOW_FIELD)
 #undef TARFLOW_FIELD
   // Of each position: its sample, the token that is evaluated, and its column of `change`. Of SEQUENTIAL the sample
-  // alone counts.
+  // alone counts, of FRONTIER the sample and the column.
   int sample[MOST_ROWS], token[MOST_ROWS], column[MOST_ROWS];
+  float tol;  // of FRONTIER
 };
 
 }  // namespace tarflow

@@ -1,6 +1,7 @@
 // The rows of a launch: which token each of them is, and where its keys and values are.
 //
-// Row b · P + i is position i in branch b; with guidance the second branch is the unguided one.
+// Row b · P + i is position i in branch b; with guidance the second branch is the unguided one. A position whose token is
+// −1 has nothing to evaluate: what is computed for it goes nowhere.
 #pragma once
 
 #include "layers.cuh"
@@ -9,12 +10,13 @@ namespace tarflow {
 
 struct Rows {
   const Params& p;
-  int next;  // of SEQUENTIAL, the token that is evaluated; moves on
+  Shared<int> tokens;  // of each position; but of SEQUENTIAL all have the same:
+  int next;
 
   DEVICE int count() const { return p.positions * p.branches; }
   DEVICE int branch(int row) const { return row / p.positions; }
   DEVICE int position(int row) const { return row % p.positions; }
-  DEVICE int token_at(int position) const { return p.mode == SEQUENTIAL ? next : p.token[position]; }
+  DEVICE int token_at(int position) const { return p.mode == SEQUENTIAL ? next : load(tokens, position); }
   DEVICE int token(int row) const { return token_at(position(row)); }
   DEVICE int cache_row(int row) const { return branch(row) * p.samples + p.sample[position(row)]; }
 

@@ -9,9 +9,9 @@ permutes. The parameters (xa, xb) that transform token i come from the tokens be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -155,6 +155,36 @@ class BlockEngine(Protocol):
 
     def bytes_per_sample(self, guided: bool) -> int:
         """Memory that `begin` takes for each sample."""
+        ...
+
+
+class Converged(NamedTuple):
+    """What `FrontierEngine.converge` did. passes: dependent ones. reached: the first token of each sample that is not
+    final. evaluations: tokens evaluated, of all samples. residual: (B,), largest of the tokens that were kept."""
+
+    passes: int
+    reached: list[int]
+    evaluations: int
+    residual: Tensor
+
+
+@runtime_checkable
+class FrontierEngine(Protocol):
+    """An engine that also makes pass after pass by itself, by the rule of `solvers/frontier.py`, and the host reads the
+    device once at the end."""
+
+    def most_window(self, state: BlockState) -> int:
+        """Tokens of a sample in a pass, at most."""
+        ...
+
+    def converge(
+        self, state: BlockState, guess: Tensor, reached: Sequence[int], *, tol: float, window: int, most: int
+    ) -> Converged:
+        """Passes over [reached[b], reached[b] + window) of each sample b, until all are done, or `most` passes.
+
+        guess: (B, T, D) finite, what a guess that overflows is replaced by. reached: 1 to T; keys and values of tokens
+        before reached[b] − 1 must be in the cache. tol: how far a token may move and still keep what was guessed.
+        """
         ...
 
 

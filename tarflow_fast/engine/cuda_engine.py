@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from ..checks import short
 from ..errors import ArgumentError, BackendError
-from .contract import BlockState, Condition, Moved, Progress, embedding_rows
+from .contract import BlockState, Condition, Converged, Moved, Progress, embedding_rows
 from .cuda_pack import linear_sizes, pack
 from .cuda_plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
 from .weights import BlockWeights
 from .windows import Bounds, check_part, check_window, check_windows
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SEQUENTIAL, FIXED_POINT = 0, 1  # `Mode` in params.h
+SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
 Positions = list[tuple[int, int, int]]  # of each row of a branch: sample, token that is evaluated, column of `Moved`
 
 
@@ -166,9 +166,9 @@ class CudaEngine:
         state.nonfinite = None
         if start == stop:
             return
-        for samples in self._groups(list(range(B)), state):
+        for samples in self._groups(list(range(B)), self._most_rows(state)):
             positions = [(sample, 0, 0) for sample in samples]
-            self._run(state, positions, state.x, None, mode=SEQUENTIAL, start=start, stop=stop)
+            self._run(state, positions, {"input": state.x}, mode=SEQUENTIAL, start=start, stop=stop)
         if progress is not None:
             progress(stop - start)
 
@@ -184,10 +184,44 @@ class CudaEngine:
         widest = max((column for _, _, column in rows), default=-1) + 1
         moved = Moved(*(state.x.new_zeros(B, widest) for _ in Moved._fields))
         state.nonfinite = None
-        before = state.x.clone()
-        for positions in self._groups(rows, state):
-            self._run(state, positions, before, moved, mode=FIXED_POINT)
+        buffers = {"input": state.x.clone(), "change": moved.change, "residual": moved.residual}
+        for positions in self._groups(rows, self._most_rows(state)):
+            self._run(state, positions, buffers, mode=FIXED_POINT)
         return moved
+
+    def most_window(self, state: BlockState) -> int:
+        return self._most_rows(state)
+
+    @torch.no_grad()
+    def converge(
+        self, state: BlockState, guess: Tensor, reached: Sequence[int], *, tol: float, window: int, most: int
+    ) -> Converged:
+        B, T, _ = state.x.shape
+        if not 1 <= window <= self.most_window(state):
+            raise ArgumentError("window", f"1 to {self.most_window(state)}", window)
+        if tuple(guess.shape) != tuple(state.x.shape):
+            raise ArgumentError("guess", f"shape {tuple(state.x.shape)}", tuple(guess.shape))
+        groups = list(self._groups(list(range(B)), self._most_rows(state) // window))
+        numbers = torch.zeros(2 * B + len(groups), dtype=torch.int32)
+        numbers[:B] = torch.tensor(reached, dtype=torch.int32)
+        numbers = numbers.to(self.device)
+        fronts, evaluations, passes = numbers.split([B, B, len(groups)])
+        residual = state.x.new_zeros(B)
+        state.nonfinite = None
+        state.cache.launch.set_tol(tol)
+        for i, samples in enumerate(groups):
+            buffers = {
+                "input": state.x,
+                "guess": guess.contiguous(),
+                "residual": residual,
+                "reached": fronts,
+                "evaluations": evaluations,
+                "passes": passes[i : i + 1],
+            }
+            positions = [(sample, 0, column) for sample in samples for column in range(window)]
+            self._run(state, positions, buffers, mode=FRONTIER, window=window, most=most)
+        counts = numbers.tolist()
+        return Converged(max(counts[2 * B :], default=0), counts[:B], sum(counts[B : 2 * B]), residual)
 
     # What a launch is given.
 
@@ -203,9 +237,13 @@ class CudaEngine:
         C, out = whole(config.channels, 16), (2 if config.nvp else 1) * config.token_dim
         return 2 * C + whole(4 * config.channels, 16) + whole(out, 16)
 
-    def _groups(self, rows: list[Any], state: BlockState) -> Iterator[list[Any]]:
+    def _most_rows(self, state: BlockState) -> int:
+        """Of a branch, in one launch."""
+        return MOST_ROWS // (2 if state.condition.guidance.active else 1)
+
+    @staticmethod
+    def _groups(rows: list[Any], most: int) -> Iterator[list[Any]]:
         """As few as can be, of about the same size."""
-        most = MOST_ROWS // (2 if state.condition.guidance.active else 1)
         count = math.ceil(len(rows) / most)
         for i in range(count):
             yield rows[len(rows) * i // count : len(rows) * (i + 1) // count]
@@ -286,14 +324,14 @@ class CudaEngine:
         return launch
 
     @staticmethod
-    def _set_buffers(launch: Any, buffers: dict[str, Tensor | None]) -> None:
+    def _set_buffers(launch: Any, buffers: Mapping[str, Tensor | None]) -> None:
         for name, tensor in buffers.items():
             if tensor is not None:
                 assert tensor.is_contiguous(), name
                 launch.set_buffer(name, tensor.data_ptr(), tensor.numel())
 
     def _run(
-        self, state: BlockState, positions: Positions, before: Tensor, moved: Moved | None, **sizes: int
+        self, state: BlockState, positions: Positions, buffers: Mapping[str, Tensor | None], **sizes: int
     ) -> None:
         for name in ("z", "x", "token_log_det"):
             tensor = getattr(state, name)
@@ -309,10 +347,8 @@ class CudaEngine:
         for name, value in {**geometry, **sizes}.items():
             launch.set_size(name, value)
         launch.set_positions(positions)
-        buffers = {"z": state.z, "x": state.x, "input": before, "log_det": state.token_log_det}
-        if moved is not None:
-            buffers |= {"change": moved.change, "residual": moved.residual}
-        self._set_buffers(launch, buffers)
+        tokens = {"z": state.z, "x": state.x, "log_det": state.token_log_det}
+        self._set_buffers(launch, {**tokens, **buffers})
         with self._on_device():
             workspace.barrier.zero_()
             stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0

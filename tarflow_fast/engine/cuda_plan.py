@@ -112,7 +112,7 @@ def make_plan(
     slot_k, size = slot_inputs(config), dtype.itemsize
     layers = 4 * config.layers_per_block + 2
     sums = max(most_rows // 8 * warps * 128, whole(warps * (config.head_dim + 2), 4))
-    fixed = whole(8 * (layers + jobs), 16) + 4 * sums
+    fixed = whole(4 * MOST_ROWS + 8 * (layers + jobs), 16) + 4 * sums
 
     def slots(staged_rows: int) -> int:
         return (shared_bytes - fixed - staged_rows * (slot_k + 8) * size) // (slot_k * TILE * size)

@@ -31,12 +31,8 @@ def adaptive(
     B, T, _ = state.x.shape
     window = T - 1 if window is None else window
     frontier = Frontier(engine, state, tol, None if guess is None else guess(state.z))
-    passes = 0
-    while (start := frontier.hindmost) < T and (most is None or passes < most):
-        frontier.advance(window)
-        passes += 1
-        if progress is not None:
-            progress(frontier.hindmost - start)
+    passes = frontier.run(window, most, progress)
+    start = frontier.hindmost
     if start < T:
         engine.reverse(state, progress, start)
     return Solution(

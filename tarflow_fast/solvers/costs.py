@@ -55,7 +55,7 @@ def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
         state.x[:, middle, 0].sum().item()  # waits for the device
 
     def one_pass(width: int) -> None:
-        Frontier(engine, state, 0.0, start=min(middle, T - width)).advance(width)
+        Frontier(engine, state, 0.0, start=min(middle, T - width)).run(width, most=1)
 
     steps = min(STEPS, T - middle)
     costs = Costs(_seconds(engine, lambda: tokens(steps)) / steps)

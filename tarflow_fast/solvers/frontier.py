@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.contract import BlockEngine, BlockState
+from ..engine.contract import BlockEngine, BlockState, FrontierEngine, Progress
 
 
 class Frontier:
@@ -56,6 +56,31 @@ class Frontier:
     @property
     def hindmost(self) -> int:
         return min(self.reached)
+
+    def run(self, window: int, most: int | None = None, progress: Progress | None = None) -> int:
+        """Passes over so many tokens of each sample at most, until all are done, or `most` of them. Returns how many.
+
+        progress(n): the hindmost sample has n more tokens. An engine that can makes the passes by itself.
+        """
+        T = self.state.x.shape[1]
+        most = T if most is None else most
+        passes = 0
+        while (start := self.hindmost) < T and passes < most:
+            if isinstance(self.engine, FrontierEngine) and window <= self.engine.most_window(self.state):
+                passes += self._converge(self.engine, window, most)
+            else:
+                self.advance(window)
+                passes += 1
+            if progress is not None:
+                progress(self.hindmost - start)
+        return passes
+
+    def _converge(self, engine: FrontierEngine, window: int, most: int) -> int:
+        done = engine.converge(self.state, self._guess, self.reached, tol=self.tol, window=window, most=most)
+        self.reached = done.reached
+        self.evaluations += done.evaluations
+        self.residual = torch.maximum(self.residual, done.residual)
+        return done.passes
 
     def advance(self, window: int) -> None:
         """A pass over so many tokens of each sample at most, with one small read from the device.
