@@ -201,21 +201,21 @@ def test_the_same_bits_for_any_grid_and_any_order_of_threads(guidance: Guidance,
 
 
 @IN_EMULATION
-def test_the_same_bits_in_any_shared_memory(device: Any) -> None:
-    """From one slot and eight rows at a time to all at once."""
+def test_the_same_bits_in_any_shared_memory(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one slot, or eight rows at a time, to all at once."""
     model = random_model(8, img_size=6, channels=64, head_dim=32, layers_per_block=2)
     z, condition = random_latents(model, 13), Condition(None, GUIDED)
     plans, wanted = set(), None
-    for kilobytes in (227, 20, 16, 15, 12, 9, 8):
+    for kilobytes, slots in ((227, 8), (227, 1), (18, 8), (16, 8), (12, 8), (12, 2), (12, 1)):
         device(2, kilobytes * 1024)
+        monkeypatch.setattr(cuda_plan, "MOST_SLOTS", slots)
         engine = engine_of(model, 0, torch.bfloat16)
         plan = engine.plan(26)
         plans.add((plan.slots, plan.staged_rows))
         got = inverse(engine, z, condition)
         wanted = wanted or got
         assert all(map(torch.equal, got, wanted))
-    assert {rows for _, rows in plans} >= {8, 16, 32}
-    assert {slots for slots, _ in plans} >= {1, 8}
+    assert plans == {(8, 32), (1, 32), (4, 32), (4, 16), (3, 8), (2, 8), (1, 8)}
 
 
 @IN_EMULATION

@@ -47,6 +47,7 @@ DEVICE float next_token(const Params& p, const Rows& rows, int position, int tok
   const Global<const float> z(p.z);
   const int64_t at = rows.place(position, token + 1) * p.token_dim;
   float log_det = 0;
+#pragma unroll 1
   for (int d = thread() % 32; d < p.token_dim; d += 32) {
     const Parameters y = parameters_at(p, position, token, d);
     take(d, constant(z, at + d) * expf(y.xa) + y.xb, y.xa);
@@ -71,6 +72,7 @@ struct Moved {
 template <int WARPS>
 DEVICE void update(const Params& p, const Rows& rows) {
   const Global<float> x(p.x), log_dets(p.log_det), changes(p.change), residuals(p.residual);
+#pragma unroll 1
   for (int i = block() + thread() / 32 * blocks(); i < p.positions; i += WARPS * blocks()) {
     const int token = rows.token_at(i);
     const int64_t place = rows.place(i, token + 1);

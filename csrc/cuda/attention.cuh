@@ -45,6 +45,7 @@ DEVICE void prefetch_keys(const Params& p, const Rows& rows, int layer) {
   if (block() >= rows.count() * p.heads * p.splits) return;
   const Part part(p, rows, block());
   const Global<T> cache(p.keys_values);
+#pragma unroll 1
   for (int i = thread(); i < 2 * (part.last - part.first); i += WARPS * 32)
     prefetch(cache, rows.cached(layer, i % 2, part.row, part.head) + (part.first + i / 2) * p.head_dim);
 }

@@ -32,11 +32,13 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
   const Global<float> x(p.x), guess(p.guess), log_dets(p.log_det), residuals(p.residual);
   const Global<int> reached(p.reached), evaluations(p.evaluations);
   const int warp = thread() / 32, lane = thread() % 32, D = p.token_dim, W = p.window;
+#pragma unroll 1
   for (int begin = block() * W; begin < p.positions; begin += blocks() * W) {
     if (load(rows.tokens, begin) < 0) continue;
     const int sample = p.sample[begin], front = load(rows.tokens, begin) + 1;
     const int width = p.tokens - front < W ? p.tokens - front : W;
     sync_block();  // the sample before has been dealt with
+#pragma unroll 1
     for (int j = warp; j < width; j += WARPS) {
       const int64_t place = rows.place(begin, front + j);
       Moved moved;
@@ -56,8 +58,10 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
     sync_block();
     int kept = 0;
     float residual = 0;
+#pragma unroll 1
     for (; kept < width && load(memory, kept) <= p.tol; kept++) residual = larger(residual, load(memory, W + kept));
     const bool failed = kept < width && load(memory, 2 * W + kept) > 0;
+#pragma unroll 1
     for (int j = kept + warp; j < width; j += WARPS) {
       const int64_t place = rows.place(begin, front + j);
       const bool back = j > kept && load(memory, 2 * W + j) > 0;

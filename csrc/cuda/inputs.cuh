@@ -55,6 +55,7 @@ template <int WARPS, class T>
 DEVICE void stage_stream(const Params& p, const Scratch<T>& scratch, int first, int count) {
   const Global<float> h(p.h);
   const int width = whole_tiles(p.channels), vectors = width / 4;
+#pragma unroll 1
   for (int i = thread(); i < count * vectors; i += WARPS * 32) {
     const int row = i / vectors, k = i % vectors * 4;
     const auto v = load_vector<4>(h, static_cast<int64_t>(first + row) * width + k);
@@ -66,6 +67,7 @@ DEVICE void stage_stream(const Params& p, const Scratch<T>& scratch, int first, 
 template <int WARPS, int V, class T>
 DEVICE void stage_attended(const Params& p, const Rows& rows, const Scratch<T>& scratch, int first, int count) {
   const int vectors = whole_tiles(p.channels) / V;
+#pragma unroll 1
   for (int i = thread(); i < count * vectors; i += WARPS * 32) {
     const int row = i / vectors, k = i % vectors * V;
     Vector<float, V> y{};
@@ -80,6 +82,7 @@ DEVICE void stage_hidden(const Params& p, const Scratch<T>& scratch, int first, 
   constexpr int V = 16 / sizeof(T);
   const Global<T> hidden(p.hidden);
   const int width = whole_tiles(4 * p.channels);
+#pragma unroll 1
   for (int i = thread(); i < count * (k / V); i += WARPS * 32) {
     const int row = i / (k / V), column = i % (k / V) * V;
     store_vector(scratch.staged, row * scratch.stride + column,
@@ -97,8 +100,10 @@ DEVICE void stage_tokens(const Params& p, const Rows& rows, const Scratch<T>& sc
   for (int row = thread() / 32; row < count; row += WARPS) {
     const int position = first + row, token = rows.token_at(position);
     const int64_t place = rows.place(position, token);
+#pragma unroll 1
     for (int d = p.token_dim + lane; d < width; d += 32) stage_value(scratch, row, d, 0.0f);
     if (begin) {
+#pragma unroll 1
       for (int d = lane; d < p.token_dim; d += 32)
         stage_value(scratch, row, d, token < 0 ? 0.0f : load(input, place * p.token_dim + d));
       continue;

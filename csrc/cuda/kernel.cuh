@@ -140,6 +140,7 @@ struct Pass {
   DEVICE void step(bool begin) {
     embed(begin);
     barrier();
+#pragma unroll 1
     for (int layer = 0; layer < p.layers; layer++) {
       qkv(layer);
       grid.sync([&] {

@@ -23,6 +23,7 @@ template <int NT, int WARPS, class T>
 DEVICE void multiply(float (&sums)[NT][4], Shared<T> slots, int slot, int k_tiles, const Scratch<T>& scratch, int first,
                      int count) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 1
   for (int k = thread() / 32; k < k_tiles; k += WARPS) {
     const auto a = load_vector<8>(slots, slot + (k * 32 + lane) * 8);
 #pragma unroll
@@ -39,6 +40,7 @@ template <int NT, int WARPS>
 DEVICE void multiply(float (&sums)[NT][4], Shared<float> slots, int slot, int k_tiles, const Scratch<float>& scratch,
                      int first, int count) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 1
   for (int k = thread() / 32; k < k_tiles; k += WARPS) {
     const int a = slot + k * TILE * TILE + g * TILE;
 #pragma unroll
@@ -97,6 +99,7 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
                      Vector<float, 4>{sums[n][0], sums[n][1], sums[n][2], sums[n][3]});
     sync_block();
     ring.release();
+#pragma unroll 1
     for (int i = thread(); i < rows * TILE; i += WARPS * 32) {
       const int m = i % TILE, row = i / TILE, n = row % 8;
       const int of_lane = (m % 8) * 4 + n / 2, of_sum = m / 8 * 2 + n % 2;

@@ -49,6 +49,7 @@ class Ring {
     const Global<const T> weights(p_.weights);
     const int64_t from = static_cast<int64_t>(load(jobs_, 2 * job_)) * size;
     const int count = load(jobs_, 2 * job_ + 1) * size;
+#pragma unroll 2
     for (int i = thread() * vector; i < count; i += WARPS * 32 * vector)
       copy_async(memory_, fill_ + i, weights, from + i);
     commit_copies();
