@@ -27,7 +27,6 @@ KERNEL_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.
 """Where kernels run: on the GPU, or in Triton's interpreter and the emulation of CUDA (see conftest.py)."""
 
 
-
 def cuda_kernel_missing() -> str | None:
     """Why the CUDA engine's kernel can run neither on a GPU nor in its emulation, or None."""
     if KERNEL_DEVICE.type == "cuda":

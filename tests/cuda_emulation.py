@@ -31,7 +31,9 @@ FLAGS = (
 def compiler_missing() -> str | None:
     """Why nothing can be built, or None."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
-    return None if shutil.which(compiler) else f"the emulation of CUDA needs a C++ compiler, and {compiler} is not there"
+    return (
+        None if shutil.which(compiler) else f"the emulation of CUDA needs a C++ compiler, and {compiler} is not there"
+    )
 
 
 @functools.cache

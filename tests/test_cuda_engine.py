@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import GOLDEN as CASES
 from cases import KERNEL_DEVICE, Case, cuda_kernel_missing, random_latents, random_model
+from cuda_emulation import emulated
 from test_engine import GUIDED, expected, poisoned
 from tolerances import BATCH, GOLDEN, assert_close, error_budget, max_error
 from torch import Tensor
@@ -219,6 +220,21 @@ def test_the_same_bits_in_any_shared_memory(device: Any, monkeypatch: pytest.Mon
 
 
 @IN_EMULATION
+@pytest.mark.parametrize("batch", [1, 13])
+def test_blocks_of_eight_warps_as_on_a_gpu(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(8))
+    model = random_model(8, channels=128, num_classes=2, img_size=4, layers_per_block=2)
+    z, condition = random_latents(model, batch), Condition(torch.arange(batch) % 3 - 1, GUIDED)
+    for dtype, tolerance in ((torch.float32, GOLDEN), (torch.bfloat16, 0.1)):
+        engine = engine_of(model, 1, dtype)
+        state = poisoned(engine, z, condition)
+        engine.reverse(state)
+        assert_close(state.x, expected(model, 1, z, condition)[0], tolerance)
+        moved = engine.fixed_point(state, 1, model.config.num_patches)
+        assert moved.change.max() <= tolerance / 10
+
+
+@IN_EMULATION
 def test_phases_can_be_left_out(device: Any) -> None:
     """For measurements: what is left is still a pass, which fetches the same weights."""
     model = random_model(img_size=4, layers_per_block=2)
@@ -299,7 +315,7 @@ def test_what_cannot_be_had_is_refused() -> None:
     assert "has no float64" in str(cuda_missing(KERNEL_DEVICE, torch.float64))
     assert "nothing to compile" in str(cuda_missing(KERNEL_DEVICE, compile=True))
     assert "needs a CUDA device, and this is mps" in str(cuda_missing(torch.device("mps")))
-    with pytest.raises(BackendError, match="^backend 'cuda' cannot be had: the CUDA engine has no float64"):
+    with pytest.raises(BackendError, match=r"^backend 'cuda' cannot be had: the CUDA engine has no float64"):
         choose_backend("cuda", KERNEL_DEVICE, torch.float64, False)
 
 
@@ -311,7 +327,7 @@ def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_engine, "load_native", load_native)
     with pytest.raises(BackendError, match=r"was not built; install the CUDA toolkit \(nvcc.*No module named"):
         load_native()
-    with pytest.raises(BackendError, match="^backend 'cuda' cannot be had: the CUDA engine was not built"):
+    with pytest.raises(BackendError, match=r"^backend 'cuda' cannot be had: the CUDA engine was not built"):
         Sampler(random_model(), backend="cuda")
     assert any(status.name == "cuda" and not status.available for status in backends())
 
@@ -342,17 +358,16 @@ def test_the_kernels_names_are_checked() -> None:
         launch.set_positions([])
 
 
-
-
 # Passes without the host
 
 
-def by_the_host(engine: CudaEngine, state: Any, tol: float, window: int, most: int | None = None) -> tuple[Frontier, int]:
-    frontier, passes = Frontier(engine, state, tol), 0
-    while frontier.hindmost < state.x.shape[1] and (most is None or passes < most):
+def by_the_host(frontier: Frontier, window: int, most: int = 1000) -> int:
+    """`Frontier.run` of an engine that does not do it by itself."""
+    passes = 0
+    while frontier.hindmost < frontier.state.x.shape[1] and passes < most:
         frontier.advance(window)
         passes += 1
-    return frontier, passes
+    return passes
 
 
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
@@ -366,8 +381,8 @@ def test_the_frontier_on_the_device_is_the_hosts(guidance: Guidance, tol: float,
     states = [poisoned(engine, z, condition) for _ in range(2)]
     for state in states:
         state.x.copy_(z)
-    wanted, passes = by_the_host(engine, states[1], tol, window)
-    frontier = Frontier(engine, states[0], tol)
+    frontier, wanted = (Frontier(engine, state, tol) for state in states)
+    passes = by_the_host(wanted, window)
     moved: list[int] = []
     assert frontier.run(window, progress=moved.append) == passes
     assert sum(moved) == model.config.num_patches - 1
@@ -384,14 +399,9 @@ def test_a_frontier_may_stop_and_go_on() -> None:
     model = random_model(6)
     engine, z = engine_of(model), random_latents(model, 2)
     states = [engine.begin(z, Condition()) for _ in range(2)]
-    frontier = Frontier(engine, states[0], 1e-3)
+    frontier, wanted = (Frontier(engine, state, 1e-3) for state in states)
     for most in (1, 2, 100):
-        wanted, passes = by_the_host(engine, states[1], 1e-3, 7, most) if most == 1 else (wanted, 0)
-        if most > 1:
-            while wanted.hindmost < 16 and passes < most:
-                wanted.advance(7)
-                passes += 1
-        assert frontier.run(7, most) == passes
+        assert frontier.run(7, most) == by_the_host(wanted, 7, most)
         assert frontier.reached == wanted.reached
         assert_close(states[0].x, states[1].x, GOLDEN)
     assert frontier.reached == [16, 16]
@@ -406,9 +416,8 @@ def test_a_frontier_with_overflowing_tokens_is_the_hosts(where: str) -> None:
         model.blocks[0].proj_out.weight[:4].mul_(60.0 if where == "final" else 25.0)
     engine, z = engine_of(model), random_latents(model, 4) * (3.0 if where == "final" else 1.0)
     states = [engine.begin(z, Condition()) for _ in range(2)]
-    wanted, passes = by_the_host(engine, states[1], 1e-3, 8)
-    frontier = Frontier(engine, states[0], 1e-3)
-    assert frontier.run(8) == passes
+    frontier, wanted = (Frontier(engine, state, 1e-3) for state in states)
+    assert frontier.run(8) == by_the_host(wanted, 8)
     assert frontier.reached == wanted.reached
     assert frontier.evaluations == wanted.evaluations
     finite = states[1].x.isfinite()
@@ -424,7 +433,7 @@ def test_a_window_too_wide_for_the_device_is_refused() -> None:
     engine = engine_of(model)
     state = engine.begin(random_latents(model, 2), Condition(None, GUIDED))
     assert engine.most_window(state) == 32
-    with pytest.raises(ArgumentError, match="^window: expected 1 to 32, got 33"):
+    with pytest.raises(ArgumentError, match=r"^window: expected 1 to 32, got 33"):
         engine.converge(state, state.x, [1, 1], tol=0.0, window=33, most=1)
     with pytest.raises(ArgumentError, match=r"^guess: expected shape \(2, 16, 4\), got \(2, 15, 4\)"):
         engine.converge(state, state.x[:, 1:], [1, 1], tol=0.0, window=3, most=1)
@@ -432,10 +441,15 @@ def test_a_window_too_wide_for_the_device_is_refused() -> None:
 
 def test_the_adaptive_solver_takes_the_devices_frontier(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(num_classes=3)
-    calls = []
+    windows = []
     converge = CudaEngine.converge
-    monkeypatch.setattr(CudaEngine, "converge", lambda self, *a, **k: calls.append(k["window"]) or converge(self, *a, **k))
+
+    def counted(self: CudaEngine, *arguments: Any, **options: Any) -> Any:
+        windows.append(options["window"])
+        return converge(self, *arguments, **options)
+
+    monkeypatch.setattr(CudaEngine, "converge", counted)
     sampler = Sampler(model, backend="cuda", device=KERNEL_DEVICE, solver="adaptive", tol=1e-6)
     images = sampler.sample(3, [0, 1, 2]).images
-    assert calls == [15, 15]
+    assert windows == [15, 15]
     assert_close(images, Sampler(model, backend="torch", solver="sequential").sample(3, [0, 1, 2]).images, GOLDEN)

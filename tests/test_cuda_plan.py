@@ -147,9 +147,7 @@ def test_a_plan_fits(dtype: torch.dtype, shared_bytes: int, rows: int) -> None:
 def test_a_model_too_wide_is_refused() -> None:
     wide = TarFlowConfig(3, 64, 8, 8192, 1, 1)
     with pytest.raises(BackendError, match=r"needs \d+ bytes of shared memory for a model of 8192 channels in float32"):
-        make_plan(
-            wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, blocks=132, shared_bytes=H200
-        )
+        make_plan(wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, blocks=132, shared_bytes=H200)
 
 
 @given(pairs=st.integers(1, 1000), tokens=st.integers(1, 4096), blocks=st.integers(1, 200))

@@ -6,11 +6,10 @@ and KV cache have the chosen dtype, all else is fp32.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..checks import short
 from ..errors import ArgumentError, BackendError
 from .contract import BlockState, Condition, Converged, Moved, Progress, embedding_rows
-from .cuda_pack import linear_sizes, pack
+from .cuda_pack import TILE, linear_sizes, pack
 from .cuda_plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
 from .weights import BlockWeights
 from .windows import Bounds, check_part, check_window, check_windows
@@ -65,27 +64,23 @@ def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:
     if head_dim <= 32 or (head_dim % lane == 0 and head_dim <= 32 * lane):
         return None
     return (
-        f"the CUDA engine takes heads of at most 32 channels, or in {short(dtype)} multiples of {lane} up to {32 * lane}, "
-        f"and this model has {head_dim}; use backend='triton'"
+        f"the CUDA engine takes heads of at most 32 channels, or in {short(dtype)} multiples of {lane} up to "
+        f"{32 * lane}, and this model has {head_dim}; use backend='triton'"
     )
 
 
-@dataclass
 class _Workspace:
-    """What a state holds on the device, in the kernel's names and shapes (see params.h)."""
+    """What a state holds on the device. buffers: in the kernel's names and shapes (see params.h); also attributes."""
 
-    rows: int  # of the cache
-    keys_values: Tensor
-    h: Tensor
-    queries: Tensor
-    partials: Tensor
-    hidden: Tensor
-    parameters: Tensor
-    barrier: Tensor
-    class_rows: Tensor | None
-    guidance: Tensor | None
-    scale: Tensor
-    launch: Any = None
+    def __init__(self, buffers: dict[str, Tensor | None]):
+        self.buffers = buffers
+        self.launch: Any = None  # with these buffers, of the engine that made it
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.__dict__["buffers"][name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class CudaEngine:
@@ -112,26 +107,25 @@ class CudaEngine:
             self._weights, self._biases = pack(weights, device, dtype)
             self._position = self._fp32(weights.position)
             self._classes = None if weights.classes is None else self._fp32(weights.classes)
-        self.plan(MOST_ROWS)  # the widest needs the most shared memory
+        self._plans: dict[int, Plan] = {}
+        self.plan(MOST_ROWS)  # which needs the most shared memory
 
     def plan(self, rows: int) -> Plan:
         """How a launch of so many rows is divided. Raises BackendError."""
-        return self._plan(rows)
-
-    @functools.cache  # noqa: B019: lives as long as the engine
-    def _plan(self, rows: int) -> Plan:
-        instances = self._native.instances()
-        most_rows, warps = next((n, w) for name, n, w in instances if name == self._dtype_name and n >= rows)
-        return make_plan(
-            self.config,
-            self.dtype,
-            rows=rows,
-            most_rows=most_rows,
-            warps=warps,
-            jobs=self._jobs.shape[1],
-            blocks=self.blocks,
-            shared_bytes=self._shared_bytes,
-        )
+        if rows not in self._plans:
+            instances = self._native.instances()
+            most_rows, warps = next((n, w) for name, n, w in instances if name == self._dtype_name and n >= rows)
+            self._plans[rows] = make_plan(
+                self.config,
+                self.dtype,
+                rows=rows,
+                most_rows=most_rows,
+                warps=warps,
+                jobs=self._jobs.shape[1],
+                blocks=self.blocks,
+                shared_bytes=self._shared_bytes,
+            )
+        return self._plans[rows]
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config = self.config
@@ -151,10 +145,10 @@ class CudaEngine:
         return state
 
     def bytes_per_sample(self, guided: bool) -> int:
-        config, branches = self.config, 2 if guided else 1
+        config = self.config
         row = 2 * config.layers_per_block * config.num_patches * config.channels * self.dtype.itemsize
-        step = 4 * (self._row_elements() + config.channels)
-        return branches * (row + step) + 4 * config.num_patches * (config.token_dim * 4 + 3)
+        tokens = 3 * config.num_patches * (config.token_dim + 1) * 4  # z and x of the state, and a copy in a pass
+        return (2 if guided else 1) * (row + 4 * config.channels) + tokens
 
     @torch.no_grad()
     def reverse(
@@ -196,7 +190,7 @@ class CudaEngine:
     def converge(
         self, state: BlockState, guess: Tensor, reached: Sequence[int], *, tol: float, window: int, most: int
     ) -> Converged:
-        B, T, _ = state.x.shape
+        B = state.x.shape[0]
         if not 1 <= window <= self.most_window(state):
             raise ArgumentError("window", f"1 to {self.most_window(state)}", window)
         if tuple(guess.shape) != tuple(state.x.shape):
@@ -231,12 +225,6 @@ class CudaEngine:
     def _fp32(self, x: Tensor) -> Tensor:
         return x.detach().to(self.device, torch.float32).contiguous()
 
-    def _row_elements(self) -> int:
-        """Of h, queries, hidden and parameters, and of partials in the most parts that there are."""
-        config = self.config
-        C, out = whole(config.channels, 16), (2 if config.nvp else 1) * config.token_dim
-        return 2 * C + whole(4 * config.channels, 16) + whole(out, 16)
-
     def _most_rows(self, state: BlockState) -> int:
         """Of a branch, in one launch."""
         return MOST_ROWS // (2 if state.condition.guidance.active else 1)
@@ -262,8 +250,7 @@ class CudaEngine:
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=self.device)
 
-        rows = MOST_ROWS  # fixed-point passes may have so many, whatever the batch
-        parts = max(n * self.plan(n).splits for n in range(1, rows + 1)) * H
+        parts = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1)) * H  # windows may have as many rows
         branches = 2 if guidance.active else 1
         scale = torch.full((branches,), d**-0.5 * math.log2(math.e))
         if guidance.active:
@@ -273,18 +260,20 @@ class CudaEngine:
             classes = self._classes[embedding_rows(condition, batch, config.num_classes, self.device)]
         if guidance.active:
             schedule = torch.tensor(guidance.schedule(T), dtype=torch.float32).to(self.device)
+        C, out = whole(config.channels, TILE), whole((2 if config.nvp else 1) * config.token_dim, TILE)
         workspace = _Workspace(
-            rows=R,
-            keys_values=keys_values,
-            h=empty(rows, whole(config.channels, 16)),
-            queries=empty(rows, whole(config.channels, 16)),
-            partials=empty(parts * (d + 2) + 1),
-            hidden=empty(rows, whole(4 * config.channels, 16), dtype=self.dtype),
-            parameters=empty(rows, whole((2 if config.nvp else 1) * config.token_dim, 16)),
-            barrier=torch.zeros(1, dtype=torch.int32, device=self.device),
-            class_rows=classes,
-            guidance=schedule,
-            scale=scale.to(self.device),
+            {
+                "keys_values": keys_values,
+                "h": empty(MOST_ROWS, C),
+                "queries": empty(MOST_ROWS, C),
+                "partials": empty(parts * (d + 2) + 1),
+                "hidden": empty(MOST_ROWS, whole(4 * config.channels, TILE), dtype=self.dtype),
+                "parameters": empty(MOST_ROWS, out),
+                "barrier": torch.zeros(1, dtype=torch.int32, device=self.device),
+                "class_rows": classes,
+                "guidance": schedule,
+                "scale": scale.to(self.device),
+            }
         )
         workspace.launch = self._launch(workspace, batch, condition)
         return workspace
@@ -316,11 +305,7 @@ class CudaEngine:
             "jobs": self._jobs,
             "position": self._position,
         }
-        for name in (
-            "keys_values", "h", "queries", "partials", "hidden", "parameters", "barrier", "class_rows", "guidance", "scale",
-        ):  # fmt: skip
-            buffers[name] = getattr(workspace, name)
-        self._set_buffers(launch, buffers)
+        self._set_buffers(launch, {**buffers, **workspace.buffers})
         return launch
 
     @staticmethod
@@ -330,9 +315,7 @@ class CudaEngine:
                 assert tensor.is_contiguous(), name
                 launch.set_buffer(name, tensor.data_ptr(), tensor.numel())
 
-    def _run(
-        self, state: BlockState, positions: Positions, buffers: Mapping[str, Tensor | None], **sizes: int
-    ) -> None:
+    def _run(self, state: BlockState, positions: Positions, buffers: Mapping[str, Tensor | None], **sizes: int) -> None:
         for name in ("z", "x", "token_log_det"):
             tensor = getattr(state, name)
             if tensor.dtype != torch.float32 or not tensor.is_contiguous():

@@ -67,7 +67,7 @@ def share(sizes: list[LinearSize], blocks: int) -> Tensor:
 
 
 def fetches(sizes: list[LinearSize], work: Tensor, slot_k: int) -> Tensor:
-    """(blocks, most, 2) int32: place and number of the 16 × 16 tiles that each block fetches for a token, slot by slot."""
+    """(blocks, most, 2) int32: place and number of the 16 × 16 tiles that a block fetches for a token, slot by slot."""
     most_tiles = slot_k // TILE
     jobs: list[list[tuple[int, int]]] = [[] for _ in range(work.shape[1])]
     begin = 0
