@@ -3,7 +3,7 @@
 # machine has. The first finding fails. Needs g++ and what the tests need; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export TARFLOW_FAST_SANITIZERS=address,undefined
+export TARFLOW_FAST_SANITIZERS=address,undefined TARFLOW_FAST_CUDA=0
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir "$folder/source"
