@@ -1,10 +1,16 @@
-// The host side of device.cuh: the same names for a host compiler, on emulated threads, with every access checked.
+// The host side of device.cuh: the same names and meanings, every access checked. Where a promise is broken, the launch
+// ends with an error that says who did what.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "machine.h"
+#include "numbers.h"
 
 #define DEVICE inline
 #define KERNEL
@@ -12,19 +18,27 @@
 
 namespace tarflow {
 
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  _Float16 value;
-};
+DEVICE int thread() { return emulation::here->index; }
+DEVICE int block() { return emulation::here->block->index; }
+DEVICE int blocks() { return emulation::machine->blocks; }
 
-inline int thread() { return emulation::current().index; }
-inline int block() { return emulation::current().block; }
-inline int blocks() { return emulation::grid_blocks(); }
+DEVICE void sync_block() { emulation::machine->sync_block(); }
 
-inline void sync_block() { emulation::sync_block(); }
-inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(value, mask); }
+namespace emulation {
+
+inline void shuffle(Warp& warp) {
+  for (int lane = 0; lane < 32; lane++)
+    std::memcpy(warp.taken[lane], warp.given[lane ^ warp.detail], sizeof(float));
+}
+
+}  // namespace emulation
+
+DEVICE float shuffle_xor(float value, int mask) {
+  if (mask < 0 || mask > 31) throw std::runtime_error("shuffle_xor by " + std::to_string(mask) + ": 0 … 31");
+  float other;
+  emulation::machine->meet("shuffle_xor", mask, &value, &other, emulation::shuffle);
+  return other;
+}
 
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
@@ -35,138 +49,159 @@ template <class T>
 struct Global {
   T* data;
   int64_t count;
-  int buffer;
-  explicit Global(const Buffer& from)
-      : data(static_cast<T*>(from.data)), count(from.count), buffer(emulation::buffer_index(from.name)) {}
+  const char* name;
+  DEVICE explicit Global(const Buffer& buffer)
+      : data(static_cast<T*>(buffer.data)), count(buffer.count), name(buffer.name) {}
 };
 
-// begin: its first byte in the block's shared memory.
 template <class T>
 struct Shared {
   T* data;
-  int count, begin;
+  int count;
 };
 
 template <class T>
-Shared<T> shared(int byte, int count) {
-  return {reinterpret_cast<T*>(emulation::shared_memory(byte, static_cast<int64_t>(count) * sizeof(T))), count, byte};
+DEVICE Shared<T> shared(int byte, int count) {
+  if (byte < 0 || byte % 16 || count < 0 || byte + count * int64_t{sizeof(T)} > emulation::machine->shared_bytes)
+    throw std::runtime_error("shared(" + std::to_string(byte) + ", " + std::to_string(count) + ") of elements of " +
+                             std::to_string(sizeof(T)) + " bytes: the block has " +
+                             std::to_string(emulation::machine->shared_bytes) + ", arrays begin at multiples of 16");
+  return {reinterpret_cast<T*>(emulation::here->block->shared + byte), count};
 }
 
-template <int N = 1, class T>
-emulation::Place place(Global<T> memory, int64_t i) {
-  return emulation::global_place(memory.buffer, memory.count, i, N, sizeof(T));
-}
+namespace emulation {
 
-template <int N = 1, class T>
-emulation::Place place(Shared<T> memory, int i) {
-  return emulation::shared_place(memory.begin, memory.count, i, N, sizeof(T));
+template <class T>
+View view(Global<T> memory) {
+  static_assert(sizeof(T) % GRANULE == 0);
+  auto* data = const_cast<std::remove_const_t<T>*>(memory.data);
+  return {memory.name, reinterpret_cast<unsigned char*>(data), memory.count, sizeof(T), false};
 }
 
 template <class T>
-T constant(Global<const T> from, int64_t i) {
-  emulation::read_constant(place(from, i));
-  return from.data[i];
+View view(Shared<T> memory) {
+  static_assert(sizeof(T) % GRANULE == 0);
+  return {"shared memory", reinterpret_cast<unsigned char*>(memory.data), memory.count, sizeof(T), true};
 }
 
-template <class T>
-T load(Global<T> from, int64_t i) {
-  emulation::read(place(from, i));
-  return from.data[i];
-}
-
-template <int N, class T>
-Vector<T, N> load_vector(Global<T> from, int64_t i) {
-  emulation::read(place<N>(from, i));
-  Vector<T, N> value;
-  std::memcpy(&value, from.data + i, sizeof(value));
+// Elements [i, i + N) as a Value of their whole size.
+template <class Value, int N, class Memory>
+Value read(Memory from, int64_t i, Use how) {
+  Value value;
+  std::memcpy(&value, use(view(from), i, N, how), sizeof value);
   return value;
 }
 
+template <int N, class Memory, class Value>
+void write(Memory to, int64_t i, const Value& value) {
+  std::memcpy(use(view(to), i, N, WRITE), &value, sizeof value);
+}
+
+}  // namespace emulation
+
 template <class T>
-void store(Global<T> to, int64_t i, T value) {
-  emulation::write(place(to, i));
-  to.data[i] = value;
+DEVICE T constant(Global<const T> from, int64_t i) {
+  return emulation::read<T, 1>(from, i, emulation::CONSTANT_READ);
 }
 
 template <class T>
-T load(Shared<T> from, int i) {
-  emulation::read(place(from, i));
-  return from.data[i];
+DEVICE std::remove_const_t<T> load(Global<T> from, int64_t i) {
+  return emulation::read<std::remove_const_t<T>, 1>(from, i, emulation::READ);
 }
 
 template <int N, class T>
-Vector<T, N> load_vector(Shared<T> from, int i) {
-  emulation::read(place<N>(from, i));
-  Vector<T, N> value;
-  std::memcpy(&value, from.data + i, sizeof(value));
-  return value;
+DEVICE Vector<T, N> load_vector(Global<T> from, int64_t i) {
+  static_assert(N * sizeof(T) <= 16);
+  return emulation::read<Vector<T, N>, N>(from, i, emulation::READ);
 }
 
 template <class T>
-void store(Shared<T> to, int i, T value) {
-  emulation::write(place(to, i));
-  to.data[i] = value;
+DEVICE void store(Global<T> to, int64_t i, T value) {
+  emulation::write<1>(to, i, value);
+}
+
+template <class T>
+DEVICE T load(Shared<T> from, int i) {
+  return emulation::read<T, 1>(from, i, emulation::READ);
 }
 
 template <int N, class T>
-void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
-  emulation::write(place<N>(to, i));
-  std::memcpy(to.data + i, &value, sizeof(value));
+DEVICE Vector<T, N> load_vector(Shared<T> from, int i) {
+  return emulation::read<Vector<T, N>, N>(from, i, emulation::READ);
 }
 
 template <class T>
-void prefetch(Global<T> from, int64_t i) {
-  place(from, i);
+DEVICE void store(Shared<T> to, int i, T value) {
+  emulation::write<1>(to, i, value);
+}
+
+template <int N, class T>
+DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
+  emulation::write<N>(to, i, value);
 }
 
 template <class T>
-void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j) {
-  constexpr int N = 16 / sizeof(T);
-  emulation::read_constant(place<N>(from, j));
-  emulation::copy(place<N>(to, i), to.data + i, from.data + j);
-}
-
-inline void commit_copies() { emulation::commit_copies(); }
-inline void wait_copies(int pending) { emulation::wait_copies(pending); }
-
-inline void signal(Global<unsigned> counter) { emulation::signal(counter.data); }
-inline void await(Global<unsigned> counter, unsigned number) { emulation::await(counter.data, number); }
-
-inline float to_float(float value) { return value; }
-inline float to_float(fp16 value) { return static_cast<float>(value.value); }
-inline float to_float(bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof(y));
-  return y;
+DEVICE void prefetch(Global<T> from, int64_t i) {
+  emulation::use(emulation::view(from), i, 1, emulation::HINT);
 }
 
 template <class T>
-T from_float(float value);
-template <>
-inline float from_float<float>(float value) {
-  return value;
-}
-template <>
-inline fp16 from_float<fp16>(float value) {
-  return {static_cast<_Float16>(value)};
-}
-template <>
-inline bf16 from_float<bf16>(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 64)};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
+DEVICE void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j) {
+  emulation::machine->copy({emulation::view(to), emulation::view(from), i, j});
 }
 
-// A lane's part of a product, in fp32: the warp computes it when all lanes are there.
+DEVICE void commit_copies() { emulation::machine->commit_copies(); }
+DEVICE void wait_copies(int pending) { emulation::machine->wait_copies(pending); }
+
+// The counter is for these two: its memory has no stamps.
+DEVICE void signal(Global<unsigned> counter) {
+  emulation::use(emulation::view(counter), 0, 1, emulation::HINT);
+  emulation::machine->signal(counter.data);
+}
+DEVICE void await(Global<unsigned> counter, unsigned number) {
+  emulation::use(emulation::view(counter), 0, 1, emulation::HINT);
+  emulation::machine->await(counter.data, number);
+}
+
+namespace emulation {
+
+// What a lane has of A and then of B, as in device.cuh.
+struct Tiles {
+  float a[8], b[4];
+};
+
+inline void multiply(Warp& warp) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const auto& tiles = *static_cast<const Tiles*>(warp.given[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 8; i++) a[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = tiles.a[i];
+    for (int i = 0; i < 4; i++) b[2 * t + i % 2 + i / 2 * 8][g] = tiles.b[i];
+  }
+  for (int lane = 0; lane < 32; lane++) {
+    auto* sums = static_cast<float*>(warp.taken[lane]);
+    for (int i = 0; i < 4; i++)
+      for (int k = 0; k < 16; k++) sums[i] += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+  }
+}
+
 template <class T>
 void multiply_tiles(float (&sums)[4], const Vector<T, 8>& a, const Vector<T, 2>& b0, const Vector<T, 2>& b1) {
-  emulation::LaneTiles tiles;
+  Tiles tiles;
   for (int i = 0; i < 8; i++) tiles.a[i] = to_float(a.at[i]);
   for (int i = 0; i < 2; i++) tiles.b[i] = to_float(b0.at[i]), tiles.b[2 + i] = to_float(b1.at[i]);
-  tiles.sums = sums;
-  emulation::multiply_tiles(tiles);
+  machine->meet("multiply_tiles", 0, &tiles, sums, multiply);
+}
+
+}  // namespace emulation
+
+DEVICE void multiply_tiles(float (&sums)[4], const Vector<bf16, 8>& a, const Vector<bf16, 2>& b0,
+                           const Vector<bf16, 2>& b1) {
+  emulation::multiply_tiles(sums, a, b0, b1);
+}
+DEVICE void multiply_tiles(float (&sums)[4], const Vector<fp16, 8>& a, const Vector<fp16, 2>& b0,
+                           const Vector<fp16, 2>& b1) {
+  emulation::multiply_tiles(sums, a, b0, b1);
 }
 
 }  // namespace tarflow

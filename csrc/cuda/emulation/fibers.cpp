@@ -1,72 +1,116 @@
+// A fortified longjmp takes another stack for a corrupt one.
+#undef _FORTIFY_SOURCE
+
 #include "fibers.h"
 
-#include <ucontext.h>
+#include <setjmp.h>
+#include <sys/mman.h>
+
+#include <stdexcept>
+#include <utility>
 
 namespace tarflow::emulation {
-
 namespace {
-constexpr size_t STACK = size_t{128} << 10;
-Fibers* entered;  // by the fiber that starts
-}  // namespace
 
-// ucontext makes the stack; turns are setjmp and longjmp, since swapcontext asks the system for its signal mask each time.
-struct Fibers::Fiber {
-  std::unique_ptr<char[]> stack{new char[STACK]};
-  ucontext_t context;
-  std::jmp_buf place;
-  bool started;
+constexpr size_t STACK = 128 << 10, GUARD = 64 << 10;  // bytes; the guard is whole pages on every machine
+
+// Stacks that outlive a launch: pages that were touched once need not be made again.
+class Stacks {
+ public:
+  char* at(size_t i) {
+    while (stacks_.size() <= i) {
+      constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      void* memory = mmap(nullptr, GUARD + STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
+      if (memory == MAP_FAILED || mprotect(memory, GUARD, PROT_NONE)) throw std::runtime_error("no memory for stacks");
+      stacks_.push_back(static_cast<char*>(memory) + GUARD);
+    }
+    return stacks_[i];
+  }
+
+ private:
+  std::vector<char*> stacks_;
 };
 
-void Fibers::Forget::operator()(Fiber* fiber) const { delete fiber; }
+Stacks stacks;
 
-bool Fibers::run(int count, const std::function<void(int)>& body, const std::function<int(int)>& draw) {
-  while (static_cast<int>(fibers_.size()) < count) fibers_.emplace_back(new Fiber);
-  ready_.clear();
-  for (int i = 0; i < count; i++) {
-    fibers_[i]->started = false;
-    wake(i);
-  }
+}  // namespace
+
+// Begun by ucontext, which makes a system call at every switch; from then on by _setjmp and _longjmp, which make none.
+struct Fibers::Context {
+  jmp_buf jump;
+  ucontext_t start;
+  bool started = false;
+};
+
+Fibers::Fibers(int count, uint64_t seed, std::function<std::string()> stuck)
+    : count_(count), random_(seed), stuck_(std::move(stuck)), contexts_(new Context[count + 1]), current_(count) {
+  contexts_[count].started = true;
+  for (int i = 0; i < count; i++) prepare(contexts_[i].start, stacks.at(i));
+}
+
+void Fibers::prepare(ucontext_t& start, char* stack) {
+  getcontext(&start);
+  start.uc_stack.ss_sp = stack;
+  start.uc_stack.ss_size = STACK;
+  start.uc_link = nullptr;
+  const uint64_t self = reinterpret_cast<uintptr_t>(this);  // in two ints: makecontext passes nothing wider
+  makecontext(&start, reinterpret_cast<void (*)()>(enter), 2, static_cast<unsigned>(self >> 32),
+              static_cast<unsigned>(self));
+}
+
+Fibers::~Fibers() = default;
+
+void Fibers::run(const std::function<void(int)>& body) {
   body_ = &body;
-  ended_ = 0;
-  stopped_ = false;
-  while (!ready_.empty() && !stopped_) {
-    std::swap(ready_[draw(static_cast<int>(ready_.size()))], ready_.back());
-    const int next = ready_.back();
-    ready_.pop_back();
-    switch_to(next);
+  for (int i = 0; i < count_; i++) wake(i);
+  switch_to(draw());
+  if (error_) std::rethrow_exception(error_);
+}
+
+void Fibers::enter(unsigned high, unsigned low) {
+  const uint64_t self = static_cast<uint64_t>(high) << 32 | low;
+  reinterpret_cast<Fibers*>(static_cast<uintptr_t>(self))->work();
+}
+
+void Fibers::work() {
+  int next = count_;
+  try {
+    (*body_)(current_);
+    ended_++;
+    if (ended_ < count_) next = draw();
+  } catch (...) {
+    error_ = std::current_exception();
   }
-  return ended_ == count;
+  switch_to(next);
+}
+
+// Throws if no fiber can go on.
+int Fibers::draw() {
+  if (ready_.empty()) throw std::runtime_error(stuck_());
+  random_ += 0x9e3779b97f4a7c15;  // splitmix64
+  uint64_t bits = (random_ ^ random_ >> 30) * 0xbf58476d1ce4e5b9;
+  bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
+  std::swap(ready_[(bits >> 32) * ready_.size() >> 32], ready_.back());
+  const int next = ready_.back();
+  ready_.pop_back();
+  return next;
+}
+
+void Fibers::pause() { switch_to(draw()); }
+
+void Fibers::yield() {
+  wake(current_);
+  pause();
 }
 
 void Fibers::switch_to(int fiber) {
-  running_ = fiber;
-  if (_setjmp(home_) != 0) return;
-  Fiber& to = *fibers_[fiber];
-  if (to.started) _longjmp(to.place, 1);
+  if (fiber == current_) return;
+  Context &from = contexts_[current_], &to = contexts_[fiber];
+  if (_setjmp(from.jump)) return;
+  current_ = fiber;
+  if (to.started) _longjmp(to.jump, 1);
   to.started = true;
-  entered = this;
-  getcontext(&to.context);
-  to.context.uc_stack.ss_sp = to.stack.get();
-  to.context.uc_stack.ss_size = STACK;
-  to.context.uc_link = nullptr;
-  makecontext(&to.context, &Fibers::enter, 0);
-  setcontext(&to.context);
-}
-
-void Fibers::enter() {
-  Fibers* fibers = entered;
-  (*fibers->body_)(fibers->running_);
-  fibers->ended_++;
-  _longjmp(fibers->home_, 1);
-}
-
-void Fibers::sleep() {
-  if (_setjmp(fibers_[running_]->place) == 0) _longjmp(home_, 1);
-}
-
-void Fibers::yield() {
-  wake(running_);
-  sleep();
+  setcontext(&to.start);
 }
 
 }  // namespace tarflow::emulation

@@ -1,42 +1,50 @@
-// Fibers: functions with stacks of their own that give way to one another at points of their choosing.
+// Functions that stop and go on, each on a stack of its own, one at a time; which goes on is drawn at random.
 #pragma once
 
-#include <csetjmp>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace tarflow::emulation {
 
-// Runs some fibers on the calling thread, in an order that is drawn anew at every turn.
 class Fibers {
  public:
-  // Starts `count` fibers, each of which runs body(i), and returns when all have ended, or none can go on, or one has
-  // called stop(). draw(n): the next random number below n. Returns whether all have ended.
-  bool run(int count, const std::function<void(int)>& body, const std::function<int(int)>& draw);
+  // stuck(): the error text when every fiber that has not ended is paused.
+  Fibers(int count, uint64_t seed, std::function<std::string()> stuck);
+  ~Fibers();
 
-  int running() const { return running_; }
-  // Of the running fiber: lets others run until somebody wakes it.
-  void sleep();
-  // Lets others run for once.
-  void yield();
+  // body(0) … body(count − 1), to their ends. The first exception ends all, and is thrown; what other fibers have on
+  // their stacks is not destroyed then.
+  void run(const std::function<void(int)>& body);
+
+  // Of the fiber that runs.
+  int current() const { return current_; }
+  void pause();  // until another fiber wakes it
+  void yield();  // others may go first
   void wake(int fiber) { ready_.push_back(fiber); }
-  void stop() { stopped_ = true; }
 
  private:
-  struct Fiber;
-  struct Forget {
-    void operator()(Fiber* fiber) const;
-  };
-  static void enter();
+  struct Context;
+
+  void prepare(ucontext_t& start, char* stack);
+  static void enter(unsigned high, unsigned low);
+  void work();
+  int draw();
   void switch_to(int fiber);
 
-  std::vector<std::unique_ptr<Fiber, Forget>> fibers_;  // kept for the next run: stacks are large
-  std::vector<int> ready_;
-  std::jmp_buf home_;
+  const int count_;
+  uint64_t random_;
+  const std::function<std::string()> stuck_;
   const std::function<void(int)>* body_ = nullptr;
-  int running_ = -1, ended_ = 0;
-  bool stopped_ = false;
+  std::unique_ptr<Context[]> contexts_;  // of each fiber, and last of run()'s caller
+  std::vector<int> ready_;
+  int current_, ended_ = 0;
+  std::exception_ptr error_;
 };
 
 }  // namespace tarflow::emulation

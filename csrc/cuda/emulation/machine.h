@@ -1,69 +1,98 @@
-// The emulated GPU, as device.h sees it. One launch at a time; every CUDA thread is a fiber (fibers.h).
+// The device of one launch: its blocks, warps and threads, and where they meet.
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <memory>
 #include <string>
+#include <unordered_map>
+#include <vector>
 
-#include "../params.h"
+#include "fibers.h"
+#include "memory.h"
 
 namespace tarflow::emulation {
 
-constexpr int MOST_BLOCKS = 8;
-
-struct Copy {
-  void* to;
-  const void* from;
-  int64_t cell;
+struct Warp {
+  const char* at = nullptr;  // the call that its lanes meet in
+  int detail = 0, arrived = 0;
+  const void* given[32];
+  void* taken[32];
 };
 
-// Where a thread is. epoch: how many sync_blocks it has passed; warp_epoch: how many calls of its whole warp.
+struct Block {
+  int index;
+  Clock clock, next_clock;  // next_clock: what is seen after the next sync_block
+  int arrived = 0;          // at sync_block
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char[]> memory;  // shared
+  unsigned char* shared;                    // its first aligned byte
+  Stamps stamps{nullptr, &std::free};
+};
+
+// 16 bytes on their way into shared memory.
+struct Coming {
+  View to, from;
+  int64_t i, j;
+};
+
 struct Thread {
-  int block, index;
-  uint32_t epoch, warp_epoch;
+  int index, fiber;
+  Block* block;
+  const char* waits = nullptr;  // the call that it waits in; where a thread has ended, "its end"
+  int64_t detail = 0;
+  std::deque<Coming> copies;  // that have not come, the oldest first
+  std::deque<int> groups;     // of how many copies each; those after are in no group
 };
 
-const Thread& current();
-int grid_blocks();
+class Machine {
+ public:
+  Machine(int blocks, int threads, int64_t shared_bytes, uint64_t seed);
+  ~Machine();
+  Machine(const Machine&) = delete;
+  void run(const std::function<void()>& kernel);
 
-// Calls that all threads of a block, or all lanes of a warp, take part in.
-void sync_block();
-float shuffle_xor(float value, int mask);
-struct LaneTiles {
-  float a[8], b[4];
-  float* sums;
+  void sync_block();
+  void signal(uint32_t* counter);
+  void await(uint32_t* counter, uint32_t number);
+
+  // Every lane of a warp comes to the same call with the same detail; the last one calls finish(warp) for all.
+  void meet(const char* call, int detail, const void* given, void* taken, void (*finish)(Warp&));
+
+  void copy(const Coming& copy);
+  void commit_copies();
+  void wait_copies(int pending);
+
+  const int blocks, threads;  // of a block
+  const int64_t shared_bytes;
+  GlobalStamps global_stamps;
+
+ private:
+  struct Counter {
+    uint32_t initial;
+    std::vector<Clock> signalled;  // by how many signals: what came before the first so many
+  };
+
+  Counter& counter(uint32_t* address);
+  void pause(const char* waits, int64_t detail = 0);
+  void yield();
+  std::string stuck() const;
+
+  Fibers fibers_;
+  std::vector<Block> block_;
+  std::vector<Thread> thread_;
+  std::unordered_map<uint32_t*, Counter> counters_;
+  std::vector<int> awaiting_;  // fibers
 };
-void multiply_tiles(const LaneTiles& tiles);
 
-// Memory. A place is what one access touches: cells of two bytes, of a buffer or (buffer −1) of the block's shared memory.
-struct Place {
-  int buffer;
-  int64_t cell;
-  int cells;
-};
-int buffer_index(const char* name);
-unsigned char* shared_memory(int byte, int64_t bytes);
-// Elements [i, i + n) of so many; bounds and alignment.
-Place global_place(int buffer, int64_t count, int64_t i, int n, int size);
-Place shared_place(int begin, int count, int64_t i, int n, int size);
-void read(const Place& place);
-void write(const Place& place);
-void read_constant(const Place& place);
-
-void copy(const Place& place, void* to, const void* from);
-void commit_copies();
-void wait_copies(int pending);
-
-void signal(unsigned* counter);
-void await(unsigned* counter, unsigned number);
-
-// The device, and the order in which threads run.
+// For the launches after this. At first 3 multiprocessors, on each of which one block runs, and 227 KiB for a block.
+// Throws std::runtime_error if there can be no such device.
 void set_device(int multiprocessors, int64_t shared_bytes);
-void set_seed(uint64_t number);
-int device_multiprocessors();
-int64_t device_shared_bytes();
+// Each launch after this has another schedule, and the same again after the same seed.
+void set_seed(uint64_t seed);
 
-// Runs body() on every thread of a grid. Throws std::runtime_error with the first fault that is found.
-void run_grid(const Params& params, int blocks, int threads, int64_t shared_bytes, const std::function<void()>& body);
+extern Machine* machine;  // of the launch, of which there is one at a time
+extern Thread* here;      // that runs
 
 }  // namespace tarflow::emulation

@@ -1,85 +1,83 @@
 #include "memory.h"
 
-#include <cstdlib>
 #include <stdexcept>
+#include <string>
+
+#include "machine.h"
 
 namespace tarflow::emulation {
-
 namespace {
 
-constexpr int THREADS = 1024;  // of a block, at most
-constexpr uint16_t MANY = 0xffff;
+const char* const USES[] = {"reads", "writes", "reads as constant", "copies to", "prefetches"};
 
-int id(const Thread& thread) { return thread.block * THREADS + thread.index; }
-int warp(const Thread& thread) { return id(thread) / 32; }
-
-std::string text(int id) {
-  return "block " + std::to_string(id / THREADS) + " thread " + std::to_string(id % THREADS);
+std::string element(const View& view, int64_t i) {
+  std::string text = std::string(view.name) + "[" + std::to_string(i) + "] of " + std::to_string(view.count);
+  if (view.shared) text += " at byte " + std::to_string(view.data - here->block->shared);
+  return text;
 }
 
-// Whether a thread sees what another has done at that time.
-bool seen(const Thread& thread, const Clock& clock, int other, uint32_t epoch, uint32_t warp_epoch) {
-  const int block = other / THREADS;
-  if (block != thread.block) return epoch < clock[block];
-  return other == id(thread) || epoch < thread.epoch || (other / 32 == warp(thread) && warp_epoch < thread.warp_epoch);
+std::string who(int block, int thread) {
+  return "block " + std::to_string(block) + " thread " + std::to_string(thread);
 }
+
+[[noreturn]] void fail(const char* what, const View& view, int64_t i, Use how) {
+  throw std::runtime_error(std::string(what) + " " + element(view, i) + ": " + who(here->block->index, here->index) +
+                           " " + USES[how]);
+}
+
+// Of the granule so many bytes after element i.
+[[noreturn]] void race(const View& view, int64_t i, int byte, Use how, const Stamp& other, const char* did) {
+  throw std::runtime_error("race on " + element(view, i + byte / view.size) + ": " + who(other.block, other.thread) +
+                           (other.flags & Stamp::MANY ? " and others " : " ") + did + ", " +
+                           who(here->block->index, here->index) + " " + USES[how]);
+}
+
+// Whether what that thread did comes before what the running one does.
+bool ordered(const Stamp& stamp) {
+  if (stamp.epoch < here->block->clock[stamp.block]) return true;
+  return stamp.block == here->block->index && stamp.thread == here->index && !(stamp.flags & Stamp::MANY);
+}
+
+const char* written(const Stamp& stamp) { return stamp.flags & Stamp::COMING ? "waits for a copy to it" : "wrote"; }
 
 }  // namespace
 
-void fault(const Thread& thread, const std::string& what) { throw std::runtime_error(what + " by " + text(id(thread))); }
+unsigned char* use(const View& view, int64_t i, int n, Use how) {
+  if (i < 0 || i > view.count - n) fail("out of bounds:", view, i, how);
+  const int bytes = n * view.size;
+  unsigned char* at = view.data + i * view.size;
+  if (i % n || reinterpret_cast<uintptr_t>(at) % bytes) fail("not aligned:", view, i, how);
+  if (how == HINT) return at;
 
-void Memory::Free::operator()(Cell* cells) const { std::free(cells); }
-
-// Pages of zeros, which cost nothing until they are touched.
-Memory::Memory(int64_t cells, bool empty)
-    : cells_(static_cast<Cell*>(std::calloc(cells + 1, sizeof(Cell)))), empty_(empty) {
-  if (!cells_) throw std::bad_alloc();
-}
-
-void Memory::read(const Thread& thread, const Clock& clock, int64_t at) {
-  Cell& cell = cells_[at];
-  if (cell.coming) fault(thread, "read before its copy was waited for");
-  if (!cell.writer && empty_) fault(thread, "read before anybody wrote it");
-  if (cell.writer && !seen(thread, clock, cell.writer - 1, cell.write_epoch, cell.write_warp_epoch))
-    fault(thread, "race: written by " + text(cell.writer - 1) + " and read");
-  uint32_t& epoch = cell.read_epochs[thread.block];
-  const bool first = epoch != thread.epoch + 1 || !cell.reader || (cell.read_warp - 1) / (THREADS / 32) != thread.block;
-  epoch = thread.epoch + 1;
-  const uint16_t reader = static_cast<uint16_t>(id(thread) + 1), of_warp = static_cast<uint16_t>(warp(thread) + 1);
-  if (first || (cell.read_warp == of_warp && cell.read_warp_epoch < thread.warp_epoch)) {
-    cell.reader = reader;
-    cell.read_warp = of_warp;
-    cell.read_warp_epoch = thread.warp_epoch;
-    return;
+  Block& block = *here->block;
+  const int readers = view.shared ? 1 : machine->blocks, stride = 1 + readers;
+  Stamp* stamps =
+      view.shared ? block.stamps.get() + (at - block.shared) / GRANULE * stride : machine->global_stamps.at(at);
+  const Stamp now{block.clock[block.index], static_cast<uint16_t>(here->index), static_cast<uint8_t>(block.index), 0};
+  for (int byte = 0; byte < bytes; byte += GRANULE, stamps += stride) {
+    Stamp& writer = stamps[0];
+    if (how == CONSTANT_READ) {
+      if (writer.epoch) race(view, i, byte, how, writer, "wrote");
+      writer.flags = Stamp::CONSTANT;
+      continue;
+    }
+    if (!ordered(writer) || writer.flags & Stamp::COMING) race(view, i, byte, how, writer, written(writer));
+    if (how == READ) {
+      if (view.shared && !writer.epoch) fail("never written:", view, i + byte / view.size, how);
+      Stamp& reader = stamps[view.shared ? 1 : 1 + block.index];
+      const bool again = reader.epoch == now.epoch;
+      const uint8_t others = again && reader.thread != now.thread ? Stamp::MANY : again ? reader.flags : 0;
+      reader = now;
+      reader.flags = others;
+    } else {
+      if (writer.flags & Stamp::CONSTANT) fail("constant for the launch:", view, i + byte / view.size, how);
+      for (int r = 1; r < stride; r++)
+        if (!ordered(stamps[r])) race(view, i, byte, how, stamps[r], "read");
+      writer = now;
+      if (how == COPY) writer.flags = Stamp::COMING;
+    }
   }
-  if (cell.reader != reader) cell.reader = MANY;
-  if (cell.read_warp != of_warp) cell.read_warp = MANY;
-}
-
-void Memory::write(const Thread& thread, const Clock& clock, int64_t at, bool coming) {
-  Cell& cell = cells_[at];
-  if (cell.coming) fault(thread, "written while a copy to it was under way");
-  if (cell.writer && !seen(thread, clock, cell.writer - 1, cell.write_epoch, cell.write_warp_epoch))
-    fault(thread, "race: written by " + text(cell.writer - 1) + " and written");
-  for (int block = 0; block < MOST_BLOCKS; block++) {
-    if (!cell.read_epochs[block]) continue;
-    const uint32_t epoch = cell.read_epochs[block] - 1;
-    bool before = block == thread.block ? epoch < thread.epoch : epoch < clock[block];
-    if (!before && block == thread.block)  // by this thread alone, or by its warp before a common call
-      before = cell.reader == id(thread) + 1 ||
-               (cell.read_warp == warp(thread) + 1 && cell.read_warp_epoch < thread.warp_epoch);
-    if (!before) fault(thread, "race: read in block " + std::to_string(block) + " and written");
-  }
-  cell.writer = static_cast<uint16_t>(id(thread) + 1);
-  cell.write_epoch = thread.epoch;
-  cell.write_warp_epoch = thread.warp_epoch;
-  cell.coming = coming;
-}
-
-void Memory::arrive(const Thread& thread, int64_t at) {
-  cells_[at].coming = false;
-  cells_[at].write_epoch = thread.epoch;
-  cells_[at].write_warp_epoch = thread.warp_epoch;
+  return at;
 }
 
 }  // namespace tarflow::emulation

@@ -1,49 +1,86 @@
-// Who touched which memory when: a race detector by happened-before, whatever order the threads have run in.
+// Who used which memory, and whether two uses of it can meet: a race detector that does not depend on the schedule.
 //
-// Time is counted in epochs: of a block, the number of its sync_blocks; of a warp, the calls that all its lanes took part
-// in. What a thread did is seen by the threads of its block from their next epoch on, by the lanes of its warp after their
-// next common call, and by another block as far as its clock reaches: what that has learnt by signal and await.
+// Time is counted by block: epochs, one more after each sync_block. A block's clock says of every block the first epoch
+// that it has not seen the end of. What a thread did comes before what another does if the other's block has seen the
+// end of that epoch, by a sync_block of its own or by signal and await. Shuffles order no memory, as in CUDA.
 #pragma once
 
-#include <array>
+#include <cstdint>
+#include <cstdlib>
 #include <memory>
-#include <string>
+#include <new>
+#include <unordered_map>
 #include <vector>
-
-#include "machine.h"
 
 namespace tarflow::emulation {
 
-using Clock = std::array<uint32_t, MOST_BLOCKS>;  // of each block, the epochs below this are seen
+using Clock = std::vector<uint32_t>;  // by block
 
-// What is known of two bytes.
-struct Cell {
-  uint32_t write_epoch, write_warp_epoch;
-  uint32_t read_warp_epoch;
-  uint16_t writer, reader;  // 1 + thread of the grid, 0 for nobody; a reader may be MANY
-  uint16_t read_warp;       // 1 + warp of the grid; may be MANY
-  bool coming;              // written by a copy that was not waited for
-  uint32_t read_epochs[MOST_BLOCKS];  // 1 + the last epoch in which each block read it
+// A thread in an epoch of its block.
+struct Stamp {
+  enum : uint8_t {
+    MANY = 1,      // of a reader: others of its block, too
+    COMING = 2,    // of the writer: a copy that has not come
+    CONSTANT = 4,  // of the writer: there must not be any
+  };
+  uint32_t epoch;  // 0: nobody, yet
+  uint16_t thread;
+  uint8_t block, flags;
 };
 
-class Memory {
- public:
-  // Some memory of which nothing is known; empty: reading it before it is written is a fault.
-  Memory(int64_t cells, bool empty);
+constexpr int GRANULE = 2;  // bytes that have stamps of their own, those of the smallest types
 
-  void read(const Thread& thread, const Clock& clock, int64_t cell);
-  void write(const Thread& thread, const Clock& clock, int64_t cell, bool coming = false);
-  void arrive(const Thread& thread, int64_t cell);  // of what is coming
+// Stamps of memory, zeroed: of each granule the last writer, and the last reader of each block that can reach it.
+using Stamps = std::unique_ptr<Stamp[], decltype(&std::free)>;
+inline Stamps make_stamps(size_t granules, int readers) {
+  Stamps stamps{static_cast<Stamp*>(std::calloc(granules * (1 + readers), sizeof(Stamp))), &std::free};
+  if (!stamps) throw std::bad_alloc();
+  return stamps;
+}
+
+// Stamps of global memory, made when it is first used.
+class GlobalStamps {
+ public:
+  explicit GlobalStamps(int blocks) : blocks_(blocks), recent_(RECENT) {}
+
+  Stamp* at(const void* address) {
+    const auto byte = reinterpret_cast<uintptr_t>(address), page = byte / PAGE;
+    Recent& recent = recent_[page % RECENT];
+    if (recent.page != page || !recent.stamps) recent = {page, find(page)};
+    return recent.stamps + byte % PAGE / GRANULE * (1 + blocks_);
+  }
 
  private:
-  struct Free {
-    void operator()(Cell* cells) const;
+  static constexpr size_t PAGE = 1024, RECENT = 1024;
+  struct Recent {
+    uintptr_t page = 0;
+    Stamp* stamps = nullptr;
   };
-  std::unique_ptr<Cell[], Free> cells_;
-  bool empty_;
+
+  Stamp* find(uintptr_t page) {
+    Stamps& stamps = pages_.try_emplace(page, nullptr, &std::free).first->second;
+    if (!stamps) stamps = make_stamps(PAGE / GRANULE, blocks_);
+    return stamps.get();
+  }
+
+  const int blocks_;
+  std::unordered_map<uintptr_t, Stamps> pages_;
+  std::vector<Recent> recent_;
 };
 
-// Throws std::runtime_error: what was found, and the thread that did it.
-[[noreturn]] void fault(const Thread& thread, const std::string& what);
+// Elements as a kernel sees them.
+struct View {
+  const char* name;
+  unsigned char* data;
+  int64_t count;
+  int size;  // bytes of an element
+  bool shared;
+};
+
+enum Use { READ, WRITE, CONSTANT_READ, COPY, HINT };
+
+// Where elements [i, i + n) are, for the running thread. Throws std::runtime_error if they are outside, not aligned to
+// their whole size, or if nothing orders this use and another one.
+unsigned char* use(const View& view, int64_t i, int n, Use how);
 
 }  // namespace tarflow::emulation
