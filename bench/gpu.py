@@ -12,9 +12,12 @@ import click
 import torch
 
 from tarflow_fast.devices import device_missing
+from tarflow_fast.engine.cuda_engine import cuda_missing
 
-from . import gpu_tests, limits, options
+from . import cuda_sanitize, gpu_tests, limits, options
 from .columns import short
+from .cuda_parts import measure_cuda
+from .cuda_table import CUDA
 from .gpu_cells import (
     BACKEND,
     BASELINE,
@@ -36,6 +39,8 @@ from .trials import Budget, Contestant, failed_entry, in_a_line, measure_trials
 
 T = TypeVar("T")
 TESTS_SHARE = 0.4  # of the budget, after which the tests are stopped
+SANITIZER_SHARE = 0.1  # the same for each run of the sanitizer, which are at once
+INSIDE_SHARE = 0.25  # of the time for a sampling cell, for the inside of each engine
 COMPILE_SHARE = 0.5  # of what is left of the budget, which compiling may take
 SLACK = {
     BASELINE: 2.0
@@ -51,6 +56,7 @@ class Bench:
         self.compiled: set[str] = set()  # models that the compiled torch backend has been measured on
         self.cells_left = 0
         self.failures: list[str] = []
+        self.with_cuda = False  # whether the CUDA engine takes part
 
     def guard(self, what: str, run: Callable[[], T]) -> T | None:
         """What `run` returns. A failure is noted instead: it must not cost the rest of the run, whose minutes on a GPU
@@ -94,30 +100,26 @@ class Bench:
         self.compiled.add(cell.config)
         entry = measure_trials(
             cell,
-            samplers(cell, inputs, self.published, self.device, compiled=why is None),
+            samplers(cell, inputs, self.published, self.device, compiled=why is None, cuda=self.with_cuda),
             exact,
             tolerance=None,
             floor=0.5 * torch.finfo(DTYPE).eps * float(exact.abs().max()),
             yardstick=TORCH,
             slack=SLACK,
             repeat=self.repeat,
-            seconds=self._seconds(),
+            seconds=(1 - 2 * INSIDE_SHARE) * self._seconds(),
             timer=timer_of(self.device),
         )
         if why is not None:
             entry["left_out"].append({"name": COMPILED, "reason": why})
-        entry["engine"] = self.guard(
-            "kernels",
-            lambda: measure_engine(
-                cell,
-                inputs,
-                self.device,
-                exact,
-                tolerance=entry["check"]["tolerance"],
-                repeat=self.repeat,
-                seconds=self._seconds(),
-            ),
-        )
+        inside: dict[str, Any] = {
+            "tolerance": entry["check"]["tolerance"],
+            "repeat": self.repeat,
+            "seconds": INSIDE_SHARE * self._seconds(),
+        }
+        entry["engine"] = self.guard("kernels", lambda: measure_engine(cell, inputs, self.device, exact, **inside))
+        if self.with_cuda:
+            entry["cuda"] = self.guard("CUDA engine", lambda: measure_cuda(cell, inputs, self.device, exact, **inside))
         return entry
 
     def _density(self, cell: GpuCell) -> dict[str, Any]:
@@ -139,6 +141,15 @@ def _relative(make: Contestant, exact: torch.Tensor) -> Callable[[], torch.Tenso
     """What the contestant makes, with its result in units of the exact one."""
     run = make()
     return lambda: run() / exact
+
+
+def _cuda_left_out(device: torch.device, sanitizer: dict[str, Any] | None) -> str | None:
+    """Why the CUDA engine does not take part, or None. sanitizer: of the record. A kernel that hangs or writes where it
+    should not would cost the whole run: what a process of its own did not survive is not tried here."""
+    runs = [] if sanitizer is None else sanitizer["runs"]
+    if any(run["name"] == cuda_sanitize.PLAIN and run["outcome"] != "ok" for run in runs):
+        return "a small run of it went wrong, see the sanitizer's"
+    return cuda_missing(device, DTYPE)
 
 
 def _cells(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> list[GpuCell]:
@@ -174,7 +185,7 @@ def _device(dry: bool) -> torch.device:
     metavar="MODEL:BATCH:PASS",
     help="What to measure, in this order; may be given more than once.  [default: all below]",
 )
-@click.option("--skip-tests", is_flag=True, help="Do not run the GPU's tests first.")
+@click.option("--skip-tests", is_flag=True, help="Run neither the GPU's tests nor the sanitizer first.")
 @click.option("--dry", is_flag=True, help="Tiny sizes, on the CPU, in Triton's interpreter: tries the suite itself.")
 @options.repeat
 @options.budget(540.0, "For the whole run: what has not begun by then is listed as not run.")
@@ -190,20 +201,24 @@ def gpu_command(
     seed: int,
     out: Path,
 ) -> None:
-    """The Triton engine on a GPU: its tests, then its speed, in under ten minutes.
+    """The Triton and CUDA engines on a GPU: their tests, then their speed, in under ten minutes.
 
-    First pytest over the tests of kernels and engines. Then cells, each one flow block of a model whose other seven are
-    alike: bf16, random weights of a trained model's scale, the same noise for all. Sampling: ml-tarflow's reverse under
-    bf16 autocast, the torch backend eager and (in the first cell of a model) compiled into CUDA graphs, and the Triton
-    engine. Density: the loss, and the loss with its gradient, of ml-tarflow's model and of ours.
+    First pytest over the tests of kernels and engines, and a small run of the CUDA engine by itself and, where there is
+    one, under compute-sanitizer (memcheck, racecheck), whose findings are a failure. Then cells, each one flow block of
+    a model whose other seven are alike: bf16, random weights of a trained model's scale, the same noise for all.
+    Sampling: ml-tarflow's reverse under bf16 autocast, the torch backend eager and (in the first cell of a model)
+    compiled into CUDA graphs, the Triton engine, and the CUDA engine where it was built. Density: the loss, and the
+    loss with its gradient, of ml-tarflow's model and of ours.
 
     Each contestant is checked against the same pass in fp32 before it is timed: within twice the torch backend's error
     in bf16 (ml-tarflow: four times), and half a unit of bf16; density within 1 % of loss and gradient norm. One that
     fails is not timed, and the exit code is 1. A baseline that is too slow to be repeated is timed once, n = 1.
 
     The limit is that of the measured matrix rate and copy bandwidth. Below the cells' table: an empty dependent launch;
-    and of the Triton engine the launches per token, each kernel's time and bandwidth, a step with and without
-    programmatic dependent launch (PDL). The record is written after each cell.
+    the CUDA engine's ratio to each of the others, and its step beside the time that memory takes for the weights and
+    for all bytes of a step. Of the Triton engine the launches per token, each kernel's time and bandwidth, a step with
+    and without programmatic dependent launch (PDL); of the CUDA engine what each phase of a step takes, and the
+    barriers of the grid. The record is written after each cell.
 
     \b
     Cells, by importance; PASS is guided, unguided, forward or forward+backward:
@@ -229,8 +244,14 @@ def gpu_command(
     }
     record = new_record("gpu", published, settings, baseline=BASELINE, device=device)
     record["tests"] = None if skip_tests else gpu_tests.run_tests(TESTS_SHARE * budget)
+    record["sanitizer"] = None
+    if not (dry or skip_tests) and cuda_missing(device, DTYPE) is None:
+        record["sanitizer"] = cuda_sanitize.run_sanitizer(SANITIZER_SHARE * budget)
+    without_cuda = _cuda_left_out(device, record["sanitizer"])
+    record["left_out"] = [] if without_cuda is None else [{"name": CUDA, "reason": without_cuda}]
     cells = [cell.made_dry() for cell in cells] if dry else cells
     bench = Bench(published, device, remaining, repeat=repeat, seed=seed)
+    bench.with_cuda = without_cuda is None
     record["failures"] = bench.failures
     launches = bench.guard("empty launches", lambda: measure_launches(device, repeat=repeat, seconds=1.0))
     record["launches"] = launches or []

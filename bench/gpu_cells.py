@@ -14,6 +14,7 @@ from tarflow_fast import Sampler, TarFlow, TarFlowConfig
 from tarflow_fast.noise import latent_noise
 
 from .cells import Cell, random_model
+from .cuda_table import CUDA
 from .published import Published
 from .roofline import Work, density_work, inverse_work
 from .trials import Contestant
@@ -23,7 +24,7 @@ BACKEND = "triton"
 DTYPE = torch.bfloat16
 GUIDANCE = 2.0
 BASELINE = "ml-tarflow bf16 autocast"
-TORCH, TRITON, COMPILED = "torch", "triton", "torch compiled"  # samplers
+TORCH, TRITON, COMPILED = "torch", "triton", "torch compiled"  # samplers, beside CUDA
 DENSITY = "tarflow_fast bf16"
 MODELS = {  # one of their 8 flow blocks
     "afhq": TarFlowConfig(3, 256, 8, 768, 1, 8, num_classes=3),
@@ -36,17 +37,24 @@ DRY_MODELS = {
 DRY_BATCH = 3
 CELLS = (  # the most important first
     "afhq:16:guided",
+    "afhq:1:guided",
+    "imagenet:16:guided",
+    "imagenet:1:guided",
     "afhq:128:guided",
     "afhq:16:unguided",
-    "afhq:1:guided",
-    "imagenet:256:unguided",
-    "afhq:16:forward",
+    "afhq:1:unguided",
+    "imagenet:16:unguided",
+    "imagenet:1:unguided",
     "afhq:16:forward+backward",
+    "imagenet:256:unguided",
+    "afhq:4:guided",
+    "afhq:4:unguided",
+    "imagenet:4:guided",
+    "imagenet:4:unguided",
+    "afhq:16:forward",
     "imagenet:16:forward",
     "imagenet:16:forward+backward",
-    "imagenet:16:unguided",
     "afhq:128:unguided",
-    "afhq:1:unguided",
 )
 PASSES = ("guided", "unguided", "forward", "forward+backward")
 
@@ -135,9 +143,10 @@ def exact_images(cell: GpuCell, inputs: Inputs, device: torch.device) -> Tensor:
 
 
 def samplers(
-    cell: GpuCell, inputs: Inputs, published: Published, device: torch.device, *, compiled: bool
+    cell: GpuCell, inputs: Inputs, published: Published, device: torch.device, *, compiled: bool, cuda: bool
 ) -> dict[str, Contestant]:
-    """The baseline first. Each is made when it is called for, and is then a function that returns images."""
+    """The baseline first; compiled, cuda: whether these take part. Each is made when it is called for, and is then a
+    function that returns images."""
 
     def theirs() -> Callable[[], Tensor]:
         def reverse(sizes: TarFlowConfig, model: TarFlow) -> Callable[..., Tensor]:
@@ -163,6 +172,8 @@ def samplers(
     }
     if compiled:
         found[COMPILED] = functools.partial(ours, "torch", compile=True)
+    if cuda:  # last: a kernel that goes wrong can leave a process without a GPU
+        found[CUDA] = functools.partial(ours, "cuda")
     return found
 
 

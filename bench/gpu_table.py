@@ -1,10 +1,11 @@
-"""What the table of a record of `bench gpu` has beside its cells: tests, launches, kernels, steps."""
+"""What the table of a record of `bench gpu` has beside its cells: tests, launches, the inside of engines."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .columns import aligned, short
+from .cuda_table import comparison, inside, sanitizer_lines
 
 Record = dict[str, Any]
 
@@ -70,9 +71,16 @@ def _first_runs(record: Record) -> list[str]:
 
 def gpu_lines(record: Record) -> list[str]:
     """Lines to follow the table of cells."""
-    lines = ["", *_tests(record), *(f"FAILED {failure}" for failure in record["failures"]), "", *_launches(record)]
+    lines = ["", *_tests(record), *sanitizer_lines(record)]
+    lines += [f"{entry['name']}:    left out: {entry['reason']}" for entry in record.get("left_out", [])]
+    lines += [*(f"FAILED {failure}" for failure in record["failures"]), "", *_launches(record)]
     lines += ["", *_first_runs(record)]
+    bandwidth = record["limits"]["copy_bandwidth"][0]["bytes_per_second"]
+    compared = comparison(record, bandwidth)
+    lines += ["", *compared] if compared else []
     for cell in record["cells"]:
         if cell.get("engine"):
-            lines += ["", *_engine(cell, record["limits"]["copy_bandwidth"][0]["bytes_per_second"])]
+            lines += ["", *_engine(cell, bandwidth)]
+        if cell.get("cuda"):
+            lines += ["", *inside(cell)]
     return lines

@@ -19,6 +19,7 @@ FILES = (
     "tests/test_affine_density.py",
     "tests/test_fixed_point_update.py",
     "tests/test_triton_engine.py",
+    "tests/test_cuda_engine.py",
 )
 """Those whose tests use `cases.KERNEL_DEVICE`."""
 TAIL = 20  # lines of the output that the record keeps of a file that failed
@@ -53,7 +54,9 @@ def _run_file(file: str, seconds: float) -> tuple[dict[str, int], list[str]]:
         done = subprocess.run(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
         )
-        ok, output = done.returncode == 0, done.stdout
+        output = done.stdout
+        skipped = done.returncode == 5 and " skipped" in output  # all of the file, as of an engine that was not built
+        ok = done.returncode == 0 or skipped
     except subprocess.TimeoutExpired as error:
         ok = False
         output = (error.stdout or b"").decode(errors="replace") + f"\nstopped after {seconds:.0f} s"

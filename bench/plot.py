@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#9a9a9a", "#1f6fb4", "#e07b1a", "#2f9457", "#8a5fb0")  # the baseline is grey
+COLOURS = ("#9a9a9a", "#1f6fb4", "#e07b1a", "#2f9457", "#8a5fb0", "#b8433f")  # the baseline is grey
 
 
 def _bars(axes: Axes, record: Record, colours: dict[str, str], part: str) -> None:

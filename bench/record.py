@@ -10,7 +10,9 @@ A suite whose contestants are checked one by one (`trials.measure_trials`) has i
 and in a run "first_seconds" and its own "max_error". A suite with a budget has "not_run", [{label, reason}], of cells.
 That of GPUs has besides "tests" (`gpu_tests.run_tests`) or None, "launches" (`launches.measure_launches`), "failures",
 a line for each part that could not be done, and in its sampling cells "engine" (`engine_parts.measure_engine`) or None;
-of its limits see `limits.measure_gpu`.
+of its limits see `limits.measure_gpu`. Records with the CUDA engine have "sanitizer" (`cuda_sanitize.run_sanitizer`) or
+None, "left_out", [{name, reason}], of contestants in all cells, and where that engine takes part in sampling cells
+"cuda" (`cuda_parts.measure_cuda`) or None.
 
 That of solvers has no limits, and "failures" as above; a cell, one block, has besides "tokens", "largest", the largest
 |x| of the sequential result, and "jacobi_errors" (`solver_cells.jacobi_errors`). Its runs have what

@@ -29,11 +29,14 @@ def finish(record: Record, path: Path) -> None:
     failed = sum(not cell["check"]["passed"] for cell in record["cells"])
     if failed:
         problems.append(f"{failed} of {len(record['cells'])} checks failed; what failed was not timed")
-    if any((cell.get("engine") or {}).get("failed") for cell in record["cells"]):
-        problems.append("a step with or without PDL went wrong and was not timed")
+    if any((cell.get(part) or {}).get("failed") for cell in record["cells"] for part in ("engine", "cuda")):
+        problems.append("an engine's step went wrong and was not timed")
     problems += record.get("failures", [])
     if not (record.get("tests") or {"ok": True})["ok"]:
         problems.append("the tests failed:\n" + "\n".join(record["tests"]["tail"]))
+    for run in (record.get("sanitizer") or {"runs": []})["runs"]:
+        if run["outcome"] != "ok":
+            problems.append(f"the CUDA engine's small run, {run['name']}: {run['outcome']}\n" + "\n".join(run["tail"]))
     if problems:
         raise click.ClickException("\n".join(problems))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 from bench import engine_parts, gpu, gpu_tests, launches, limits, record, roofline, trials
 from bench.gpu_cells import BASELINE, CELLS, COMPILED, DENSITY, MODELS, TORCH, TRITON, GpuCell, Inputs
 from bench.trials import Budget, admit, measure_trials
+from tarflow_fast import BackendError
+from tarflow_fast.engine import cuda_engine
 from tarflow_fast.engine.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
@@ -37,7 +40,7 @@ class KernelEngine(TorchEngine):
 
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short measurements, one small test, no compiler, and an engine with operations."""
+    """Short measurements, one small test, no compiler, an engine with operations, and no CUDA engine."""
     if torch.cuda.is_available():
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
@@ -49,7 +52,11 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         weights = engine_parts.block_weights(inputs.model.state_dict(), inputs.model.config, 0)
         return KernelEngine(weights, device=device, dtype=torch.bfloat16, **options)
 
+    def no_native() -> Any:
+        raise BackendError("the CUDA engine was not built")
+
     monkeypatch.setattr(engine_parts, "block_engine", engine)
+    monkeypatch.setattr(cuda_engine, "load_native", no_native)
 
 
 def made_up_tests(folder: Path, *lines: str) -> Path:
@@ -77,6 +84,8 @@ def test_every_listed_cell_is_one_and_other_texts_are_none() -> None:
     cells = [GpuCell.parse(text) for text in CELLS]
     assert len(set(cells)) == len(CELLS)
     assert cells[0] == GpuCell("afhq", 16, 2.0, "inverse")
+    sampling = {(cell.config, cell.batch, cell.guidance > 0) for cell in cells if cell.kind == "sampling"}
+    assert sampling >= set(itertools.product(MODELS, (1, 4, 16), (False, True)))
     assert {cell.kind for cell in cells} == {"sampling", "density"}
     assert len({tuple(cell.label) for cell in cells}) == 1  # the table's columns
     for sizes, tokens in ((MODELS["afhq"], 1024), (MODELS["imagenet"], 1024)):
@@ -289,6 +298,7 @@ def test_dry_run_end_to_end(tmp_path: Path, quick: None) -> None:
     assert lines[0].startswith("machine: DRY RUN on ")
     assert "GB/s copying 1 MiB" in lines[1]
     assert "tests:   1 passed, 0 failed" in text
+    assert "cuda:    left out: the CUDA engine was not built" in lines
     assert any(line.startswith("interpreter ") for line in lines)
     assert sum(line.startswith("kernels of kind sampling") for line in lines) == 2
     assert sum(line.startswith("step, no PDL ") for line in lines) == 2
