@@ -31,6 +31,7 @@ SIZES = {
 BATCHES = (2, 32)  # guided: one tile of 8 rows, and as many as a launch takes
 DTYPES = (torch.float32, torch.bfloat16)
 COMMAND = (sys.executable, "-m", "bench.cuda_sanitize")
+TOOLKIT = "/usr/local/cuda"  # where it is unless CUDA_HOME says otherwise
 PLAIN = "plain"  # the run by itself
 TOOLS = ("memcheck", "racecheck")
 FOUND = 86  # exit code of a tool that has found something; a run that fails by itself has another
@@ -62,10 +63,10 @@ def _images(engine: CudaEngine, z: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def find_sanitizer() -> str | None:
-    """On the PATH, or in a CUDA toolkit: that of the nvcc on the PATH, of CUDA_HOME, or of the usual place."""
+    """On the PATH, or in a CUDA toolkit: that of the nvcc on the PATH, of CUDA_HOME, or TOOLKIT."""
     nvcc = shutil.which("nvcc")
     folders = [] if nvcc is None else [Path(nvcc).resolve().parent]
-    folders += [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    folders += [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), TOOLKIT) if home]
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders)])
     return shutil.which("compute-sanitizer", path=path)
 

@@ -254,6 +254,16 @@ def test_tests_are_counted_and_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     assert not gpu_tests.run_tests(60.0)["ok"]
 
 
+@pytest.mark.parametrize("skipped", [True, False])
+def test_a_file_may_be_skipped_but_not_be_without_tests(
+    skipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip = ("import pytest", "pytest.skip('not built', allow_module_level=True)")
+    monkeypatch.setattr(gpu_tests, "FILES", (str(made_up_tests(tmp_path, *(skip if skipped else ()))),))
+    found = gpu_tests.run_tests(60.0)
+    assert (found["passed"], found["failed"], found["ok"]) == (0, 0, skipped)
+
+
 # The command
 
 
