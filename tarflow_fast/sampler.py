@@ -30,6 +30,7 @@ from .denoising import resolve_noise_std
 from .devices import check_device, check_dtype, free_memory
 from .engine import (
     Condition,
+    FastestEngine,
     Guidance,
     block_weights,
     check_compile,
@@ -162,6 +163,7 @@ class Sampler:
         batch = self._batch_size(n, rule.active, batch_size)
         report = self._report(batch)
 
+        sizes: list[int] = []  # of the batches
         pending = list(range(n))  # positions in the output that still have to be drawn
         images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=stream_dtype(self.dtype))
         log_prob = None if rule.active else images.new_empty(n)
@@ -174,6 +176,7 @@ class Sampler:
                     image_numbers = [first + row for row in rows]
                     z = latent_noise(seed, image_numbers, self.config.num_patches, self.config.token_dim, attempt)
                     part = self._invert(z, None if y is None else y[rows], rule, bar, trajectory)
+                    sizes.append(len(rows))
                     report.tokens += len(rows) * self.config.num_blocks * self.config.num_patches
                     for k, solution in part.solutions.items():
                         report.blocks[k].add(solution)
@@ -195,6 +198,7 @@ class Sampler:
                 pending = sorted(failed)
                 report.redrawn.update({first + row: attempt + 1 for row in pending})
         report.seconds = time.perf_counter() - started
+        report.backend, report.backend_reason = self._served_by(sizes, rule.active)
         report.setup_seconds = self._setup_seconds() - setup
         if denoise:
             started = time.perf_counter()
@@ -298,6 +302,16 @@ class Sampler:
         sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
         return _Inverse(images, log_prob, sequence, 0 if state is None else state.cache_bytes, failures, solutions)
 
+    def _served_by(self, sizes: list[int], guided: bool) -> tuple[str, str]:
+        """Which backends served batches of these sizes, and why."""
+        first = self._engines[-1]
+        if not isinstance(first, FastestEngine):
+            return self.backend, self.backend_reason
+        served: dict[str, str] = {}
+        for size in sizes:
+            served.setdefault(*first.served_by(size, guided))
+        return ", ".join(served), "; ".join(served.values())
+
     def _setup_seconds(self) -> float:
         tables = {solver.costs for solver in self._solvers if isinstance(solver, Auto)}  # one, shared by all blocks
         return sum(engine.setup_seconds for engine in self._engines) + sum(table.seconds for table in tables)
@@ -321,8 +335,9 @@ class Sampler:
         """Samples per batch: as asked for if it fits, else as many as do. Raises OutOfMemoryError."""
         if batch_size is not None:
             check_count("batch_size", batch_size)
-        each = self._engines[0].bytes_per_sample(guided)
-        free = free_memory(self.device) + self._engines[0].idle_bytes
+        first = self._engines[-1]  # that a batch comes to
+        each = first.bytes_per_sample(guided)
+        free = free_memory(self.device) + first.idle_bytes
         fits = int(MEMORY_SHARE * free / each)
         wanted = min(n, MAX_BATCH if batch_size is None else batch_size)
         if fits < 1 or (batch_size is not None and wanted > fits):

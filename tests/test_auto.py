@@ -15,7 +15,7 @@ from test_solvers import GUIDED, NATIVE, engine_of, louder, solved
 from tolerances import INVERSE_F64, assert_close
 
 from tarflow_fast import Sampler, load_pretrained
-from tarflow_fast.engine import Condition
+from tarflow_fast.engine import Condition, timing
 from tarflow_fast.solvers import Auto, Costs, CostTable, Pace, auto, costs, widths
 from tarflow_fast.solvers.pace import WORTH
 from tarflow_fast.solvers.windows import hoped_advance
@@ -82,7 +82,7 @@ def test_measured_costs_leave_the_state_alone_and_setting_up_out(
     monkeypatch: pytest.MonkeyPatch, of_pass: dict[int, float], measured: list[int], ragged: bool
 ) -> None:
     engine = Timed(0.6, of_pass, 31, ragged)
-    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: engine.now))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: engine.now))
     found = measure(engine, engine.state, widths(31))  # type: ignore[arg-type]
     assert found.token == pytest.approx(0.6)
     assert found.passes == pytest.approx({w: of_pass[w] for w in measured})

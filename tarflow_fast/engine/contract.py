@@ -71,7 +71,7 @@ class BlockState:
     z: (B, T, D) latents, never written. x: (B, T, D) tokens; x[:, 0] = z[:, 0], the rest is the engine's to fill (it
     starts as a copy of z). token_log_det: (B, T), Σ_d xa that made each token, in nats of dx/dz; 0 for token 0.
     cache: the engine's own (keys, values, scratch). cache_bytes: its size. nonfinite: what `first_nonfinite` gives, if
-    the engine has seen it in passing.
+    the engine has seen it in passing. served: name and engine, where one of several was chosen (`fastest.py`).
     """
 
     z: Tensor
@@ -81,6 +81,7 @@ class BlockState:
     cache: Any
     cache_bytes: int
     nonfinite: Tensor | None = None
+    served: tuple[str, BlockEngine] | None = None
 
     @property
     def log_det(self) -> Tensor:
@@ -113,11 +114,18 @@ class BlockEngine(Protocol):
     a window for each sample.
     """
 
-    setup_seconds: float
-    ragged: bool
+    @property
+    def setup_seconds(self) -> float: ...
+
+    @property
+    def ragged(self) -> bool: ...
 
     @property
     def idle_bytes(self) -> int: ...
+
+    def give_up_idle(self) -> None:
+        """Free what `idle_bytes` counts."""
+        ...
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         """Allocate the state of a batch (cache rows: B, or 2B when guided). z: (B, T, D), not mutated.

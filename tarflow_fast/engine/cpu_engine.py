@@ -171,6 +171,9 @@ class CpuEngine:
             cache_bytes=keys_values.nbytes,
         )
 
+    def give_up_idle(self) -> None:
+        """Nothing is held."""
+
     def bytes_per_sample(self, guided: bool) -> int:
         config = self.config
         row = self._native.cache_elements * self.dtype.itemsize + 16 * config.channels * 4

@@ -144,6 +144,9 @@ class CudaEngine:
             )
         return state
 
+    def give_up_idle(self) -> None:
+        """Nothing is held."""
+
     def bytes_per_sample(self, guided: bool) -> int:
         config = self.config
         row = 2 * config.layers_per_block * config.num_patches * config.channels * self.dtype.itemsize

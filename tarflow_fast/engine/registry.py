@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -18,10 +20,13 @@ from ..errors import ArgumentError, BackendError
 from .contract import BlockEngine
 from .cpu_engine import CpuEngine, choose_instruction_set, cpu_missing
 from .cuda_engine import CudaEngine, cuda_missing
+from .fastest import Choices, FastestEngine
 from .torch_engine import TorchEngine
 from .weights import BlockWeights
 
 BACKENDS = ("cpu", "torch", "triton", "cuda")
+# What backend="auto" chooses from on a GPU. An engine belongs here once its tests and its bench have been run on one.
+PROVEN_ON_GPU = ("torch",)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def _cuda_status(device_missing: str | None) -> BackendStatus:
     missing = device_missing or cuda_missing(torch.device("cuda", torch.cuda.current_device()))
     if missing is not None:
         return BackendStatus("cuda", "cuda", False, missing)
-    why = f"one kernel a block on {torch.cuda.get_device_name()}; to be asked for: not yet measured on a GPU"
+    why = f"one kernel a block on {torch.cuda.get_device_name()}{_unproven('cuda')}"
     return BackendStatus("cuda", "cuda", True, why)
 
 
@@ -77,8 +82,12 @@ def _triton_status(device_missing: str | None) -> BackendStatus:
     missing = device_missing or triton_missing(torch.device("cuda", torch.cuda.current_device()))
     if missing is not None:
         return BackendStatus("triton", "cuda", False, missing)
-    why = f"Triton {version('triton')} on {torch.cuda.get_device_name()}; to be asked for: not yet measured on a GPU"
+    why = f"Triton {version('triton')} on {torch.cuda.get_device_name()}{_unproven('triton')}"
     return BackendStatus("triton", "cuda", True, why)
+
+
+def _unproven(backend: str) -> str:
+    return "" if backend in PROVEN_ON_GPU else "; to be asked for: not yet measured on a GPU"
 
 
 def triton_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
@@ -103,28 +112,39 @@ def check_compile(compile: object, device: torch.device) -> bool:
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, compile: bool) -> tuple[str, str]:
     """(name, why) of the backend that serves this request. Raises BackendError if the one asked for cannot."""
     check_choice("backend", backend, ("auto", *BACKENDS))
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise BackendError(f"backend 'cpu' cannot run on {device}; use device='cpu', or backend='torch'")
-        missing = cpu_missing(dtype, compile)
-        if missing is not None:
-            raise BackendError(f"backend 'cpu' cannot be had: {missing}")
-    if backend == "triton":
-        missing = triton_missing(device, dtype, compile)
-        if missing is not None:
-            raise BackendError(f"backend 'triton' cannot be had: {missing}")
-    if backend == "cuda":
-        missing = cuda_missing(device, dtype, compile)
-        if missing is not None:
-            raise BackendError(f"backend 'cuda' cannot be had: {missing}")
+    if backend == "cpu" and device.type != "cpu":
+        raise BackendError(f"backend 'cpu' cannot run on {device}; use device='cpu', or backend='torch'")
     if backend != "auto":
+        missing = backend_missing(backend, device, dtype, compile)
+        if missing is not None:
+            raise BackendError(f"backend {backend!r} cannot be had: {missing}")
         return backend, "asked for"
     if device.type == "cuda":
-        return "torch", "the best that has been measured on a GPU; backend='triton' and 'cuda' have not"
+        able = _able(device, dtype, compile)
+        if len(able) > 1:
+            return "auto", f"the quickest of {', '.join(able)}, measured for each size of batch"
+        missing = next((why for name in PROVEN_ON_GPU if (why := backend_missing(name, device, dtype, compile))), None)
+        return able[0], missing or "the best that has been measured on a GPU; backend='triton' and 'cuda' have not"
     if device.type != "cpu":
         return "torch", f"the best available on {device.type}"
     missing = cpu_missing(dtype, compile)
     return ("cpu", "the best available on cpu") if missing is None else ("torch", missing)
+
+
+def backend_missing(backend: str, device: torch.device, dtype: torch.dtype, compile: bool) -> str | None:
+    """Why a backend cannot serve such a request, with the mend, or None if it can. Raises as `cpu_missing`."""
+    if backend == "cpu":
+        return cpu_missing(dtype, compile)
+    if backend == "triton":
+        return triton_missing(device, dtype, compile)
+    if backend == "cuda":
+        return cuda_missing(device, dtype, compile)
+    return None
+
+
+def _able(device: torch.device, dtype: torch.dtype, compile: bool) -> list[str]:
+    """Those of PROVEN_ON_GPU that can serve such a request."""
+    return [name for name in PROVEN_ON_GPU if backend_missing(name, device, dtype, compile) is None]
 
 
 def check_threads(threads: object, backend: str) -> int | None:
@@ -148,16 +168,36 @@ def make_engines(
     compile: bool,
     threads: int | None = None,
 ) -> list[BlockEngine]:
-    """The engines of a model's flow blocks; `backend` is a name that `choose_backend` gave. threads: see
-    `check_threads`."""
+    """The engines of a model's flow blocks; `backend` is a name that `choose_backend` gave, and "auto" is the quickest
+    of several. threads: see `check_threads`."""
+    if backend != "auto":
+        make = _maker(backend, device, dtype, compile, threads)
+        return [make(weights) for weights in blocks]
+    makers = {name: _maker(name, device, dtype, compile, threads) for name in _able(device, dtype, compile)}
+    choices = Choices()
+    return [
+        FastestEngine({name: functools.partial(make, weights) for name, make in makers.items()}, dtype, choices)
+        for weights in blocks
+    ]
+
+
+def _maker(
+    backend: str, device: torch.device, dtype: torch.dtype, compile: bool, threads: int | None
+) -> Callable[[BlockWeights], BlockEngine]:
+    """What makes the engine of each flow block of one model."""
     if backend == "cpu":
-        return [CpuEngine(weights, dtype=dtype, threads=threads) for weights in blocks]
+        return functools.partial(CpuEngine, dtype=dtype, threads=threads)
     if backend == "triton":
         from .triton_engine import TritonEngine
         from .triton_workspace import Pool
 
-        pool = Pool()
-        return [TritonEngine(weights, device=device, dtype=dtype, pool=pool) for weights in blocks]
+        pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()  # one, kept by the engines that share it
+
+        def make(weights: BlockWeights) -> BlockEngine:
+            pool = pools.setdefault(backend, Pool())
+            return TritonEngine(weights, device=device, dtype=dtype, pool=pool)
+
+        return make
     if backend == "cuda":
-        return [CudaEngine(weights, device=device, dtype=dtype) for weights in blocks]
-    return [TorchEngine(weights, device=device, dtype=dtype, compile=compile) for weights in blocks]
+        return functools.partial(CudaEngine, device=device, dtype=dtype)
+    return functools.partial(TorchEngine, device=device, dtype=dtype, compile=compile)

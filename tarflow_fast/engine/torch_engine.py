@@ -115,6 +115,9 @@ class TorchEngine:
             cache_bytes=keys_values.numel() * keys_values.element_size(),
         )
 
+    def give_up_idle(self) -> None:
+        """Nothing is held."""
+
     def bytes_per_sample(self, guided: bool) -> int:
         config = self.config
         rows, T, C = 2 if guided else 1, config.num_patches, config.channels

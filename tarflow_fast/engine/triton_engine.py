@@ -131,6 +131,9 @@ class TritonEngine:
     def idle_bytes(self) -> int:
         return self.pool.idle_bytes
 
+    def give_up_idle(self) -> None:
+        self.pool.give_up_idle()
+
     @torch.no_grad()
     def reverse(
         self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None

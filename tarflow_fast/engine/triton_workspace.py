@@ -153,6 +153,9 @@ class Pool:
         """Memory that is held for batches to come, and would be given up for another batch."""
         return sum(size.bytes for size, workspace in self._kept.items() if workspace.idle)
 
+    def give_up_idle(self) -> None:
+        self._kept = OrderedDict((size, workspace) for size, workspace in self._kept.items() if not workspace.idle)
+
     def take(self, size: Size, spent: BlockState | None) -> Workspace:
         """A workspace of this size that nobody uses, or nobody will. Raises OutOfMemoryError."""
         workspace = spent.cache if spent is not None else None

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import bisect
 import functools
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from ..engine.contract import BlockEngine, BlockState
+from ..engine.timing import STEPS, seconds
 from .frontier import Frontier
 from .windows import hoped_advance
-
-STEPS = 8  # tokens of the sequential pass that are timed together: as many as engines put into one CUDA graph
-RUNS, SECONDS = (2, 7), 0.01  # least and most; beyond the least no more than take so long
 
 
 @dataclass(frozen=True)
@@ -58,10 +54,10 @@ def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
         Frontier(engine, state, 0.0, start=min(middle, T - width)).run(width, most=1)
 
     steps = min(STEPS, T - middle)
-    costs = Costs(_seconds(engine, lambda: tokens(steps)) / steps)
+    costs = Costs(seconds(engine, lambda: tokens(steps)) / steps)
     gain = before = 0.0  # tokens that a pass gains at best, less those that the sequential pass makes in its time
     for width in widths:
-        costs.passes[width] = _seconds(engine, functools.partial(one_pass, width))
+        costs.passes[width] = seconds(engine, functools.partial(one_pass, width))
         before, gain = gain, hoped_advance(width) - costs.passes[width] / costs.token
         if len(costs.passes) > 2 and gain < min(before, 0):
             break
@@ -69,14 +65,3 @@ def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
     state.token_log_det.copy_(log_det)
     state.nonfinite = None
     return costs
-
-
-def _seconds(engine: BlockEngine, run: Callable[[], None]) -> float:
-    """Of a run that waits for the device: the least of some."""
-    taken: list[float] = []
-    while len(taken) < RUNS[0] or (len(taken) < RUNS[1] and sum(taken) < SECONDS):
-        setup, started = engine.setup_seconds, time.perf_counter()
-        run()
-        if engine.setup_seconds == setup:
-            taken.append(time.perf_counter() - started)
-    return min(taken)
