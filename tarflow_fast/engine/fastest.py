@@ -92,8 +92,7 @@ class FastestEngine:
     def bytes_per_sample(self, guided: bool) -> int:
         """The most that any of the engines takes: a size that has not come yet is tried with all of them."""
         if guided not in self.choices.bytes_per_sample:
-            with self._setting_up():
-                engines = self._make_all()
+            engines = self._make_all()
             self.choices.bytes_per_sample[guided] = max(engine.bytes_per_sample(guided) for engine in engines.values())
         return self.choices.bytes_per_sample[guided]
 
@@ -103,11 +102,11 @@ class FastestEngine:
         size = (z.shape[0], condition.guidance.active)
         engine = None
         while engine is None:  # what was chosen in another block may not be had for this one
-            with self._setting_up():
-                if size not in self.choices.chosen:
+            if size not in self.choices.chosen:
+                with self._setting_up():
                     self.choices.chosen[size] = self._choose(z, condition)
-                name = self.choices.chosen[size].name
-                engine = self._make(name)
+            name = self.choices.chosen[size].name
+            engine = self._make(name)
         self._make_room(name, z, condition)
         if spent is not None and (spent.served is None or spent.served[0] != name):
             spent = None
@@ -151,7 +150,8 @@ class FastestEngine:
         """The engine of this name, or None if it is left out."""
         if name not in self._engines and name not in self.choices.left_out:
             try:
-                with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is made in
+                # An engine outlives the mode that it is made in.
+                with self._setting_up(), torch.inference_mode(False), torch.no_grad():
                     self._engines[name] = self.factories[name]()
             except (BackendError, *OUT_OF_MEMORY) as error:
                 if name == TRUSTED:
