@@ -28,6 +28,7 @@ from tarflow_fast.kernels.affine_density import density_backward, density_forwar
 from tarflow_fast.kernels.launch import Launch, recording
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes for one program, by architecture
+REGISTERS = 65536  # of a multiprocessor
 FIRST_WITH_PDL = 90
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 MODELS = {
@@ -92,11 +93,13 @@ WHOLE = [
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel on one architecture. stack: bytes of spilled registers; shared: bytes for one program."""
+    """One kernel on one architecture. registers: of a thread; stack: bytes of spilled ones; shared: bytes for one
+    program, which has so many warps."""
 
     kernel: str
     architecture: int
     tile: str
+    warps: int
     registers: int
     stack: int
     shared: int
@@ -105,6 +108,9 @@ class Compiled:
     def fault(self) -> str | None:
         if self.stack:
             return f"spills {self.stack} bytes"
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps  # a thread is given eight at a time
+        if registers > REGISTERS:
+            return f"wants {registers} registers, there are {REGISTERS}"
         if self.shared > SHARED_LIMIT[self.architecture]:
             return f"wants {self.shared} bytes of shared memory, there are {SHARED_LIMIT[self.architecture]}"
         return None
@@ -143,7 +149,8 @@ def compile_for(launch: Launch, architecture: int) -> Compiled:
     return Compiled(
         launch.kernel.__name__.strip("_"),
         architecture,
-        f"{tile} warps={launch.warps}",
+        tile,
+        launch.warps,
         found["REG"],
         found["STACK"] + found["LOCAL"],
         kernel.metadata.shared,
