@@ -32,7 +32,8 @@ class BlockReport:
 class Report:
     """How samples were made.
 
-    backend, backend_reason, solver, device, dtype: what ran, and why that backend. batch_size: samples per batch.
+    backend, backend_reason, solver, device, dtype: what ran, and why that backend, or those, where one was measured to
+    be the quickest for each size of batch. batch_size: samples per batch.
     seconds: wall time of the inverse passes; setup_seconds: of what in them is done once for a batch size (compiling
     and choosing kernels, capturing graphs, measuring what passes cost), as far as it is known; denoise_seconds: of
     denoising. tokens: transformed, images · K · T. cache_bytes: KV cache of one block for one batch. redrawn: image

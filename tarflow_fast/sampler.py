@@ -69,7 +69,9 @@ class Sampler:
     """Draws images from a TarFlow.
 
     model: a TarFlow; its weights are copied when the sampler is made, and changing them later has no effect here.
-    backend: "auto" or a name from `backends()`. solver: "sequential" (exact, T − 1 steps a block), "adaptive" (parallel
+    backend: a name from `backends()`, or "auto", for the best that has been measured on such a device; if these are
+    several, the quickest for each size of batch (see `engine/fastest.py`, and `Report.backend` for which).
+    solver: "sequential" (exact, T − 1 steps a block), "adaptive" (parallel
     passes, as few as a block allows; see `solvers/frontier.py`), or "auto", for each block the one that takes less time
     (see `solvers/auto.py`). tol: of parallel passes, how far a token may still move when it is taken as final, in units
     of the images; default 3e-5, in bfloat16 3e-3 (see `solvers.TOL`). plan: where they start and how many a block

@@ -254,37 +254,6 @@ def test_what_the_trusted_one_raises_is_raised(error: Exception) -> None:
         Race(torch=BackendError("none at all"), other=takes(0.1)).serves(2)
 
 
-def test_differences_are_of_the_worst_sample_and_piece_and_of_log_dets_too() -> None:
-    sure = [torch.randn(3, 8, 5) + 1 for _ in range(4)]
-    assert trial.difference(sure, sure) == 0
-    for place in (slice(0, 4), slice(4, 5)):
-        pieces = [piece.clone() for piece in sure]
-        pieces[2][1, :, place] += 0.4
-        size = sure[2][1, :, :4].square().mean().sqrt().item() if place.start == 0 else 4
-        assert trial.difference(pieces, sure) == pytest.approx(0.4 / size, rel=1e-5)
-        pieces[2][1, 3, place] = torch.nan
-        assert not trial.difference(pieces, sure) <= 1e9
-    sure[2][1, 3:, :] = torch.inf  # from there on nothing is known
-    pieces = [piece.clone() for piece in sure]
-    pieces[2][1, 3:, :] = torch.nan
-    assert trial.difference(pieces, sure) == 0
-    assert trial.difference([], []) == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_no_disagreement(dtype: torch.dtype) -> None:
-    """Another dtype's engine, which is as far off as an engine that rounds otherwise."""
-    model = random_model(7, num_classes=3, layers_per_block=2, img_size=12)
-    weights = block_weights(model.state_dict(), model.config, 0)
-    make = functools.partial(make_engines, blocks=[weights], device=CPU, compile=False)
-    condition = Condition(torch.tensor([0, 1, -1]), GUIDED)
-    half, full = (make("torch", dtype=each)[0] for each in (dtype, torch.float32))
-    z = random_latents(model, 3)
-    trusted, _ = trial.trial(half, z, condition, [])
-    pieces, _ = trial.trial(full, z, condition, trusted)
-    assert 0 < trial.difference(pieces, trusted) <= trial.AGREE[dtype]
-
-
 # What is left behind
 
 
@@ -400,6 +369,8 @@ def test_ragged_if_all_that_serve_are() -> None:
     race.serves(2)
     assert not race.blocks[0].ragged
     assert not race.blocks[1].ragged
+    race.serves(6)  # torch: states of the other may still be about
+    assert not race.blocks[0].ragged
 
 
 def test_passes_by_itself_are_asked_of_an_engine_that_can() -> None:
