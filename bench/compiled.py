@@ -103,10 +103,11 @@ class Compiled:
     registers: int
     stack: int
     shared: int
+    may_spill: int = 0
 
     @property
     def fault(self) -> str | None:
-        if self.stack:
+        if self.stack > self.may_spill:
             return f"spills {self.stack} bytes"
         registers = -(-self.registers // 8) * 8 * 32 * self.warps  # a thread is given eight at a time
         if registers > REGISTERS:

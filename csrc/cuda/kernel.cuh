@@ -17,6 +17,8 @@
 
 namespace tarflow {
 
+// There is one copy of each part, whichever phases it serves: the code of all phases together would not fit in a
+// multiprocessor's instruction cache several times over.
 template <class T, int NT, int WARPS>
 struct Pass {
   const Params& p;
@@ -26,158 +28,131 @@ struct Pass {
   Scratch<T> scratch;
   Ring<T, WARPS> ring;
 
-  DEVICE bool done(Phase phase) const { return !(p.left_out >> phase & 1); }
-
-  DEVICE void barrier() {
-    grid.sync([&] { ring.fill(); });
+  // What a phase's product is of. begin: the first token of a pass, which is there; the others follow from parameters.
+  DEVICE void stage(Phase phase, bool begin, int first, int count, int k0, int k) {
+    switch (phase) {
+      case EMBED: {
+        const bool keeps = load(work, 0) == 0 && load(work, 1) > 0;
+        return stage_tokens<WARPS>(p, rows, scratch, first, count, begin, keeps);
+      }
+      case PROJ:
+        return p.head_dim % 4 == 0 ? stage_attended<WARPS, 4>(p, rows, scratch, first, count)
+                                   : stage_attended<WARPS, 1>(p, rows, scratch, first, count);
+      case FC2: return stage_hidden<WARPS>(p, scratch, first, count, k0, k);
+      case PROJ_OUT: return stage_stream<WARPS>(p, scratch, first, count);
+      default: return stage_normed<WARPS>(p, scratch, first, count);
+    }
   }
 
-  template <class Stage, class Finish>
-  DEVICE void product(Phase phase, int layer, int count, Stage stage, Finish finish) {
-    const Linear of = linear_of(p, phase, layer);
-    if (done(phase))
-      linear<NT, WARPS>(p, of, count, ring, work, scratch, stage, finish);
-    else
-      skip(p, of, ring, work);
+  // What a phase does with output n of a row.
+  DEVICE void finish(Phase phase, int layer, int n, int row, float y) {
+    switch (phase) {
+      case EMBED: return embedded(n, row, y);
+      case QKV: return queried(layer, n, row, y);
+      case FC1: {
+        const float gelu = 0.5f * y * (1 + erff(y * 0.70710678f));
+        return store(Global<T>(p.hidden), static_cast<int64_t>(row) * whole_tiles(4 * p.channels) + n,
+                     from_float<T>(gelu));
+      }
+      case PROJ_OUT:
+        return store(Global<float>(p.parameters), static_cast<int64_t>(row) * whole_tiles(p.out_dim) + n, y);
+      default: {  // h += y, which one thread does to an element
+        const Global<float> h(p.h);
+        const int64_t at = static_cast<int64_t>(row) * whole_tiles(p.channels) + n;
+        store(h, at, load(h, at) + y);
+      }
+    }
   }
 
-  // The tokens' embeddings into h: proj_in(x) + position + class.
-  DEVICE void embed(bool begin) {
+  // h = proj_in(x) + position + class, in each branch.
+  DEVICE void embedded(int n, int i, float y) {
     const Global<float> h(p.h);
     const Global<const float> position(p.position), classes(p.class_rows);
-    const int width = whole_tiles(p.channels);
-    const bool keeps = load(work, 0) == 0 && load(work, 1) > 0;
-    product(
-        EMBED, 0, p.positions,
-        [&](int first, int count, int, int) { stage_tokens<WARPS>(p, rows, scratch, first, count, begin, keeps); },
-        [&](int n, int i, float y) {
-          const bool inside = n < p.channels;
-          const int token = rows.token_at(i) < 0 ? 0 : rows.token_at(i);
-          if (inside) y += constant(position, static_cast<int64_t>(token) * p.channels + n);
-          for (int row = i; row < rows.count(); row += p.positions) {
-            float value = y;
-            if (inside && p.class_rows.count)
-              value += constant(classes, static_cast<int64_t>(rows.cache_row(row)) * p.channels + n);
-            store(h, static_cast<int64_t>(row) * width + n, value);
-          }
-        });
+    const bool inside = n < p.channels;
+    const int token = rows.token_at(i) < 0 ? 0 : rows.token_at(i);
+    if (inside) y += constant(position, static_cast<int64_t>(token) * p.channels + n);
+    for (int row = i; row < rows.count(); row += p.positions) {
+      float value = y;
+      if (inside && p.class_rows.count)
+        value += constant(classes, static_cast<int64_t>(rows.cache_row(row)) * p.channels + n);
+      store(h, static_cast<int64_t>(row) * whole_tiles(p.channels) + n, value);
+    }
   }
 
-  DEVICE void qkv(int layer) {
-    const Global<float> queries(p.queries);
+  // Queries, and keys and values into the cache.
+  DEVICE void queried(int layer, int n, int row, float y) {
     const Global<T> cache(p.keys_values);
-    product(
-        QKV, layer, rows.count(),
-        [&](int first, int count, int, int) { stage_normed<WARPS>(p, scratch, first, count); },
-        [&](int n, int row, float y) {
-          const int which = n / p.channels, channel = n % p.channels;
-          if (which == 0) {
-            store(queries, static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
-          } else if (which < 3 && rows.token(row) >= 0) {
-            const int head = channel / p.head_dim, c = channel % p.head_dim;
-            store(cache, rows.cached(layer, which - 1, row, head) + rows.token(row) * p.head_dim + c, from_float<T>(y));
-          }
-        });
+    const int which = n / p.channels, channel = n % p.channels;
+    if (which == 0) {
+      store(Global<float>(p.queries), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
+    } else if (which < 3 && rows.token(row) >= 0) {
+      const int head = channel / p.head_dim, c = channel % p.head_dim;
+      store(cache, rows.cached(layer, which - 1, row, head) + rows.token(row) * p.head_dim + c, from_float<T>(y));
+    }
   }
 
   DEVICE void attention(int layer) {
     constexpr int V = 16 / sizeof(T);
-    if (!done(ATTENTION)) return;
     if (p.head_dim % V == 0)
       attend<T, V, WARPS>(p, rows, layer, scratch.sums);
     else
       attend<T, 1, WARPS>(p, rows, layer, scratch.sums);
   }
 
-  // h += y, which a layer's tile and no other thread does to an element.
-  DEVICE auto add() {
-    return [this](int n, int row, float y) {
-      const Global<float> h(p.h);
-      const int64_t at = static_cast<int64_t>(row) * whole_tiles(p.channels) + n;
-      store(h, at, load(h, at) + y);
-    };
-  }
-
-  DEVICE void proj(int layer) {
-    product(
-        PROJ, layer, rows.count(),
-        [&](int first, int count, int, int) {
-          if (p.head_dim % 4 == 0)
-            stage_attended<WARPS, 4>(p, rows, scratch, first, count);
-          else
-            stage_attended<WARPS, 1>(p, rows, scratch, first, count);
-        },
-        add());
-  }
-
-  DEVICE void fc1(int layer) {
-    const Global<T> hidden(p.hidden);
-    product(
-        FC1, layer, rows.count(),
-        [&](int first, int count, int, int) { stage_normed<WARPS>(p, scratch, first, count); },
-        [&](int n, int row, float y) {
-          const float gelu = 0.5f * y * (1 + erff(y * 0.70710678f));
-          store(hidden, static_cast<int64_t>(row) * whole_tiles(4 * p.channels) + n, from_float<T>(gelu));
-        });
-  }
-
-  DEVICE void fc2(int layer) {
-    product(
-        FC2, layer, rows.count(),
-        [&](int first, int count, int k0, int k) { stage_hidden<WARPS>(p, scratch, first, count, k0, k); }, add());
-  }
-
-  DEVICE void proj_out() {
-    const Global<float> parameters(p.parameters);
-    product(
-        PROJ_OUT, 0, rows.count(),
-        [&](int first, int count, int, int) { stage_stream<WARPS>(p, scratch, first, count); },
-        [&](int n, int row, float y) {
-          store(parameters, static_cast<int64_t>(row) * whole_tiles(p.out_dim) + n, y);
-        });
-  }
-
-  DEVICE void step(bool begin) {
-    embed(begin);
-    barrier();
-#pragma unroll 1
-    for (int layer = 0; layer < p.layers; layer++) {
-      qkv(layer);
-      grid.sync([&] {
-        ring.fill();
-        prefetch_keys<T, WARPS>(p, rows, layer);
-      });
-      attention(layer);
-      barrier();
-      proj(layer);
-      barrier();
-      fc1(layer);
-      barrier();
-      fc2(layer);
-      barrier();
+  DEVICE void phase_of(Phase phase, int layer, bool begin) {
+    const bool left_out = p.left_out >> phase & 1;
+    if (phase == ATTENTION) {
+      if (!left_out) attention(layer);
+      return;
     }
-    proj_out();
-    barrier();
+    const Linear of = linear_of(p, phase, layer);
+    if (left_out) return skip(p, of, ring, work);
+    linear<NT, WARPS>(
+        p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch,
+        [&](int first, int count, int k0, int k) { stage(phase, begin, first, count, k0, k); },
+        [&](int n, int row, float y) { finish(phase, layer, n, row, y); });
+  }
+
+  DEVICE void barrier(Phase phase, int layer) {
+    grid.sync([&] {
+      ring.fill();
+      if (phase == QKV) prefetch_keys<T, WARPS>(p, rows, layer);
+    });
+  }
+
+  // An evaluation of the transformer.
+  DEVICE void step(bool begin) {
+    int layer = 0;
+    Phase phase = EMBED;
+#pragma unroll 1
+    while (true) {
+      phase_of(phase, layer, begin);
+      barrier(phase, layer);
+      if (phase == PROJ_OUT) break;
+      if (phase == FC2) layer++;
+      phase = phase == FC2 ? (layer < p.layers ? QKV : PROJ_OUT) : static_cast<Phase>(phase + 1);
+    }
   }
 
   DEVICE void run() {
+    int passes = 0;
     ring.fill();
-    if (p.mode == FRONTIER) {
-      int passes = 0;
-      for (; passes < p.most && look<WARPS>(p, rows); passes++) {
-        step(true);
+#pragma unroll 1
+    for (bool begin = true;; begin = p.mode == FRONTIER) {
+      if (p.mode == FRONTIER && (passes == p.most || !look<WARPS>(p, rows))) break;
+      step(begin);
+      passes++;
+      if (p.mode == FRONTIER) {
         advance<WARPS>(p, rows, scratch.sums);
-        barrier();
-      }
-      if (block() == 0 && thread() == 0) store(Global<int>(p.passes), 0, passes);
-    } else {
-      for (bool begin = true;; begin = false) {
-        step(begin);
-        if (p.mode == FIXED_POINT || rows.next + 2 >= p.stop) break;
+        barrier(PHASES, 0);
+      } else if (p.mode == FIXED_POINT || rows.next + 2 >= p.stop) {
+        update<WARPS>(p, rows);
+        break;
+      } else {
         rows.next++;
       }
-      update<WARPS>(p, rows);
     }
+    if (p.mode == FRONTIER && block() == 0 && thread() == 0) store(Global<int>(p.passes), 0, passes);
     ring.drain();
   }
 };
