@@ -62,6 +62,7 @@ def test_limits_of_an_architecture() -> None:
     fits = Compiled("k", 80, "", warps=8, registers=255, stack=0, shared=SHARED_LIMIT[80])
     assert fits.fault is None
     assert replace(fits, stack=8).fault == "spills 8 bytes"
+    assert replace(fits, stack=8, may_spill=8).fault is None
     assert replace(fits, warps=9, registers=224).fault is None
     assert replace(fits, warps=9, registers=225).fault == "wants 66816 registers, there are 65536"  # 232 a thread
     assert "bytes of shared memory, there are 166912" in str(replace(fits, shared=fits.shared + 1).fault)
@@ -77,11 +78,11 @@ def test_the_table_of_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, usage("80", "90a"), "--arch", "90").output.splitlines()[1:] == lines[3:]
 
 
-@pytest.mark.parametrize("spill", [{"stack": 8}, {"local": 8}], ids=str)
+@pytest.mark.parametrize("spill", [{"stack": 200}, {"local": 200}], ids=str)
 def test_a_spill_fails(monkeypatch: pytest.MonkeyPatch, spill: dict[str, int]) -> None:
     result = run(monkeypatch, usage("80", "90a", **spill))
     assert result.exit_code == 1
-    assert result.output.count("FAULT: spills 8 bytes") == 2
+    assert result.output.count("FAULT: spills 200 bytes") == 2
     assert "2 kernels spill or do not fit" in result.output
 
 
