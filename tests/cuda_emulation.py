@@ -24,6 +24,7 @@ WARPS = 2  # of a block: on a GPU 8, which a step takes four times as long for h
 FLAGS = (
     "-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE",  # which takes a longjmp to another stack for an attack
+    "-fno-gnu-unique",  # else two modules of this name in one process share what is static in them
     "-DTARFLOW_EMULATION",
 )  # fmt: skip
 
@@ -37,19 +38,19 @@ def compiler_missing() -> str | None:
 
 
 @functools.cache
-def emulated(warps: int = WARPS) -> ModuleType:
-    """The module `_cuda`, whose device is the CPU."""
-    sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp"), *SOURCES.glob("emulation/*.cpp")]
+def emulated(warps: int = WARPS, folder: Path = SOURCES) -> ModuleType:
+    """The module `_cuda`, whose device is the CPU; from another folder, of sources that were changed."""
+    sources = [*folder.glob("*.cu"), *folder.glob("*.cpp"), *folder.glob("emulation/*.cpp")]
     sources = [path for path in sources if path.name != "launch.cu"]
-    return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}"])
+    return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}"], folder)
 
 
-def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ModuleType:
+def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), folder: Path = SOURCES) -> ModuleType:
     """The pybind11 module of these sources; compiled once for as long as they and the headers stay as they are."""
     command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *flags]
-    includes = [f"-I{path}" for path in (SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    includes = [f"-I{path}" for path in (folder, pybind11.get_include(), sysconfig.get_paths()["include"])]
     digest = hashlib.sha256(repr((command, includes, sys.version)).encode())
-    headers = [path for path in SOURCES.rglob("*") if path.suffix in (".h", ".cuh")]
+    headers = [path for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
     for path in sorted({*sources, *headers}):
         digest.update(path.name.encode() + path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"tarflow_fast_emulation_{os.getuid()}"
@@ -67,7 +68,8 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Modu
             linked = Path(scratch) / module.name
             _run([*command, "-shared", *map(str, objects), "-o", str(linked)])
             os.replace(linked, module)  # at once: another process may be building it too
-    spec = importlib.util.spec_from_file_location(name, module)
+    # A name of its own, of which only the end counts for the module: pybind11 gives one name one module.
+    spec = importlib.util.spec_from_file_location(f"{module.parent.name}.{name}", module)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)

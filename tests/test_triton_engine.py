@@ -596,7 +596,7 @@ def compile_all(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 def test_kernels_compile_for_every_architecture_without_spills() -> None:
-    done = compile_all()
+    done = compile_all("--only", "triton")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     names = "norm_linear cached_attention affine_step fixed_point_update affine_density affine_density_backward"

@@ -89,7 +89,7 @@ PYBIND11_MODULE(_cuda, m) {
     for (const Instance& each : instances()) all.emplace_back(each.dtype, each.rows, each.warps);
     return all;
   });
-  py::class_<Params>(m, "Launch")
+  py::class_<Params>(m, "Launch", py::module_local())
       .def(py::init(&empty))
       .def("set_size", [](Params& params, const std::string& name, int value) { *size_named(params, name) = value; })
       .def("set_buffer",
