@@ -60,7 +60,7 @@ void shuffle(CONSTANT_PARAMS p) {
   if (p.mode == 3) {
     float sums[4] = {};
     if (lane < 16) multiply_tiles(sums, Vector<bf16, 8>{}, Vector<bf16, 2>{}, Vector<bf16, 2>{});
-    if (lane >= 16) shuffle_xor(own, 1);
+    if (lane >= 16) shuffle_xor(own, 0);
   }
   for (int i = 0; i < 5; i++) store(Global<float>(p.z), i * 64 + thread(), other[i]);
 }
@@ -86,20 +86,18 @@ void after_shuffle(CONSTANT_PARAMS p) {
   store(Global<float>(p.z), thread(), load(memory, thread() ^ 1));
 }
 
-// All threads read an element, and then one of them, which has read it too, writes it.
+// All threads read an element, and then one of them, which has read it last, writes it.
 void read_by_all(CONSTANT_PARAMS p) {
   const auto memory = shared<float>(0, 1);
   const Global<float> z(p.z);
   if (thread() == 7) store(memory, 0, 1.0f);
   sync_block();
   float sum = load(memory, 0) + load(z, 0);
-  shuffle_xor(sum, 1);
-  sum += load(memory, 0) + load(z, 0);
-  if (p.mode == 0) sync_block();
-  shuffle_xor(sum, 1);
+  shuffle_xor(sum, 1);  // so that the others of its warp have read
+  if (thread() == 7) sum += load(memory, 0) + load(z, 0);
   if (p.mode == 0) sync_block();
   if (thread() == 7 && p.mode != 2) store(memory, 0, sum);
-  if (thread() == 7 && p.mode != 1 && block() == 0 && blocks() == 1) store(z, 0, sum);
+  if (thread() == 7 && p.mode != 1) store(z, 0, sum);
 }
 
 // Rounds of: each block writes its part of h (2, blocks, 64), and reads another's after a barrier. z: sums of these.
@@ -120,6 +118,41 @@ void exchange(CONSTANT_PARAMS p) {
     sum += load(h, half + (block() + 1) % blocks() * 64 + (t + round) % 64);
   }
   store(Global<float>(p.z), block() * 64 + t, sum);
+}
+
+// z (1,) = 7, which block 0 stores to x between its first signal and its second one, and block 1 loads. One warp a block;
+// shuffles let time pass and order nothing.
+void handover(CONSTANT_PARAMS p) {
+  const Global<float> x(p.x);
+  const Global<unsigned> counter(p.barrier);
+  const int lane = thread();
+  if (block() == 0) {
+    if (lane == 5) signal(counter);
+    shuffle_xor(0, 1);
+    if (lane == 6) store(x, 0, 7.0f);
+    shuffle_xor(0, 1);
+    if (p.mode != 1) sync_block();
+    if (lane == 5) signal(counter);
+  } else {
+    if (p.mode == 3)
+      for (int i = 0; i < 500; i++) shuffle_xor(0, 1);
+    if (lane == 5) await(counter, p.mode == 3 ? 1 : 2);
+    if (p.mode != 2) sync_block();
+    if (lane == 5) store(Global<float>(p.z), 0, load(x, 0));
+  }
+}
+
+// z (32,) = x (32,) with lanes' neighbours exchanged. One warp, of which every fourth lane copies.
+void late_wait(CONSTANT_PARAMS p) {
+  const auto memory = shared<float>(0, 32);
+  const int lane = thread();
+  if (lane % 4 == 0) copy_async(memory, lane, Global<const float>(p.x), lane);
+  commit_copies();
+  if (p.mode == 1) sync_block();
+  wait_copies(0);
+  if (p.mode == 0) sync_block();
+  shuffle_xor(0, 1);  // all have waited
+  store(Global<float>(p.z), lane, load(memory, lane ^ 1));
 }
 
 // z (64,) = sums over the tiles of x (tiles, 64): a ring of 3 slots, each of a tile, by copies of 4 elements.
@@ -221,6 +254,7 @@ const std::map<std::string, Kernel> KERNELS{
     {"product_bf16", product<bf16>}, {"product_fp16", product<fp16>}, {"convert_bf16", convert<bf16>},
     {"convert_fp16", convert<fp16>}, {"shuffle", shuffle},            {"neighbours", neighbours},
     {"read_by_all", read_by_all},    {"after_shuffle", after_shuffle}, {"exchange", exchange},
+    {"handover", handover},          {"late_wait", late_wait},
     {"ring", ring},                  {"access", access},              {"unwritten", unwritten},
     {"reserved", reserved},          {"skipped_sync", skipped_sync},  {"written_constant", written_constant},
     {"many", many},

@@ -133,6 +133,20 @@ def test_blocks_exchange_data_across_a_barrier(blocks: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_block_hands_data_to_another(seed: int) -> None:
+    native().set_seed(seed)
+    z = nan(1)
+    run("handover", blocks=2, warps=1, x=nan(1), z=z, barrier=torch.zeros(1, dtype=torch.int32))
+    assert z.item() == 7
+
+
+def test_copies_come_when_they_are_waited_for() -> None:
+    x, z = torch.randn(32), nan(32)
+    run("late_wait", warps=1, x=x, z=z)
+    torch.testing.assert_close(z, x[torch.arange(32) ^ 1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_ring_of_copies_brings_every_tile(seed: int) -> None:
     native().set_seed(seed)
     x, z = torch.randint(100, (7, THREADS)).float(), nan(THREADS)
@@ -176,6 +190,18 @@ def test_a_barrier_that_lacks_a_part_is_a_race(mode: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mode", [1, 2, 3], ids=["sync before", "sync after", "a later signal"])
+def test_only_what_a_signal_promises_is_ordered(mode: int, seed: int) -> None:
+    given = {"x": nan(1), "z": nan(1), "barrier": torch.zeros(1, dtype=torch.int32)}
+    assert "race on x[0]" in fault("handover", seed, blocks=2, warps=1, mode=mode, **given)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_copy_is_seen_by_others_after_the_sync_that_follows_the_wait(seed: int) -> None:
+    assert "race on shared memory" in fault("late_wait", seed, warps=1, mode=1, x=torch.randn(32), z=nan(32))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     "mode", [1, 2, 3, 4, 6], ids=["no wait", "short wait", "no sync", "overwritten while read", "no commit"]
 )
@@ -203,8 +229,9 @@ def test_bounds_and_alignment(mode: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [3, 4, 6])
-def test_alignment_is_that_of_the_address(mode: int) -> None:
-    assert "not aligned" in fault("access", x=torch.zeros(64)[17:49], start=0, mode=mode)
+@pytest.mark.parametrize("start", [0, 3])
+def test_alignment_is_that_of_the_index_and_of_the_address(start: int, mode: int) -> None:
+    assert "not aligned" in fault("access", x=torch.zeros(64)[17:49], start=start, mode=mode)
 
 
 @pytest.mark.parametrize("written", [0, 1, 3])
