@@ -93,8 +93,8 @@ WHOLE = [
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel on one architecture. registers: of a thread; stack: bytes of spilled ones, of which may_spill are no fault;
-    shared: bytes for one program, which has so many warps."""
+    """One kernel on one architecture. registers: of a thread; stack: bytes of spilled ones, of which may_spill are no
+    fault; shared: bytes for one program, which has so many warps."""
 
     kernel: str
     architecture: int

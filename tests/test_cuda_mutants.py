@@ -1,4 +1,4 @@
-"""Faults planted into the CUDA kernel's own source: the emulation finds what only a GPU would show, and only at times."""
+"""Faults planted into the CUDA kernel's source: the emulation finds what only a GPU would show, and only at times."""
 
 from __future__ import annotations
 
