@@ -29,6 +29,7 @@ SIZES = {
     "wide": replace(MODELS["afhq"], img_size=16, layers_per_block=1),  # T = 4, of the real width
 }
 BATCHES = (2, 32)  # guided: one tile of 8 rows, and as many as a launch takes
+WINDOW = 3  # tokens of a sample
 DTYPES = (torch.float32, torch.bfloat16)
 COMMAND = (sys.executable, "-m", "bench.cuda_sanitize")
 TOOLKIT = "/usr/local/cuda"  # where it is unless CUDA_HOME says otherwise
@@ -39,7 +40,7 @@ TAIL = 20  # lines of the output that the record keeps of a run that was not ok
 
 
 def small_run(device: torch.device) -> None:
-    """Both of the kernel's modes, each twice, for few and many rows. Raises RuntimeError unless all is finite and the
+    """All of the kernel's modes, each twice, for few and many rows. Raises RuntimeError unless all is finite and the
     second time gives the same bits."""
     for name, sizes in SIZES.items():
         weights = block_weights(random_model(sizes, 0).state_dict(), sizes, 0)
@@ -54,12 +55,15 @@ def small_run(device: torch.device) -> None:
 
 
 def _images(engine: CudaEngine, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(2, B, T, D): of the sequential pass, and of that after one parallel pass over its result."""
-    state = engine.begin(z, Condition(labels, Guidance(GUIDANCE)))
+    """(3, B, T, D): of the sequential pass, of one parallel pass over its result, and of the passes of a window."""
+    condition, (B, T, _) = Condition(labels, Guidance(GUIDANCE)), z.shape
+    state = engine.begin(z, condition)
     engine.reverse(state)
     sequential = state.x.clone()
-    engine.fixed_point(state, 1, z.shape[1])
-    return torch.stack([sequential, state.x])
+    engine.fixed_point(state, 1, T)
+    other = engine.begin(z, condition)
+    engine.converge(other, z, [1] * B, tol=1e-3, window=WINDOW, most=T)
+    return torch.stack([sequential, state.x, other.x])
 
 
 def find_sanitizer() -> str | None:

@@ -19,17 +19,19 @@ from tarflow_fast.engine.cuda_engine import CudaEngine
 
 
 @IN_EMULATION
-def test_the_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["reverse", "fixed_point", "converge"])
+def test_the_small_run_sees_bits_that_differ(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_sanitize, "SIZES", {"tiny": TarFlowConfig(1, 4, 2, 16, 1, 1, num_classes=3, head_dim=16)})
     monkeypatch.setattr(cuda_sanitize, "BATCHES", (2,))
     small_run(CPU)
-    fixed_point = CudaEngine.fixed_point
+    right = getattr(CudaEngine, mode)
 
-    def differs(engine: CudaEngine, state: Any, *window: int) -> Any:
+    def differs(engine: CudaEngine, state: Any, *arguments: Any, **options: Any) -> Any:
+        done = right(engine, state, *arguments, **options)
         state.x += torch.randn_like(state.x)
-        return fixed_point(engine, state, *window)
+        return done
 
-    monkeypatch.setattr(CudaEngine, "fixed_point", differs)
+    monkeypatch.setattr(CudaEngine, mode, differs)
     with pytest.raises(RuntimeError, match=r"tiny, torch\.float32, batch 2: not finite, or not the same bits twice"):
         small_run(CPU)
 
