@@ -39,10 +39,11 @@ def compiler_missing() -> str | None:
 
 @functools.cache
 def emulated(warps: int = WARPS, folder: Path = SOURCES) -> ModuleType:
-    """The module `_cuda`, whose device is the CPU; from another folder, of sources that were changed."""
+    """The module `_cuda`, whose device is the CPU; from another folder, of sources that were changed, built quickly."""
     sources = [*folder.glob("*.cu"), *folder.glob("*.cpp"), *folder.glob("emulation/*.cpp")]
     sources = [path for path in sources if path.name != "launch.cu"]
-    return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}"], folder)
+    quickly = [] if folder == SOURCES else ["-O0"]
+    return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}", *quickly], folder)
 
 
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), folder: Path = SOURCES) -> ModuleType:
