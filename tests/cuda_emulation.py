@@ -47,22 +47,23 @@ def emulated(warps: int = WARPS, folder: Path = SOURCES) -> ModuleType:
 
 
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), folder: Path = SOURCES) -> ModuleType:
-    """The pybind11 module of these sources; compiled once for as long as they and the headers stay as they are."""
+    """The pybind11 module of these sources, which include headers of the folder; compiled once for as long as all stay
+    as they are, wherever they lie."""
     command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *flags]
-    includes = [f"-I{path}" for path in (folder, pybind11.get_include(), sysconfig.get_paths()["include"])]
-    digest = hashlib.sha256(repr((command, includes, sys.version)).encode())
+    libraries = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    digest = hashlib.sha256(repr((command, libraries, sys.version)).encode())
     headers = [path for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
     for path in sorted({*sources, *headers}):
         digest.update(path.name.encode() + path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"tarflow_fast_emulation_{os.getuid()}"
-    module = folder / digest.hexdigest()[:16] / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    cache = Path(tempfile.gettempdir()) / f"tarflow_fast_emulation_{os.getuid()}"
+    module = cache / digest.hexdigest()[:16] / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not module.exists():
         module.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
             objects = [Path(scratch) / f"{path.name}.o" for path in sources]
 
             def compile(source: Path, to: Path) -> None:
-                _run([*command, *includes, "-x", "c++", "-c", str(source), "-o", str(to)])
+                _run([*command, f"-I{folder}", *libraries, "-x", "c++", "-c", str(source), "-o", str(to)])
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(compile, sources, objects))
