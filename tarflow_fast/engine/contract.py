@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import serial
 from ..checks import GUIDE_WHAT, check_choice, check_number
+from ..config import TarFlowConfig
 from ..errors import ArgumentError
 from .windows import Bounds
 
@@ -194,6 +195,20 @@ class FrontierEngine(Protocol):
         before reached[b] − 1 must be in the cache. tol: how far a token may move and still keep what was guessed.
         """
         ...
+
+
+def check_latents(z: Tensor, config: TarFlowConfig) -> None:
+    """(B, T, D) of a model. Raises ArgumentError."""
+    if z.dim() != 3 or tuple(z.shape[1:]) != (config.num_patches, config.token_dim):
+        raise ArgumentError("z", f"shape (B, {config.num_patches}, {config.token_dim})", tuple(z.shape))
+
+
+def check_plain(state: BlockState) -> None:
+    """What native code reads and writes by its address. Raises ArgumentError."""
+    for name in ("z", "x", "token_log_det"):
+        tensor = getattr(state, name)
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ArgumentError(f"state.{name}", "a contiguous float32 tensor", f"{tensor.dtype}, {tensor.stride()}")
 
 
 def embedding_rows(condition: Condition, batch: int, num_classes: int, device: torch.device) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import serial
 from ..checks import check_count, short
-from ..errors import ArgumentError, BackendError
-from .contract import BlockState, Condition, Moved, Progress, embedding_rows
+from ..errors import BackendError
+from .contract import BlockState, Condition, Moved, Progress, check_latents, check_plain, embedding_rows
 from .weights import BlockWeights, LayerWeights
 from .windows import Bounds, check_part, check_window, check_windows
 
@@ -144,9 +144,8 @@ class CpuEngine:
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config = self.config
-        B, T, D = z.shape
-        if (config.num_patches, config.token_dim) != (T, D):
-            raise ArgumentError("z", f"shape (B, {config.num_patches}, {config.token_dim})", tuple(z.shape))
+        check_latents(z, config)
+        B, T, _ = z.shape
         R = 2 * B if condition.guidance.active else B
         z = z.detach().to("cpu", torch.float32).contiguous()
         embedding = guidance = None
@@ -204,12 +203,7 @@ class CpuEngine:
         """Tokens [starts[b], stops[b]) of state.x: all at once if `moved` is there to be filled, else one after the
         other, with the same window for every sample."""
         cache, rule = state.cache, state.condition.guidance
-        for name in ("z", "x", "token_log_det"):
-            tensor = getattr(state, name)
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ArgumentError(
-                    f"state.{name}", "a contiguous float32 tensor", f"{tensor.dtype}, {tensor.stride()}"
-                )
+        check_plain(state)
         if starts == stops:  # a single token passes unchanged
             return
         self._native.run(

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ..checks import short
 from ..errors import ArgumentError, BackendError
-from .contract import BlockState, Condition, Converged, Moved, Progress, embedding_rows
+from .contract import (
+    BlockState,
+    Condition,
+    Converged,
+    Moved,
+    Progress,
+    check_latents,
+    check_plain,
+    embedding_rows,
+)
 from .cuda_pack import TILE, linear_sizes, pack
 from .cuda_plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
 from .weights import BlockWeights
@@ -108,7 +117,8 @@ class CudaEngine:
             self._position = self._fp32(weights.position)
             self._classes = None if weights.classes is None else self._fp32(weights.classes)
         self._plans: dict[int, Plan] = {}
-        self.plan(MOST_ROWS)  # which needs the most shared memory
+        # Of any launch; the largest also needs the most shared memory.
+        self._most_parts = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1)) * self.config.num_heads
 
     def plan(self, rows: int) -> Plan:
         """How a launch of so many rows is divided. Raises BackendError."""
@@ -128,9 +138,7 @@ class CudaEngine:
         return self._plans[rows]
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
-        config = self.config
-        if z.dim() != 3 or tuple(z.shape[1:]) != (config.num_patches, config.token_dim):
-            raise ArgumentError("z", f"shape (B, {config.num_patches}, {config.token_dim})", tuple(z.shape))
+        check_latents(z, self.config)
         z = z.detach().to(self.device, torch.float32).contiguous()
         with self._on_device():
             workspace = self._workspace(z.shape[0], condition, spent)
@@ -253,7 +261,6 @@ class CudaEngine:
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=self.device)
 
-        parts = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1)) * H  # windows may have as many rows
         branches = 2 if guidance.active else 1
         scale = torch.full((branches,), d**-0.5 * math.log2(math.e))
         if guidance.active:
@@ -269,7 +276,7 @@ class CudaEngine:
                 "keys_values": keys_values,
                 "h": empty(MOST_ROWS, C),
                 "queries": empty(MOST_ROWS, C),
-                "partials": empty(parts * (d + 2) + 1),
+                "partials": empty(self._most_parts * (d + 2) + 1),
                 "hidden": empty(MOST_ROWS, whole(4 * config.channels, TILE), dtype=self.dtype),
                 "parameters": empty(MOST_ROWS, out),
                 "barrier": torch.zeros(1, dtype=torch.int32, device=self.device),
@@ -319,12 +326,7 @@ class CudaEngine:
                 launch.set_buffer(name, tensor.data_ptr(), tensor.numel())
 
     def _run(self, state: BlockState, positions: Positions, buffers: Mapping[str, Tensor | None], **sizes: int) -> None:
-        for name in ("z", "x", "token_log_det"):
-            tensor = getattr(state, name)
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ArgumentError(
-                    f"state.{name}", "a contiguous float32 tensor", f"{tensor.dtype}, {tensor.stride()}"
-                )
+        check_plain(state)
         workspace: _Workspace = state.cache
         launch = workspace.launch
         plan = self.plan(len(positions) * (2 if state.condition.guidance.active else 1))

@@ -50,7 +50,8 @@ def backends() -> list[BackendStatus]:
             found.append(_cpu_status())
         missing = device_missing(kind)
         if kind == "cuda":
-            found += [_cuda_status(missing), _triton_status(missing)]
+            found.append(_gpu_status("cuda", lambda: "one kernel a block", missing))
+            found.append(_gpu_status("triton", lambda: f"Triton {version('triton')}", missing))
         if missing is None:
             name = torch.cuda.get_device_name() if kind == "cuda" else kind
             found.append(BackendStatus("torch", kind, True, f"PyTorch {torch.__version__} on {name}"))
@@ -70,20 +71,13 @@ def _cpu_status() -> BackendStatus:
     return BackendStatus("cpu", "cpu", True, why)
 
 
-def _cuda_status(device_missing: str | None) -> BackendStatus:
-    missing = device_missing or cuda_missing(torch.device("cuda", torch.cuda.current_device()))
+def _gpu_status(name: str, what: Callable[[], str], device_missing: str | None) -> BackendStatus:
+    missing = device_missing or backend_missing(
+        name, torch.device("cuda", torch.cuda.current_device()), torch.float32, False
+    )
     if missing is not None:
-        return BackendStatus("cuda", "cuda", False, missing)
-    why = f"one kernel a block on {torch.cuda.get_device_name()}{_unproven('cuda')}"
-    return BackendStatus("cuda", "cuda", True, why)
-
-
-def _triton_status(device_missing: str | None) -> BackendStatus:
-    missing = device_missing or triton_missing(torch.device("cuda", torch.cuda.current_device()))
-    if missing is not None:
-        return BackendStatus("triton", "cuda", False, missing)
-    why = f"Triton {version('triton')} on {torch.cuda.get_device_name()}{_unproven('triton')}"
-    return BackendStatus("triton", "cuda", True, why)
+        return BackendStatus(name, "cuda", False, missing)
+    return BackendStatus(name, "cuda", True, f"{what()} on {torch.cuda.get_device_name()}{_unproven(name)}")
 
 
 def _unproven(backend: str) -> str:

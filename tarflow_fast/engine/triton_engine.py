@@ -25,7 +25,7 @@ from ..errors import ArgumentError, BackendError
 from ..kernels.affine import Rule
 from ..kernels.launch import DTYPES, Launch, can_launch, dependent_launch, interpreting, recording
 from . import triton_plan
-from .contract import BlockState, Condition, Moved, Progress, embedding_rows
+from .contract import BlockState, Condition, Moved, Progress, check_latents, embedding_rows
 from .cuda_graph import capture, timed
 from .triton_chain import END, LAYER, Chain, Operation
 from .triton_plan import Candidates, Plan, Shape
@@ -93,8 +93,7 @@ class TritonEngine:
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
         config, guidance = self.config, condition.guidance
-        if z.dim() != 3 or tuple(z.shape[1:]) != (config.num_patches, config.token_dim):
-            raise ArgumentError("z", f"shape (B, {config.num_patches}, {config.token_dim})", tuple(z.shape))
+        check_latents(z, config)
         B = z.shape[0]
         with self._on_device():
             z = z.detach().to(self.device, torch.float32).contiguous()

@@ -67,7 +67,7 @@ class Frontier:
         passes = 0
         while (start := self.hindmost) < T and passes < most:
             if isinstance(self.engine, FrontierEngine) and window <= self.engine.most_window(self.state):
-                passes += self._converge(self.engine, window, most)
+                passes += self._converge(self.engine, window, most - passes)
             else:
                 self.advance(window)
                 passes += 1
