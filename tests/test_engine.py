@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNEL_DEVICE, cuda_kernel_missing, random_latents, random_model
+from cases import GOLDEN as CASES
+from cases import KERNEL_DEVICE, Case, cuda_kernel_missing, random_latents, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import GOLDEN, INVERSE_F64, SAME_F64, assert_close, error_budget, max_error
 from torch import Tensor
 
-from tarflow_fast import reference
+from tarflow_fast import Sampler, reference
 from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
@@ -521,6 +522,33 @@ def test_bytes_per_sample_covers_the_cache(backend: str, guided: bool) -> None:
     state = engine.begin(random_latents(model, 3), Condition(None, GUIDED if guided else Guidance()))
     assert state.cache_bytes == state.cache.keys_values.nbytes
     assert 3 * engine.bytes_per_sample(guided) >= state.cache_bytes + state.z.nbytes + state.x.nbytes
+
+
+# Whole images
+
+
+@pytest.mark.parametrize("backend", ["triton", CUDA])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_golden_images(backend: str, case: Case) -> None:
+    y = None if case.y is None else case.y.to(KERNEL_DEVICE)
+    sampler = Sampler(case.model(), backend=backend, device=KERNEL_DEVICE)
+    images = sampler.reverse(case.tensor("in.z").to(KERNEL_DEVICE), y, **case.reverse_args)
+    assert isinstance(images, torch.Tensor)
+    assert_close(images, case.tensor("out.reverse"), GOLDEN)
+
+
+@pytest.mark.parametrize("backend", ["triton", CUDA])
+def test_samples_and_their_likelihood_are_those_of_the_torch_backend(backend: str) -> None:
+    model = random_model(num_classes=3, img_size=6)
+    ours, wanted = (
+        Sampler(model, backend=name, device=KERNEL_DEVICE).sample(3, [0, -1, 2], batch_size=2)
+        for name in (backend, "torch")
+    )
+    assert_close(ours.images, wanted.images, GOLDEN)
+    assert ours.log_prob is not None
+    assert wanted.log_prob is not None
+    assert_close(ours.log_prob, wanted.log_prob, 1e-3)
+    assert (ours.report.backend, ours.report.backend_reason) == (backend, "asked for")
 
 
 @pytest.mark.parametrize(
