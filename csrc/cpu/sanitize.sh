@@ -18,4 +18,4 @@ LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.
 export LD_PRELOAD
 export ASAN_OPTIONS=detect_leaks=0  # Python's own
 export UBSAN_OPTIONS=print_stacktrace=1
-python -m pytest tests/test_cpu_engine.py tests/test_engine.py -k cpu "$@"
+python -m pytest tests/test_cpu_engine.py tests/test_cpu_density.py tests/test_engine.py -k cpu "$@"
