@@ -41,3 +41,9 @@ def flipped(x: Tensor) -> Tensor:
     """x (B, T, …) with its tokens in reverse order, as a copy."""
     values = _numpy(x)
     return x.flip(1).contiguous() if values is None else torch.from_numpy(values[:, ::-1].copy(order="C"))
+
+
+def add_scaled(x: Tensor, direction: Tensor, factor: float) -> Tensor:
+    """x + factor · direction, of one dtype and device."""
+    values, steps = _numpy(x), _numpy(direction)
+    return x + factor * direction if values is None or steps is None else torch.from_numpy(values + factor * steps)
