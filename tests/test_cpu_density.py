@@ -1,5 +1,5 @@
-"""The density pass in C++ and the gradient of its log-density: against the plain equations on every instruction set that
-this machine has, bit-equal however a batch is divided, and only where nothing is asked for that it does not do."""
+"""The density pass in C++ and the gradient of its log-density: against the plain equations on every instruction set
+that this machine has, bit-equal however a batch is divided, and only where nothing is asked for that it does not do."""
 
 from __future__ import annotations
 
