@@ -232,6 +232,7 @@ def density_command(
             entry = measure_cell(cell, entrants, repeat=repeat, budget=budget, verdict=checked)
             name = rate_name(cell.dtype, cell.threads)
             record["limits"][name] = max(record["limits"][name], limits.matrix_rate(DTYPES[cell.dtype]))
+            record["limits"]["matrix_flops_per_second"] = record["limits"][rate_name("float32", threads[-1])]
         return entry
 
     with torch_threads(max(threads)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .columns import counted
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -15,8 +17,7 @@ COLOURS = ("#63aee8", "#1f4f94", "#f2b46b", "#c2590a", "#2f9457", "#8a5fb0", "#b
 
 
 def _kind(cell: Cell) -> str:
-    count = cell["label"]["threads"]
-    return f"{cell['label']['dtype']}, {count} thread{'' if count == 1 else 's'}"
+    return f"{cell['label']['dtype']}, {counted(cell['label']['threads'], 'thread')}"
 
 
 def _panel(axes: Axes, cells: list[Cell], colours: dict[str, str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .columns import counted
+
 RATE = "flops_per_second_"
 
 
@@ -17,7 +19,6 @@ def density_lines(record: dict[str, Any]) -> list[str]:
     for name, rate in record["limits"].items():
         dtype, found, threads = name.partition(f"_{RATE}")
         if found and threads:
-            lines.append(
-                f"matrix rate, {dtype}, {threads} thread{'' if threads == '1' else 's'}: {rate / 1e9:.1f} GFLOP/s"
-            )
+            count = counted(int(threads), "thread")
+            lines.append(f"matrix rate, {dtype}, {count}: {rate / 1e9:.1f} GFLOP/s")
     return lines

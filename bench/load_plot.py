@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .columns import counted
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -50,15 +52,16 @@ def slowdowns(record: Record, hardware: str) -> Figure:
         axes.set_title(task, fontsize=11)
         axes.set_xlim(min(counts) - 0.5, max(counts) + 0.5)
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
     figure.supylabel("times as long as on the quiet machine", fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel(
-        f"threads\n{hardware}; {settings['busy']} busy processes, {settings['cores']} cores; batch "
-        f"{settings['batch']}; torch {record['machine']['torch']}; median, line from p20 to p80",
+        f"threads\n{hardware}; {counted(settings['busy'], 'busy process', 'es')} on "
+        f"{counted(settings['cores'], 'core')}; batch {settings['batch']}; torch {record['machine']['torch']}; "
+        "median, line from p20 to p80",
         fontsize=8,
         color="#555555",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .columns import aligned
+from .columns import aligned, counted
 
 Record = dict[str, Any]
 Cell = dict[str, Any]
@@ -39,8 +39,7 @@ def _row(cell: Cell) -> list[str]:
 
 
 def _named(cell: Cell) -> str:
-    count = cell["label"]["threads"]
-    return f"{cell['label']['task']} on {count} thread{'' if count == 1 else 's'}"
+    return f"{cell['label']['task']} on {counted(cell['label']['threads'], 'thread')}"
 
 
 def load_lines(record: Record) -> list[str]:
@@ -51,8 +50,9 @@ def load_lines(record: Record) -> list[str]:
     verdict += f"missed by {', '.join(missed)}" if missed else "met by all that was timed"
     return [
         f"model:   {settings['model']}, batch {settings['batch']}, {settings['dtype']}, density {settings['density']}; "
-        f"{settings['busy']} busy processes on {settings['cores']} cores; "
         f"OMP_WAIT_POLICY {settings['omp_wait_policy'] or 'not set'}",
+        f"load:    {counted(settings['busy'], 'busy process', 'es')} on {counted(settings['cores'], 'core')}; "
+        f"load average before that {record['machine']['load_average']}",
         "",
         *aligned([HEAD, *map(_row, cells)], 1),
         "",

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from .auto_table import auto_lines
-from .columns import aligned, short
+from .columns import aligned, counted, short
 from .density_table import density_lines
 from .gpu_table import gpu_lines
 from .load_table import load_lines
@@ -78,8 +78,7 @@ def read(path: Path) -> Record:
 
 
 def threads(record: Record) -> str:
-    count = record["settings"]["threads"]
-    return f"{count} thread{'' if count == 1 else 's'}"
+    return counted(record["settings"]["threads"], "thread")
 
 
 def hardware(record: Record) -> str:

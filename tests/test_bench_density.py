@@ -79,6 +79,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         known = {entry["bytes"]: entry["bytes_per_second"] for entry in bandwidth}[cell["work"]["working_set"]]
         limit = max(cell["work"]["flops"] / rate, cell["work"]["bytes"] / known)
         assert cell["limit"]["seconds"] == pytest.approx(limit)
+    assert made["limits"]["matrix_flops_per_second"] == made["limits"]["float32_flops_per_second_1"]
     assert record.table(made) in result.output
     assert "matrix rate, bfloat16, 1 thread: " in result.output
     with Image.open(out.with_suffix(".png")) as image:

@@ -211,7 +211,7 @@ def made_up_record() -> dict[str, Any]:
     cells.append({"label": {"task": "log_prob", "threads": 1}, "check": bad, "fair": 1.5, "runs": []})
     return {
         "suite": "load",
-        "machine": {"cpu": "a processor", "os": "a system", "torch": "2.x"},
+        "machine": {"cpu": "a processor", "os": "a system", "torch": "2.x", "load_average": 0.1},
         "settings": {
             "model": "fashion_mnist",
             "batch": 80,
@@ -230,7 +230,8 @@ def made_up_record() -> dict[str, Any]:
 
 def test_the_table_names_what_misses_the_target() -> None:
     lines = record.table(made_up_record()).splitlines()
-    assert "2 busy processes on 2 cores; OMP_WAIT_POLICY not set" in lines[1]
+    assert lines[1].endswith("OMP_WAIT_POLICY not set")
+    assert lines[2] == "load:    2 busy processes on 2 cores; load average before that 0.1"
     rows = [line.split() for line in lines if line.startswith(("sample", "denoise", "log_prob"))]
     assert rows[3] == [
         "denoise",
