@@ -27,8 +27,9 @@ def main() -> None:
     in_batches = sampler.sample(4 * classes, labels, seed=args.seed, batch_size=7).images
     print(f"drawn in batches of 7 instead of at once: largest difference {(in_batches - whole).abs().max():.1e}")
 
-    rest = sampler.sample(2 * classes, labels, seed=args.seed, first=2 * classes).images
-    print(f"drawn from image {2 * classes} on: largest difference {(rest - whole[2 * classes :]).abs().max():.1e}")
+    start = 2 * classes + 1
+    rest = sampler.sample(4 * classes - start, labels, seed=args.seed, first=start).images
+    print(f"drawn from image {start} on: largest difference {(rest - whole[start:]).abs().max():.1e}")
 
     last = classes - 1
     alone = sampler.sample(1, last, seed=args.seed, first=last).images

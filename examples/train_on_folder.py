@@ -8,6 +8,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+import torch
 from pictures import write_grid
 
 import tarflow_fast as tff
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="epochs, and later as many again (default: 20)")
     parser.add_argument("--out", type=Path, default=Path("runs/train_on_folder"), help="folder (default: %(default)s)")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # so small a model gains little from more, and on a busy machine they wait for each other
 
     run = args.out / time.strftime("%Y%m%d-%H%M%S")  # every run has a folder of its own
     data = args.data or make_pictures(run / "pictures")

@@ -136,7 +136,7 @@ def test_drop_in_tells_when_images_differ(tmp_path: Path) -> None:
 
 def test_seeds_and_labels(tmp_path: Path) -> None:
     text = run("seeds_and_labels.py", "--seed", 4, "--out", tmp_path)
-    for same in ("instead of at once", "from image 20 on", "image 9 drawn alone"):
+    for same in ("instead of at once", "from image 21 on", "image 9 drawn alone"):
         assert number(f"{same}: largest difference", text) < SAME
     for other in ("under label 9 instead of 0", "of seed 5"):
         assert number(f"{other}: largest difference", text) > 0.5
