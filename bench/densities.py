@@ -14,7 +14,7 @@ BACKENDS = ("auto", "cpu", "torch")
 
 def with_density(model: TarFlow, backend: str, threads: int) -> TarFlow:
     """A copy of the model whose density pass is this backend's."""
-    chosen: TarFlow = copy.deepcopy(model).set_density(backend, threads=threads)  # type: ignore[operator]
+    chosen: TarFlow = copy.deepcopy(model).set_density(backend, threads=threads)
     return chosen
 
 
@@ -37,6 +37,6 @@ def denoised(
         noise_std=noise_std,
         batch_size=batch_size,
         dtype=dtype,
-        backend=backend,  # type: ignore[call-arg]
+        backend=backend,
         threads=threads,
     )

@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import serial
 from .attention import ATTENTION_BACKENDS
 from .checks import batch_labels, check_choice, check_count, check_tensor, short
 from .config import TarFlowConfig
@@ -102,13 +102,16 @@ class TarFlow(nn.Module):
     def patchify(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) to tokens (B, T, D), D ordered (channel, row, column)."""
         x = check_tensor("x", x, self.config.image_shape, finite=False)
-        return F.unfold(x, self.patch_size, stride=self.patch_size).transpose(1, 2)
+        B, ch, H, W = x.shape
+        p = self.patch_size
+        split = (B, ch, H // p, p, W // p, p)
+        return serial.rearranged(x, split, (0, 2, 4, 1, 3, 5), (B, self.num_patches, ch * p * p))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) to images (B, in_channels, H, W); the inverse of patchify."""
         x = check_tensor("x", x, tuple(self.var.shape), finite=False)
-        size = (self.img_size, self.img_size)
-        return F.fold(x.transpose(1, 2), size, self.patch_size, stride=self.patch_size)
+        B, ch, p, n = x.shape[0], self.config.in_channels, self.patch_size, self.img_size // self.patch_size
+        return serial.rearranged(x, (B, n, n, ch, p, p), (0, 3, 1, 4, 2, 5), (B, ch, n * p, n * p))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
         """The density pass, x to z, under ml-tarflow's conventions.
@@ -153,8 +156,7 @@ class TarFlow(nn.Module):
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, diag var) in nats; z: (B, T, D). Returns (B,)."""
-        var = self.var.to(z.dtype)
-        return -0.5 * (z.square() / var + (2 * math.pi * var).log()).sum(dim=(1, 2))
+        return serial.gaussian_log_prob(z, self.var.to(z.dtype))
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """−log2 p(x | y) / N + log2(128), N = values per image: bits per 8-bit value.

@@ -188,12 +188,12 @@ class Sampler:
                         failed[rows[row]] = NonFiniteError(block, token, image_numbers[row])
                     if failed and on_nonfinite == "raise":
                         raise failed[min(failed)]
-                    images[rows] = part.images
+                    serial.put_rows(images, rows, part.images)
                     if log_prob is not None and part.log_prob is not None:
                         log_prob[rows] = part.log_prob
                     if sequence is not None:
                         for whole, piece in zip(sequence, part.sequence, strict=True):
-                            whole[rows] = piece
+                            serial.put_rows(whole, rows, piece)
                 if not failed:
                     break
                 if attempt == MAX_REDRAWS:

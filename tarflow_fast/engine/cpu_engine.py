@@ -124,7 +124,7 @@ class CpuEngine:
         if self._classes is not None:
             rows = embedding_rows(condition, B, config.num_classes, torch.device("cpu"))
             embedding = torch.zeros(R, self._native.channel_stride)
-            embedding[:, : config.channels] = self._classes[rows]
+            embedding[:, : config.channels] = serial.rows_of(self._classes, rows)
         if condition.guidance.active:
             guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32)
         elements = R * self._native.cache_elements
