@@ -164,19 +164,25 @@ def test_fixed_point_in_any_windows_equals_sequential(
     check_windows(backend, dtype, tolerance, guidance, data)
 
 
+# Of T = 9 tokens, and of 4, as interpreter and emulation are slow; there are fewer examples for the same reason.
+FEW_TOKENS = pytest.mark.parametrize("img_size", [4, pytest.param(6, marks=pytest.mark.slow)])
+
+
 @pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@FEW_TOKENS
 @settings(max_examples=3)
 @given(data=st.data())
-def test_fixed_point_of_the_kernels(backend: str, guidance: Guidance, data: st.DataObject) -> None:
-    """The same law; fewer examples, as interpreter and emulation are slow. Windows of other sizes are summed in another
-    order."""
-    check_windows(backend, torch.float32, GOLDEN, guidance, data)
+def test_fixed_point_of_the_kernels(backend: str, guidance: Guidance, img_size: int, data: st.DataObject) -> None:
+    """The same law. Windows of other sizes are summed in another order."""
+    check_windows(backend, torch.float32, GOLDEN, guidance, data, img_size)
 
 
-def check_windows(backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject) -> None:
+def check_windows(
+    backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject, img_size: int = 6
+) -> None:
     """Windows [start, stop) repeated stop − start times, one after the other, give the sequential result."""
-    model = random_model(11, dtype, num_classes=2, img_size=6)
+    model = random_model(11, dtype, num_classes=2, img_size=img_size)
     T = model.config.num_patches
     cuts = sorted({1, T, *data.draw(st.lists(st.integers(1, T), max_size=4))})
     condition = Condition(torch.tensor([1, -1]), guidance)
@@ -206,9 +212,11 @@ def assert_same(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def check_parts(backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject) -> None:
+def check_parts(
+    backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject, img_size: int = 6
+) -> None:
     """Any parts, each by either pass, are the whole; what is beyond a part stays as it is, and is not looked at."""
-    model = random_model(11, dtype, num_classes=2, img_size=6, layers_per_block=2)
+    model = random_model(11, dtype, num_classes=2, img_size=img_size, layers_per_block=2)
     T = model.config.num_patches
     cuts = sorted([1, T, *data.draw(st.lists(st.integers(1, T), max_size=4))])
     condition = Condition(torch.tensor([1, -1]), guidance)
@@ -250,10 +258,13 @@ def test_parts_of_the_tokens_are_the_whole(
 
 @pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@FEW_TOKENS
 @settings(max_examples=3)
 @given(data=st.data())
-def test_parts_of_the_tokens_by_the_kernels(backend: str, guidance: Guidance, data: st.DataObject) -> None:
-    check_parts(backend, torch.float32, GOLDEN, guidance, data)
+def test_parts_of_the_tokens_by_the_kernels(
+    backend: str, guidance: Guidance, img_size: int, data: st.DataObject
+) -> None:
+    check_parts(backend, torch.float32, GOLDEN, guidance, data, img_size)
 
 
 BAD_WINDOWS = [(0, 1), (2, 2), (3, 2), (1, 5), (1.0, 2), (1, None), ([1], 2), (1, [2]), ("1", "2")]
