@@ -459,11 +459,22 @@ def test_the_residual_is_that_of_the_tokens_before_the_pass(backend: str, nvp: b
         assert_close(moved.residual, (z - state.z.cpu()).abs().amax(-1)[:, 1:], GOLDEN)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # advice of torch.compile on a GPU
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
-def test_compiled_step_equals_eager(guidance: Guidance) -> None:
-    """Also for a second state beside the first: on a GPU the step is a CUDA graph, which is made for one address."""
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=[NO_COMPILER, pytest.mark.slow])])
+def test_compiled_step_equals_eager(compiler: str, guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a second state beside the first: on a GPU the step is a CUDA graph, which is made for one address.
+
+    aot_eager is of torch.compile what comes before code is generated, which takes half a minute.
+    """
+    if compiler == "aot_eager":
+        plain = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda step, dynamic, mode: plain(step, dynamic=dynamic, backend=compiler)
+        )
     model = random_model(2, num_classes=2)
     weights = block_weights(model.state_dict(), model.config, 0)
     condition = Condition(torch.tensor([0, -1], device=KERNEL_DEVICE), guidance)
@@ -487,7 +498,7 @@ def test_compiled_step_equals_eager(guidance: Guidance) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_around_an_engine_changes_nothing(backend: str) -> None:
-    model = random_model()
+    model = random_model(img_size=6)
     z = random_latents(model, 2)
     engine = engine_of(model, 0, backend)
     plain, under = engine.begin(z, Condition()), engine.begin(z, Condition())
@@ -500,7 +511,7 @@ def test_autocast_around_an_engine_changes_nothing(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_spent_cache_is_taken_over_if_it_fits(backend: str) -> None:
     """Only its memory: not its contents, and what the other block made stays as it is."""
-    model = random_model()
+    model = random_model(img_size=6)
     z = random_latents(model, 3)
     first, second = (engine_of(model, k, backend) for k in (1, 0))
     spent = first.begin(z, Condition())
@@ -518,7 +529,7 @@ def test_a_spent_cache_is_taken_over_if_it_fits(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_progress_counts_every_step(backend: str) -> None:
-    model = random_model()
+    model = random_model(img_size=6)
     engine = engine_of(model, 0, backend)
     steps: list[int] = []
     sequential(engine, engine.begin(random_latents(model, 2), Condition()), steps.append)
@@ -538,8 +549,14 @@ def test_bytes_per_sample_covers_the_cache(backend: str, guided: bool) -> None:
 # Whole images
 
 
-@pytest.mark.parametrize("backend", ["triton", CUDA])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def of_kernels(case: Case) -> list[Any]:
+    """A golden case for both. Triton's interpreter takes many seconds for each, so that most of them are slow tests."""
+    long = KERNEL_DEVICE.type == "cpu" and case.name not in ("vp", "cond_cfg_b")
+    triton = pytest.param("triton", case, marks=[pytest.mark.slow] if long else [], id=f"{case.name}-triton")
+    return [triton, pytest.param("cuda", case, marks=CUDA.marks, id=f"{case.name}-cuda")]
+
+
+@pytest.mark.parametrize(("backend", "case"), [each for case in CASES for each in of_kernels(case)])
 def test_golden_images(backend: str, case: Case) -> None:
     y = None if case.y is None else case.y.to(KERNEL_DEVICE)
     sampler = Sampler(case.model(), backend=backend, device=KERNEL_DEVICE)
