@@ -1,5 +1,5 @@
-"""What every test runs under: processes side by side, fixed seeds, a time limit, and hypothesis without deadlines or a
-database of its own.
+"""What every test runs under: processes side by side, fixed seeds, a limit of time, and hypothesis without deadlines or
+a database of its own.
 
 Triton kernels run on the GPU where there is one, else in Triton's interpreter; so does the CUDA engine's, else in its
 emulation.
@@ -11,7 +11,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
@@ -21,7 +21,9 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)  # the models are too small to gain from more
 
-settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+# How long an example takes says what else the machine does, and is no fault of a test.
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("suite", untimed, derandomize=True, database=None)
 settings.load_profile("suite")
 
 MOST_PROCESSES = 8  # each of them imports torch, which takes longer than an eighth of the tests
