@@ -6,6 +6,7 @@ Kernels are those of cuda_emulation_kernels.cpp, in which `mode` plants a fault.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_what_many_ask_for_at_once_is_made_once(tmp_path: Path) -> None:
 
     def make(to: Path) -> None:
         made.append(to)
+        time.sleep(0.1)  # in which the others come
         to.write_text("whole")
         if len(made) == 1:
             raise RuntimeError("the compiler was killed")
