@@ -7,12 +7,9 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.resources import files
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from setuptools.errors import ExecError
 
 import tarflow_fast
 
@@ -83,85 +80,3 @@ def test_imports_run_downwards(lower: str, higher: set[str]) -> None:
     for path in [target] if target.is_file() else target.rglob("*.py"):
         for name in imports(path):
             assert not higher & set(name.split(".")), f"{path.name} imports {name}"
-
-
-def load_nvcc() -> ModuleType:
-    """What setup.py takes from csrc/cuda/nvcc.py."""
-    spec = spec_from_file_location("nvcc", Path(__file__).parents[1] / "csrc" / "cuda" / "nvcc.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-nvcc = load_nvcc()
-
-
-def program(folder: Path, text: str = "#!/bin/sh\n") -> Path:
-    """An nvcc in a folder."""
-    folder.mkdir(parents=True)
-    path = folder / "nvcc"
-    path.write_text(text, encoding="utf-8")
-    path.chmod(0o755)
-    return path
-
-
-def codes(names: list[str]) -> list[str]:
-    flags = nvcc.gencode(names)
-    assert flags[::2] == ["-gencode"] * (len(flags) // 2)
-    return flags[1::2]
-
-
-def test_cuda_machine_code_for_each_architecture_and_ptx_of_the_lowest_for_others() -> None:
-    assert codes(["90a", "100a"]) == ["arch=compute_90a,code=sm_90a", "arch=compute_100a,code=sm_100a"]
-    assert codes(["120", "90a", "80"]) == [
-        "arch=compute_120,code=sm_120",
-        "arch=compute_90a,code=sm_90a",
-        "arch=compute_80,code=sm_80",
-        "arch=compute_80,code=compute_80",
-    ]
-    assert codes(nvcc.DEFAULT)[-1] == "arch=compute_80,code=compute_80"
-
-
-def test_cuda_architectures_from_the_environment() -> None:
-    variable = "TARFLOW_FAST_CUDA_ARCHITECTURES"
-    assert nvcc.architectures({}) is None
-    assert nvcc.architectures({variable: "90a"}) == ["90a"]
-    assert nvcc.architectures({variable: "120;80;100f;80"}) == ["120", "80", "100f"]
-    for bad in ("", "75", "sm_80", "80,90a", "80;", "8.0", "80 ", "80b", "9０"):
-        with pytest.raises(ValueError, match=rf"^{variable}: expected .*80;90a;100a, got {bad!r}$"):
-            nvcc.architectures({variable: bad})
-
-
-def test_whether_cuda_is_wanted_from_the_environment() -> None:
-    assert nvcc.wanted({}) is None
-    assert nvcc.wanted({"TARFLOW_FAST_CUDA": "0"}) is False
-    assert nvcc.wanted({"TARFLOW_FAST_CUDA": "1"}) is True
-    for bad in ("", "2", "yes"):
-        with pytest.raises(ValueError, match=rf"^TARFLOW_FAST_CUDA: expected 0, 1 or not set, got {bad!r}$"):
-            nvcc.wanted({"TARFLOW_FAST_CUDA": bad})
-
-
-def test_which_nvcc_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDACXX, or else CUDA_HOME's, or else that of the PATH, or else the usual one."""
-    monkeypatch.setattr(nvcc, "USUAL_PLACE", str(tmp_path / "usual"))
-    environment = {"PATH": str(tmp_path / "path"), "CUDA_HOME": str(tmp_path / "home")}
-    with pytest.raises(ExecError, match=r"no nvcc: not in CUDACXX, CUDA_HOME/bin, PATH or .*usual"):
-        nvcc.find(environment)
-    for folder in ("usual", "path", "home/bin"):
-        wanted = program(tmp_path / folder)
-        assert nvcc.find(environment) == str(wanted)
-    own = program(tmp_path / "own")
-    assert nvcc.find({**environment, "CUDACXX": str(own)}) == str(own)
-    assert nvcc.find({**environment, "CUDACXX": "nvcc"}) == str(tmp_path / "path" / "nvcc")
-    with pytest.raises(ExecError, match=r"^CUDACXX: expected an nvcc that can be run, got '/nonexistent'$"):
-        nvcc.find({**environment, "CUDACXX": "/nonexistent"})
-
-
-def test_an_older_nvcc_builds_for_what_it_knows(tmp_path: Path) -> None:
-    assert nvcc.known(program(tmp_path / "12.4", "#!/bin/sh\necho compute_80; echo compute_90\n")) == ["80", "90a"]
-    with pytest.raises(ExecError, match="too old: it compiles for none of 80, 90a, 100a"):
-        nvcc.known(program(tmp_path / "9", "#!/bin/sh\necho compute_70\n"))
-    with pytest.raises(ExecError, match="does not say what it compiles for"):
-        nvcc.known(program(tmp_path / "broken", "#!/bin/sh\nexit 1\n"))
