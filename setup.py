@@ -66,12 +66,12 @@ def cores() -> int:
 
 
 @functools.cache
-def version_of(*compiler: str) -> str:
-    """Raises ExecError if it cannot be run."""
+def answer(compiler: str, *question: str) -> str:
+    """What a compiler says of itself. Raises ExecError if it cannot be run."""
     try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([compiler, *question], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ExecError(f"no compiler: {compiler[0]} cannot be run ({error})") from error
+        raise ExecError(f"no compiler: {compiler} cannot be run ({error})") from error
 
 
 class BuildNative(build_ext):
@@ -95,11 +95,10 @@ class BuildNative(build_ext):
             self.warn(f"{ext.name} was left out: {reason}; {MENDS[ext.name]}")
 
     def build_cpu(self, ext: Extension) -> None:
-        if WINDOWS:
-            self.use_clang_cl()
+        runtime = self.use_clang_cl() if WINDOWS else []
         self.compile_all(ext, self.compile_host)
         self.compiler.link_shared_object(
-            [str(self.object_of(ext, source)) for source in ext.sources],
+            [*(str(self.object_of(ext, source)) for source in ext.sources), *runtime],
             self.get_ext_fullpath(ext.name),
             extra_postargs=ext.extra_link_args,
             export_symbols=self.get_export_symbols(ext),
@@ -107,14 +106,16 @@ class BuildNative(build_ext):
             target_lang="c++",
         )
 
-    def use_clang_cl(self) -> None:
-        """The sources use vectors of GCC and Clang, which Microsoft's own compiler does not have."""
+    def use_clang_cl(self) -> list[str]:
+        """The sources use vectors of GCC and Clang, which Microsoft's own compiler does not have. Returns what
+        Microsoft's linker has to be told of: Clang's runtime, which knows the processor's instruction sets."""
         usual = Path(os.environ.get("PROGRAMFILES", "C:/Program Files"), "LLVM", "bin")
         program = shutil.which("clang-cl") or shutil.which("clang-cl", path=str(usual))
         if program is None:
             raise ExecError(f"no clang-cl, neither on the PATH nor in {usual}")
         self.compiler.initialize()
         self.compiler.cc = program
+        return [answer(program, "/clang:--rtlib=compiler-rt", "/clang:--print-libgcc-file-name").strip()]
 
     def build_cuda(self, ext: Extension) -> None:
         if CUDA_WANTED is False:
@@ -170,7 +171,7 @@ class BuildNative(build_ext):
         """Compiles a source, unless its object is there and was made of the same: this source, these headers, this
         command line, and these versions of the compiler, Python and pybind11."""
         made_of = hashlib.sha256(
-            repr((line, version_of(*compiler), sys.version, EXT_SUFFIX, pybind11.__version__)).encode()
+            repr((line, answer(*compiler, "--version"), sys.version, EXT_SUFFIX, pybind11.__version__)).encode()
         )
         for name in [source, *ext.depends]:
             made_of.update(name.encode() + b"\0" + Path(name).read_bytes())

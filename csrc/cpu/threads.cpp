@@ -1,7 +1,9 @@
 #include "threads.h"
 
 #include <chrono>
-#ifndef _WIN32
+#ifdef _WIN32
+#include <process.h>  // getpid
+#else
 #include <unistd.h>
 #endif
 
