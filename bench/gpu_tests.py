@@ -49,7 +49,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 def _run_file(file: str, seconds: float) -> tuple[dict[str, int], list[str]]:
     """Counts by outcome, and the end of the output unless all went well."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", file]
     try:
         done = subprocess.run(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds

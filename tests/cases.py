@@ -95,6 +95,12 @@ def random_latents(model: TarFlow, batch: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
 
+def named(value: object) -> str:
+    """The name of a parametrised test's value: for a dict, its keys. Tensors may be memory as it was found, which would
+    give a test another name in every process."""
+    return " ".join(map(str, value)) if isinstance(value, dict) else str(value)
+
+
 @dataclass(frozen=True)
 class Case:
     """One golden case: a model, inputs, and what the published code made of them in fp32.

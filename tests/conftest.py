@@ -1,4 +1,5 @@
-"""What every test runs under: fixed seeds, and hypothesis without deadlines or a database of its own.
+"""What every test runs under: processes side by side, fixed seeds, a limit of time, and hypothesis without deadlines or
+a database of its own.
 
 Triton kernels run on the GPU where there is one, else in Triton's interpreter; so does the CUDA engine's, else in its
 emulation.
@@ -10,15 +11,43 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
+    from interpreter import patch_once
+
+    patch_once()
 
 torch.set_num_threads(1)  # the models are too small to gain from more
 
-settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+# How long an example takes says what else the machine does, and is no fault of a test.
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("suite", untimed, derandomize=True, database=None)
 settings.load_profile("suite")
+
+MOST_PROCESSES = 8  # each of them imports torch, which takes longer than an eighth of the tests
+SLOW_SECONDS = 600  # that a slow test may take; pyproject.toml has the limit of the others
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Tests run in a process a core, if pytest-xdist is there; in this one with `-n 0`, under a debugger, and if they
+    are named (`file.py::test`), as other processes would then take longer to start than they save."""
+    named = any("::" in argument for argument in config.args)
+    within = hasattr(config, "workerinput")  # one of those processes
+    if not config.pluginmanager.hasplugin("xdist") or within or named or config.option.usepdb:
+        return
+    if config.option.numprocesses is None and config.option.dist == "no":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        config.option.numprocesses = min(cores, MOST_PROCESSES) if cores > 1 else 0
+        config.option.dist = "worksteal"  # some tests take a hundred times as long as others
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""The CUDA engine's kernel without a GPU: the same source, built by the host compiler for emulated threads."""
+"""The CUDA engine's kernel without a GPU: the same source, built by the host compiler for emulated threads.
+
+What was built is kept in a folder of temporary files, and shared by all processes of a test run and by later runs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +25,7 @@ import pybind11
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 WARPS = 2  # of a block: on a GPU 8, which a step takes four times as long for here
 FLAGS = (
-    "-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE",  # which takes a longjmp to another stack for an attack
     "-fno-gnu-unique",  # else two modules of this name in one process share what is static in them
     "-DTARFLOW_EMULATION",
@@ -42,36 +45,40 @@ def emulated(warps: int = WARPS, folder: Path = SOURCES) -> ModuleType:
     """The module `_cuda`, whose device is the CPU; from another folder, of sources that were changed, built quickly."""
     sources = [*folder.glob("*.cu"), *folder.glob("*.cpp"), *folder.glob("emulation/*.cpp")]
     sources = [path for path in sources if path.name != "launch.cu"]
-    quickly = [] if folder == SOURCES else ["-O0"]
-    return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}", *quickly], folder)
+    return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}"], folder, optimise=folder == SOURCES)
 
 
-def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), folder: Path = SOURCES) -> ModuleType:
+def build(
+    name: str, sources: Sequence[Path], flags: Sequence[str] = (), folder: Path = SOURCES, optimise: bool = True
+) -> ModuleType:
     """The pybind11 module of these sources, which include headers of the folder; compiled once for as long as all stay
     as they are, wherever they lie."""
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *flags]
+    compiler = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS]
     libraries = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    digest = hashlib.sha256(repr((command, libraries, sys.version)).encode())
     headers = [path for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
-    for path in sorted({*sources, *headers}):
-        digest.update(path.name.encode() + path.read_bytes())
+    files = [(path.name, path.read_bytes()) for path in sorted({*sources, *headers})]
+    key = _digest(compiler, libraries, flags, optimise, sys.version, files)
     cache = Path(tempfile.gettempdir()) / f"tarflow_fast_emulation_{os.getuid()}"
-    module = cache / digest.hexdigest()[:16] / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not module.exists():
-        module.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            objects = [Path(scratch) / f"{path.name}.o" for path in sources]
+    module = cache / key / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
-            def compile(source: Path, to: Path) -> None:
-                _run([*command, f"-I{folder}", *libraries, "-x", "c++", "-c", str(source), "-o", str(to)])
+    def compiled(source: Path) -> Path:
+        # Bindings are most of what there is to compile, and take none of the time.
+        level = "-O2" if optimise and "pybind11" not in source.read_text() else "-O0"
+        command = [*compiler, level, *flags, f"-I{folder}", *libraries, "-x", "c++", str(source)]
+        text = _run([*command, "-E", "-P"])  # whatever of headers and macros this file does not see makes it no other
+        return _once(
+            cache / "objects" / f"{_digest(compiler, level, text)}.o",
+            lambda to: _run([*command, "-c", "-o", str(to)]),
+        )
 
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(compile, sources, objects))
-            linked = Path(scratch) / module.name
-            _run([*command, "-shared", *map(str, objects), "-o", str(linked)])
-            os.replace(linked, module)  # at once: another process may be building it too
+    def link(to: Path) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sources))
+        _run([*compiler, "-shared", *map(str, objects), "-o", str(to)])
+
+    _once(module, link)
     # A name of its own, of which only the end counts for the module: pybind11 gives one name one module.
-    spec = importlib.util.spec_from_file_location(f"{module.parent.name}.{name}", module)
+    spec = importlib.util.spec_from_file_location(f"{key}.{name}", module)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -79,7 +86,27 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), folder:
     return loaded
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _once(path: Path, make: Callable[[Path], object]) -> Path:
+    """The file, made if it is not there by the first of all threads and processes that ask for it; the others wait."""
+    if not path.exists():
+        import fcntl  # not to be had where the emulation is not
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                unfinished = path.with_suffix(".unfinished")
+                make(unfinished)
+                unfinished.replace(path)
+    return path
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}")
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout

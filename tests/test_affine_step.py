@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNEL_DEVICE
+from cases import KERNEL_DEVICE, named
 from tolerances import assert_close, error_budget, max_error
 from torch import Tensor
 
@@ -146,7 +146,7 @@ def changed(given: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         {"embedding.positions": torch.zeros(5, 40)},
         {"embedding.classes": torch.zeros(3, 40)},
     ],
-    ids=str,
+    ids=named,
 )
 def test_operands_that_cannot_be_are_refused(changes: dict[str, Any]) -> None:
     given = {**operands(3, 12, RULES[3], 2), "tile": TILES[0]}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from stand_in import bench, quick_limits, stand_in
 
-from bench import cuda_parts, cuda_sanitize, cuda_table, engine_parts, gpu, gpu_tests, launches, record
+from bench import cuda_parts, cuda_sanitize, cuda_table, engine_parts, gpu, gpu_cells, gpu_tests, launches, record
 from bench.cuda_parts import ALL, PHASES, measure_cuda
 from bench.cuda_table import CUDA
 from bench.gpu_cells import BASELINE, TORCH, TRITON, GpuCell, Inputs, exact_images
@@ -143,12 +143,14 @@ def test_each_launch_has_its_barriers(batch: int, passes: int, log: list[int]) -
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short measurements, no compiler, and of the Triton engine only its images."""
+    """Short measurements, no compiler, and torch's images for those of the Triton engine, which the interpreter takes
+    long for; it takes part in tests/test_bench_gpu.py."""
     if torch.cuda.is_available():
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
     monkeypatch.setattr(launches, "LAUNCHES", 2)
     monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
+    monkeypatch.setattr(gpu_cells, "BACKEND", "torch")
     monkeypatch.setattr(engine_parts, "block_engine", lambda *arguments, **options: None)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from stand_in import bench, quick_limits, stand_in
 from torch import Tensor
 
-from bench import engine_parts, gpu, gpu_tests, launches, limits, record, roofline, trials
+from bench import engine_parts, gpu, gpu_cells, gpu_tests, launches, limits, record, roofline, trials
 from bench.gpu_cells import BASELINE, CELLS, COMPILED, DENSITY, MODELS, TORCH, TRITON, GpuCell, Inputs
 from bench.trials import Budget, admit, measure_trials
 from tarflow_fast import BackendError
@@ -40,12 +40,14 @@ class KernelEngine(TorchEngine):
 
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short measurements, one small test, no compiler, an engine with operations, and no CUDA engine."""
+    """Short measurements, one small test, no compiler, an engine with operations, no CUDA engine, and torch's images
+    for those of the Triton engine, which the interpreter takes long for."""
     if torch.cuda.is_available():
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
     monkeypatch.setattr(launches, "LAUNCHES", 2)
     monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
+    monkeypatch.setattr(gpu_cells, "BACKEND", "torch")
     monkeypatch.setattr(gpu_tests, "FILES", (str(made_up_tests(tmp_path, "def test_a(): pass")),))
 
     def engine(inputs: Inputs, device: torch.device, **options: Any) -> KernelEngine:
@@ -57,6 +59,12 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(engine_parts, "block_engine", engine)
     monkeypatch.setattr(cuda_engine, "load_native", no_native)
+
+
+@pytest.fixture(autouse=True)
+def _no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up tests need none, and these take most of the time that a pytest of its own needs to start."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 def made_up_tests(folder: Path, *lines: str) -> Path:
@@ -267,9 +275,10 @@ def test_a_file_may_be_skipped_but_not_be_without_tests(
 # The command
 
 
-def test_dry_run_end_to_end(tmp_path: Path, quick: None) -> None:
+def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_cells, "BACKEND", "triton")
     out = tmp_path / "run.json"
-    cells = ("--cell", "afhq:16:guided", "--cell", "imagenet:1:unguided", "--cell", "afhq:16:forward+backward")
+    cells = ("--cell", "afhq:16:guided", "--cell", "afhq:1:unguided", "--cell", "afhq:16:forward+backward")
     result = dry(stand_in(tmp_path), out, "--budget", "500", *cells)
     assert result.exit_code == 0, result.output
     made = record.read(out)

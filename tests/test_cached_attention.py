@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNEL_DEVICE
+from cases import KERNEL_DEVICE, named
 from tolerances import assert_close, error_budget, max_error
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def test_decoding_equals_the_reference(tile: Tile, R: int, H: int, T: int, d: in
 @pytest.mark.parametrize("tile", [DECODE, WINDOW, Tile(16, 16, splits=3), Tile(32, 32, stages=1)], ids=str)
 @pytest.mark.parametrize(("T", "position", "window"), [(5, 0, 5), (37, 11, 7), (40, 3, 37), (23, 22, 1)])
 def test_windows_are_causal(tile: Tile, T: int, position: int, window: int) -> None:
-    given = operands(2, 2, T, 32, position, window)
+    given = operands(2, 1 if window > 16 else 2, T, 32, position, window)
     assert_close(run(given, position, window, tile), exact(given, position, window), FP32)
 
 
@@ -120,7 +120,7 @@ def test_every_part_of_a_split_has_a_place_of_its_own(tile: Tile, window: int) -
         ({"tile": Tile(window=8)}, "tile"),
         ({"tile": Tile(splits=2), "scratch": Scratch.allocate(10, 10, KERNEL_DEVICE)}, "scratch"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_operands_that_cannot_be_are_refused(changes: dict[str, Any], name: str) -> None:
     given = {**operands(2, 2, 9, 32, 3), "out": torch.zeros(2, 64, device=KERNEL_DEVICE), "tile": DECODE}

@@ -239,7 +239,7 @@ def test_header_is_readable_json(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["tarflow_fast"])["config"] == model.config.to_dict()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(suffix=st.sampled_from([".pth", ".safetensors"]), where=st.floats(0, 1), data=st.data())
 def test_damaged_files_never_load_as_something_else(
     tmp_path: Path, suffix: str, where: float, data: st.DataObject

@@ -683,7 +683,7 @@ FLAGS = st.sampled_from(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(options=st.lists(st.tuples(FLAGS, WORDS), max_size=3))
 def test_any_options_end_in_an_exit_code(run: Run, options: list[tuple[str, str]]) -> None:
     arguments = ["sample", "-m", "m.safetensors", "-n", "1", *(f"{flag}={word}" for flag, word in options)]

@@ -5,6 +5,7 @@ Kernels are those of cuda_emulation_kernels.cpp, in which `mode` plants a fault.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ SEEDS = range(20)
 THREADS = 64
 
 
+@functools.cache
 def native() -> Any:
     sources = [Path(__file__).parent / "cuda_emulation_kernels.cpp", *cuda_emulation.SOURCES.glob("emulation/*.cpp")]
     return cuda_emulation.build("emulation_kernels", sources)

@@ -164,19 +164,25 @@ def test_fixed_point_in_any_windows_equals_sequential(
     check_windows(backend, dtype, tolerance, guidance, data)
 
 
+# Of T = 9 tokens, and of 4, as interpreter and emulation are slow; there are fewer examples for the same reason.
+FEW_TOKENS = pytest.mark.parametrize("img_size", [4, pytest.param(6, marks=pytest.mark.slow)])
+
+
 @pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@FEW_TOKENS
 @settings(max_examples=3)
 @given(data=st.data())
-def test_fixed_point_of_the_kernels(backend: str, guidance: Guidance, data: st.DataObject) -> None:
-    """The same law; fewer examples, as interpreter and emulation are slow. Windows of other sizes are summed in another
-    order."""
-    check_windows(backend, torch.float32, GOLDEN, guidance, data)
+def test_fixed_point_of_the_kernels(backend: str, guidance: Guidance, img_size: int, data: st.DataObject) -> None:
+    """The same law. Windows of other sizes are summed in another order."""
+    check_windows(backend, torch.float32, GOLDEN, guidance, data, img_size)
 
 
-def check_windows(backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject) -> None:
+def check_windows(
+    backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject, img_size: int = 6
+) -> None:
     """Windows [start, stop) repeated stop − start times, one after the other, give the sequential result."""
-    model = random_model(11, dtype, num_classes=2, img_size=6)
+    model = random_model(11, dtype, num_classes=2, img_size=img_size)
     T = model.config.num_patches
     cuts = sorted({1, T, *data.draw(st.lists(st.integers(1, T), max_size=4))})
     condition = Condition(torch.tensor([1, -1]), guidance)
@@ -206,9 +212,11 @@ def assert_same(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def check_parts(backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject) -> None:
+def check_parts(
+    backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject, img_size: int = 6
+) -> None:
     """Any parts, each by either pass, are the whole; what is beyond a part stays as it is, and is not looked at."""
-    model = random_model(11, dtype, num_classes=2, img_size=6, layers_per_block=2)
+    model = random_model(11, dtype, num_classes=2, img_size=img_size, layers_per_block=2)
     T = model.config.num_patches
     cuts = sorted([1, T, *data.draw(st.lists(st.integers(1, T), max_size=4))])
     condition = Condition(torch.tensor([1, -1]), guidance)
@@ -250,10 +258,13 @@ def test_parts_of_the_tokens_are_the_whole(
 
 @pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@FEW_TOKENS
 @settings(max_examples=3)
 @given(data=st.data())
-def test_parts_of_the_tokens_by_the_kernels(backend: str, guidance: Guidance, data: st.DataObject) -> None:
-    check_parts(backend, torch.float32, GOLDEN, guidance, data)
+def test_parts_of_the_tokens_by_the_kernels(
+    backend: str, guidance: Guidance, img_size: int, data: st.DataObject
+) -> None:
+    check_parts(backend, torch.float32, GOLDEN, guidance, data, img_size)
 
 
 BAD_WINDOWS = [(0, 1), (2, 2), (3, 2), (1, 5), (1.0, 2), (1, None), ([1], 2), (1, [2]), ("1", "2")]
@@ -448,11 +459,22 @@ def test_the_residual_is_that_of_the_tokens_before_the_pass(backend: str, nvp: b
         assert_close(moved.residual, (z - state.z.cpu()).abs().amax(-1)[:, 1:], GOLDEN)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # advice of torch.compile on a GPU
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
-def test_compiled_step_equals_eager(guidance: Guidance) -> None:
-    """Also for a second state beside the first: on a GPU the step is a CUDA graph, which is made for one address."""
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=[NO_COMPILER, pytest.mark.slow])])
+def test_compiled_step_equals_eager(compiler: str, guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a second state beside the first: on a GPU the step is a CUDA graph, which is made for one address.
+
+    aot_eager is of torch.compile what comes before code is generated, which takes half a minute.
+    """
+    if compiler == "aot_eager":
+        plain = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda step, dynamic, mode: plain(step, dynamic=dynamic, backend=compiler)
+        )
     model = random_model(2, num_classes=2)
     weights = block_weights(model.state_dict(), model.config, 0)
     condition = Condition(torch.tensor([0, -1], device=KERNEL_DEVICE), guidance)
@@ -476,7 +498,7 @@ def test_compiled_step_equals_eager(guidance: Guidance) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_around_an_engine_changes_nothing(backend: str) -> None:
-    model = random_model()
+    model = random_model(img_size=6)
     z = random_latents(model, 2)
     engine = engine_of(model, 0, backend)
     plain, under = engine.begin(z, Condition()), engine.begin(z, Condition())
@@ -489,7 +511,7 @@ def test_autocast_around_an_engine_changes_nothing(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_spent_cache_is_taken_over_if_it_fits(backend: str) -> None:
     """Only its memory: not its contents, and what the other block made stays as it is."""
-    model = random_model()
+    model = random_model(img_size=6)
     z = random_latents(model, 3)
     first, second = (engine_of(model, k, backend) for k in (1, 0))
     spent = first.begin(z, Condition())
@@ -507,7 +529,7 @@ def test_a_spent_cache_is_taken_over_if_it_fits(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_progress_counts_every_step(backend: str) -> None:
-    model = random_model()
+    model = random_model(img_size=6)
     engine = engine_of(model, 0, backend)
     steps: list[int] = []
     sequential(engine, engine.begin(random_latents(model, 2), Condition()), steps.append)
@@ -527,8 +549,14 @@ def test_bytes_per_sample_covers_the_cache(backend: str, guided: bool) -> None:
 # Whole images
 
 
-@pytest.mark.parametrize("backend", ["triton", CUDA])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def of_kernels(case: Case) -> list[Any]:
+    """A golden case for both. Triton's interpreter takes many seconds for each, so that most of them are slow tests."""
+    long = KERNEL_DEVICE.type == "cpu" and case.name not in ("vp", "cond_cfg_b")
+    triton = pytest.param("triton", case, marks=[pytest.mark.slow] if long else [], id=f"{case.name}-triton")
+    return [triton, pytest.param("cuda", case, marks=CUDA.marks, id=f"{case.name}-cuda")]
+
+
+@pytest.mark.parametrize(("backend", "case"), [each for case in CASES for each in of_kernels(case)])
 def test_golden_images(backend: str, case: Case) -> None:
     y = None if case.y is None else case.y.to(KERNEL_DEVICE)
     sampler = Sampler(case.model(), backend=backend, device=KERNEL_DEVICE)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNEL_DEVICE
+from cases import KERNEL_DEVICE, named
 from tolerances import assert_close
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def test_what_is_not_finite_has_moved_beyond_all_bounds() -> None:
         ({"x": torch.zeros(2, 7, 11)}, "x"),
         ({"position": torch.zeros(1)}, "position"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_operands_that_cannot_be_are_refused(changes: dict[str, Any], name: str) -> None:
     given = {**operands(2, 12, RULES[0], 2, 3), "tile": Tile(4)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNEL_DEVICE
+from cases import KERNEL_DEVICE, named
 from tolerances import assert_close, error_budget, max_error
 from torch import Tensor
 
@@ -148,7 +148,7 @@ def test_every_part_of_a_split_has_a_place_of_its_own() -> None:
         ({"precision": "bf16"}, "precision"),
         ({"tile": Tile(16, 16, 16, splits=4), "scratch": Scratch.allocate(10, 10, KERNEL_DEVICE)}, "scratch"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_operands_that_cannot_be_are_refused(changes: dict[str, Any], name: str) -> None:
     given = {**operands(5, 48, 64, torch.float32), "out": torch.zeros(5, 48, device=KERNEL_DEVICE), "tile": FEW}
@@ -166,7 +166,7 @@ def test_operands_that_cannot_be_are_refused(changes: dict[str, Any], name: str)
         ({"position": torch.zeros(1)}, "position"),
         ({"window": 1}, "x"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_cache_that_cannot_be_is_refused(changes: dict[str, Any], name: str) -> None:
     given = {**operands(6, 96, 32, torch.float32), "window": 2, "tile": FEW, "queries": torch.zeros(6, 32),
