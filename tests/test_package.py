@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 import tarflow_fast
 
 PACKAGE = Path(str(files("tarflow_fast")))
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_public_name_is_there() -> None:
@@ -80,3 +84,46 @@ def test_imports_run_downwards(lower: str, higher: set[str]) -> None:
     for path in [target] if target.is_file() else target.rglob("*.py"):
         for name in imports(path):
             assert not higher & set(name.split(".")), f"{path.name} imports {name}"
+
+
+def sources() -> list[str]:
+    """The files of this project: those that Git knows, or in an unpacked sdist those that it lists."""
+    done = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if (ROOT / ".git").exists() and done is not None and done.returncode == 0:
+        return [name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
+    listed = ROOT / "tarflow_fast.egg-info" / "SOURCES.txt"
+    if not listed.exists():
+        pytest.skip("neither a checkout nor an sdist: an installed package is tested")
+    names = listed.read_text(encoding="utf-8").splitlines()
+    return [name for name in names if ".egg-info/" not in name and name != "setup.cfg"]
+
+
+def test_an_sdist_holds_all_that_the_project_is_and_nothing_that_was_built(tmp_path: Path) -> None:
+    """So that its tests run, and a wheel or another sdist can be made of it."""
+    tree = tmp_path / "tree"
+    expected = sources()
+    for name in expected:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    for name in ("tarflow_fast/_cpu.cpython.so", "build/objects/kernels.o", "tests/__pycache__/cases.cpython.pyc"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tree, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = [member.name.partition("/")[2] for member in file if member.isfile()]
+    generated = [name for name in held if ".egg-info/" in name or name in ("PKG-INFO", "setup.cfg")]
+    assert sorted(set(held) - set(generated)) == sorted(expected)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    """In the package, the changelog and the citation."""
+    if not (ROOT / "CHANGELOG.md").exists():
+        pytest.skip("neither a checkout nor an sdist: an installed package is tested")
+    version = tarflow_fast.__version__
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
