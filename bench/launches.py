@@ -25,7 +25,7 @@ def _empty_kernel(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def _chain(pdl: bool) -> None:
-    options = {"launch_pdl": True} if pdl else {}
+    options = {"enable_fp_fusion": True, **({"launch_pdl": True} if pdl else {})}
     for _ in range(LAUNCHES):
         _empty_kernel[(1,)](PDL=pdl, num_warps=1, **options)
 

@@ -101,7 +101,8 @@ def _affine_step_kernel(
         if tl.program_id(1) == 0:
             tl.store(place, v, mask=there)
             tl.store(token_log_det + sample.to(tl.int64) * T + token, log_det, mask=inside)
-            bad = tl.sum(tl.where(there & ~(tl.abs(v) < float("inf")), 1, 0), 1) > 0
+            # A count of integers would be made of bits packed in memory by the LLVM of Triton 3.9.
+            bad = tl.sum(tl.where(there & ~(tl.abs(v) < float("inf")), 1.0, 0.0), 1) > 0
             tl.store(nonfinite + sample, token, mask=inside & bad & (token < tl.load(nonfinite + sample, mask=inside)))
     else:
         v = tl.load(place, mask=there, other=0.0)

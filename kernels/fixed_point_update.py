@@ -32,7 +32,8 @@ class Tile:
 @triton.jit
 def _largest(values, there):
     """Of each row; NaN if one of them is, which a maximum would pass over."""
-    unordered = tl.sum(tl.where(there & (values != values), 1, 0), 1) > 0
+    # A count of integers would be made of bits packed in memory by the LLVM of Triton 3.9.
+    unordered = tl.sum(tl.where(there & (values != values), 1.0, 0.0), 1) > 0
     return tl.where(unordered, float("nan"), tl.max(tl.where(there, values, 0.0), 1))
 
 

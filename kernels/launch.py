@@ -90,7 +90,9 @@ class Launch:
 
     @property
     def options(self) -> dict[str, object]:
-        return {"num_warps": self.warps, **({"launch_pdl": True} if self.pdl else {})}
+        # Fused multiply-adds are asked for by name: whether they are the default differs among Triton's versions.
+        fixed = {"num_warps": self.warps, "enable_fp_fusion": True}
+        return {**fixed, **({"launch_pdl": True} if self.pdl else {})}
 
     def __call__(self) -> None:
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)

@@ -251,12 +251,23 @@ void many(CONSTANT_PARAMS p) {
 }
 
 const std::map<std::string, Kernel> KERNELS{
-    {"product_bf16", product<bf16>}, {"product_fp16", product<fp16>}, {"convert_bf16", convert<bf16>},
-    {"convert_fp16", convert<fp16>}, {"shuffle", shuffle},            {"neighbours", neighbours},
-    {"read_by_all", read_by_all},    {"after_shuffle", after_shuffle}, {"exchange", exchange},
-    {"handover", handover},          {"late_wait", late_wait},
-    {"ring", ring},                  {"access", access},              {"unwritten", unwritten},
-    {"reserved", reserved},          {"skipped_sync", skipped_sync},  {"written_constant", written_constant},
+    {"product_bf16", product<bf16>},
+    {"product_fp16", product<fp16>},
+    {"convert_bf16", convert<bf16>},
+    {"convert_fp16", convert<fp16>},
+    {"shuffle", shuffle},
+    {"neighbours", neighbours},
+    {"read_by_all", read_by_all},
+    {"after_shuffle", after_shuffle},
+    {"exchange", exchange},
+    {"handover", handover},
+    {"late_wait", late_wait},
+    {"ring", ring},
+    {"access", access},
+    {"unwritten", unwritten},
+    {"reserved", reserved},
+    {"skipped_sync", skipped_sync},
+    {"written_constant", written_constant},
     {"many", many},
 };
 

@@ -312,7 +312,9 @@ def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
         load_native()
     with pytest.raises(BackendError, match=r"^backend 'cuda' cannot be had: the CUDA engine was not built"):
         Sampler(random_model(), backend="cuda")
-    assert any(status.name == "cuda" and not status.available for status in backends())
+    (status,) = [status for status in backends() if status.name == "cuda"]
+    assert not status.available
+    assert "install tarflow_fast again, with TARFLOW_FAST_CUDA=1 where the build sees no GPU" in status.reason
 
 
 def test_latents_of_another_shape_are_refused() -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import import_module
 from importlib.resources import files
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from setuptools.errors import ExecError
 
 import tarflow_fast
 
 PACKAGE = Path(str(files("tarflow_fast")))
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_public_name_is_there() -> None:
@@ -88,83 +89,44 @@ def test_imports_run_downwards(lower: str, higher: set[str]) -> None:
             assert not higher & set(name.split(".")), f"{path.name} imports {name}"
 
 
-def load_nvcc() -> ModuleType:
-    """What setup.py takes from csrc/cuda/nvcc.py."""
-    spec = spec_from_file_location("nvcc", Path(__file__).parents[1] / "csrc" / "cuda" / "nvcc.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def sources() -> list[str]:
+    """The files of this project: those that Git knows, or in an unpacked sdist those that it lists."""
+    done = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if (ROOT / ".git").exists() and done is not None and done.returncode == 0:
+        return [name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
+    listed = ROOT / "tarflow_fast.egg-info" / "SOURCES.txt"
+    if not listed.exists():
+        pytest.skip("neither a checkout nor an sdist: an installed package is tested")
+    names = listed.read_text(encoding="utf-8").splitlines()
+    return [name for name in names if ".egg-info/" not in name and name != "setup.cfg"]
 
 
-nvcc = load_nvcc()
+def test_an_sdist_holds_all_that_the_project_is_and_nothing_that_was_built(tmp_path: Path) -> None:
+    """So that its tests run, and a wheel or another sdist can be made of it."""
+    tree = tmp_path / "tree"
+    expected = sources()
+    for name in expected:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    for name in ("tarflow_fast/_cpu.cpython.so", "build/objects/kernels.o", "tests/__pycache__/cases.cpython.pyc"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tree, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = [member.name.partition("/")[2] for member in file if member.isfile()]
+    generated = [name for name in held if ".egg-info/" in name or name in ("PKG-INFO", "setup.cfg")]
+    assert sorted(set(held) - set(generated)) == sorted(expected)
 
 
-def program(folder: Path, text: str = "#!/bin/sh\n") -> Path:
-    """An nvcc in a folder."""
-    folder.mkdir(parents=True)
-    path = folder / "nvcc"
-    path.write_text(text, encoding="utf-8")
-    path.chmod(0o755)
-    return path
-
-
-def codes(names: list[str]) -> list[str]:
-    flags = nvcc.gencode(names)
-    assert flags[::2] == ["-gencode"] * (len(flags) // 2)
-    return flags[1::2]
-
-
-def test_cuda_machine_code_for_each_architecture_and_ptx_of_the_lowest_for_others() -> None:
-    assert codes(["90a", "100a"]) == ["arch=compute_90a,code=sm_90a", "arch=compute_100a,code=sm_100a"]
-    assert codes(["120", "90a", "80"]) == [
-        "arch=compute_120,code=sm_120",
-        "arch=compute_90a,code=sm_90a",
-        "arch=compute_80,code=sm_80",
-        "arch=compute_80,code=compute_80",
-    ]
-    assert codes(nvcc.DEFAULT)[-1] == "arch=compute_80,code=compute_80"
-
-
-def test_cuda_architectures_from_the_environment() -> None:
-    variable = "TARFLOW_FAST_CUDA_ARCHITECTURES"
-    assert nvcc.architectures({}) is None
-    assert nvcc.architectures({variable: "90a"}) == ["90a"]
-    assert nvcc.architectures({variable: "120;80;100f;80"}) == ["120", "80", "100f"]
-    for bad in ("", "75", "sm_80", "80,90a", "80;", "8.0", "80 ", "80b", "9０"):
-        with pytest.raises(ValueError, match=rf"^{variable}: expected .*80;90a;100a, got {bad!r}$"):
-            nvcc.architectures({variable: bad})
-
-
-def test_whether_cuda_is_wanted_from_the_environment() -> None:
-    assert nvcc.wanted({}) is None
-    assert nvcc.wanted({"TARFLOW_FAST_CUDA": "0"}) is False
-    assert nvcc.wanted({"TARFLOW_FAST_CUDA": "1"}) is True
-    for bad in ("", "2", "yes"):
-        with pytest.raises(ValueError, match=rf"^TARFLOW_FAST_CUDA: expected 0, 1 or not set, got {bad!r}$"):
-            nvcc.wanted({"TARFLOW_FAST_CUDA": bad})
-
-
-def test_which_nvcc_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDACXX, or else CUDA_HOME's, or else that of the PATH, or else the usual one."""
-    monkeypatch.setattr(nvcc, "USUAL_PLACE", str(tmp_path / "usual"))
-    environment = {"PATH": str(tmp_path / "path"), "CUDA_HOME": str(tmp_path / "home")}
-    with pytest.raises(ExecError, match=r"no nvcc: not in CUDACXX, CUDA_HOME/bin, PATH or .*usual"):
-        nvcc.find(environment)
-    for folder in ("usual", "path", "home/bin"):
-        wanted = program(tmp_path / folder)
-        assert nvcc.find(environment) == str(wanted)
-    own = program(tmp_path / "own")
-    assert nvcc.find({**environment, "CUDACXX": str(own)}) == str(own)
-    assert nvcc.find({**environment, "CUDACXX": "nvcc"}) == str(tmp_path / "path" / "nvcc")
-    with pytest.raises(ExecError, match=r"^CUDACXX: expected an nvcc that can be run, got '/nonexistent'$"):
-        nvcc.find({**environment, "CUDACXX": "/nonexistent"})
-
-
-def test_an_older_nvcc_builds_for_what_it_knows(tmp_path: Path) -> None:
-    assert nvcc.known(program(tmp_path / "12.4", "#!/bin/sh\necho compute_80; echo compute_90\n")) == ["80", "90a"]
-    with pytest.raises(ExecError, match="too old: it compiles for none of 80, 90a, 100a"):
-        nvcc.known(program(tmp_path / "9", "#!/bin/sh\necho compute_70\n"))
-    with pytest.raises(ExecError, match="does not say what it compiles for"):
-        nvcc.known(program(tmp_path / "broken", "#!/bin/sh\nexit 1\n"))
+def test_the_version_is_the_same_everywhere() -> None:
+    """In the package, the changelog and the citation."""
+    if not (ROOT / "CHANGELOG.md").exists():
+        pytest.skip("neither a checkout nor an sdist: an installed package is tested")
+    version = tarflow_fast.__version__
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -574,7 +574,7 @@ def test_tuning_a_step_compiles_measures_and_keeps(tmp_path: Path, monkeypatch: 
 
 
 def compile_all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench", "kernels", *arguments]
+    command = [sys.executable, "-W", "error", "-m", "bench", "kernels", *arguments]
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True)
 

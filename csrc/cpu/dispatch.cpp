@@ -13,8 +13,7 @@ std::vector<InstructionSet> instruction_sets() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (kernels_avx2) found.push_back({kernels_avx2, avx2});
   if (kernels_avx512) found.push_back({kernels_avx512, avx512});
-  if (kernels_avx512_bf16)
-    found.push_back({kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
+  if (kernels_avx512_bf16) found.push_back({kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
   return found;
 }

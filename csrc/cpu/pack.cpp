@@ -80,8 +80,8 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
   };
   const auto attended = [&](int64_t k) { return k % d < s.head_dim ? k / d * s.head_dim + k % d : -1; };
 
-  block.in = pack_linear(arena, {source.in_weight, source.in_bias, s.token_dim, nullptr, nullptr}, C, s.token_dim, width,
-                         false, same, same);
+  block.in = pack_linear(arena, {source.in_weight, source.in_bias, s.token_dim, nullptr, nullptr}, C, s.token_dim,
+                         width, false, same, same);
   float* position = arena.floats(s.tokens * block.channel_stride);
   block.position = position;
   if (arena.filling()) {
@@ -92,17 +92,17 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
   for (int64_t i = 0; i < s.layers; i++) {
     const LayerSource l = arena.filling() ? source.layer(i) : LayerSource{};
     const bool bf16 = block.bf16;
-    layers[i].qkv = pack_linear(arena, {l.qkv_weight, l.qkv_bias, C, l.norm1_weight, l.norm1_bias}, 3 * H * unit, C, width,
-                                bf16, qkv_row, same);
+    layers[i].qkv = pack_linear(arena, {l.qkv_weight, l.qkv_bias, C, l.norm1_weight, l.norm1_bias}, 3 * H * unit, C,
+                                width, bf16, qkv_row, same);
     layers[i].proj =
         pack_linear(arena, {l.proj_weight, l.proj_bias, C, nullptr, nullptr}, C, H * d, width, bf16, same, attended);
-    layers[i].fc1 = pack_linear(arena, {l.fc1_weight, l.fc1_bias, C, l.norm2_weight, l.norm2_bias}, 4 * C, C, width, bf16,
-                                same, same);
+    layers[i].fc1 = pack_linear(arena, {l.fc1_weight, l.fc1_bias, C, l.norm2_weight, l.norm2_bias}, 4 * C, C, width,
+                                bf16, same, same);
     layers[i].fc2 =
         pack_linear(arena, {l.fc2_weight, l.fc2_bias, 4 * C, nullptr, nullptr}, C, 4 * C, width, bf16, same, same);
   }
-  block.out = pack_linear(arena, {source.out_weight, source.out_bias, C, nullptr, nullptr}, block.out_dim, C, width, false,
-                          same, same);
+  block.out = pack_linear(arena, {source.out_weight, source.out_bias, C, nullptr, nullptr}, block.out_dim, C, width,
+                          false, same, same);
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 #include "threads.h"
 
 #include <chrono>
-#ifndef _WIN32
+#ifdef _WIN32
+#include <process.h>  // getpid
+#else
 #include <unistd.h>
 #endif
 
@@ -49,7 +51,8 @@ void Barrier::wait() {
     return;
   }
   const auto moved_on = [&] { return phase_.load(std::memory_order_acquire) != phase; };
-  while (!await(moved_on, std::chrono::seconds(1))) {}
+  while (!await(moved_on, std::chrono::seconds(1))) {
+  }
 }
 
 void wait_at(Barrier* barrier) { barrier->wait(); }

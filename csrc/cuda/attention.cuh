@@ -31,7 +31,9 @@ struct Part {
     first = split * each < keys ? split * each : keys;
     last = first + each < keys ? first + each : keys;
   }
-  DEVICE int64_t index(const Params& p) const { return (static_cast<int64_t>(row) * p.heads + head) * p.splits + split; }
+  DEVICE int64_t index(const Params& p) const {
+    return (static_cast<int64_t>(row) * p.heads + head) * p.splits + split;
+  }
 };
 
 // Where in `partials` the maxima and weights begin: after the sums, at an even element.

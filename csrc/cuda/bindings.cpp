@@ -93,11 +93,12 @@ PYBIND11_MODULE(_cuda, m) {
       .def("set_size", [](Params& params, const std::string& name, int value) { *size_named(params, name) = value; })
       .def("set_buffer",
            [](Params& params, const std::string& name, uintptr_t address, int64_t count) {
-             Buffer* buffer = buffer_named(params, name);
-             buffer->data = reinterpret_cast<void*>(address);
-             buffer->count = count;
-           })
+    Buffer* buffer = buffer_named(params, name);
+    buffer->data = reinterpret_cast<void*>(address);
+    buffer->count = count;
+  })
       .def("set_positions", &set_positions)
-      .def("set_tol", [](Params& params, float tol) { params.tol = tol; })
-      .def("run", &run);
+      .def("set_tol", [](Params& params, float tol) {
+    params.tol = tol;
+  }).def("run", &run);
 }

@@ -132,6 +132,7 @@ DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
 // Waits until at most so many of this thread's groups, the last ones, have not come. pending: 0 … 7.
 DEVICE void wait_copies(int pending) {
   switch (pending) {
+    // clang-format off
 #define TARFLOW_WAIT(n) \
   case n:               \
     asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); \
@@ -140,6 +141,7 @@ DEVICE void wait_copies(int pending) {
 #undef TARFLOW_WAIT
     default: asm volatile("cp.async.wait_group 0;" ::: "memory");
   }
+  // clang-format on
 }
 
 // counter += 1, after all that this block did before its last sync_block. One thread of the block.
@@ -189,11 +191,10 @@ DEVICE void multiply_tiles(float (&sums)[4], const Vector<bf16, 8>& a, const Vec
 DEVICE void multiply_tiles(float (&sums)[4], const Vector<fp16, 8>& a, const Vector<fp16, 2>& b0,
                            const Vector<fp16, 2>& b1) {
   const unsigned* A = reinterpret_cast<const unsigned*>(&a);
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(*reinterpret_cast<const unsigned*>(&b0)),
-        "r"(*reinterpret_cast<const unsigned*>(&b1)));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(*reinterpret_cast<const unsigned*>(&b0)),
+                 "r"(*reinterpret_cast<const unsigned*>(&b1)));
 }
 
 }  // namespace tarflow

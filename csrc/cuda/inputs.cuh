@@ -35,7 +35,9 @@ DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, 
       for (int k = KEPT * STEP; k < width; k += STEP) take(k + lane * 4, read(k + lane * 4));
     };
     float sum = 0, squares = 0;
-    each([&](int, const Vector<float, 4>& v) { sum += v.at[0] + v.at[1] + v.at[2] + v.at[3]; });  // 0 beyond the channels
+    each([&](int, const Vector<float, 4>& v) {
+      sum += v.at[0] + v.at[1] + v.at[2] + v.at[3];
+    });  // 0 beyond the channels
     const float mean = sum_lanes(sum) / p.channels;
     each([&](int k, const Vector<float, 4>& v) {
       for (int i = 0; i < 4; i++)

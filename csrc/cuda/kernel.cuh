@@ -107,10 +107,9 @@ struct Pass {
     }
     const Linear of = linear_of(p, phase, layer);
     if (left_out) return skip(p, of, ring, work);
-    linear<NT, WARPS>(
-        p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch,
-        [&](int first, int count, int k0, int k) { stage(phase, begin, first, count, k0, k); },
-        [&](int n, int row, float y) { finish(phase, layer, n, row, y); });
+    linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch,
+                      [&](int first, int count, int k0, int k) { stage(phase, begin, first, count, k0, k); },
+                      [&](int n, int row, float y) { finish(phase, layer, n, row, y); });
   }
 
   DEVICE void barrier(Phase phase, int layer) {
@@ -177,8 +176,8 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   // Rows that no token fills are multiplied too, and columns beyond a layer's own.
   for (int i = thread(); i < p.staged_rows * stride; i += WARPS * 32) store(scratch.staged, i, from_float<T>(0.0f));
   sync_block();
-  Pass<T, NT, WARPS> pass{p,       {p, tokens, p.start - 1}, Grid(p), work,
-                          scratch, {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
+  Pass<T, NT, WARPS> pass{
+      p, {p, tokens, p.start - 1}, Grid(p), work, scratch, {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
   pass.run();
 }
 

@@ -14,7 +14,7 @@ using Kernel = void (*)(Params);
 // One instance of the kernel: for which type of weights, at most how many rows, and its block's size.
 struct Instance {
   const char* dtype;  // "float32", "bfloat16", "float16"
-  int rows;           // 8, 16, 32 or 64
+  int rows;  // 8, 16, 32 or 64
   int warps;
   Kernel kernel;
 };

@@ -61,7 +61,8 @@ int most_blocks(const Instance& instance, int64_t shared_bytes) {
 
 Device device() {
   if (!attribute(cudaDevAttrCooperativeLaunch))
-    fail("cudaDevAttrCooperativeLaunch", cudaErrorNotSupported, "this device cannot start all blocks of a grid at once");
+    fail("cudaDevAttrCooperativeLaunch", cudaErrorNotSupported,
+         "this device cannot start all blocks of a grid at once");
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 

@@ -1,4 +1,4 @@
-"""What setup.py, which alone imports this, needs to know of nvcc: whether it is wanted, where it is, and its flags."""
+"""What setup.py, which alone imports this, needs to know of nvcc: what it is to compile for, where it is, its flags."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ LINK_FLAGS = ["-shared", "-cudart", "static", "--no-device-link"]
 
 
 def wanted(environment: Mapping[str, str]) -> bool | None:
-    """False: leave the CUDA engine out; True: it has to be built; None: where that goes well."""
+    """False: leave the CUDA engine out; True: it has to be built; None: for the GPUs that are here, if it can be."""
     value = environment.get(WANTED)
     if value not in (None, "0", "1"):
         raise ValueError(f"{WANTED}: expected 0, 1 or not set, got {value!r}")
-    return None if value is None else value == "1"
+    if value is None:
+        return True if ARCHITECTURES in environment else None
+    return value == "1"
 
 
 def architectures(environment: Mapping[str, str]) -> list[str] | None:
@@ -56,16 +58,53 @@ def find(environment: Mapping[str, str]) -> str:
     raise ExecError(f"no nvcc: not in CUDACXX, CUDA_HOME/bin, PATH or {USUAL_PLACE}")
 
 
-def known(nvcc: str) -> list[str]:
-    """Those of DEFAULT that this nvcc can compile for. Raises ExecError if there are none, or it cannot be asked."""
+def gpus(environment: Mapping[str, str]) -> list[str]:
+    """Compute capabilities of the GPUs that are here and new enough, such as 80 or 90, each once.
+
+    nvidia-smi is asked, which comes with every driver. libcuda would have to be loaded into the process of the build,
+    where a driver that hangs or crashes could not be survived. Raises ExecError if there are none.
+    """
+    program = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    if program is None:
+        raise ExecError("there is no NVIDIA driver here (no nvidia-smi)")
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ExecError(f"the NVIDIA driver does not say which GPUs are here: {error}") from error
+    found = ["".join(pair) for pair in re.findall(r"^(\d+)\.(\d)\s*$", listed, re.MULTILINE)]
+    names = [name for name in dict.fromkeys(found) if int(name) >= LEAST]
+    if not names:
+        raise ExecError(f"there is no NVIDIA GPU of compute capability {LEAST / 10} or later here")
+    return names
+
+
+def known(nvcc: str) -> list[str]:
+    """All that this nvcc compiles for, such as 80 or 90. Raises ExecError if it cannot be asked."""
+    try:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise ExecError(f"{nvcc} does not say what it compiles for: {error}") from error
-    names = [name for name in DEFAULT if f"compute_{name.rstrip('a')}" in listed]
+    return re.findall(r"compute_(\d+)", listed)
+
+
+def default(nvcc: str) -> list[str]:
+    """Those of DEFAULT that this nvcc can compile for. Raises ExecError if there are none, or it cannot be asked."""
+    able = known(nvcc)
+    names = [name for name in DEFAULT if name.rstrip("a") in able]
     if not names:
         raise ExecError(f"{nvcc} is too old: it compiles for none of {', '.join(DEFAULT)}")
     return names
+
+
+def fitting(nvcc: str, capabilities: list[str]) -> list[str]:
+    """What to compile for, to serve GPUs of these compute capabilities. Raises ExecError as `default`.
+
+    A GPU that this nvcc does not know gets the lowest of `default`, whose PTX the driver compiles for it.
+    """
+    able, lowest = known(nvcc), default(nvcc)[0]
+    names = [f"{name}a" if f"{name}a" in DEFAULT else name for name in capabilities]
+    return list(dict.fromkeys(name if name.rstrip("a") in able else lowest for name in names))
 
 
 def gencode(names: list[str]) -> list[str]:

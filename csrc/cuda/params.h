@@ -37,10 +37,12 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // product's input that are in shared memory at once, a multiple of 8; splits: blocks that share the keys of a row and head,
 // least_keys: what each takes at least;
 // most_jobs: of any block, see `jobs`.
+// clang-format off
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
   X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(left_out) X(window) X(most) X(slots) X(slot_k)             \
   X(staged_rows) X(splits) X(least_keys) X(most_jobs)
+// clang-format on
 
 // C', F', O', D': C, 4C, O, D rounded up to whole tiles; T type of weights and cache; fp32 unless said. Packed linear
 // layers are one after the other: proj_in, then qkv, proj, fc1, fc2 of each layer, then proj_out.
@@ -59,9 +61,11 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 //   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, their maximum and weight
 //   hidden     T (R, F'); parameters (R, O')
 //   barrier    uint32 (1,): 0 at launch
+// clang-format off
 #define TARFLOW_BUFFERS(X)                                                                                     \
   X(weights) X(biases) X(work) X(jobs) X(position) X(class_rows) X(guidance) X(scale) X(z) X(x) X(input) X(guess)      \
   X(log_det) X(change) X(residual) X(reached) X(evaluations) X(passes) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(parameters) X(barrier)
+// clang-format on
 
 struct Params {
 #define TARFLOW_FIELD(name) int name;

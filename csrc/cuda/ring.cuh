@@ -62,9 +62,9 @@ class Ring {
   const Params& p_;
   Shared<T> memory_;
   Shared<int> jobs_;
-  bool idle_;                                     // no tile of any layer is this block's
-  int job_ = 0;                                   // what is fetched next
-  int fill_ = 0, take_ = 0;                       // slots that are next, their first elements
+  bool idle_;  // no tile of any layer is this block's
+  int job_ = 0;  // what is fetched next
+  int fill_ = 0, take_ = 0;  // slots that are next, their first elements
   unsigned fetched_ = 0, taken_ = 0, freed_ = 0;  // slots, since the launch
 };
 

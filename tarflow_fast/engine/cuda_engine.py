@@ -46,16 +46,26 @@ def load_native() -> ModuleType:
     except ImportError as error:
         raise BackendError(
             "the CUDA engine was not built; install the CUDA toolkit (nvcc, 12.8 or later, on the PATH or under "
-            f"CUDA_HOME) and install tarflow_fast again ({error})"
+            "CUDA_HOME) and install tarflow_fast again, with TARFLOW_FAST_CUDA=1 where the build sees no GPU "
+            f"({error})"
         ) from error
+
+
+def native_missing() -> str | None:
+    """Why there is no compiled module, with the mend, or None if there is."""
+    try:
+        load_native()
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
     """Why this engine cannot serve such a request, with the mend, or None if it can."""
-    try:
-        native = load_native()
-    except BackendError as error:
-        return str(error)
+    missing = native_missing()
+    if missing is not None:
+        return missing
+    native = load_native()
     if device.type != native.device_type:
         return f"the CUDA engine needs a CUDA device, and this is {device}; use device='cuda'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):

@@ -20,7 +20,7 @@ from ..errors import ArgumentError, BackendError
 from ..native import choose_instruction_set
 from .contract import BlockEngine
 from .cpu_engine import CpuEngine, cpu_missing
-from .cuda_engine import CudaEngine, cuda_missing
+from .cuda_engine import CudaEngine, cuda_missing, native_missing
 from .fastest import Choices, FastestEngine
 from .torch_engine import TorchEngine
 from .weights import BlockWeights
@@ -51,7 +51,8 @@ def backends() -> list[BackendStatus]:
             found.append(_cpu_status())
         missing = device_missing(kind)
         if kind == "cuda":
-            found.append(_gpu_status("cuda", lambda: "one kernel a block", missing))
+            lacking = "; ".join(filter(None, (missing, native_missing()))) or None  # both, where both have to be mended
+            found.append(_gpu_status("cuda", lambda: "one kernel a block", lacking))
             found.append(_gpu_status("triton", lambda: f"Triton {version('triton')}", missing))
         if missing is None:
             name = torch.cuda.get_device_name() if kind == "cuda" else kind

@@ -27,8 +27,7 @@ DEVICE void sync_block() { emulation::machine->sync_block(); }
 namespace emulation {
 
 inline void shuffle(Warp& warp) {
-  for (int lane = 0; lane < 32; lane++)
-    std::memcpy(warp.taken[lane], warp.given[lane ^ warp.detail], sizeof(float));
+  for (int lane = 0; lane < 32; lane++) std::memcpy(warp.taken[lane], warp.given[lane ^ warp.detail], sizeof(float));
 }
 
 }  // namespace emulation

@@ -19,8 +19,8 @@ using Clock = std::vector<uint32_t>;  // by block
 // A thread in an epoch of its block.
 struct Stamp {
   enum : uint8_t {
-    MANY = 1,      // of a reader: others of its block, too
-    COMING = 2,    // of the writer: a copy that has not come
+    MANY = 1,  // of a reader: others of its block, too
+    COMING = 2,  // of the writer: a copy that has not come
     CONSTANT = 4,  // of the writer: there must not be any
   };
   uint32_t epoch;  // 0: nobody, yet
