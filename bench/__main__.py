@@ -10,8 +10,10 @@ from tarflow_fast import TarFlowError
 
 from .auto import auto_command
 from .cpu import cpu_command
+from .density import density_command
 from .gpu import gpu_command
 from .kernels import kernels_command
+from .load import load_command
 from .peers import peers_command
 from .show import show_command
 from .solver import solver_command
@@ -51,6 +53,8 @@ def main() -> None:
       python -m bench gpu --ml-tarflow ../ml-tarflow
       python -m bench solver --batch 16
       python -m bench auto --batch 16
+      python -m bench density --threads 2
+      python -m bench load
       python -m bench show bench/results/NAME.json
     """
 
@@ -62,6 +66,8 @@ for command in (
     kernels_command,
     solver_command,
     auto_command,
+    density_command,
+    load_command,
     show_command,
 ):
     main.add_command(command)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tarflow_fast.engine import Condition, block_weights
-from tarflow_fast.engine.cpu_engine import CpuEngine, instruction_sets
+from tarflow_fast.engine.cpu_engine import CpuEngine
+from tarflow_fast.native import instruction_sets
 
 from .cells import random_model
 from .cpu import MODELS

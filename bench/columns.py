@@ -11,6 +11,11 @@ def short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def counted(count: int, thing: str, plural: str = "s") -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{count} {thing}{'' if count == 1 else plural}"
+
+
 def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
     """One string a line: the first `left` columns, which are names, to the left, figures to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from . import machine
+from .busy import cores
 
 checkout = click.option(
     "--ml-tarflow",
@@ -28,6 +29,19 @@ batches = click.option(
 )
 threads = click.option(
     "--threads", type=click.IntRange(1), help="Of every contestant.  [default: as many as torch takes]"
+)
+
+
+def _counts(context: click.Context, parameter: click.Parameter, counts: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(counts)) or tuple(range(1, cores() + 1))
+
+
+every_threads = click.option(
+    "--threads",
+    multiple=True,
+    type=click.IntRange(1, cores()),
+    callback=_counts,
+    help="Of every contestant; may be given more than once.  [default: every number up to that of the cores]",
 )
 repeat = click.option(
     "--repeat", type=click.IntRange(1), default=7, help="Times that each cell's contestants are timed."

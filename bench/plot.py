@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from .auto_plot import dots
 from .columns import short
+from .density_plot import density_bars
+from .load_plot import slowdowns
 from .record import Record, hardware
 from .solver_plot import curves
 
@@ -42,7 +44,7 @@ def _bars(axes: Axes, record: Record, colours: dict[str, str], part: str) -> Non
 
 def draw(record: Record, path: Path) -> None:
     """Write the picture as a PNG. Needs matplotlib."""
-    own = {"solver": curves, "auto": dots}.get(record["suite"])
+    own = {"solver": curves, "auto": dots, "load": slowdowns, "density": density_bars}.get(record["suite"])
     figure = picture(record) if own is None else own(record, hardware(record))
     figure.savefig(path, dpi=130)
 

@@ -25,6 +25,11 @@ windows}]} of auto, "first" (its first run / sequential's median), "left_out" an
 contestants, and "verdict" (`auto_cells.judge`), None if sequential or auto failed. Its runs have besides "passes",
 "evaluations" (for each image), "max_error" and "blocks" (`BlockReport`, by block); those too slow for the rounds have
 the seconds of their first runs and no "ratio". They are there if the check failed too.
+
+That of load has no limits and no work; a cell, a task at a number of threads, has besides "fair"
+(`busy.fair_slowdown`), "over_fair", the median slowdown over that, and "over_spin", its spread over the yardstick's,
+round by round. Its runs are "quiet", "busy", "spin quiet" and "spin busy", in seconds of one call; the busy ones have
+"slowdown" {samples, median, p20, p80} in place of "ratio".
 """
 
 from __future__ import annotations
@@ -34,8 +39,10 @@ from pathlib import Path
 from typing import Any
 
 from .auto_table import auto_lines
-from .columns import aligned, short
+from .columns import aligned, counted, short
+from .density_table import density_lines
 from .gpu_table import gpu_lines
+from .load_table import load_lines
 from .roofline import Work
 from .solver_table import solver_lines
 from .timing import pairwise_ratios, spread
@@ -71,8 +78,7 @@ def read(path: Path) -> Record:
 
 
 def threads(record: Record) -> str:
-    count = record["settings"]["threads"]
-    return f"{count} thread{'' if count == 1 else 's'}"
+    return counted(record["settings"]["threads"], "thread")
 
 
 def hardware(record: Record) -> str:
@@ -125,6 +131,8 @@ def table(record: Record) -> str:
         return "\n".join([machine, *solver_lines(record)])
     if record["suite"] == "auto":
         return "\n".join([machine, *auto_lines(record)])
+    if record["suite"] == "load":
+        return "\n".join([machine, *load_lines(record)])
     labels = list([*record["cells"], *record.get("not_run", [])][0]["label"])
     head = [*labels, "run", "seconds", "p20-p80", "n", "faster", "GB/s", "GFLOP/s", "of limit", "max error"]
     lines = [head, *_rows(record)]
@@ -141,5 +149,6 @@ def table(record: Record) -> str:
             "",
             *aligned(lines, len(labels) + 1),
             *(gpu_lines(record) if record["suite"] == "gpu" else []),
+            *(density_lines(record) if record["suite"] == "density" else []),
         ]
     )

@@ -76,6 +76,26 @@ def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, i
     return Work(flops, itemsize * moved, itemsize * weights, itemsize * (weights + 2 * batch * T * D))
 
 
+def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Work:
+    """The least work of the density's gradient by the images, in the notation of `density_work`:
+
+        flops = K B [ 4 T (D C + 12 L C² + C O) + 6 L C T (T+1) ]
+        bytes = s [ 2 K W + 3 B T D ]
+
+    A product with weights is done once more, for the gradient of what it is applied to; q kᵀ and p v twice more, as
+    both their factors depend on the images. The weights are read twice, the images read twice and written once.
+    """
+    forward = density_work(config, batch, itemsize=itemsize)
+    T, values = config.num_patches, batch * config.num_patches * config.token_dim
+    attention = 2 * config.num_blocks * batch * config.layers_per_block * config.channels * T * (T + 1)
+    return Work(
+        flops=2 * forward.flops + attention,
+        bytes=itemsize * 3 * values + 2 * config.num_blocks * forward.weight_bytes,
+        weight_bytes=forward.weight_bytes,
+        working_set=forward.working_set,
+    )
+
+
 def limit_seconds(work: Work, matrix_rate: float, bandwidth: float) -> float:
     """max(flops / matrix_rate, bytes / bandwidth): no code can be quicker than the slower of the two.
 

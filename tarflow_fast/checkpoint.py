@@ -11,11 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from . import serial
 from .checks import check_choice, check_count, short
 from .config import TarFlowConfig
 from .devices import check_device, check_dtype
@@ -175,16 +177,16 @@ def build(
     weights = {}
     for key, blank in expected.items():
         if _is_mask(key):
-            weights[key] = torch.ones(blank.shape, dtype=dtype, device=device).tril_()
+            weights[key] = torch.from_numpy(np.tri(*blank.shape, dtype=np.float32)).to(device, dtype)
             continue
         value = state[key]
         if value.shape != blank.shape:
             raise CheckpointError(f"{key}: expected shape {tuple(blank.shape)}, got {tuple(value.shape)}")
         if not value.is_floating_point():
             raise CheckpointError(f"{key}: expected floating-point weights, got {short(value.dtype)}")
-        if not torch.isfinite(value).all():
+        if not serial.all_finite(value):
             raise CheckpointError(f"{key}: expected finite weights, got infinities or NaNs")
-        weights[key] = value.detach().to(device, dtype, copy=True)
+        weights[key] = serial.converted(value, device, dtype)
     if not (weights["var"] > 0).all():
         raise CheckpointError("var: expected positive variances, got some <= 0")
     model.load_state_dict(weights, assign=True)

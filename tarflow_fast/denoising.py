@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .checks import Labels, batch_labels, check_count, check_number, check_tensor
-from .errors import ArgumentError
-from .model import TarFlow, stream_dtype
+from . import serial
+from .checks import Labels, batch_labels, check_choice, check_count, check_number, check_tensor
+from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
+from .errors import ArgumentError, BackendError
+from .flow_block import stream_dtype
+from .model import TarFlow
 
 
 def denoise(
@@ -17,38 +22,69 @@ def denoise(
     *,
     noise_std: float | None = None,
     scale: float = 1.0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
 ) -> Tensor:
     """x ← x + scale · σ² ∇_x log p(x | y), the posterior mean of the clean image (Tweedie; arXiv 2412.06329, 3.3).
 
     images: (B, in_channels, H, W) float, as sampled; y: labels as in `TarFlow.forward`, or one int for all.
     noise_std: σ > 0 of the Gaussian noise in training; default model.metadata["noise_std"]. scale: multiplier of the
-    optimal step, >= 0. dtype: bfloat16 or float16 to run the gradient under autocast; default the model's own.
+    optimal step, >= 0. dtype: bfloat16 or float16 to run the products of the gradient in; default the model's own.
+    backend: what computes the gradient, as in `TarFlow.set_density`: "cpu" (C++, for models on a CPU), "torch"
+    (autograd), or "auto", the first that can be had. batch_size: images in one pass; default 16 with "torch", and with
+    "cpu" all, of which it holds as many at once as fit in 1 GiB. threads: of "cpu", default torch.get_num_threads().
     One forward and one backward pass. p is the density of the training loss, whose prior is N(0, 1) also where a
     volume-preserving model has learnt another `var`; so does ml-tarflow. Returns new images, fp32 or wider; nothing
-    is mutated.
+    is mutated. Raises ArgumentError, and BackendError for a backend that cannot be had.
     """
     images = check_tensor("images", images, model.config.image_shape)
     labels = batch_labels(y, images.shape[0], model.config.num_classes, model.device)
     sigma = resolve_noise_std(model, noise_std)
     check_number("scale", scale, 0)
-    check_count("batch_size", batch_size)
-    # Weights without gradients: only activations that lead back to x are kept.
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
-    values = images[0].numel()
-    half = dtype in (torch.bfloat16, torch.float16)
+    check_choice("backend", backend, DENSITY_BACKENDS)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    if threads is not None:
+        check_count("threads", threads)
+    products = model.dtype if dtype is None else dtype
+    missing = cpu_density_missing(model.blocks, images, products, gradients=False)
+    if backend == "cpu" and missing is not None:
+        raise BackendError(f"backend 'cpu' cannot be had: {missing}")
+    if backend == "torch" or missing is not None:
+        if threads is not None:
+            raise BackendError("threads is for backend 'cpu'; leave it out, and see torch.set_num_threads")
+        gradient, size = functools.partial(_gradient_by_autograd, model, dtype), batch_size or 16
+    else:
+        gradient, size = functools.partial(_gradient_in_cpp, model, products, threads), batch_size or images.shape[0]
     stream = stream_dtype(model.dtype)
     out = []
-    for start in range(0, images.shape[0], batch_size):
-        x = images[start : start + batch_size].detach().to(model.device, stream).requires_grad_()
-        rows = None if labels is None else labels[start : start + batch_size]
-        with torch.enable_grad(), torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half):
-            z, _, mean_log_det = torch.func.functional_call(model, weights, (x, rows))
-            log_prob = (mean_log_det * values - 0.5 * z.to(stream).square().sum(dim=(1, 2))).sum()
-        (gradient,) = torch.autograd.grad(log_prob, x)
-        out.append(x.detach() + scale * sigma**2 * gradient)
+    for start in range(0, images.shape[0], size):
+        x = images[start : start + size].detach().to(model.device, stream)
+        slope = gradient(x, None if labels is None else labels[start : start + size])
+        out.append(serial.add_scaled(x, slope, scale * sigma**2))
     return torch.cat(out).to(images.device)
+
+
+def _gradient_in_cpp(model: TarFlow, dtype: torch.dtype, threads: int | None, x: Tensor, y: Tensor | None) -> Tensor:
+    """∇_x log p(x | y) for images x, by the C++ pass."""
+    found = cpu_density(model.blocks, model.patchify(x), y, dtype=dtype, gradient=True, threads=threads)
+    assert found.gradient is not None
+    return model.unpatchify(found.gradient)
+
+
+def _gradient_by_autograd(model: TarFlow, dtype: torch.dtype | None, x: Tensor, y: Tensor | None) -> Tensor:
+    """∇_x log p(x | y) for images x, by PyTorch; dtype: of autocast, where it is half precision."""
+    # Weights without gradients: only activations that lead back to x are kept.
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    half = dtype in (torch.bfloat16, torch.float16)
+    x = x.requires_grad_()
+    with torch.enable_grad(), torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half):
+        z, _, mean_log_det = torch.func.functional_call(model, weights, (x, y))
+        log_prob = (mean_log_det * x[0].numel() - 0.5 * z.to(x.dtype).square().sum(dim=(1, 2))).sum()
+    (gradient,) = torch.autograd.grad(log_prob, x)
+    return gradient
 
 
 def resolve_noise_std(model: TarFlow, noise_std: float | None) -> float:

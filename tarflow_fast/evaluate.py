@@ -65,17 +65,17 @@ class Noise:
 
     def add(self, images: Tensor, first: int = 0, draw: int = 0) -> Tensor:
         """x, fp32, of images (n, ch, H, W) uint8 that are numbered from `first`; draw: which of several."""
-        v = images.to("cpu", torch.float32)
+        v = images.cpu().numpy().astype(np.float32)
         if self.kind == "none":
-            return v / 127.5 - 1
-        noise = np.empty(tuple(v.shape), np.float32)
+            return torch.from_numpy(v / 127.5 - 1)
+        noise = np.empty(v.shape, np.float32)
         for i, values in enumerate(noise, start=first):
             rng = np.random.default_rng([self.seed, i, draw])
             fill = rng.random if self.kind == "uniform" else rng.standard_normal
             fill(dtype=np.float32, out=values)
         if self.kind == "uniform":
-            return (v + torch.from_numpy(noise)) / 128 - 1
-        return v / 127.5 - 1 + self.std * torch.from_numpy(noise)
+            return torch.from_numpy((v + noise) / 128 - 1)
+        return torch.from_numpy(v / 127.5 - 1 + self.std * noise)
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ def to_uint8(images: Tensor) -> Tensor:
         return images.detach().cpu()
     if not images.is_floating_point():
         raise ArgumentError("images", "a floating-point or uint8 tensor", short(images.dtype))
-    x = images.detach().to("cpu", torch.float32)
-    if not torch.isfinite(x).all():
+    x = images.detach().to("cpu", torch.float32).numpy()
+    if not np.isfinite(x).all():
         raise ArgumentError("images", "finite values", "a tensor with infinities or NaNs")
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return torch.from_numpy(np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8))
 
 
 def check_path(argument: str, path: PathLike, suffixes: Sequence[str]) -> Path:
@@ -64,23 +64,21 @@ def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int = 
     (cells left over are white); pad: width of the frame in pixels; scale: enlarges each image so many times,
     its pixels becoming squares. Returns (height, width, ch) uint8, height = rows · (H · scale + pad) + pad.
     """
-    pixels = to_uint8(images)
-    if pixels.dim() != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
+    pixels = to_uint8(images).numpy()
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
         raise ArgumentError("images", "shape (N, 1 or 3, H, W), none of them 0", tuple(pixels.shape))
     count = pixels.shape[0]
     columns = math.ceil(math.sqrt(count)) if columns is None else check_count("columns", columns)
     check_count("pad", pad, low=0)
     check_count("scale", scale)
-    pixels = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
     _, ch, height, width = pixels.shape
     rows = math.ceil(count / columns)
-    cells = torch.full((rows * columns, ch, height + pad, width + pad), PAD_VALUE, dtype=torch.uint8)
-    cells[:count, :, pad:, pad:] = pixels
-    # (rows, columns, ch, h, w) -> (rows · h, columns · w, ch)
-    sheet = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    sheet = torch.nn.functional.pad(sheet, (0, 0, 0, pad, 0, pad), value=PAD_VALUE)
-    out: NDArray[np.uint8] = sheet.numpy()
-    return out
+    cells = np.full((rows, columns, height + pad, width + pad, ch), PAD_VALUE, np.uint8)
+    flat = cells.reshape(rows * columns, *cells.shape[2:])
+    flat[:count, pad:, pad:] = pixels.transpose(0, 2, 3, 1)
+    sheet = cells.transpose(0, 2, 1, 3, 4).reshape(rows * (height + pad), columns * (width + pad), ch)
+    return np.pad(sheet, ((0, pad), (0, pad), (0, 0)), constant_values=PAD_VALUE)
 
 
 def _picture(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -10,129 +10,15 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import ATTENTION_BACKENDS, causal_attention
-from .checks import batch_labels, check_choice, check_tensor, short
+from . import serial
+from .attention import ATTENTION_BACKENDS
+from .checks import batch_labels, check_choice, check_count, check_tensor, short
 from .config import TarFlowConfig
-from .errors import ArgumentError
-from .ops import affine_density
-
-EXPANSION = 4
-
-
-def stream_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """dtype of the residual stream, the norms, exp and log-det: fp32, or fp64 for a float64 model."""
-    return torch.float64 if weight_dtype == torch.float64 else torch.float32
-
-
-def _norm(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """LayerNorm with its statistics in the stream's dtype; the result in the dtype of the weights that follow."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps).to(dtype)
-
-
-class Attention(nn.Module):
-    def __init__(self, channels: int, head_dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, channels * 3)
-        self.proj = nn.Linear(channels, channels)
-        self.num_heads = channels // head_dim
-        self.backend = "auto"
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(_norm(self.norm, x, self.qkv.weight.dtype))
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # each (B, T, H, d)
-        out: Tensor = self.proj(causal_attention(q, k, v, self.backend).flatten(-2))
-        return out
-
-
-class MLP(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        up = nn.Linear(channels, channels * EXPANSION)
-        self.main = nn.Sequential(up, nn.GELU(), nn.Linear(channels * EXPANSION, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = next(self.main.parameters()).dtype
-        out: Tensor = self.main(_norm(self.norm, x, dtype))
-        return out
-
-
-class AttentionBlock(nn.Module):
-    """One pre-norm transformer layer on a residual stream in fp32."""
-
-    def __init__(self, channels: int, head_dim: int):
-        super().__init__()
-        self.attention = Attention(channels, head_dim)
-        self.mlp = MLP(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
-        x = x + self.mlp(x)
-        return x
-
-
-class FlowBlock(nn.Module):
-    """One flow block: permute, then transform token i+1 by what a causal transformer says after token i."""
-
-    attn_mask: Tensor
-
-    def __init__(self, config: TarFlowConfig, flip: bool):
-        super().__init__()
-        C, T, D = config.channels, config.num_patches, config.token_dim
-        self.flip = flip
-        self.nvp = config.nvp
-        self.proj_in = nn.Linear(D, C)
-        self.pos_embed = nn.Parameter(torch.empty(T, C))
-        self.class_embed = nn.Parameter(torch.empty(config.num_classes, 1, C)) if config.num_classes else None
-        self.attn_blocks = nn.ModuleList([AttentionBlock(C, config.head_dim) for _ in range(config.layers_per_block)])
-        self.proj_out = nn.Linear(C, 2 * D if config.nvp else D)
-        # Unused here (attention is causal by flag); kept so that the state dict is ml-tarflow's.
-        self.register_buffer("attn_mask", torch.ones(T, T))
-        if not self.pos_embed.is_meta:  # a model without storage, for its shapes alone, needs no values
-            self._initialise()
-
-    def _initialise(self) -> None:
-        for embedding in (self.pos_embed, self.class_embed):
-            if embedding is not None:
-                nn.init.normal_(embedding, std=1e-2)
-        nn.init.zeros_(self.proj_out.weight)
-        self.attn_mask.tril_()
-
-    def _class_embedding(self, y: Tensor | None) -> Tensor | None:
-        """(B, 1, C), or (1, C) without labels: the label's embedding, the mean of all for a label < 0."""
-        if self.class_embed is None:
-            return None
-        mean = self.class_embed.mean(dim=0)
-        if y is None:
-            return mean
-        return torch.where((y < 0).view(-1, 1, 1), mean, self.class_embed[y.clamp(min=0)])
-
-    def transform(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i), in the block's own token order.
-
-        x: (B, T, D); y: (B,) int64 or None. Returns z (B, T, D) in x's token order and the log-det of each token,
-        (B, T) in the block's order: −Σ_d xa in nats, 0 for the token that passes unchanged. Both fp32 or wider.
-        """
-        dtype = self.proj_in.weight.dtype
-        stream = stream_dtype(dtype)
-        x = x.to(stream)
-        tokens, pos = (x.flip(1), self.pos_embed.flip(0)) if self.flip else (x, self.pos_embed)
-        h = self.proj_in(tokens.to(dtype)).to(stream) + pos
-        embedding = self._class_embedding(y)
-        if embedding is not None:
-            h = h + embedding
-        for block in self.attn_blocks:
-            h = block(h)
-        return affine_density(self.proj_out(h.to(dtype)), x, self.nvp, self.flip)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `transform`, with the log-det averaged over all T·D values, (B,), as in ml-tarflow."""
-        z, log_det = self.transform(x, y)
-        return z, log_det.sum(1) / (x.shape[1] * x.shape[2])
+from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
+from .errors import ArgumentError, BackendError
+from .flow_block import Attention, FlowBlock
 
 
 class TarFlow(nn.Module):
@@ -144,6 +30,8 @@ class TarFlow(nn.Module):
 
     VAR_LR: float = 0.1
     var: Tensor
+    _density: str = "auto"
+    _density_threads: int | None = None
 
     def __init__(
         self,
@@ -187,16 +75,43 @@ class TarFlow(nn.Module):
                 module.backend = backend
         return self
 
+    def set_density(self, backend: str, threads: int | None = None) -> TarFlow:
+        """Chooses what computes the density pass: "torch", "cpu" or "auto". Returns self.
+
+        "cpu" is the pass in C++, for models on a CPU where autograd does not record (`torch.no_grad()`); the pass
+        raises BackendError where it cannot be had. "auto", the default, is "cpu" where that can be had, else "torch".
+        Their results agree up to rounding. threads: of "cpu", default torch.get_num_threads() at each call.
+        """
+        check_choice("density", backend, DENSITY_BACKENDS)
+        if threads is not None:
+            check_count("threads", threads)
+            if backend == "torch":
+                raise BackendError("threads is for density 'cpu'; leave it out, and see torch.set_num_threads")
+        self._density, self._density_threads = backend, threads
+        return self
+
+    def _on_cpu(self, x: Tensor, dtype: torch.dtype, backend: str) -> bool:
+        """Whether the C++ pass serves x. Raises BackendError if it was asked for and cannot."""
+        if backend == "torch":
+            return False
+        missing = cpu_density_missing(self.blocks, x, dtype, gradients=torch.is_grad_enabled())
+        if missing is not None and backend == "cpu":
+            raise BackendError(f"density 'cpu' cannot be had: {missing}")
+        return missing is None
+
     def patchify(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) to tokens (B, T, D), D ordered (channel, row, column)."""
         x = check_tensor("x", x, self.config.image_shape, finite=False)
-        return F.unfold(x, self.patch_size, stride=self.patch_size).transpose(1, 2)
+        B, ch, H, W = x.shape
+        p = self.patch_size
+        split = (B, ch, H // p, p, W // p, p)
+        return serial.rearranged(x, split, (0, 2, 4, 1, 3, 5), (B, self.num_patches, ch * p * p))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) to images (B, in_channels, H, W); the inverse of patchify."""
         x = check_tensor("x", x, tuple(self.var.shape), finite=False)
-        size = (self.img_size, self.img_size)
-        return F.fold(x.transpose(1, 2), size, self.patch_size, stride=self.patch_size)
+        B, ch, p, n = x.shape[0], self.config.in_channels, self.patch_size, self.img_size // self.patch_size
+        return serial.rearranged(x, (B, n, n, ch, p, p), (0, 3, 1, 4, 2, 5), (B, ch, n * p, n * p))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
         """The density pass, x to z, under ml-tarflow's conventions.
@@ -206,6 +121,12 @@ class TarFlow(nn.Module):
         """
         x = self.patchify(x)
         y = batch_labels(y, x.shape[0], self.config.num_classes, x.device)
+        autocast = torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
+        dtype = torch.get_autocast_dtype("cpu") if autocast else self.dtype
+        if self._on_cpu(x, dtype, self._density):
+            found = cpu_density(self.blocks, x, y, dtype=dtype, threads=self._density_threads)
+            mean = (found.log_det / x[0].numel()).to(torch.float32)
+            return found.outputs[-1], list(found.outputs), mean
         outputs: list[Tensor] = []
         log_det = torch.zeros((), device=x.device)
         for block in self.blocks:
@@ -235,8 +156,7 @@ class TarFlow(nn.Module):
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, diag var) in nats; z: (B, T, D). Returns (B,)."""
-        var = self.var.to(z.dtype)
-        return -0.5 * (z.square() / var + (2 * math.pi * var).log()).sum(dim=(1, 2))
+        return serial.gaussian_log_prob(z, self.var.to(z.dtype))
 
     def bits_per_dim(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """−log2 p(x | y) / N + log2(128), N = values per image: bits per 8-bit value.

@@ -39,7 +39,8 @@ from .engine import (
     make_engines,
 )
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
-from .model import TarFlow, stream_dtype
+from .flow_block import stream_dtype
+from .model import TarFlow
 from .noise import latent_noise
 from .report import BlockReport, Report, Samples
 from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, make_solvers, widths
@@ -104,7 +105,7 @@ class Sampler:
         self.dtype = check_dtype(model.dtype if dtype is None else dtype, self.device)
         compile = check_compile(compile, self.device)
         self.backend, self.backend_reason = choose_backend(backend, self.device, self.dtype, compile)
-        threads = check_threads(threads, self.backend)
+        self._threads = threads = check_threads(threads, self.backend)
         self.plan = None if plan is None else check_plan(plan, self.config)
         sizes = {"blocks": self.config.num_blocks, "tokens": self.config.num_patches}
         self._solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, **sizes)
@@ -187,12 +188,12 @@ class Sampler:
                         failed[rows[row]] = NonFiniteError(block, token, image_numbers[row])
                     if failed and on_nonfinite == "raise":
                         raise failed[min(failed)]
-                    images[rows] = part.images
+                    serial.put_rows(images, rows, part.images)
                     if log_prob is not None and part.log_prob is not None:
                         log_prob[rows] = part.log_prob
                     if sequence is not None:
                         for whole, piece in zip(sequence, part.sequence, strict=True):
-                            whole[rows] = piece
+                            serial.put_rows(whole, rows, piece)
                 if not failed:
                     break
                 if attempt == MAX_REDRAWS:
@@ -210,8 +211,10 @@ class Sampler:
                 y,
                 noise_std=noise_std,
                 scale=denoise_scale,
-                batch_size=min(batch, 16),
+                batch_size=None if self.backend == "cpu" else min(batch, 16),
                 dtype=self.dtype,
+                backend="cpu" if self.backend == "cpu" else "torch",
+                threads=self._threads,
             )
             report.denoise_seconds = time.perf_counter() - started
         return Samples(images, log_prob, None if y is None else y.cpu(), report, sequence)

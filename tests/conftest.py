@@ -27,7 +27,7 @@ settings.register_profile("suite", untimed, derandomize=True, database=None)
 settings.load_profile("suite")
 
 MOST_PROCESSES = 8  # each of them imports torch, which takes longer than an eighth of the tests
-SLOW_SECONDS = 600  # that a slow test may take; pyproject.toml has the limit of the others
+SECONDS, SLOW_SECONDS = 120, 600  # that a test may take, on a machine that does other things as well
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,10 +44,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "worksteal"  # some tests take a hundred times as long as others
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Limits of time, if pytest-timeout is there and `--timeout` does not give another."""
+    if config.pluginmanager.hasplugin("timeout") and config.option.timeout is None:
+        for item in items:
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS))
 
 
 @pytest.fixture(autouse=True)

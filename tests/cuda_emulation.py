@@ -66,7 +66,7 @@ def build(
         level = "-O2" if optimise and "pybind11" not in source.read_text() else "-O0"
         command = [*compiler, level, *flags, f"-I{folder}", *libraries, "-x", "c++", str(source)]
         text = _run([*command, "-E", "-P"])  # whatever of headers and macros this file does not see makes it no other
-        return _once(
+        return made_once(
             cache / "objects" / f"{_digest(compiler, level, text)}.o",
             lambda to: _run([*command, "-c", "-o", str(to)]),
         )
@@ -76,7 +76,7 @@ def build(
             objects = list(pool.map(compiled, sources))
         _run([*compiler, "-shared", *map(str, objects), "-o", str(to)])
 
-    _once(module, link)
+    made_once(module, link)
     # A name of its own, of which only the end counts for the module: pybind11 gives one name one module.
     spec = importlib.util.spec_from_file_location(f"{key}.{name}", module)
     assert spec is not None
@@ -90,7 +90,7 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _once(path: Path, make: Callable[[Path], object]) -> Path:
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
     """The file, made if it is not there by the first of all threads and processes that ask for it; the others wait."""
     if not path.exists():
         import fcntl  # not to be had where the emulation is not

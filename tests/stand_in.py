@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from torch import Tensor
 
-from bench import limits
+import tarflow_fast
+from bench import densities, limits
 from bench.__main__ import main
 from bench.measure import TOLERANCE
+from tarflow_fast import TarFlow
 
 STAND_IN = """
 import torch
@@ -60,5 +64,15 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LARGE_BYTES", 2**20)
 
 
-def bench(*arguments: str | Path) -> Result:
+def density_stand_in(monkeypatch: pytest.MonkeyPatch, error: float = 0.0) -> None:
+    """Backends of the density that are all torch's; that of "cpu" denoises with an error."""
+
+    def denoise(model: TarFlow, images: Tensor, y: Tensor | None, *, backend: str, threads: int, **how: Any) -> Tensor:
+        return tarflow_fast.denoise(model, images, y, **how) + (error if backend == "cpu" else 0.0)
+
+    monkeypatch.setattr(densities, "denoise", denoise)
+    monkeypatch.setattr(TarFlow, "set_density", lambda model, backend, threads: model, raising=False)
+
+
+def bench(*arguments: str | Path | int) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -136,6 +136,30 @@ class TestGroup:
         assert run("sample", "-m", "m.safetensors", code=130).stderr == "Interrupted\n"
 
 
+COMMANDS = [
+    ("sample", "-m", "m.safetensors"),
+    ("train", "--data", ".", "--out", "run"),
+    ("eval", "-m", "m.safetensors", "--data", "."),
+    ("convert", "plain.pth", "plain.safetensors"),
+    ("info",),
+]
+TORCH_PROBE = """
+import os, sys
+
+class Probe:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print("torch with OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Probe)
+from tarflow_fast.cli import main
+main(sys.argv[1:])
+"""
+"""A command line that ends where it would import torch."""
+
+
 class TestProcess:
     """Real processes."""
 
@@ -146,6 +170,30 @@ class TestProcess:
             imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
             assert "tarflow_fast.cli.sample" in imported
             assert not imported & {"torch", "numpy", "PIL", "PIL.Image"}
+
+    @pytest.mark.parametrize("command", COMMANDS, ids=lambda arguments: arguments[0])
+    def test_openmp_waits_passively_from_before_torch_is_imported(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+    ) -> None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        done = python("-c", TORCH_PROBE, *command)
+        assert done.stdout == "torch with OMP_WAIT_POLICY PASSIVE\n", done.stderr
+
+    def test_openmp_waits_as_the_user_has_said(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+        assert python("-c", TORCH_PROBE, *COMMANDS[0]).stdout == "torch with OMP_WAIT_POLICY active\n"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="torch comes with libgomp on Linux")
+    def test_the_library_of_openmp_has_read_it(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+        done = python("-m", "tarflow_fast", "info", "-m", "m.safetensors")
+        assert done.returncode == 0
+        assert "GOMP_SPINCOUNT = '0'" in done.stderr  # 300000 without a policy
+
+    def test_importing_the_library_leaves_the_environment_alone(self) -> None:
+        program = "import os; before = dict(os.environ); import tarflow_fast, tarflow_fast.cli; "
+        assert python("-c", program + "assert dict(os.environ) == before").returncode == 0
 
     def test_failure(self, run: Run) -> None:
         done = python("-m", "tarflow_fast", "sample", "-m", "none.pth")

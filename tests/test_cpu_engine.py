@@ -29,16 +29,10 @@ from torch import Tensor
 
 from tarflow_fast.checkpoint import load_pretrained
 from tarflow_fast.engine import BlockState, Condition, Guidance, backends, block_weights, choose_backend
-from tarflow_fast.engine.cpu_engine import (
-    ISA_VARIABLE,
-    CpuEngine,
-    choose_instruction_set,
-    cpu_missing,
-    instruction_sets,
-    load_native,
-)
+from tarflow_fast.engine.cpu_engine import CpuEngine, cpu_missing
 from tarflow_fast.errors import ArgumentError, BackendError
 from tarflow_fast.model import TarFlow
+from tarflow_fast.native import ISA_VARIABLE, choose_instruction_set, instruction_sets, load_native
 from tarflow_fast.sampler import Sampler
 
 if cpu_missing() is not None:

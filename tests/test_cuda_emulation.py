@@ -6,6 +6,7 @@ Kernels are those of cuda_emulation_kernels.cpp, in which `mode` plants a fault.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,6 +60,29 @@ def premature(message: str) -> bool:
 
 def nan(*shape: int) -> Tensor:
     return torch.full(shape, torch.nan)
+
+
+# How it is built
+
+
+def test_what_many_ask_for_at_once_is_made_once(tmp_path: Path) -> None:
+    made = []
+
+    def make(to: Path) -> None:
+        made.append(to)
+        time.sleep(0.1)  # in which the others come
+        to.write_text("whole")
+        if len(made) == 1:
+            raise RuntimeError("the compiler was killed")
+
+    def ask(_: int) -> str:
+        return cuda_emulation.made_once(tmp_path / "folder" / "module.so", make).read_text()
+
+    with pytest.raises(RuntimeError, match="killed"):
+        ask(0)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(ask, range(8))) == {"whole"}
+    assert len(made) == 2
 
 
 # What is promised

@@ -77,6 +77,9 @@ def test_the_reference_stands_alone() -> None:
         ("checkpoint.py", {"sampler", "engine", "cli", "trainer"}),
         ("trainer", {"cli"}),
         ("ops.py", {"model", "engine"}),
+        ("flow_block.py", {"model", "engine", "cpu_density"}),
+        ("cpu_density.py", {"model", "engine", "sampler", "denoising"}),
+        ("native.py", {"model", "engine", "cpu_density"}),
     ],
 )
 def test_imports_run_downwards(lower: str, higher: set[str]) -> None:

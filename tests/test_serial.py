@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import SAME_F64, assert_close
 
 from tarflow_fast import serial
 
@@ -47,6 +48,77 @@ def test_scaled(dtype: torch.dtype, contiguous: bool) -> None:
     got = serial.scaled(x, factor)
     assert torch.equal(got, x * factor)
     assert got.dtype == dtype
+
+
+@every_dtype
+@contiguous
+def test_add_scaled(dtype: torch.dtype, contiguous: bool) -> None:
+    x, direction = tokens(dtype, contiguous), tokens(dtype, not contiguous)
+    got = serial.add_scaled(x, direction, 0.5)
+    assert torch.equal(got, x + 0.5 * direction)
+    assert got.dtype == dtype
+
+
+@every_dtype
+@contiguous
+def test_rearranged(dtype: torch.dtype, contiguous: bool) -> None:
+    x = tokens(dtype, contiguous)
+    for split, order, shape in (((5, 7, 3, 1), (2, 0, 3, 1), (3, 35)), ((5, 7, 3), (0, 1, 2), (35, 3))):
+        got = serial.rearranged(x, split, order, shape)
+        assert torch.equal(got, x.reshape(split).permute(order).reshape(shape))
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+        assert got.data_ptr() != x.data_ptr()
+
+
+@every_dtype
+@contiguous
+def test_rows(dtype: torch.dtype, contiguous: bool) -> None:
+    x, rows = tokens(dtype, contiguous), torch.tensor([4, 0, 0, -1])
+    assert torch.equal(serial.rows_of(x, rows), x[rows])
+    target, wanted = tokens(dtype, contiguous), tokens(dtype, contiguous)
+    wanted[[3, 1]] = x[:2]
+    serial.put_rows(target, [3, 1], x[:2])
+    assert torch.equal(target, wanted)
+
+
+@every_dtype
+@contiguous
+@pytest.mark.parametrize("to", DTYPES, ids=str)
+def test_converted(dtype: torch.dtype, to: torch.dtype, contiguous: bool) -> None:
+    x = tokens(dtype, contiguous)
+    got = serial.converted(x.requires_grad_(), "cpu", to)
+    assert torch.equal(got, x.to(to))
+    assert got.dtype == to
+    assert not got.requires_grad
+    assert got.data_ptr() != x.data_ptr()
+
+
+@every_dtype
+def test_gaussian_log_prob(dtype: torch.dtype) -> None:
+    z, var = tokens(dtype, True), torch.rand(7, 3, generator=torch.Generator().manual_seed(1)).to(dtype) + 0.5
+    wanted = torch.distributions.Normal(0.0, var.double().sqrt()).log_prob(z.double()).sum((1, 2))
+    got = serial.gaussian_log_prob(z, var)
+    assert got.dtype == dtype
+    assert_close(got, wanted, 40 * torch.finfo(dtype).eps * wanted.abs().max().item())
+
+
+def test_what_autograd_records() -> None:
+    """Rearranging and densities keep their gradients, as torch's own would."""
+    z = tokens(torch.float64, True).requires_grad_()
+    var = torch.full((7, 3), 2.0, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(serial.gaussian_log_prob(z, var).sum(), z)
+    assert_close(gradient, -z / 2, SAME_F64)
+    assert serial.rearranged(z, (5, 7, 3), (1, 0, 2), (7, 15)).requires_grad
+    with torch.no_grad():
+        assert not serial.rearranged(z, (5, 7, 3), (1, 0, 2), (7, 15)).requires_grad
+
+
+def test_torch_serves_transforms_and_float8() -> None:
+    x = tokens(torch.float32, True)
+    moved = torch.func.vmap(lambda row: serial.rearranged(row, (7, 3), (1, 0), (21,)))(x)
+    assert torch.equal(moved, x.transpose(1, 2).flatten(1))
+    assert serial.converted(x.to(torch.float8_e4m3fn), "cpu", torch.float32).isfinite().all()
 
 
 def test_gradients_are_left_behind() -> None:

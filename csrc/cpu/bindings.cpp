@@ -5,8 +5,10 @@
 #include <array>
 #include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "density_pass.h"
 #include "dispatch.h"
 #include "engine.h"
 
@@ -22,6 +24,17 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+using LayerAddresses = std::array<Address, 12>;
+
+LayerSource layer_at(const LayerAddresses& addresses) {
+  LayerSource l{};
+  auto next = addresses.begin();
+  for (const float** p : {&l.norm1_weight, &l.norm1_bias, &l.qkv_weight, &l.qkv_bias, &l.proj_weight, &l.proj_bias,
+                          &l.norm2_weight, &l.norm2_bias, &l.fc1_weight, &l.fc1_bias, &l.fc2_weight, &l.fc2_bias})
+    *p = at<const float>(*next++);
+  return l;
+}
+
 // ends: proj_in (weight, bias), position, proj_out (weight, bias). layer(i): the twelve tensors of layer i, which need to
 // live until the next call. All fp32.
 Engine make(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, int64_t layers, bool affine,
@@ -31,27 +44,16 @@ Engine make(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_di
                 at<const float>(ends[4]), nullptr};
   source.layer = [&](int64_t i) {
     const py::gil_scoped_acquire acquire;
-    const auto addresses = layer(i).cast<std::array<Address, 12>>();
-    LayerSource l{};
-    auto next = addresses.begin();
-    for (const float** p : {&l.norm1_weight, &l.norm1_bias, &l.qkv_weight, &l.qkv_bias, &l.proj_weight, &l.proj_bias,
-                            &l.norm2_weight, &l.norm2_bias, &l.fc1_weight, &l.fc1_bias, &l.fc2_weight, &l.fc2_bias})
-      *p = at<const float>(*next++);
-    return l;
+    return layer_at(layer(i).cast<LayerAddresses>());
   };
   const py::gil_scoped_release release;
   return Engine({channels, head_dim, tokens, token_dim, layers, affine}, source, bf16, kernels_named(instruction_set));
 }
 
-// start, stop: the window of each sample. Runs without the GIL. A signal's handler, and progress, run on this thread
-// about every 50 ms; what they raise ends the pass and is raised here.
-void run(const Engine& engine, Address z, Address x, Address token_log_det, const std::vector<int64_t>& start,
-         const std::vector<int64_t>& stop, Address change, Address residual, int64_t widest, Address keys_values,
-         Address embedding, Address guidance, bool guide_a, bool guide_b, float unguided_scale, bool sequential,
-         int threads, const py::object& progress) {
-  const Batch batch{at<const float>(z), at<float>(x), at<float>(token_log_det), start.data(), stop.data(),
-                    at<float>(change), at<float>(residual), widest, at<void>(keys_values), at<const float>(embedding),
-                    at<const float>(guidance), guide_a, guide_b, unguided_scale, static_cast<int64_t>(start.size())};
+// Runs work(hook) without the GIL. hook(steps), which it calls about every 50 ms on this thread, lets the handlers of
+// signals run and tells progress; what these raise ends the work and is raised here.
+template <class Work>
+void without_gil(const py::object& progress, const Work& work) {
   std::exception_ptr raised;
   const auto hook = [&](int64_t steps) {
     const py::gil_scoped_acquire acquire;
@@ -66,9 +68,44 @@ void run(const Engine& engine, Address z, Address x, Address token_log_det, cons
   };
   {
     const py::gil_scoped_release release;
-    engine.run(batch, sequential, threads, hook);
+    work(hook);
   }
   if (raised) std::rethrow_exception(raised);
+}
+
+// start, stop: the window of each sample.
+void run(const Engine& engine, Address z, Address x, Address token_log_det, const std::vector<int64_t>& start,
+         const std::vector<int64_t>& stop, Address change, Address residual, int64_t widest, Address keys_values,
+         Address embedding, Address guidance, bool guide_a, bool guide_b, float unguided_scale, bool sequential,
+         int threads, const py::object& progress) {
+  const Batch batch{at<const float>(z), at<float>(x), at<float>(token_log_det), start.data(), stop.data(),
+                    at<float>(change), at<float>(residual), widest, at<void>(keys_values), at<const float>(embedding),
+                    at<const float>(guidance), guide_a, guide_b, unguided_scale, static_cast<int64_t>(start.size())};
+  without_gil(progress, [&](const Engine::Hook& hook) { engine.run(batch, sequential, threads, hook); });
+}
+
+// A block of the density pass: proj_in (weight, bias), position, proj_out (weight, bias), embedding, and its layers.
+using DensityAddresses = std::pair<std::array<Address, 6>, std::vector<LayerAddresses>>;
+
+// blocks: fp32, each element of a block whose number is odd reads the tokens backwards.
+void density(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, bool affine,
+             const std::vector<DensityAddresses>& blocks, int64_t samples, Address x, Address outputs, Address log_det,
+             Address gradient, bool bf16, const std::string& instruction_set, int threads, int64_t most_bytes) {
+  const Sizes sizes{channels, head_dim, tokens, token_dim, static_cast<int64_t>(blocks.front().second.size()), affine};
+  std::vector<std::vector<LayerSource>> layers;
+  std::vector<DensityBlock> plain;
+  for (const auto& [ends, addresses] : blocks) {
+    layers.emplace_back();
+    for (const LayerAddresses& layer : addresses) layers.back().push_back(layer_at(layer));
+    plain.push_back({at<const float>(ends[0]), at<const float>(ends[1]), at<const float>(ends[2]),
+                     at<const float>(ends[3]), at<const float>(ends[4]), at<const float>(ends[5]),
+                     layers.back().data(), plain.size() % 2 == 1});
+  }
+  const DensityBatch batch{samples, at<const float>(x), at<float>(outputs), at<double>(log_det), at<float>(gradient)};
+  without_gil(py::none(), [&](const auto& hook) {
+    density_pass(sizes, plain, batch, bf16, kernels_named(instruction_set), threads, most_bytes,
+                 [&] { return hook(0); });
+  });
 }
 
 // (name, whether it can be used here), worst first
@@ -80,7 +117,7 @@ std::vector<std::pair<std::string, bool>> list_instruction_sets() {
 
 void elementary(const std::string& name, const std::string& instruction_set, Address x, Address out, int64_t n) {
   const Kernels& kernels = kernels_named(instruction_set);
-  (name == "gelu" ? kernels.gelu : kernels.exp)(at<const float>(x), at<float>(out), n);
+  (name == "gelu" ? kernels.gelu : name == "gelu_slope" ? kernels.gelu_slope : kernels.exp)(at<const float>(x), at<float>(out), n);
 }
 
 }  // namespace
@@ -89,6 +126,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The native CPU engine; see tarflow_fast/engine/cpu_engine.py.";
   m.def("instruction_sets", &list_instruction_sets);
   m.def("elementary", &elementary);
+  m.def("density", &density, py::arg("channels"), py::arg("head_dim"), py::arg("tokens"), py::arg("token_dim"),
+        py::arg("affine"), py::arg("blocks"), py::arg("samples"), py::arg("x"), py::arg("outputs"), py::arg("log_det"),
+        py::arg("gradient"), py::arg("bf16"), py::arg("instruction_set"), py::arg("threads"), py::arg("most_bytes"));
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); });
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make))

@@ -4,14 +4,9 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <new>
 #include <utility>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "pack.h"
 #include "threads.h"
@@ -24,9 +19,6 @@ constexpr int64_t TEAM_ROWS = 8;    // a thread with fewer rows to itself shares
 constexpr int64_t LEAST_ROWS = 12;
 constexpr int64_t GROUP_ROWS = 96;  // rows that one evaluation takes at most
 constexpr auto HOOK_INTERVAL = std::chrono::milliseconds(50);
-
-// Strides are a whole number of vectors of every width, and never a power of two.
-int64_t stride(int64_t n) { return round_up(n, 32) + 16; }
 
 // Bytes of the last-level cache; a modest guess where the system does not tell.
 int64_t last_level_cache() {
@@ -119,27 +111,6 @@ struct Team {
 
 }  // namespace
 
-void Free::operator()(void* p) const { std::free(p); }
-
-Memory allocate(size_t bytes) {
-  constexpr size_t huge = size_t{2} << 20;
-  const size_t alignment = bytes >= huge ? huge : 64;
-  bytes = (bytes + alignment - 1) / alignment * alignment;
-  void* p = std::aligned_alloc(alignment, bytes);
-  if (p == nullptr) throw std::bad_alloc();
-  prefer_huge_pages(p, bytes);
-  return Memory(p);
-}
-
-void prefer_huge_pages(void* memory, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t huge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + huge - 1) / huge * huge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / huge * huge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // no more than a hint
-#endif
-}
-
 Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& kernels)
     : layers_(s.layers), step_(bf16 ? kernels.step_bf16 : kernels.step_f32) {
   const int64_t width = 2 * kernels.vector;
@@ -155,11 +126,11 @@ Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& k
   block_.affine = s.affine;
   block_.bf16 = bf16;
   block_.attention_scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-  block_.channel_stride = stride(s.channels);
-  block_.attention_stride = stride(block_.heads * block_.head_dim);
-  block_.hidden_stride = stride(4 * s.channels);
-  block_.out_stride = stride(block_.out_dim);
-  block_.in_stride = stride(s.token_dim);
+  block_.channel_stride = padded_stride(s.channels);
+  block_.attention_stride = padded_stride(block_.heads * block_.head_dim);
+  block_.hidden_stride = padded_stride(4 * s.channels);
+  block_.out_stride = padded_stride(block_.out_dim);
+  block_.in_stride = padded_stride(s.token_dim);
   memory_ = pack(block_, layers_, s, source, width, packed_bytes_);
   block_.layer = layers_.data();
 }

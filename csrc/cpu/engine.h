@@ -4,38 +4,18 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 
 namespace tarflow {
 
-struct Sizes {
-  int64_t channels, head_dim, tokens, token_dim, layers;
-  bool affine;  // false: volume-preserving
-};
-
-// Weights as torch has them: fp32, contiguous, linear layers (out, in).
-struct LayerSource {
-  const float *norm1_weight, *norm1_bias, *qkv_weight, *qkv_bias, *proj_weight, *proj_bias;
-  const float *norm2_weight, *norm2_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
-};
-
+// One flow block's weights, fp32 and contiguous.
 struct Source {
   const float *in_weight, *in_bias, *position, *out_weight, *out_bias;
   std::function<LayerSource(int64_t)> layer;  // called for each layer in turn; what it gave goes with the next call
 };
-
-// 64-byte aligned memory for `count` bytes, in huge pages where there are any and the size is worth it. Not cleared.
-struct Free {
-  void operator()(void* p) const;
-};
-using Memory = std::unique_ptr<void, Free>;
-Memory allocate(size_t bytes);
-
-// Asks the system to back what has not been touched yet with huge pages.
-void prefer_huge_pages(void* memory, size_t bytes);
 
 class Engine {
  public:

@@ -8,6 +8,18 @@
 namespace tarflow {
 
 class Barrier;
+struct DensityKernels;
+
+struct Sizes {
+  int64_t channels, head_dim, tokens, token_dim, layers;
+  bool affine;  // false: volume-preserving
+};
+
+// Weights as torch has them: fp32, contiguous, linear layers (out, in).
+struct LayerSource {
+  const float *norm1_weight, *norm1_bias, *qkv_weight, *qkv_bias, *proj_weight, *proj_bias;
+  const float *norm2_weight, *norm2_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
+};
 
 // y = x Wᵀ + b. Columns of y are packed in panels of two vectors: fp32 [panel][k][width], bf16 [panel][k/2][width][2].
 // Rows of W beyond the true number of columns are zero, and so is their bias.
@@ -78,9 +90,12 @@ using Step = void (*)(const Block&, const Batch&, const Worker&, const Row*, int
 struct Kernels {
   const char* name;
   int64_t vector;  // VW, fp32 lanes; a panel has 2·VW columns
+  bool bf16_operands;  // whether the rows of a bf16 product are bf16 too, or fp32
   Step step_f32, step_bf16;
-  // For tests of the parts: out[i] = GELU(x[i]) and out[i] = exp(x[i]), n a multiple of 16.
+  const DensityKernels* density;
+  // For tests of the parts: out[i] = GELU(x[i]), GELU′(x[i]) and exp(x[i]), n a multiple of 16.
   void (*gelu)(const float* x, float* out, int64_t n);
+  void (*gelu_slope)(const float* x, float* out, int64_t n);
   void (*exp)(const float* x, float* out, int64_t n);
 };
 

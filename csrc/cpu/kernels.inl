@@ -4,6 +4,7 @@
 //   TARFLOW_DOT   1 where bf16 dot products exist,        ACTIVATION    float, or uint16_t with TARFLOW_DOT.
 // No standard header with inline functions is included here: see kernels.h.
 
+#include "density.h"
 #include "kernels.h"
 
 namespace tarflow {
@@ -12,6 +13,8 @@ namespace {
 #include "vectors.inl"
 #include "products.inl"
 #include "attention.inl"
+#include "packing.inl"
+#include "density.inl"
 
 // out = (h − mean) / sqrt(variance + 1e-5), zero from n on to the end of the vector; the norm's own weight and bias
 // are in the product that follows.
@@ -270,11 +273,15 @@ void gelu_all(const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += VW) store(out + i, gelu(load(x + i)));
 }
 
+void gelu_slope_all(const float* x, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += VW) store(out + i, gelu_slope(load(x + i)));
+}
+
 void exp_all(const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += VW) store(out + i, exp_negative(load(x + i)));
 }
 
-const Kernels table = {NAME, VW, step<F32>, step<BF16>, gelu_all, exp_all};
+const Kernels table = {NAME, VW, TARFLOW_DOT, step<F32>, step<BF16>, &density_table, gelu_all, gelu_slope_all, exp_all};
 
 }  // namespace
 

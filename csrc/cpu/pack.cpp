@@ -4,8 +4,6 @@
 
 namespace tarflow {
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 namespace {
 
 uint16_t to_bf16(float x) {

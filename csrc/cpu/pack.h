@@ -5,8 +5,6 @@
 
 namespace tarflow {
 
-int64_t round_up(int64_t n, int64_t multiple);
-
 // Fills block's and layers' weights, in the order in which a step reads them, in one piece of memory.
 Memory pack(Block& block, std::vector<Layer>& layers, const Sizes& sizes, const Source& source, int64_t panel_width,
             size_t& bytes);

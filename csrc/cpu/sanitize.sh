@@ -16,6 +16,7 @@ ls tarflow_fast/_cpu* > /dev/null  # the extension is optional: without it the t
 # Python itself is not instrumented, so the runtime has to be there before it, and the library whose throw it watches.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 export LD_PRELOAD
-export ASAN_OPTIONS=detect_leaks=0  # Python's own
+# Leaks are Python's own. Memory is full of NaN (0xff…) until it is written.
+export ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000
 export UBSAN_OPTIONS=print_stacktrace=1
-python -m pytest tests/test_cpu_engine.py tests/test_engine.py -k cpu "$@"
+python -m pytest tests/test_cpu_engine.py tests/test_cpu_density.py tests/test_engine.py -k cpu "$@"

@@ -26,14 +26,18 @@ INLINE vf load(const bf16* p) {
   return bits(__builtin_convertvector(v, vu) << 16);
 }
 
-// Round to nearest even; a NaN stays one.
+// The bits of x as bf16, rounded to nearest even; a NaN stays one.
+INLINE vu to_bf16(vf x) {
+  vu u = (vu)x;
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (vu)(x != x ? (vi)vu(vu{} + 0x7fc0u) : (vi)rounded);
+}
+
 INLINE void store(bf16* p, vf x) {
 #if TARFLOW_DOT
   __m256bh v = _mm512_cvtneps_pbh((__m512)x);
 #else
-  vu u = (vu)x;
-  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  vh v = __builtin_convertvector((vu)(x != x ? (vi)vu(vu{} + 0x7fc0u) : (vi)rounded), vh);
+  vh v = __builtin_convertvector(to_bf16(x), vh);
 #endif
   __builtin_memcpy(p, &v, sizeof v);
 }
@@ -108,4 +112,19 @@ INLINE vf gelu(vf x) {
 #pragma GCC unroll 17
   for (int i = 0; i < 17; i++) p = p * u + coefficients[i];
   return (x + t) * 0.5f - p;
+}
+
+// GELU′(x) = Φ(x) + x φ(x): 1 − G′(x) for x >= 0, else G′(|x|), with G′(t) = ½ erfc(t/√2) − t φ(t) for G as above. A
+// polynomial of degree 18 in the same u, fitted in the same way; within 4e-7 in fp32. A NaN stays one.
+INLINE vf gelu_slope(vf x) {
+  vf t = bits((vu)x & 0x7fffffffu);
+  vf u = (t < 5.65f ? t : splat(5.65f)) * 0.353982301f - 1.0f;
+  vf p = splat(-0.034772329f);
+  const float coefficients[] = {0.0152271707f, 0.220774531f,  -0.165786222f, -0.572077155f, 0.704539359f,  0.602551162f,
+                                -1.51239717f,  0.374203324f,  1.49335814f,   -1.73000216f,  0.108490534f,  1.4018209f,
+                                -1.34589422f,  0.337042332f,  0.327807963f,  -0.33106187f,  0.124654189f,  -0.0184788797f};
+#pragma GCC unroll 18
+  for (int i = 0; i < 18; i++) p = p * u + coefficients[i];
+  vf y = x < 0.0f ? p : 1.0f - p;
+  return x != x ? x : y;
 }

@@ -69,6 +69,9 @@ Examples:
 @click.version_option(package_name="tarflow_fast", prog_name="tarflow-fast", message="%(prog)s %(version)s")
 def main(traceback: bool) -> None:
     """Fast sampling from TarFlow, the transformer autoregressive flow, and all that goes with it."""
+    # OpenMP's libraries read this when torch loads them, which it does in a command. Beside other processes torch's
+    # threads would spin while they wait for one that has no core, and keep that core from it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 for command in (sample_command, train_command, eval_command, convert_command, info_command):

@@ -150,6 +150,14 @@ Examples:
     section="Machine",
     help="Images in one pass.",
 )
+@option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    section="Machine",
+    show_default="as many as PyTorch takes",
+    help="Threads on a CPU.",
+)
 @progress_option
 @quiet_option
 @json_option
@@ -167,6 +175,7 @@ def eval_command(
     device: str | None,
     dtype: str,
     batch_size: int,
+    threads: int | None,
     progress: bool | None,
     quiet: bool,
     as_json: bool,
@@ -177,6 +186,10 @@ def eval_command(
     bars = show_progress(progress, quiet)
     place = pick_device(device)
     model = load_model(model_path, **sizes).to(place)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
     from ..evaluate import Noise, bayes_accuracy, bits_per_dim
 

@@ -207,8 +207,6 @@ def train_command(
     """Train a TarFlow on images. The folder --out gets the model (the moving average of the weights), a
     checkpoint from which --resume goes on exactly, and the metrics. Ctrl-C and SIGTERM write a checkpoint
     before they end the run."""
-    # Read when torch is loaded: threads that spin while they wait slow a busy machine down several times.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from ..errors import TrainingStopped

@@ -7,10 +7,7 @@ is in the batch. Linear layers and the KV cache have the chosen dtype, the first
 from __future__ import annotations
 
 import operator
-import os
 from dataclasses import dataclass, fields
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,37 +16,12 @@ from torch import Tensor
 from .. import serial
 from ..checks import check_count, short
 from ..errors import BackendError
+from ..native import choose_instruction_set, load_native
 from .contract import BlockState, Condition, Moved, Progress, check_latents, check_plain, embedding_rows
 from .weights import BlockWeights, LayerWeights
 from .windows import Bounds, check_part, check_window, check_windows
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
-ISA_VARIABLE = "TARFLOW_FAST_CPU_ISA"
-
-
-def load_native() -> ModuleType:
-    """The compiled module. Raises BackendError with the mend where it was not built."""
-    try:
-        return import_module("tarflow_fast._cpu")
-    except ImportError as error:
-        raise BackendError(
-            "the native CPU engine was not built; install a C++17 compiler (g++ or clang++) and install tarflow_fast "
-            f"again ({error})"
-        ) from error
-
-
-def instruction_sets() -> list[str]:
-    """Those that this machine has, best first. Raises BackendError."""
-    return [name for name, usable in reversed(load_native().instruction_sets()) if usable]
-
-
-def choose_instruction_set(wanted: str | None = None) -> str:
-    """`wanted`, else what the environment variable TARFLOW_FAST_CPU_ISA names, else the best there is."""
-    names = instruction_sets()
-    wanted = wanted or os.environ.get(ISA_VARIABLE) or names[0]
-    if wanted not in names:
-        raise BackendError(f"{ISA_VARIABLE}: {wanted!r} cannot be had here; choose one of {', '.join(names)}")
-    return wanted
 
 
 def cpu_missing(dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
@@ -87,7 +59,7 @@ def _plain(*tensors: Tensor) -> list[Tensor]:
 class CpuEngine:
     """BlockEngine in C++. dtype: float32 or bfloat16. threads: default torch.get_num_threads() at each call.
 
-    instruction_set: one of `instruction_sets()`; default see `choose_instruction_set`.
+    instruction_set: one of `native.instruction_sets()`; default see `native.choose_instruction_set`.
     """
 
     def __init__(
@@ -152,7 +124,7 @@ class CpuEngine:
         if self._classes is not None:
             rows = embedding_rows(condition, B, config.num_classes, torch.device("cpu"))
             embedding = torch.zeros(R, self._native.channel_stride)
-            embedding[:, : config.channels] = self._classes[rows]
+            embedding[:, : config.channels] = serial.rows_of(self._classes, rows)
         if condition.guidance.active:
             guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32)
         elements = R * self._native.cache_elements

@@ -17,8 +17,9 @@ from .. import devices
 from ..checks import check_choice, check_count
 from ..devices import device_missing
 from ..errors import ArgumentError, BackendError
+from ..native import choose_instruction_set
 from .contract import BlockEngine
-from .cpu_engine import CpuEngine, choose_instruction_set, cpu_missing
+from .cpu_engine import CpuEngine, cpu_missing
 from .cuda_engine import CudaEngine, cuda_missing, native_missing
 from .fastest import Choices, FastestEngine
 from .torch_engine import TorchEngine

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model import stream_dtype
+from ..flow_block import stream_dtype
 from .contract import BlockState, Condition, Guidance, Moved, Progress, embedding_rows
 from .torch_linear import Linear
 from .torch_windows import Windows, attention

@@ -1,0 +1,27 @@
+// Aligned memory, and how rows of activations are spaced in it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace tarflow {
+
+struct Free {
+  void operator()(void* p) const;
+};
+using Memory = std::unique_ptr<void, Free>;
+
+// 64-byte aligned memory for `count` bytes, in huge pages where there are any and the size is worth it. Not cleared.
+Memory allocate(size_t bytes);
+
+// Asks the system to back what has not been touched yet with huge pages.
+void prefer_huge_pages(void* memory, size_t bytes);
+
+int64_t round_up(int64_t n, int64_t multiple);
+
+// A stride for rows of n elements: a whole number of vectors of every width, and never a power of two, since rows must
+// not share the sets of the L1 cache.
+int64_t padded_stride(int64_t n);
+
+}  // namespace tarflow

@@ -1,0 +1,88 @@
+// Matrices in torch's layout to panels as `tile` reads them: [k][NB] in fp32, [k / 2][NB][2] in bf16. What lies beyond
+// the last column, or beyond the last k of a pair, is zero.
+
+// n values, and zeros up to a whole vector.
+INLINE vf load_some(const float* p, int64_t n) {
+  if (n >= VW) return load(p);
+  float t[VW] = {};
+  for (int64_t i = 0; i < n; i++) t[i] = p[i];
+  return load(t);
+}
+
+template <class A>
+INLINE void store_some(A* p, vf x, int64_t n) {
+  if (n >= VW) return store(p, x);
+  A t[VW];
+  store(t, x);
+  for (int64_t i = 0; i < n; i++) p[i] = t[i];
+}
+
+// Lanes of a and b whose number has the bit `Step` change places: b's low ones come to a's high ones.
+template <int Step, int... Lane>
+INLINE void exchange(vf& a, vf& b) {
+#ifdef __clang__
+  const vf low = __builtin_shufflevector(a, b, (Lane & Step ? VW + (Lane ^ Step) : Lane)...);
+  const vf high = __builtin_shufflevector(a, b, (Lane & Step ? VW + Lane : Lane ^ Step)...);
+#else
+  const vf low = __builtin_shuffle(a, b, vi{(Lane & Step ? VW + (Lane ^ Step) : Lane)...});
+  const vf high = __builtin_shuffle(a, b, vi{(Lane & Step ? VW + Lane : Lane ^ Step)...});
+#endif
+  a = low, b = high;
+}
+
+// VW vectors, the rows of a square, become its columns.
+template <int Step = 1>
+INLINE void transpose(vf* v) {
+  if constexpr (Step < VW) {
+    UNROLL for (int i = 0; i < VW; i++)
+      if (!(i & Step)) {
+#if VW == 16
+        exchange<Step, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(v[i], v[i + Step]);
+#elif VW == 8
+        exchange<Step, 0, 1, 2, 3, 4, 5, 6, 7>(v[i], v[i + Step]);
+#else
+        exchange<Step, 0, 1, 2, 3>(v[i], v[i + Step]);
+#endif
+      }
+    transpose<2 * Step>(v);
+  }
+}
+
+// Two k of a panel's half, for bf16.
+INLINE void store_pair(bf16* to, vf even, vf odd) {
+  const vu pair = to_bf16(even) | (to_bf16(odd) << 16);
+  __builtin_memcpy(to, &pair, sizeof pair);
+}
+
+// Column c of the panel is row c of w (columns, k), whose rows are ld apart; columns <= NB.
+template <class M>
+void pack_rows(const float* w, int64_t ld, int64_t columns, int64_t k, typename M::weight* out) {
+  for (int half = 0; half < 2; half++) {
+    const int64_t used = columns - half * VW;
+    for (int64_t i = 0; i < k; i += VW) {
+      vf v[VW];
+      UNROLL for (int c = 0; c < VW; c++) v[c] = c < used ? load_some(w + (half * VW + c) * ld + i, k - i) : vf{};
+      transpose(v);
+      if constexpr (M::depth == 1) {
+        UNROLL for (int j = 0; j < VW; j++)
+          if (i + j < k) store(out + (i + j) * NB + half * VW, v[j]);
+      } else {
+        UNROLL for (int j = 0; j < VW; j += 2)
+          if (i + j < k) store_pair(out + (i + j) * NB + half * NB, v[j], v[j + 1]);
+      }
+    }
+  }
+}
+
+// The panel is w (k, columns) itself; columns <= NB.
+template <class M>
+void pack_columns(const float* w, int64_t ld, int64_t columns, int64_t k, typename M::weight* out) {
+  for (int64_t i = 0; i < k; i += M::depth)
+    for (int half = 0; half < 2; half++) {
+      const float* from = w + i * ld + half * VW;
+      const int64_t used = columns - half * VW > 0 ? columns - half * VW : 0;
+      const vf first = load_some(from, used);
+      if constexpr (M::depth == 1) store(out + i * NB + half * VW, first);
+      else store_pair(out + i * NB + half * NB, first, i + 1 < k ? load_some(from + ld, used) : vf{});
+    }
+}

@@ -1,0 +1,160 @@
+"""The density pass of a whole model on a CPU, in C++ (`csrc/cpu/density_pass.h`): z, log-det, and the gradient of the
+log-density, without torch's threads.
+
+Weights are read where the modules have them at each call, so that nothing is packed in advance and nothing can be
+out of date. PyTorch's own pass (`flow_block.py`) serves wherever something is asked for that this one does not do:
+gradients of the weights, transforms of torch.func, modules that were exchanged or have hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from .errors import BackendError
+from .flow_block import MLP, Attention, AttentionBlock, FlowBlock
+from .native import choose_instruction_set, load_native
+
+DENSITY_BACKENDS = ("auto", "cpu", "torch")
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+MOST_BYTES = 2**30
+
+_PLAIN = {
+    FlowBlock: ("proj_in", "proj_out"),
+    AttentionBlock: ("attention", "mlp"),
+    Attention: ("norm", "qkv", "proj"),
+    MLP: ("norm", "main"),
+    nn.Linear: (),
+    nn.LayerNorm: (),
+    nn.GELU: (),
+    nn.Sequential: (),
+    nn.ModuleList: (),
+}
+"""The modules whose arithmetic the C++ pass knows. A subclass may compute something else."""
+
+
+class CpuDensity(NamedTuple):
+    """What `cpu_density` found.
+
+    outputs: (K, B, T, D) fp32, x after each block, the last of which is z; log_det: (B,) fp64, log|det dz/dx| in nats;
+    gradient: (B, T, D) fp32, d(log|det dz/dx| − ½ |z|²)/dx, or None where it was not asked for.
+    """
+
+    outputs: Tensor
+    log_det: Tensor
+    gradient: Tensor | None
+
+
+def cpu_density_missing(blocks: nn.ModuleList, x: Tensor, dtype: torch.dtype, *, gradients: bool) -> str | None:
+    """Why the C++ pass cannot serve these blocks and this input, with the mend, or None if it can.
+
+    dtype: of the products. gradients: whether autograd is to record the pass. Raises BackendError if
+    TARFLOW_FAST_CPU_ISA names instructions that this machine lacks.
+    """
+    if x.device.type != "cpu" or any(p.device.type != "cpu" for p in blocks.parameters()):
+        return "it needs the model and x on the CPU"
+    if dtype not in CPU_DTYPES or any(p.dtype not in CPU_DTYPES for p in blocks.parameters()):
+        return "it has float32 and bfloat16 only; use density 'torch' for other dtypes"
+    if gradients and (x.requires_grad or any(p.requires_grad for p in blocks.parameters())):
+        return "autograd is to record the pass; use torch.no_grad(), or density 'torch'"
+    if type(x) is not Tensor or _watched():
+        return "a transform or mode of torch is active, which only PyTorch's own operations can follow"
+    for module in blocks.modules():
+        if type(module) not in _PLAIN:
+            return f"it does not know what a {type(module).__name__} computes; use density 'torch'"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a {type(module).__name__} has forward hooks, which it would not call; use density 'torch'"
+        if isinstance(module, Attention) and module.backend != "auto":
+            return f"attention={module.backend!r} was asked for, which is PyTorch's; use set_attention('auto')"
+    try:
+        load_native()
+    except BackendError as error:
+        return str(error)
+    choose_instruction_set()
+    return None
+
+
+def _watched() -> bool:
+    """Whether torch is to see each operation: it compiles, traces, transforms or counts.
+
+    A default device, which torch keeps as a mode too, has no part in this pass.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+    )
+
+
+def cpu_density(
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    y: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    gradient: bool = False,
+    threads: int | None = None,
+) -> CpuDensity:
+    """z = f_K ∘ … ∘ f_1 (x) and log|det dz/dx|; with `gradient`, also d(log|det dz/dx| − ½ |z|²)/dx.
+
+    tokens: (B, T, D) float on the CPU, x in the image's order; y: (B,) int64, negative for no class, or None; dtype: of
+    the linear layers' products, float32 or bfloat16, all else being fp32; threads: default torch.get_num_threads().
+    Results do not depend on threads, nor on what else is in the batch. Beyond the result it needs up to 1 GiB, or what
+    a single image needs if that is more: with a gradient, about 40 K L T C bytes. The caller has asked
+    `cpu_density_missing`.
+    """
+    x = tokens.detach().to(torch.float32).contiguous()
+    B, T, D = x.shape
+    kept: list[Tensor] = []  # copies live until the call is over
+
+    def address(tensor: Tensor) -> int:
+        plain = tensor.detach().to(torch.float32).contiguous()
+        kept.append(plain)
+        return plain.data_ptr()
+
+    first: Any = blocks[0]
+    C = first.proj_in.weight.shape[0]
+    addresses: list[Any] = []
+    block: Any
+    for block in blocks:
+        embedding = block._class_embedding(y)
+        rows = 0 if embedding is None else address(embedding.reshape(-1, C).expand(B, C))
+        ends = (block.proj_in.weight, block.proj_in.bias, block.pos_embed, block.proj_out.weight, block.proj_out.bias)
+        layers = [[address(tensor) for tensor in _layer(layer)] for layer in block.attn_blocks]
+        addresses.append(([*map(address, ends), rows], layers))
+    outputs = torch.empty((len(addresses), B, T, D), dtype=torch.float32, device="cpu")
+    log_det = torch.empty(B, dtype=torch.float64, device="cpu")
+    slope = torch.empty_like(x) if gradient else None
+    load_native().density(
+        channels=C,
+        head_dim=C // first.attn_blocks[0].attention.num_heads,
+        tokens=T,
+        token_dim=D,
+        affine=first.nvp,
+        blocks=addresses,
+        samples=B,
+        x=x.data_ptr(),
+        outputs=outputs.data_ptr(),
+        log_det=log_det.data_ptr(),
+        gradient=0 if slope is None else slope.data_ptr(),
+        bf16=dtype == torch.bfloat16,
+        instruction_set=choose_instruction_set(),
+        threads=threads or torch.get_num_threads(),
+        most_bytes=MOST_BYTES,
+    )
+    return CpuDensity(outputs, log_det, slope)
+
+
+def _layer(layer: Any) -> tuple[Tensor, ...]:
+    """The twelve tensors of a transformer layer, in the order of `LayerSource` in csrc/cpu/kernels.h."""
+    attention, mlp = layer.attention, layer.mlp
+    modules: tuple[Any, ...] = (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
+    return tuple(tensor for module in modules for tensor in (module.weight, module.bias))

@@ -1,0 +1,428 @@
+"""The density pass in C++ and the gradient of its log-density: against the plain equations on every instruction set
+that this machine has, bit-equal however a batch is divided, and only where nothing is asked for that it does not do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from cases import GOLDEN, Case, random_images, random_model
+from tolerances import GOLDEN as GOLDEN_TOLERANCE
+from tolerances import SAME_F32, assert_close, error_budget, max_error
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tarflow_fast import cpu_density as module
+from tarflow_fast import reference
+from tarflow_fast.checkpoint import load_pretrained
+from tarflow_fast.cpu_density import CpuDensity, cpu_density, cpu_density_missing
+from tarflow_fast.denoising import denoise
+from tarflow_fast.errors import ArgumentError, BackendError
+from tarflow_fast.model import TarFlow
+from tarflow_fast.native import ISA_VARIABLE, instruction_sets, load_native
+
+try:
+    load_native()
+except BackendError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+every_set = pytest.mark.parametrize("isa", instruction_sets())
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pass is to fill is full of NaN."""
+
+    def full(like: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **options: like(*args, **options).fill_(torch.nan)
+
+    fake = type("torch", (), {"__getattr__": lambda self, name: getattr(torch, name)})()
+    fake.empty, fake.empty_like = full(torch.empty), full(torch.empty_like)
+    monkeypatch.setattr(module, "torch", fake)
+
+
+def density(model: TarFlow, images: Tensor, y: Tensor | None = None, **options: Any) -> CpuDensity:
+    return cpu_density(model.blocks, model.patchify(images), y, **{"gradient": True, "threads": 1, **options})
+
+
+def plain(model: TarFlow, images: Tensor, y: Tensor | None = None) -> CpuDensity:
+    """The same by the plain equations, in float64."""
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+    tokens = reference.patchify(images.double(), model.patch_size).requires_grad_()
+    found = reference.density(weights, tokens, y, head_dim=model.config.head_dim)
+    (found.log_det.sum() - 0.5 * found.z.square().sum()).backward()
+    assert tokens.grad is not None
+    return CpuDensity(torch.stack(found.outputs).detach(), found.log_det.detach(), tokens.grad)
+
+
+def assert_agree(found: CpuDensity, wanted: CpuDensity, tolerance: float = SAME_F32) -> None:
+    for got, right in zip(found, wanted, strict=True):
+        assert got is not None
+        assert right is not None
+        assert_close(got, right, tolerance * max(1.0, right.abs().max().item()))
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {},
+    "odd-channels": {"channels": 15, "head_dim": 5, "layers_per_block": 2},
+    "narrow-heads": {"channels": 12, "head_dim": 3, "in_channels": 3, "img_size": 6, "num_blocks": 3},
+    "wide-heads": {"channels": 72, "head_dim": 72, "layers_per_block": 2},
+    "one-head-of-21": {"channels": 21, "head_dim": 21},
+    "one-token": {"patch_size": 8},
+    "two-blocks-of-queries": {"img_size": 14, "channels": 16, "head_dim": 8},  # T = 49
+    "many-blocks-of-queries": {"img_size": 22, "channels": 16, "head_dim": 8, "num_blocks": 3},  # T = 121
+    "large-tokens": {"in_channels": 3, "patch_size": 4, "channels": 32, "head_dim": 16},
+    "volume-preserving": {"nvp": False, "channels": 40, "head_dim": 20},
+    "classes": {"num_classes": 5, "channels": 32, "head_dim": 16, "num_blocks": 3},
+}
+
+
+@every_set
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_agrees_with_the_plain_equations(isa: str, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    model = random_model(**{"head_dim": 32, **sizes})
+    images = random_images(model, 3)
+    y = torch.tensor([2, -1, 4]) if model.config.num_classes else None
+    wanted = plain(model, images, y)
+    assert_agree(density(model, images, y), wanted)
+    without = density(model, images, y, gradient=False)
+    assert without.gradient is None
+    assert_agree(without._replace(gradient=wanted.gradient), wanted)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_however_the_batch_is_divided(
+    sizes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of threads, the memory at hand, and the batch mates."""
+    model = random_model(**{"head_dim": 32, **sizes})
+    images = random_images(model, 7)
+    y = torch.arange(7) % 6 - 1 if model.config.num_classes else None
+    once = density(model, images, y, dtype=dtype)
+    assert all(part.isfinite().all() for part in once if part is not None)
+    alone = [density(model, images[i : i + 1], None if y is None else y[i : i + 1], dtype=dtype) for i in range(7)]
+    assert torch.equal(once.outputs, torch.cat([part.outputs for part in alone], dim=1))
+    assert torch.equal(once.gradient, torch.cat([part.gradient for part in alone]))  # type: ignore[arg-type, misc]
+    for threads in (2, 3, 4, 7, 16):
+        for most_bytes in (2**30, 1):
+            monkeypatch.setattr(module, "MOST_BYTES", most_bytes)
+            again = density(model, images, y, dtype=dtype, threads=threads)
+            assert all(map(torch.equal, once, again))  # type: ignore[arg-type]
+
+
+def test_many_groups_of_samples() -> None:
+    """More samples than a group takes: with one thread and with teams, and a last group that is smaller."""
+    model = load_pretrained()
+    images, y = random_images(model, 29) / 2, torch.arange(29) % 11 - 1
+    whole = density(model, images, y)
+    assert_agree(whole, plain(model, images, y))
+    for threads in (2, 5):
+        assert all(map(torch.equal, whole, density(model, images, y, threads=threads)))  # type: ignore[arg-type]
+
+
+@every_set
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
+def test_golden_cases(isa: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """z, every block's output, the mean log-det and the denoised image, as the published code returned them."""
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    model = case.model().set_density("cpu")
+    with torch.no_grad():
+        z, outputs, log_det = model(case.tensor("in.image"), case.y)
+    assert_close(z, case.tensor("out.forward_z"), GOLDEN_TOLERANCE)
+    assert_close(torch.stack(outputs), case.tensor("out.forward_outputs"), GOLDEN_TOLERANCE)
+    assert_close(log_det, case.tensor("out.forward_logdet").expand(len(z)), GOLDEN_TOLERANCE)
+    images = case.tensor("out.reverse_unguided")
+    denoised = denoise(model, images, case.y, noise_std=case.noise_std, backend="cpu")
+    assert_close(denoised, case.tensor("out.denoised_unguided"), GOLDEN_TOLERANCE)
+
+
+@every_set
+def test_denoised_images_are_torchs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On trained weights and images to within 2e-5, in fp32; in bf16 as near to them as torch's autocast is."""
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    model = load_pretrained()
+    images, y = random_images(model, 6) / 3, torch.arange(6) % 11 - 1
+    wanted = denoise(model, images, y, backend="torch")
+    assert max_error(images, wanted) > 0.1
+    assert_close(denoise(model, images, y, backend="cpu"), wanted, 2e-5)
+    half = denoise(model, images, y, backend="cpu", dtype=torch.bfloat16)
+    expression = denoise(model, images, y, backend="torch", dtype=torch.bfloat16)
+    assert_close(half, wanted, error_budget(expression, wanted, torch.bfloat16))
+    assert max_error(half, wanted) > 1e-4  # else it was not bf16
+
+
+@every_set
+def test_bf16_log_prob(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    model = load_pretrained()
+    images = random_images(model, 6) / 3
+    with torch.no_grad():
+        exact = model.set_density("torch").log_prob(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            expression = model.log_prob(images)
+            half = model.set_density("cpu").log_prob(images)
+    assert_close(half, exact, error_budget(expression, exact, torch.bfloat16))
+    assert not torch.equal(half, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_in_half_precision(dtype: torch.dtype) -> None:
+    model = random_model(dtype=dtype, num_classes=3)
+    images, y = random_images(model, 2), torch.tensor([-1, 2])
+    with torch.no_grad():
+        found = model.set_density("cpu")(images, y)
+        wanted = model.set_density("torch")(images, y)
+    exact = plain(model, images, y)
+    for got, expression, right in (
+        (found[0], wanted[0], exact.outputs[-1]),
+        (found[2], wanted[2], exact.log_det / images[0].numel()),
+    ):
+        assert got.dtype == expression.dtype == torch.float32
+        assert_close(got, right, SAME_F32 if dtype == torch.float32 else error_budget(expression, right, dtype))
+
+
+def test_weights_are_read_at_each_call() -> None:
+    """Also where torch's version counters do not see the change."""
+    model, other = random_model(0), random_model(1)
+    images = random_images(model, 2)
+    with torch.no_grad():
+        wanted = other.log_prob(images)
+        assert max_error(model.log_prob(images), wanted) > 1
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            ours.data.copy_(theirs.data)
+        assert torch.equal(model.log_prob(images), wanted)
+
+
+def test_strides_and_views() -> None:
+    """Weights that are not contiguous, and images that are a view, give the same bits; nothing is mutated."""
+    model = random_model(num_classes=3)
+    images, y = random_images(model, 4), torch.tensor([0, -1, 2, 1])
+    wanted = density(model, images, y)
+    for linear in (part for part in model.modules() if isinstance(part, nn.Linear)):
+        linear.weight = nn.Parameter(linear.weight.detach().T.contiguous().T)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wide = torch.full((4, 1, 8, 16), torch.nan)
+    wide[..., ::2] = images
+    assert all(map(torch.equal, wanted, density(model, wide[..., ::2], y)))  # type: ignore[arg-type]
+    assert torch.equal(wide[..., ::2], images)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@every_set
+def test_nan_stays_in_its_sample(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    model = random_model(img_size=14, channels=48, head_dim=16)
+    images = random_images(model, 5)
+    wanted = density(model, images)
+    images[2, 0, 3, 3] = torch.nan
+    found = density(model, images)
+    others = [0, 1, 3, 4]
+    assert found.log_det[2].isnan()
+    assert found.gradient is not None
+    assert wanted.gradient is not None
+    assert found.gradient[2].isnan().any()
+    assert torch.equal(found.outputs[:, others], wanted.outputs[:, others])
+    assert torch.equal(found.gradient[others], wanted.gradient[others])
+
+
+def test_a_default_dtype_or_device_changes_nothing() -> None:
+    model = random_model(num_classes=2)
+    images, y = random_images(model, 2), torch.tensor([1, -1])
+    with torch.no_grad():
+        wanted = model.set_density("cpu").log_prob(images, y), denoise(model, images, y, noise_std=0.1)
+        try:
+            torch.set_default_dtype(torch.float64)
+            with torch.device("meta"):
+                found = model.log_prob(images, y), denoise(model, images, y, noise_std=0.1, backend="cpu")
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, wanted, found))
+
+
+def _with_hook(model: TarFlow) -> None:
+    model.blocks[1].attn_blocks[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def _with_other_linear(model: TarFlow) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    size = model.config.channels
+    model.blocks[0].attn_blocks[0].attention.proj = Doubled(size, size)
+
+
+def _with_parametrisation(model: TarFlow) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].proj_in)
+
+
+def _nothing(model: TarFlow) -> None:
+    pass
+
+
+def _doubles(model: TarFlow) -> None:
+    model.double()
+
+
+def _sdpa(model: TarFlow) -> None:
+    model.set_attention("sdpa")
+
+
+@pytest.mark.parametrize(
+    ("change", "context", "reason"),
+    [
+        (_with_hook, torch.no_grad, "MLP has forward hooks"),
+        (_with_other_linear, torch.no_grad, "what a Doubled computes"),
+        (_with_parametrisation, torch.no_grad, "what a ParametrizedLinear computes"),
+        (_doubles, torch.no_grad, "float32 and bfloat16 only"),
+        (_sdpa, torch.no_grad, "attention='sdpa'"),
+        (_nothing, nullcontext, "autograd is to record"),
+        (_nothing, lambda: FlopCounterMode(display=False), "autograd|mode of torch"),
+    ],
+)
+def test_torch_serves_what_it_cannot(
+    change: Callable[[TarFlow], None], context: Callable[[], AbstractContextManager[Any]], reason: str
+) -> None:
+    """By default the result is PyTorch's; where the C++ pass was asked for, the error says why it cannot be had."""
+    model = random_model()
+    change(model)
+    images = random_images(model, 2)
+    with torch.no_grad():
+        wanted = model.set_density("torch")(images)
+    with context():
+        found = model.set_density("auto")(images)
+        assert torch.equal(found[0].detach(), wanted[0])
+        assert torch.equal(found[2].detach(), wanted[2])
+        with pytest.raises(BackendError, match=f"density 'cpu' cannot be had: .*({reason})"):
+            model.set_density("cpu")(images)
+
+
+def test_counting_modes_see_torchs_operations() -> None:
+    model = random_model()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(random_images(model, 2))
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap's own attention
+def test_transforms_of_torch_func_go_through_torch() -> None:
+    model = random_model()
+    images = random_images(model, 3)
+    with torch.no_grad():
+        wanted = model.set_density("torch").log_prob(images)
+        model.set_density("auto")
+        each = torch.func.vmap(lambda image: model(image[None])[0][0])(images)
+        assert_close(each, model(images)[0], SAME_F32)
+    score = torch.func.grad(lambda x: model(x)[2].sum())(images)
+    assert score.abs().max() > 0
+    assert_close(model.log_prob(images).detach(), wanted, SAME_F32 * 100)
+
+
+def test_frozen_models_record_gradients_of_images() -> None:
+    model = random_model().requires_grad_(False)
+    images = random_images(model, 2).requires_grad_()
+    model.log_prob(images).sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().max() > 0
+
+
+def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise BackendError("the native CPU engine was not built; install a C++17 compiler")
+
+    monkeypatch.setattr(module, "load_native", absent)
+    model = random_model()
+    images = random_images(model, 2)
+    assert "not built" in str(cpu_density_missing(model.blocks, images, torch.float32, gradients=False))
+    assert denoise(model, images, noise_std=0.1).isfinite().all()
+    with pytest.raises(BackendError, match=r"backend 'cpu' cannot be had: .*install a C\+\+17 compiler"):
+        denoise(model, images, noise_std=0.1, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "triton"}, ArgumentError, "backend"),
+        ({"backend": "cpu", "dtype": torch.float16}, BackendError, "float32 and bfloat16"),
+        ({"backend": "torch", "threads": 2}, BackendError, "threads"),
+        ({"threads": 0}, ArgumentError, "threads"),
+        ({"batch_size": 0}, ArgumentError, "batch_size"),
+    ],
+)
+def test_denoise_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = random_model()
+    with pytest.raises(error, match=message):
+        denoise(model, random_images(model, 2), noise_std=0.1, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("gpu",), ArgumentError, "density"),
+        (("cpu", 0), ArgumentError, "threads"),
+        (("torch", 2), BackendError, "threads"),
+    ],
+)
+def test_set_density_refuses(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    model = random_model()
+    with pytest.raises(error, match=message):
+        model.set_density(*arguments)
+
+
+def test_batches_of_images_do_not_matter() -> None:
+    model = random_model(num_classes=3)
+    images, y = random_images(model, 5), torch.tensor([0, 1, 2, -1, 0])
+    whole = denoise(model, images, y, noise_std=0.1)
+    assert torch.equal(whole, denoise(model, images, y, noise_std=0.1, batch_size=2))
+
+
+def test_several_callers_at_once() -> None:
+    model = random_model(img_size=14, channels=32, head_dim=16)
+    images = [random_images(model, 4, seed) for seed in range(8)]
+    wanted = [density(model, batch) for batch in images]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda batch: density(model, batch, threads=2), images))
+    for one, other in zip(wanted, found, strict=True):
+        assert all(map(torch.equal, one, other))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_signal_ends_the_pass(threads: int) -> None:
+    """What a signal's handler raises is raised by the call, long before its work is done."""
+    model = TarFlow(1, 32, 2, 128, 1, 4)
+    with torch.no_grad():
+        nn.init.normal_(model.blocks[0].proj_out.weight, std=0.01)  # type: ignore[union-attr, arg-type]
+    images = random_images(model, 24)
+    begun = time.perf_counter()
+    density(model, images, threads=threads)
+    whole = time.perf_counter() - begun
+
+    class Interrupted(Exception):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Interrupted
+
+    images = images.repeat(40, 1, 1, 1)
+    before = signal.signal(signal.SIGUSR1, handler)
+    timer = threading.Timer(whole, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        timer.start()
+        begun = time.perf_counter()
+        with pytest.raises(Interrupted):
+            density(model, images, threads=threads)
+        assert time.perf_counter() - begun < 20 * whole
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    density(model, images[:1], threads=threads)  # and the threads serve on
