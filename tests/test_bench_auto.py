@@ -93,7 +93,8 @@ def test_latents_and_labels_are_those_of_sample() -> None:
     assert torch.equal(baseline.sample(), problem.sampler("sequential").reverse(problem.z, problem.y))  # type: ignore[arg-type]
 
 
-def test_a_fixed_window_is_that_of_every_block() -> None:
+def test_a_fixed_window_is_that_of_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_times(monkeypatch, TIMES)
     problem = problem_of()
     wanted, allowed = problem.yardstick()
     sampler, baseline = entrants(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -88,13 +89,14 @@ SHAPES = [
     {"channels": 35, "head_dim": 7, "img_size": 10, "patch_size": 5, "layers_per_block": 2},  # nothing is even
     {"channels": 36, "head_dim": 12, "img_size": 8, "patch_size": 4, "in_channels": 3},  # D > C
     {"channels": 24, "head_dim": 8, "img_size": 6, "patch_size": 3, "num_classes": 2, "nvp": False},
-    {"channels": 1040, "head_dim": 16, "img_size": 4},  # a row does not fit in a warp's registers
     {"channels": 32, "head_dim": 32, "img_size": 14, "patch_size": 2},  # T = 49
     {"channels": 16, "head_dim": 16, "img_size": 4, "patch_size": 2, "layers_per_block": 3},
 ]
+WIDE = {"channels": 1040, "head_dim": 16, "img_size": 4}  # a row does not fit in a warp's registers
+SLOW = [pytest.mark.slow] if EMULATED else []
 
 
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("sizes", [*SHAPES, pytest.param(WIDE, marks=SLOW)], ids=str)
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 def test_shapes(sizes: dict[str, Any], guidance: Guidance) -> None:
     model = random_model(3, **sizes)
@@ -106,9 +108,16 @@ def test_shapes(sizes: dict[str, Any], guidance: Guidance) -> None:
     assert_close(got[1], log_det, GOLDEN)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_shapes_in_half_precision(dtype: torch.dtype, sizes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        *itertools.product(SHAPES, HALVES),
+        (WIDE, torch.bfloat16),
+        pytest.param(WIDE, torch.float16, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_shapes_in_half_precision(sizes: dict[str, Any], dtype: torch.dtype) -> None:
     """As good as the reference evaluated in that dtype."""
     model = random_model(3, **sizes)
     z = random_latents(model, 3)
@@ -206,7 +215,7 @@ def test_the_same_bits_in_any_shared_memory(device: Any, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("batch", [1, 13])
 def test_blocks_of_eight_warps_as_on_a_gpu(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(8))
-    model = random_model(8, channels=128, num_classes=2, img_size=4)
+    model = random_model(8, channels=64, head_dim=32, num_classes=2, img_size=4)
     z, condition = random_latents(model, batch), Condition(torch.arange(batch) % 3 - 1, GUIDED)
     for dtype, tolerance in ((torch.float32, GOLDEN), (torch.bfloat16, 0.1)):
         engine = engine_of(model, 1, dtype)

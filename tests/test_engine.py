@@ -70,12 +70,33 @@ def expected(
     return (x.flip(1) if flip else x), log_det
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("guidance", [Guidance(), GUIDED, Guidance(2.0, "a"), Guidance(0.5, "b", 1.3)], ids=repr)
+RULES = [Guidance(), GUIDED, Guidance(2.0, "a"), Guidance(0.5, "b", 1.3)]
+
+
+def with_rules(backend: str, marks: Any = ()) -> list[Any]:
+    """Triton's interpreter takes seconds for each; what is guided is the update kernel's, which has its own tests."""
+    long = RULES[2:] if backend == "triton" and KERNEL_DEVICE.type == "cpu" else []
+    return [
+        pytest.param(
+            backend, rule, marks=[*marks, *([pytest.mark.slow] if rule in long else [])], id=f"{rule}-{backend}"
+        )
+        for rule in RULES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "guidance"),
+    [
+        *with_rules("torch"),
+        *with_rules("cpu", NATIVE.marks),
+        *with_rules("triton"),
+        *with_rules("cuda", CUDA.marks),
+    ],
+)
 @pytest.mark.parametrize(
     ("batch", "k", "sizes"),
     [
-        (1, 0, {}),
+        (1, 0, {"img_size": 6}),
         (3, 1, {"num_classes": 4, "channels": 128, "layers_per_block": 2, "img_size": 6}),
         (5, 1, {"in_channels": 3, "img_size": 6, "patch_size": 2, "head_dim": 32}),
         (2, 0, {"img_size": 15, "patch_size": 5, "num_classes": 2, "head_dim": 16, "channels": 48}),
@@ -131,7 +152,7 @@ def test_half_precision_is_as_good_as_the_same_dtype_in_pytorch(
     backend: str, dtype: torch.dtype, guidance: Guidance
 ) -> None:
     """Engine against the reference evaluated in the half dtype, both against the exact result."""
-    model = random_model(7, num_classes=3, layers_per_block=2)
+    model = random_model(7, num_classes=3, layers_per_block=2, img_size=6)
     condition = Condition(torch.tensor([0, 1, -1]), guidance)
     z = random_latents(model, 3)
     engine = engine_of(model, 0, backend, dtype)

@@ -84,7 +84,7 @@ def test_launches_of_a_step_are_what_the_engine_says() -> None:
 
 def test_a_chain_of_split_tiles_makes_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where every operation of a chain leaves its parts in one memory, one after the other."""
-    model = random_model(num_classes=2, img_size=6)
+    model = random_model(num_classes=2, img_size=4)
     linear = norm_linear.Tile(16, 64, 16, splits=2)
     plan = triton_plan.Plan(
         attention=cached_attention.Tile(tokens=2, splits=8),
