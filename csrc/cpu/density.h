@@ -11,52 +11,52 @@ namespace tarflow {
 // One flow block as torch has it: fp32, contiguous, linear layers (out, in), positions in the image's order of tokens.
 struct DensityBlock {
   const float *in_weight, *in_bias, *position, *out_weight, *out_bias;
-  const float* embedding;     // (B, C), the class of each sample, or null
+  const float* embedding;  // (B, C), the class of each sample, or null
   const LayerSource* layer;
-  bool reversed;              // the block reads the image's tokens from the last to the first
+  bool reversed;  // the block reads the image's tokens from the last to the first
 };
 
 // What one transformer layer leaves behind for the gradient, for all rows of a group. A pass without gradient gives every
 // layer the same memory, and one stream: in == mid == out.
 struct Trace {
   float *in, *mid, *out;  // (rows, channel_stride): the residual stream before attention, after it, and after the MLP
-  float* qkv;             // (rows, qkv_stride), columns ordered (q|k|v, head, channel)
-  float* softmax;         // (samples, heads, 3, row_stride): the largest logit, 1 / Σ exp, and Σ_j P_ij dP_ij
-  float* norm;            // (rows, 4): mean and 1 / standard deviation of both norms
-  float* slope;           // (rows, hidden_stride): GELU′ of the MLP's first layer; null without a gradient
+  float* qkv;  // (rows, qkv_stride), columns ordered (q|k|v, head, channel)
+  float* softmax;  // (samples, heads, 3, row_stride): the largest logit, 1 / Σ exp, and Σ_j P_ij dP_ij
+  float* norm;  // (rows, 4): mean and 1 / standard deviation of both norms
+  float* slope;  // (rows, hidden_stride): GELU′ of the MLP's first layer; null without a gradient
 };
 
 // A group of samples on its way through the blocks. A row is one token of one sample, in the block's order; the last
 // token of a sample determines no other and has none. A team of threads shares all this memory.
 struct DensityGroup {
   int64_t first, samples;  // of the batch
-  int64_t rows;            // samples · (tokens − 1)
+  int64_t rows;  // samples · (tokens − 1)
   Sizes sizes;
   int64_t heads, out_dim;
   int64_t in_stride, channel_stride, qkv_stride, hidden_stride, out_stride, row_stride;
   float attention_scale;
 
-  const float* x;    // (B, T, D) in the image's order: what the block at hand is given
-  float* z;          // (B, T, D), and what it makes of that
-  double* log_det;   // (B,), added to: Σ −xa over the block's values, in nats
-  float* gradient;   // (B, T, D): d log p / d z, which the backward steps turn into d log p / d x; or null
+  const float* x;  // (B, T, D) in the image's order: what the block at hand is given
+  float* z;  // (B, T, D), and what it makes of that
+  double* log_det;  // (B,), added to: Σ −xa over the block's values, in nats
+  float* gradient;  // (B, T, D): d log p / d z, which the backward steps turn into d log p / d x; or null
 
-  float* stream;            // (rows, channel_stride): what embed makes, and what transform reads
-  float *gathered, *out;    // (rows, in_stride), (rows, out_stride)
-  float* token_log_det;     // (rows,)
-  float* scale;             // (rows, in_stride): exp(−xa) of the block at hand, for the gradient
-  void *normed, *attended, *hidden;            // (rows, channel_, channel_, hidden_stride) of the products' operand type
-  float *d_stream, *d_normed, *d_attended;     // (rows, channel_stride)
-  void *operand, *d_qkv;                       // d_stream (rows, channel_stride) and d qkv (rows, qkv_stride) as operands
+  float* stream;  // (rows, channel_stride): what embed makes, and what transform reads
+  float *gathered, *out;  // (rows, in_stride), (rows, out_stride)
+  float* token_log_det;  // (rows,)
+  float* scale;  // (rows, in_stride): exp(−xa) of the block at hand, for the gradient
+  void *normed, *attended, *hidden;  // (rows, channel_, channel_, hidden_stride) of the products' operand type
+  float *d_stream, *d_normed, *d_attended;  // (rows, channel_stride)
+  void *operand, *d_qkv;  // d_stream (rows, channel_stride) and d qkv (rows, qkv_stride) as operands
 };
 
 // One thread of a team, and its scratch.
 struct DensityWorker {
   int64_t rank, size;
   Barrier* barrier;
-  void* panel;        // a panel of weights
-  float* packed[4];   // (row_stride + panel width) · head_dim of keys, values … as panels
-  float* scores[2];   // (QUERIES, row_stride)
+  void* panel;  // a panel of weights
+  float* packed[4];  // (row_stride + panel width) · head_dim of keys, values … as panels
+  float* scores[2];  // (QUERIES, row_stride)
 };
 
 // A step of the pass; all threads of a team call it, and it ends with a barrier.

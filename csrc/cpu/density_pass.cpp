@@ -122,7 +122,7 @@ struct Team {
   DensityGroup group;
   Barrier barrier;
   std::vector<DensityWorker> workers;
-  std::vector<Trace> traces;   // [block][layer]
+  std::vector<Trace> traces;  // [block][layer]
   std::vector<float*> scales;  // by block, see DensityGroup::scale
   size_t bytes;
   Memory memory;
