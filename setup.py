@@ -206,9 +206,13 @@ CUDA_ENGINE = Extension(
 )
 
 setup(
-    packages=[*find_packages(include=["tarflow_fast", "tarflow_fast.*"]), "tarflow_fast.kernels"],
+    packages=[
+        *find_packages(include=["tarflow_fast", "tarflow_fast.*"]),
+        "tarflow_fast.kernels",
+        "tarflow_fast.pretrained",  # data alone
+    ],
     package_dir={"tarflow_fast": "tarflow_fast", "tarflow_fast.kernels": "kernels"},
-    package_data={"tarflow_fast": ["py.typed", "pretrained/*"]},
+    package_data={"tarflow_fast": ["py.typed"], "tarflow_fast.pretrained": ["*"]},
     ext_modules=[CPU_ENGINE, CUDA_ENGINE],
     cmdclass={"build_ext": BuildNative},
 )

@@ -42,12 +42,14 @@ class CpuDensity(NamedTuple):
     """What `cpu_density` found.
 
     outputs: (K, B, T, D) fp32, x after each block, the last of which is z; log_det: (B,) fp64, log|det dz/dx| in nats;
-    gradient: (B, T, D) fp32, d(log|det dz/dx| − ½ |z|²)/dx, or None where it was not asked for.
+    gradient: (B, T, D) fp32, d(log|det dz/dx| − ½ |z|²)/dx, or None where it was not asked for; workspace_bytes: the
+    memory that the pass took beside these, which it has given back.
     """
 
     outputs: Tensor
     log_det: Tensor
     gradient: Tensor | None
+    workspace_bytes: int
 
 
 def cpu_density_missing(blocks: nn.ModuleList, x: Tensor, dtype: torch.dtype, *, gradients: bool) -> str | None:
@@ -133,7 +135,7 @@ def cpu_density(
     outputs = torch.empty((len(addresses), B, T, D), dtype=torch.float32, device="cpu")
     log_det = torch.empty(B, dtype=torch.float64, device="cpu")
     slope = torch.empty_like(x) if gradient else None
-    load_native().density(
+    workspace_bytes = load_native().density(
         channels=C,
         head_dim=C // first.attn_blocks[0].attention.num_heads,
         tokens=T,
@@ -150,7 +152,7 @@ def cpu_density(
         threads=threads or torch.get_num_threads(),
         most_bytes=MOST_BYTES,
     )
-    return CpuDensity(outputs, log_det, slope)
+    return CpuDensity(outputs, log_det, slope, workspace_bytes)
 
 
 def _layer(layer: Any) -> tuple[Tensor, ...]:

@@ -159,6 +159,7 @@ class Source:
         for package in ("tarflow_fast", "kernels"):
             (self.folder / package).mkdir()
             (self.folder / package / "__init__.py").touch()
+        (self.folder / "tarflow_fast" / "pretrained").mkdir()
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, self.folder)
         for name in ("g++", "nvcc"):

@@ -87,8 +87,8 @@ void run(const Engine& engine, Address z, Address x, Address token_log_det, cons
 // A block of the density pass: proj_in (weight, bias), position, proj_out (weight, bias), embedding, and its layers.
 using DensityAddresses = std::pair<std::array<Address, 6>, std::vector<LayerAddresses>>;
 
-// blocks: fp32, each element of a block whose number is odd reads the tokens backwards.
-void density(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, bool affine,
+// blocks: those with an odd number read the tokens backwards. Returns the bytes that the pass took.
+int64_t density(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, bool affine,
              const std::vector<DensityAddresses>& blocks, int64_t samples, Address x, Address outputs, Address log_det,
              Address gradient, bool bf16, const std::string& instruction_set, int threads, int64_t most_bytes) {
   const Sizes sizes{channels, head_dim, tokens, token_dim, static_cast<int64_t>(blocks.front().second.size()), affine};
@@ -102,10 +102,12 @@ void density(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_d
                      layers.back().data(), plain.size() % 2 == 1});
   }
   const DensityBatch batch{samples, at<const float>(x), at<float>(outputs), at<double>(log_det), at<float>(gradient)};
+  int64_t bytes = 0;
   without_gil(py::none(), [&](const auto& hook) {
-    density_pass(sizes, plain, batch, bf16, kernels_named(instruction_set), threads, most_bytes,
+    density_pass(sizes, plain, batch, bf16, kernels_named(instruction_set), threads, most_bytes, bytes,
                  [&] { return hook(0); });
   });
+  return bytes;
 }
 
 // (name, whether it can be used here), worst first

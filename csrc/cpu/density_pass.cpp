@@ -181,8 +181,10 @@ Division divide(const DensityGroup& g, int64_t samples, int threads, int64_t mos
 }  // namespace
 
 bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16,
-                  const Kernels& kernels, int threads, int64_t most_bytes, const std::function<bool()>& hook) {
+                  const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes,
+                  const std::function<bool()>& hook) {
   const int64_t B = batch.samples, K = static_cast<int64_t>(blocks.size()), values = sizes.tokens * sizes.token_dim;
+  bytes = 0;
   std::fill_n(batch.log_det, B, 0.0);
   if (sizes.tokens == 1) {  // it passes unchanged
     for (int64_t k = 0; k < K; k++) std::copy_n(batch.x, B * values, batch.outputs + k * B * values);
@@ -192,13 +194,14 @@ bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, c
   const DensityGroup like = shape(sizes, batch);
   const bool gradient = batch.gradient != nullptr;
   const size_t operand = bf16 && kernels.bf16_operands ? sizeof(uint16_t) : sizeof(float);
-  const auto bytes = [&](const Division& d) { return Team(like, d, K, gradient, operand).bytes; };
-  const Division division = divide(like, B, threads, most_bytes, bytes);
+  const auto each = [&](const Division& d) { return Team(like, d, K, gradient, operand).bytes; };
+  const Division division = divide(like, B, threads, most_bytes, each);
   const int64_t groups = (B + division.samples - 1) / division.samples;
   std::vector<std::unique_ptr<Team>> teams;
   for (int64_t i = 0; i < division.teams; i++) {
     teams.push_back(std::make_unique<Team>(like, division, K, gradient, operand));
     teams.back()->fetch_memory(division, K, gradient, operand);
+    bytes += static_cast<int64_t>(teams.back()->bytes);
   }
 
   const DensityKernels& steps = *kernels.density;

@@ -18,9 +18,10 @@ struct DensityBatch {
 };
 
 // Weights are read where they are, for as long as the call lasts. most_bytes: what all that is at hand at once may take,
-// where it is of more than one sample. hook: called on the calling thread, at most every 50 ms; whether to go on. Returns
-// false if it ended the pass. Any number of calls may run at once.
+// where it is of more than one sample; bytes: what it took. hook: called on the calling thread, at most every 50 ms;
+// whether to go on. Returns false if it ended the pass. Any number of calls may run at once.
 bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16,
-                  const Kernels& kernels, int threads, int64_t most_bytes, const std::function<bool()>& hook);
+                  const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes,
+                  const std::function<bool()>& hook);
 
 }  // namespace tarflow
