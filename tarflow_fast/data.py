@@ -170,7 +170,8 @@ def _load_npz(path: Path) -> ImageData:
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path}: not a .npz file")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a file open that it has opened itself and finds broken.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             for name in ("images", "labels", "class_names"):
                 if name in file.files:
                     arrays[name] = file[name]
