@@ -105,7 +105,8 @@ class TorchEngine:
         if self._compiled is None and spent is not None and spent.cache.keys_values.shape == shape:
             keys_values = spent.cache.keys_values
         else:
-            keys_values = self._static(torch.empty(shape, dtype=self.dtype, device=self.device))
+            # A compiled step has whole lengths of keys before it, of which the last are zeros until they are written.
+            keys_values = self._static(torch.zeros(shape, dtype=self.dtype, device=self.device))
         return BlockState(
             z=z,
             x=z.clone(),
