@@ -8,6 +8,7 @@ emulation.
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ if not torch.cuda.is_available():
     from interpreter import patch_once
 
     patch_once()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a job in the background, whose processes would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # the models are too small to gain from more
 

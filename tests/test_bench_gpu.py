@@ -275,6 +275,7 @@ def test_a_file_may_be_skipped_but_not_be_without_tests(
 # The command
 
 
+@pytest.mark.slow
 def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_cells, "BACKEND", "triton")
     out = tmp_path / "run.json"

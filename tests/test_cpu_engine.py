@@ -496,7 +496,7 @@ def test_packed_weights_take_no_more_than_the_weights() -> None:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells the peak")
 @pytest.mark.parametrize("sizes", [(32, 64, 4, 2, 160), (16, 512, 8, 1, 1)], ids=["large batch", "large block"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_peak_memory(dtype: str, sizes: tuple[int, ...]) -> None:
     """Making a sampler and drawing takes its copy of the model, the packed weights, one KV cache, and at most 64 MB."""
     code = f"""

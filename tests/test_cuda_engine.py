@@ -366,7 +366,9 @@ def by_the_host(frontier: Frontier, window: int, most: int = 1000) -> int:
 
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 @pytest.mark.parametrize("tol", [0.0, 1e-3, 0.1])
-@pytest.mark.parametrize(("batch", "window"), [(1, 15), (3, 1), (3, 5), (5, 15), (2, 32)])
+@pytest.mark.parametrize(
+    ("batch", "window"), [(1, 15), (3, 1), (3, 5), pytest.param(5, 15, marks=pytest.mark.slow), (2, 32)]
+)
 def test_the_frontier_on_the_device_is_the_hosts(guidance: Guidance, tol: float, batch: int, window: int) -> None:
     """As many passes and evaluations, and the same tokens, also where samples need several launches."""
     model = random_model(6, num_classes=2, channels=32, head_dim=16)

@@ -192,6 +192,7 @@ def test_classify(tmp_path: Path) -> None:
     assert read(tmp_path / "images.png").shape == (2 * SIDE, 10 * SIDE)
 
 
+@pytest.mark.slow
 def test_train_on_folder_of_ones_own(tmp_path: Path) -> None:
     """Coloured stripes along and across, larger than is asked for, with noise: 16 of each in `train`, 3 in `test`."""
     rng = np.random.default_rng(0)

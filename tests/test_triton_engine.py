@@ -242,7 +242,7 @@ def test_windows_are_widened_to_few_widths(tokens: int) -> None:
     assert widths == {2**i for i in range(6) if 2**i < tokens - 1} | {tokens - 1}
 
 
-SOME_WINDOWS = ((1, 13), (2, 14), (3, 13), (4, 12), (7, 9), (9, 5), (15, 1))  # width, start: into each buffer
+SOME_WINDOWS = ((1, 13), (3, 13), (7, 9), (15, 1))  # width, start
 ALL_WINDOWS = ((1, 9), (2, 1), (3, 10), (4, 12), (5, 2), (6, 10), (7, 7), (8, 6), (9, 5), (12, 2), (15, 1))
 
 
@@ -579,7 +579,8 @@ def compile_all(*arguments: str, **environment: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("architecture", ["90", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("80", "100"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
 def test_kernels_compile_for_every_architecture_without_spills(architecture: str) -> None:
     done = compile_all("--only", "triton", "--arch", architecture)
     assert done.returncode == 0, done.stdout + done.stderr
