@@ -211,7 +211,7 @@ class TestProcess:
         with subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             shown = ""
-            while shown.count("sampling") < 2:  # tqdm draws its bar once before it is made, and cannot be interrupted then
+            while shown.count("sampling") < 2:  # the first is drawn before the bar is made
                 shown += process.stderr.read(1)
             process.send_signal(signal.SIGINT)
             rest = process.stderr.read()
