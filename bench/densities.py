@@ -1,4 +1,4 @@
-"""The density pass and its gradient by the implementation that is asked for."""
+"""The density pass and its gradient by the implementation that is asked for. The caller sets torch's threads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ BACKENDS = ("auto", "cpu", "torch")
 
 def with_density(model: TarFlow, backend: str, threads: int) -> TarFlow:
     """A copy of the model whose density pass is this backend's."""
-    chosen: TarFlow = copy.deepcopy(model).set_density(backend, threads=threads)
-    return chosen
+    return copy.deepcopy(model).set_density(backend, None if backend == "torch" else threads)
 
 
 def denoised(
@@ -26,7 +25,7 @@ def denoised(
     noise_std: float,
     backend: str,
     threads: int,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`tarflow_fast.denoise` by this backend."""
@@ -38,5 +37,5 @@ def denoised(
         batch_size=batch_size,
         dtype=dtype,
         backend=backend,
-        threads=threads,
+        threads=None if backend == "torch" else threads,
     )

@@ -64,14 +64,14 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LARGE_BYTES", 2**20)
 
 
-def density_stand_in(monkeypatch: pytest.MonkeyPatch, error: float = 0.0) -> None:
-    """Backends of the density that are all torch's; that of "cpu" denoises with an error."""
+def wrong_density(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    """What the backend "cpu" denoises has an error."""
 
-    def denoise(model: TarFlow, images: Tensor, y: Tensor | None, *, backend: str, threads: int, **how: Any) -> Tensor:
-        return tarflow_fast.denoise(model, images, y, **how) + (error if backend == "cpu" else 0.0)
+    def denoise(model: TarFlow, images: Tensor, y: Tensor | None, *, backend: str, **how: Any) -> Tensor:
+        right = tarflow_fast.denoise(model, images, y, backend=backend, **how)
+        return right + (error if backend == "cpu" else 0.0)
 
     monkeypatch.setattr(densities, "denoise", denoise)
-    monkeypatch.setattr(TarFlow, "set_density", lambda model, backend, threads: model, raising=False)
 
 
 def bench(*arguments: str | Path | int) -> Result:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from stand_in import bench, density_stand_in, quick_limits
+from stand_in import bench, quick_limits, wrong_density
 
 from bench import density, machine, record, roofline
 from bench.density import MODELS, TOLERANCE, DensityCell, Problem, verdict
@@ -62,7 +62,6 @@ def test_fp32_is_held_to_torch_and_bf16_to_its_error() -> None:
 @native
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick_limits(monkeypatch)
-    density_stand_in(monkeypatch)
     threads, out = torch.get_num_threads(), tmp_path / "run.json"
     result = run(out)
     assert result.exit_code == 0, result.output
@@ -93,7 +92,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @native
 def test_a_wrong_gradient_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick_limits(monkeypatch)
-    density_stand_in(monkeypatch, error=2 * TOLERANCE)
+    wrong_density(monkeypatch, 2 * TOLERANCE)
     out = tmp_path / "run.json"
     result = run(out, "--dtype", "float32")
     assert result.exit_code == 1

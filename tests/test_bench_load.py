@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases import random_model
 from PIL import Image
-from stand_in import bench, density_stand_in
+from stand_in import bench
 
 import tarflow_fast as tff
 from bench import busy, load, machine, record, timing
@@ -275,7 +275,6 @@ def saved_model(folder: Path) -> Path:
 
 @pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    density_stand_in(monkeypatch)
     monkeypatch.setattr(load, "SAMPLE", 0.001)
     monkeypatch.setattr(busy, "SETTLE", 0.0)
     threads, children = torch.get_num_threads(), len(psutil.Process().children())
@@ -310,7 +309,6 @@ def test_threads_beyond_the_cores_are_wrong_usage(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
 def test_the_commands_do_what_the_library_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    density_stand_in(monkeypatch)
     path = saved_model(tmp_path)
     inputs = Inputs.draw(tff.load(path), path, 3, 5, "auto", tmp_path)
 

@@ -6,6 +6,16 @@
 
 constexpr int64_t MOST_ROWS = ACCUMULATORS / 2;  // of a tile of one panel
 
+// Asks for part i of n of the panel of weights that comes next: it lies in no order that the processor would foresee, and
+// beyond the caches near by. weight, ld, k: as for `multiply`, from the panel's first column on.
+template <bool Transposed>
+INLINE void fetch_panel(const float* weight, int64_t ld, int64_t k, int64_t i, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(float), across = NB < line ? 1 : NB / line;
+  const int64_t lines = Transposed ? NB * ld / line : k * across;
+  for (int64_t at = lines * i / n; at < lines * (i + 1) / n; at++)
+    __builtin_prefetch(Transposed ? weight + at * line : weight + at / across * ld + at % across * line);
+}
+
 // y = a Wᵀ or a W for this worker's share of the tiles. W: (columns, k) if it is to be transposed, else (k, columns);
 // ld: its row's length; bias (columns,) or null. finish(row, rows, column, y, bias): a tile y (rows, NB) and the bias of
 // its columns, both 0 beyond the last column.
@@ -27,6 +37,8 @@ void multiply(const typename M::act* a, int64_t stride, int64_t rows, const floa
     const int64_t last = blocks - b < end - item ? blocks : b + end - item;
     for (item += last - b; b < last; b++) {
       const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
+      if (column + NB < columns)
+        fetch_panel<Transposed>(weight + (column + NB) * (Transposed ? ld : 1), ld, k, b, blocks);
       choose_tile<M>(count, 1)(a + row * stride, stride, panel, 0, padded, y);
       finish(row, count, column, y, shift);
     }

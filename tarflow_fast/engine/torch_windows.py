@@ -59,10 +59,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √d, mask) v; q: (R, H, W, d), k, v: (R, H, keys, d).
 
     mask: (W, keys), or (R, 1, W, keys), True where a key is seen; None: everywhere. A key that some query does not see
-    may be infinite or NaN: a later token of a window. Its weight is 0, but 0 · NaN is NaN: such keys and values are left
-    out, and the result is NaN for the queries that do see them. What no query of a row sees is memory that nothing was
-    written to, where a large number is as bad, as its logit overflows: it is left out too. A mask (1, keys) must hide
-    zeros, or keys and values of other tokens.
+    may be infinite or NaN: a later token of a window. Its weight is 0, but 0 · NaN is NaN: such keys and values are
+    left out, and the result is NaN for the queries that do see them. What no query of a row sees is memory that nothing
+    was written to, where a large number is as bad, as its logit overflows: it is left out too. A mask (1, keys) must
+    hide zeros, or keys and values of other tokens.
     """
     if mask is None or mask.shape[:-1] == (1,):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
