@@ -179,6 +179,7 @@ def test_log_dets_are_fp32_under_any_default() -> None:
 
 
 class TestOperator:
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck of torch 2.15
     @every_kind
     def test_is_a_well_behaved_op(self, nvp: bool, flip: bool) -> None:
         out, x = operands((2, 3, 2), nvp, torch.bfloat16)
