@@ -76,5 +76,6 @@ def processes(device: str) -> Iterator[Processes]:
     dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), picked)
+        dist.barrier()  # a process that ends while another still talks to it can be aborted by its own gloo threads
     finally:
         dist.destroy_process_group()
