@@ -8,7 +8,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir "$folder/source"
 cp -R csrc kernels tarflow_fast setup.py pyproject.toml README.md LICENSE "$folder/source"
-cp -R tests pyproject.toml "$folder"
+cp -R csrc tests pyproject.toml "$folder"  # csrc: of the emulation of CUDA, which some of these tests ask for
 cd "$folder"
 CXX=g++ python -m pip install --quiet --no-deps --target . ./source
 ls tarflow_fast/_cpu* > /dev/null  # the extension is optional: without it the tests would be skipped
@@ -19,4 +19,5 @@ export LD_PRELOAD
 # Leaks are Python's own. Memory is full of NaN (0xff…) until it is written.
 export ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000
 export UBSAN_OPTIONS=print_stacktrace=1
-python -m pytest tests/test_cpu_engine.py tests/test_cpu_density.py tests/test_engine.py -k cpu "$@"
+# Of memory the sanitizer itself takes more than the test of it allows.
+python -m pytest tests/test_cpu_engine.py tests/test_cpu_density.py tests/test_engine.py -k "cpu and not peak_memory" "$@"
