@@ -76,7 +76,7 @@ def density_bars(record: Record, hardware: str) -> Figure:
     handles = [Patch(color=colour, label=kind) for kind, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
     figure.supxlabel(
-        f"{hardware}, torch {record['machine']['torch']}; median, line from p20 to p80; "
+        f"{hardware}, torch {record['machine']['torch']}\nmedian, line from p20 to p80; "
         "below the ratio the share of the machine's limit",
         fontsize=8,
         color="#555555",

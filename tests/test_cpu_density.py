@@ -89,6 +89,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "many-blocks-of-queries": {"img_size": 22, "channels": 16, "head_dim": 8, "num_blocks": 3},  # T = 121
     "large-tokens": {"in_channels": 3, "patch_size": 4, "channels": 32, "head_dim": 16},
     "volume-preserving": {"nvp": False, "channels": 40, "head_dim": 20},
+    "threads-that-share": {"img_size": 24, "channels": 256, "head_dim": 64},  # a sample is work for several
     "classes": {"num_classes": 5, "channels": 32, "head_dim": 16, "num_blocks": 3},
 }
 

@@ -16,7 +16,9 @@ namespace tarflow {
 namespace {
 
 constexpr int64_t GROUP_ROWS = 400;       // enough for weights to be packed on the way at a few percent
-constexpr int64_t THREAD_WORK = 1 << 18;  // multiplications of a product below which a thread costs more than it does
+// Multiplications of a product below which another thread is not worth its wait at the barriers: on a quiet machine it
+// gains little, and beside other processes it takes many times as long as one thread alone.
+constexpr int64_t THREAD_WORK = 1 << 22;
 constexpr auto HOOK_INTERVAL = std::chrono::milliseconds(50);
 
 // Hands out parts of a piece of memory; without one, counts how long it has to be.
