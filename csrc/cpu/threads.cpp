@@ -6,6 +6,10 @@
 #else
 #include <unistd.h>
 #endif
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
 
 #include "kernels.h"
 
@@ -39,6 +43,27 @@ bool await(const Ready& ready, std::chrono::microseconds patience) {
   return true;
 }
 
+// Sleeps while the word has this value, or not at all; may wake for no reason. Where there is no such call, yields.
+void sleep_while(const std::atomic<uint32_t>& word, uint32_t value) {
+#ifdef __linux__
+  static_assert(sizeof word == 4);
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+#else
+  static_cast<void>(word), static_cast<void>(value);
+  std::this_thread::yield();
+#endif
+}
+
+void wake_all(const std::atomic<uint32_t>& word) {
+#ifdef __linux__
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#else
+  static_cast<void>(word);
+#endif
+}
+
+// A thread spins so long at a barrier before it sleeps: longer than one that runs keeps others waiting.
+constexpr std::chrono::microseconds PATIENCE{50};
 constexpr std::chrono::microseconds LINGER{200};  // between two flow blocks a sampler needs about this long
 
 }  // namespace
@@ -47,12 +72,21 @@ void Barrier::wait() {
   const uint32_t phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
+    phase_.store(phase + 1);  // in one order with sleeping_: either this sees the sleeper, or that one the new phase
+    if (sleeping_.load() > 0) wake_all(phase_);
     return;
   }
-  const auto moved_on = [&] { return phase_.load(std::memory_order_acquire) != phase; };
-  while (!await(moved_on, std::chrono::seconds(1))) {
-  }
+  // No yielding here: it would hand the core to another process for a whole turn, where to sleep is to be woken at once.
+  const auto end = std::chrono::steady_clock::now() + PATIENCE;
+  do {
+    for (int i = 0; i < SPINS; i++) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+      pause_briefly();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  sleeping_.fetch_add(1);
+  while (phase_.load() == phase) sleep_while(phase_, phase);
+  sleeping_.fetch_sub(1);
 }
 
 void wait_at(Barrier* barrier) { barrier->wait(); }

@@ -12,7 +12,8 @@
 
 namespace tarflow {
 
-// All `size` threads meet here, again and again. Waiting spins for some microseconds and then yields.
+// All `size` threads meet here, again and again. Waiting spins for some microseconds and then sleeps, so
+// that a thread whose core another process has taken is not waited for by one that burns its own.
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
@@ -22,6 +23,7 @@ class Barrier {
   const int size_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  std::atomic<int> sleeping_{0};
 };
 
 // Worker threads that live as long as the process, woken for one job at a time.
