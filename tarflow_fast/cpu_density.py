@@ -18,23 +18,12 @@ from torch.utils._device import DeviceContext
 
 from .errors import BackendError
 from .flow_block import MLP, Attention, AttentionBlock, FlowBlock
-from .native import choose_instruction_set, load_native
+from .native import CPU_DTYPES, choose_instruction_set, load_native
 
 DENSITY_BACKENDS = ("auto", "cpu", "torch")
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 MOST_BYTES = 2**30
 
-_PLAIN = {
-    FlowBlock: ("proj_in", "proj_out"),
-    AttentionBlock: ("attention", "mlp"),
-    Attention: ("norm", "qkv", "proj"),
-    MLP: ("norm", "main"),
-    nn.Linear: (),
-    nn.LayerNorm: (),
-    nn.GELU: (),
-    nn.Sequential: (),
-    nn.ModuleList: (),
-}
+_PLAIN = (FlowBlock, AttentionBlock, Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential, nn.ModuleList)
 """The modules whose arithmetic the C++ pass knows. A subclass may compute something else."""
 
 

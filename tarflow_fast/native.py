@@ -6,9 +6,12 @@ import os
 from importlib import import_module
 from types import ModuleType
 
+import torch
+
 from .errors import BackendError
 
 ISA_VARIABLE = "TARFLOW_FAST_CPU_ISA"
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def load_native() -> ModuleType:

@@ -40,8 +40,8 @@ LayerSource layer_at(const LayerAddresses& addresses) {
 Engine make(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, int64_t layers, bool affine,
             const std::array<Address, 5>& ends, const py::function& layer, bool bf16,
             const std::string& instruction_set) {
-  Source source{at<const float>(ends[0]), at<const float>(ends[1]), at<const float>(ends[2]), at<const float>(ends[3]),
-                at<const float>(ends[4]), nullptr};
+  Source source{at<const float>(ends[0]), at<const float>(ends[1]), at<const float>(ends[2]),
+                at<const float>(ends[3]), at<const float>(ends[4]), nullptr};
   source.layer = [&](int64_t i) {
     const py::gil_scoped_acquire acquire;
     return layer_at(layer(i).cast<LayerAddresses>());
@@ -78,9 +78,21 @@ void run(const Engine& engine, Address z, Address x, Address token_log_det, cons
          const std::vector<int64_t>& stop, Address change, Address residual, int64_t widest, Address keys_values,
          Address embedding, Address guidance, bool guide_a, bool guide_b, float unguided_scale, bool sequential,
          int threads, const py::object& progress) {
-  const Batch batch{at<const float>(z), at<float>(x), at<float>(token_log_det), start.data(), stop.data(),
-                    at<float>(change), at<float>(residual), widest, at<void>(keys_values), at<const float>(embedding),
-                    at<const float>(guidance), guide_a, guide_b, unguided_scale, static_cast<int64_t>(start.size())};
+  const Batch batch{at<const float>(z),
+                    at<float>(x),
+                    at<float>(token_log_det),
+                    start.data(),
+                    stop.data(),
+                    at<float>(change),
+                    at<float>(residual),
+                    widest,
+                    at<void>(keys_values),
+                    at<const float>(embedding),
+                    at<const float>(guidance),
+                    guide_a,
+                    guide_b,
+                    unguided_scale,
+                    static_cast<int64_t>(start.size())};
   without_gil(progress, [&](const Engine::Hook& hook) { engine.run(batch, sequential, threads, hook); });
 }
 
@@ -89,8 +101,9 @@ using DensityAddresses = std::pair<std::array<Address, 6>, std::vector<LayerAddr
 
 // blocks: those with an odd number read the tokens backwards. Returns the bytes that the pass took.
 int64_t density(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, bool affine,
-             const std::vector<DensityAddresses>& blocks, int64_t samples, Address x, Address outputs, Address log_det,
-             Address gradient, bool bf16, const std::string& instruction_set, int threads, int64_t most_bytes) {
+                const std::vector<DensityAddresses>& blocks, int64_t samples, Address x, Address outputs,
+                Address log_det, Address gradient, bool bf16, const std::string& instruction_set, int threads,
+                int64_t most_bytes) {
   const Sizes sizes{channels, head_dim, tokens, token_dim, static_cast<int64_t>(blocks.front().second.size()), affine};
   std::vector<std::vector<LayerSource>> layers;
   std::vector<DensityBlock> plain;
@@ -98,8 +111,8 @@ int64_t density(int64_t channels, int64_t head_dim, int64_t tokens, int64_t toke
     layers.emplace_back();
     for (const LayerAddresses& layer : addresses) layers.back().push_back(layer_at(layer));
     plain.push_back({at<const float>(ends[0]), at<const float>(ends[1]), at<const float>(ends[2]),
-                     at<const float>(ends[3]), at<const float>(ends[4]), at<const float>(ends[5]),
-                     layers.back().data(), plain.size() % 2 == 1});
+                     at<const float>(ends[3]), at<const float>(ends[4]), at<const float>(ends[5]), layers.back().data(),
+                     plain.size() % 2 == 1});
   }
   const DensityBatch batch{samples, at<const float>(x), at<float>(outputs), at<double>(log_det), at<float>(gradient)};
   int64_t bytes = 0;
@@ -119,7 +132,9 @@ std::vector<std::pair<std::string, bool>> list_instruction_sets() {
 
 void elementary(const std::string& name, const std::string& instruction_set, Address x, Address out, int64_t n) {
   const Kernels& kernels = kernels_named(instruction_set);
-  (name == "gelu" ? kernels.gelu : name == "gelu_slope" ? kernels.gelu_slope : kernels.exp)(at<const float>(x), at<float>(out), n);
+  (name == "gelu"         ? kernels.gelu
+   : name == "gelu_slope" ? kernels.gelu_slope
+                          : kernels.exp)(at<const float>(x), at<float>(out), n);
 }
 
 }  // namespace

@@ -16,12 +16,10 @@ from torch import Tensor
 from .. import serial
 from ..checks import check_count, short
 from ..errors import BackendError
-from ..native import choose_instruction_set, load_native
+from ..native import CPU_DTYPES, choose_instruction_set, load_native
 from .contract import BlockState, Condition, Moved, Progress, check_latents, check_plain, embedding_rows
 from .weights import BlockWeights, LayerWeights
 from .windows import Bounds, check_part, check_window, check_windows
-
-CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def cpu_missing(dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
