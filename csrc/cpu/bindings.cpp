@@ -93,7 +93,7 @@ void run(const Engine& engine, Address z, Address x, Address token_log_det, cons
                     guide_b,
                     unguided_scale,
                     static_cast<int64_t>(start.size())};
-  without_gil(progress, [&](const Engine::Hook& hook) { engine.run(batch, sequential, threads, hook); });
+  without_gil(progress, [&](const Caller::Hook& hook) { engine.run(batch, sequential, threads, hook); });
 }
 
 // A block of the density pass: proj_in (weight, bias), position, proj_out (weight, bias), embedding, and its layers.
@@ -116,9 +116,8 @@ int64_t density(int64_t channels, int64_t head_dim, int64_t tokens, int64_t toke
   }
   const DensityBatch batch{samples, at<const float>(x), at<float>(outputs), at<double>(log_det), at<float>(gradient)};
   int64_t bytes = 0;
-  without_gil(py::none(), [&](const auto& hook) {
-    density_pass(sizes, plain, batch, bf16, kernels_named(instruction_set), threads, most_bytes, bytes,
-                 [&] { return hook(0); });
+  without_gil(py::none(), [&](const Caller::Hook& hook) {
+    density_pass(sizes, plain, batch, bf16, kernels_named(instruction_set), threads, most_bytes, bytes, hook);
   });
   return bytes;
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -19,26 +18,6 @@ constexpr int64_t GROUP_ROWS = 400;       // enough for weights to be packed on 
 // Multiplications of a product below which another thread is not worth its wait at the barriers: on a quiet machine it
 // gains little, and beside other processes it takes many times as long as one thread alone.
 constexpr int64_t THREAD_WORK = 1 << 22;
-constexpr auto HOOK_INTERVAL = std::chrono::milliseconds(50);
-
-// Hands out parts of a piece of memory; without one, counts how long it has to be.
-class Arena {
- public:
-  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-
-  template <class T = float>
-  T* take(int64_t count, size_t element = sizeof(T)) {
-    char* at = base_ ? base_ + used_ : nullptr;
-    used_ += (count * element + 63) / 64 * 64;
-    return reinterpret_cast<T*>(at);
-  }
-
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 // How a batch is divided: teams of threads, each of which takes one group of samples after the other.
 struct Division {
@@ -183,8 +162,7 @@ Division divide(const DensityGroup& g, int64_t samples, int threads, int64_t mos
 }  // namespace
 
 bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16,
-                  const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes,
-                  const std::function<bool()>& hook) {
+                  const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes, const Caller::Hook& hook) {
   const int64_t B = batch.samples, K = static_cast<int64_t>(blocks.size()), values = sizes.tokens * sizes.token_dim;
   bytes = 0;
   std::fill_n(batch.log_det, B, 0.0);
@@ -208,13 +186,7 @@ bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, c
 
   const DensityKernels& steps = *kernels.density;
   std::atomic<int64_t> next{0};
-  std::atomic<bool> stopped{false};
-  auto last = std::chrono::steady_clock::now();
-  const auto attend_to_caller = [&] {
-    if (std::chrono::steady_clock::now() - last < HOOK_INTERVAL) return;
-    if (!stopped.load(std::memory_order_relaxed) && !hook()) stopped.store(true);
-    last = std::chrono::steady_clock::now();
-  };
+  Caller caller(hook);
 
   const auto job = [&](int thread) {
     Team& team = *teams[thread / division.size];
@@ -222,8 +194,8 @@ bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, c
     unsigned parity = 0;
     // Whether to go on: the leader's word, so that all of a team stop at the same step.
     const auto proceed = [&] {
-      if (thread == 0) attend_to_caller();
-      if (w.rank == 0) team.stop[parity] = stopped.load(std::memory_order_relaxed);
+      if (thread == 0) caller.attend();
+      if (w.rank == 0) team.stop[parity] = caller.stopped();
       if (w.size > 1) team.barrier.wait();
       return !team.stop[std::exchange(parity, parity ^ 1)];
     };
@@ -275,11 +247,10 @@ bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, c
     }
   };
   Pool::instance().run(static_cast<int>(division.teams * division.size), job, [&] {
-    attend_to_caller();
-    return !stopped;
+    caller.attend();
+    return !caller.stopped();
   });
-  if (!stopped && !hook()) stopped = true;
-  return !stopped;
+  return caller.finish();
 }
 
 }  // namespace tarflow

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <vector>
 
+#include "caller.h"
 #include "density.h"
 
 namespace tarflow {
@@ -21,7 +21,6 @@ struct DensityBatch {
 // where it is of more than one sample; bytes: what it took. hook: called on the calling thread, at most every 50 ms;
 // whether to go on. Returns false if it ended the pass. Any number of calls may run at once.
 bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16,
-                  const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes,
-                  const std::function<bool()>& hook);
+                  const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes, const Caller::Hook& hook);
 
 }  // namespace tarflow

@@ -1,8 +1,6 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -18,7 +16,6 @@ namespace {
 constexpr int64_t TEAM_ROWS = 8;    // a thread with fewer rows to itself shares rows and divides columns
 constexpr int64_t LEAST_ROWS = 12;
 constexpr int64_t GROUP_ROWS = 96;  // rows that one evaluation takes at most
-constexpr auto HOOK_INTERVAL = std::chrono::milliseconds(50);
 
 // Bytes of the last-level cache; a modest guess where the system does not tell.
 int64_t last_level_cache() {
@@ -139,7 +136,7 @@ int64_t Engine::cache_elements() const {
   return block_.layers * block_.heads * 2 * block_.key_tokens * block_.head_dim;
 }
 
-bool Engine::run(const Batch& batch, bool sequential, int threads, const Hook& hook) const {
+bool Engine::run(const Batch& batch, bool sequential, int threads, const Caller::Hook& hook) const {
   const Plan plan(block_, batch, sequential);
   const int64_t branches = batch.guidance ? 2 : 1, steps = plan.steps;
   // Where the weights fit in the cache but the keys and values do not, fewer rows go through all tokens at a time.
@@ -173,17 +170,7 @@ bool Engine::run(const Batch& batch, bool sequential, int threads, const Hook& h
         std::fill(moved + sample * batch.widest + batch.stop[sample] - batch.start[sample],
                   moved + (sample + 1) * batch.widest, 0.0f);
 
-  std::atomic<bool> stopped{false};
-  auto last = std::chrono::steady_clock::now();
-  int64_t reported = 0;
-  const auto attend_to_caller = [&](int64_t done) {
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last < HOOK_INTERVAL) return;
-    if (!stopped.load(std::memory_order_relaxed) && !hook(done - reported)) stopped.store(true);
-    reported = std::max(done, reported);
-    last = std::chrono::steady_clock::now();
-  };
-
+  Caller caller(hook);
   const auto job = [&](int thread) {
     const int64_t t = thread / (threads / teams);
     Team& mine = *team[t];
@@ -194,19 +181,18 @@ bool Engine::run(const Batch& batch, bool sequential, int threads, const Hook& h
       const Share some = part(all.count, group, groups[t]);
       const Row* row = plan.rows.data() + all.first + some.first;
       for (int64_t step = 0; step < steps; step++, parity ^= 1) {
-        if (worker.rank == 0) mine.stop[parity].store(stopped.load(std::memory_order_relaxed));
+        if (worker.rank == 0) mine.stop[parity].store(caller.stopped());
         step_(block_, batch, worker, row, some.count, step);
-        if (thread == 0) attend_to_caller((group * steps + step + 1) / groups[t]);
+        if (thread == 0) caller.attend((group * steps + step + 1) / groups[t]);
         if (mine.stop[parity].load()) return;
       }
     }
   };
   Pool::instance().run(threads, job, [&] {
-    attend_to_caller(reported);
-    return !stopped;
+    caller.attend();
+    return !caller.stopped();
   });
-  if (!stopped && reported < steps) stopped = !hook(steps - reported);
-  return !stopped;
+  return caller.finish(steps);
 }
 
 }  // namespace tarflow

@@ -3,9 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <vector>
 
+#include "caller.h"
 #include "kernels.h"
 #include "memory.h"
 
@@ -19,16 +19,12 @@ struct Source {
 
 class Engine {
  public:
-  // steps: how many more tokens of a sequential pass are done; a parallel one is one step. Returns
-  // whether to go on. Called on the calling thread only, at most every 50 ms.
-  using Hook = std::function<bool(int64_t steps)>;
-
   Engine(const Sizes& sizes, const Source& source, bool bf16, const Kernels& kernels);
 
   // Makes the tokens of the batch's windows, one at least: one after the other, where the windows are all the same, or
-  // all from the tokens as they are. Returns false if the hook ended it. Any number of calls may run at once, on
-  // different batches.
-  bool run(const Batch& batch, bool sequential, int threads, const Hook& hook) const;
+  // all from the tokens as they are. hook: told of the tokens of a sequential pass; a parallel one is one step. Returns
+  // false if the hook ended it. Any number of calls may run at once, on different batches.
+  bool run(const Batch& batch, bool sequential, int threads, const Caller::Hook& hook) const;
 
   int64_t cache_elements() const;  // per cache row: keys and values of all layers, in the weights' dtype
   int64_t channel_stride() const { return block_.channel_stride; }

@@ -24,4 +24,24 @@ int64_t round_up(int64_t n, int64_t multiple);
 // not share the sets of the L1 cache.
 int64_t padded_stride(int64_t n);
 
+// Hands out parts of a piece of memory, each 64-byte aligned; without one, counts how long it has to be.
+class Arena {
+ public:
+  explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
+
+  template <class T = float>
+  T* take(int64_t count, size_t element = sizeof(T)) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += (count * element + 63) / 64 * 64;
+    return reinterpret_cast<T*>(at);
+  }
+
+  size_t used() const { return used_; }
+  bool filling() const { return base_ != nullptr; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
 }  // namespace tarflow

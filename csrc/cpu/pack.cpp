@@ -12,27 +12,6 @@ uint16_t to_bf16(float x) {
   return x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// Counts bytes at first; once it has memory, hands it out in the same order.
-class Arena {
- public:
-  float* floats(int64_t n) { return static_cast<float*>(take(n * sizeof(float))); }
-  void* take(size_t bytes) {
-    void* at = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (bytes + 63) / 64 * 64;
-    return at;
-  }
-  size_t used() const { return used_; }
-  void start(void* base) {
-    base_ = static_cast<char*>(base);
-    used_ = 0;
-  }
-  bool filling() const { return base_ != nullptr; }
-
- private:
-  char* base_ = nullptr;
-  size_t used_ = 0;
-};
-
 // W (out, in) with its bias. norm: weight γ and bias β of the LayerNorm before it, which are folded in:
 // W (γ ∘ n + β) + b = (W γ) n + (W β + b).
 struct Matrix {
@@ -47,8 +26,8 @@ Linear pack_linear(Arena& arena, const Matrix& m, int64_t columns, int64_t k, in
                    const Column& column) {
   const int64_t depth = bf16 ? 2 : 1;
   Linear l{nullptr, nullptr, round_up(k, depth), (columns + width - 1) / width};
-  void* weight = arena.take(l.panels * l.k * width * (bf16 ? 2 : 4));
-  float* bias = arena.floats(l.panels * width);
+  void* weight = arena.take<void>(l.panels * l.k * width, bf16 ? 2 : 4);
+  float* bias = arena.take(l.panels * width);
   l.weight = weight;
   l.bias = bias;
   if (!arena.filling()) return l;
@@ -82,7 +61,7 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
 
   block.in = pack_linear(arena, {source.in_weight, source.in_bias, s.token_dim, nullptr, nullptr}, C, s.token_dim,
                          width, false, same, same);
-  float* position = arena.floats(s.tokens * block.channel_stride);
+  float* position = arena.take(s.tokens * block.channel_stride);
   block.position = position;
   if (arena.filling()) {
     std::memset(position, 0, s.tokens * block.channel_stride * sizeof(float));
@@ -109,11 +88,11 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
 
 Memory pack(Block& block, std::vector<Layer>& layers, const Sizes& sizes, const Source& source, int64_t panel_width,
             size_t& bytes) {
-  Arena arena;
-  fill(arena, block, layers, sizes, source, panel_width);
-  bytes = arena.used();
+  Arena counted;
+  fill(counted, block, layers, sizes, source, panel_width);
+  bytes = counted.used();
   Memory memory = allocate(bytes);
-  arena.start(memory.get());
+  Arena arena(memory.get());
   fill(arena, block, layers, sizes, source, panel_width);
   return memory;
 }

@@ -18,6 +18,7 @@ from .options import (
     progress_option,
     quiet_option,
     show_progress,
+    threads_option,
     torch_dtype,
 )
 
@@ -150,14 +151,7 @@ Examples:
     section="Machine",
     help="Images in one pass.",
 )
-@option(
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    section="Machine",
-    show_default="as many as PyTorch takes",
-    help="Threads on a CPU.",
-)
+@threads_option
 @progress_option
 @quiet_option
 @json_option

@@ -105,6 +105,14 @@ device_option = option(
     show_default="the best there is",
     help="cpu, cuda, cuda:1, mps.",
 )
+threads_option = option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    section="Machine",
+    show_default="as many as PyTorch takes",
+    help="Threads on a CPU.",
+)
 progress_option = option(
     "--progress/--no-progress",
     default=None,

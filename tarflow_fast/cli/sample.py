@@ -22,6 +22,7 @@ from .options import (
     progress_option,
     quiet_option,
     show_progress,
+    threads_option,
     torch_dtype,
 )
 from .outputs import Outputs
@@ -277,14 +278,7 @@ Examples:
     help="Of parallel passes: how far a token may still move, on the scale -1 to 1.",
 )
 @option("--compile", is_flag=True, section="Machine", help="Run the torch backend under torch.compile.")
-@option(
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    section="Machine",
-    show_default="as many as torch uses",
-    help="Of the cpu backend.",
-)
+@threads_option
 @option(
     "--batch-size",
     type=click.IntRange(1),

@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 from .convert import read_names
-from .options import Command, F, combine, option, progress_option, quiet_option, show_progress
+from .options import (
+    Command,
+    F,
+    combine,
+    option,
+    progress_option,
+    quiet_option,
+    show_progress,
+    threads_option,
+)
 
 TOP_PAD = 1 << 28  # bytes by which the heap grows
 
@@ -121,14 +130,7 @@ machine_options = combine(
         section="Machine",
         help="bfloat16 is mixed precision: fp32 weights, residual stream and log-det.",
     ),
-    option(
-        "--threads",
-        type=click.IntRange(1),
-        metavar="N",
-        section="Machine",
-        show_default="torch's choice",
-        help="Threads of a process on a CPU.",
-    ),
+    threads_option,
     option("--compile", is_flag=True, section="Machine", help="torch.compile the model."),
 )
 
