@@ -38,6 +38,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tarflow_fast.files import replacing
+
 from .auto_table import auto_lines
 from .columns import aligned, counted, short
 from .density_table import density_lines
@@ -69,7 +71,8 @@ def write(record: Record, path: Path) -> None:
     """As strict JSON; the folder is made if need be."""
     text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read(path: Path) -> Record:

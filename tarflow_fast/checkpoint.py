@@ -22,6 +22,7 @@ from .checks import check_choice, check_count, short
 from .config import TarFlowConfig
 from .devices import check_device, check_dtype
 from .errors import ArgumentError, CheckpointError, TarFlowError
+from .files import check_path, replacing
 from .model import TarFlow
 
 HEADER = "tarflow_fast"  # our entry in a safetensors file's metadata: JSON of {"config": …, "metadata": …}
@@ -98,27 +99,20 @@ def save(model: TarFlow, path: str | os.PathLike[str], *, dtype: torch.dtype | N
     dtype: of the stored floats, default the model's own; `load` gives fp32 whatever is stored. The file appears whole
     or not at all. Raises ArgumentError for another suffix, or for a dtype that the weights overflow.
     """
-    path = Path(path)
-    check_choice("path's suffix", path.suffix, (".safetensors", ".pth"))
+    path = check_path("path", path, (".safetensors", ".pth"))
     state = {
         key: (value.detach().to("cpu", dtype or value.dtype)).contiguous() for key, value in model.state_dict().items()
     }
     broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
     if broken:
         raise ArgumentError("model", "finite weights" + (f" in {short(dtype)}" if dtype else ""), _some(broken))
-    partial = path.with_name(path.name + ".partial")
-    try:
-        if path.suffix == ".pth":
+    with replacing(path) as partial:
+        if path.suffix.lower() == ".pth":
             torch.save(state, partial)
         else:
             header = json.dumps({"config": model.config.to_dict(), "metadata": model.metadata})
             weights = {key: value for key, value in state.items() if not _is_mask(key)}
             safetensors.torch.save_file(weights, partial, {"format": "pt", HEADER: header})
-            os.umask(umask := os.umask(0))
-            partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def infer_config(

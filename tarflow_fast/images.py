@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from torch import Tensor
 
 from .checks import check_count, check_number, short
 from .errors import ArgumentError
+from .files import PathLike, check_path, replacing
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PAD_VALUE = 255
-
-PathLike = str | os.PathLike[str]
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -39,22 +37,6 @@ def to_uint8(images: Tensor) -> Tensor:
     if not np.isfinite(x).all():
         raise ArgumentError("images", "finite values", "a tensor with infinities or NaNs")
     return torch.from_numpy(np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8))
-
-
-def check_path(argument: str, path: PathLike, suffixes: Sequence[str]) -> Path:
-    """`path` as a file that can be written: a known suffix, an existing folder, not itself a folder."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ArgumentError(argument, "a path", type(path).__name__)
-    out = Path(path)
-    if out.suffix.lower() not in suffixes:
-        raise ArgumentError(argument, "a file name ending in " + " or ".join(suffixes), repr(str(path)))
-    if out.is_dir():
-        raise ArgumentError(argument, "a file", f"the folder {str(path)!r}")
-    if not out.parent.is_dir():
-        raise ArgumentError(argument, "a file in an existing folder", repr(str(path)))
-    if not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise ArgumentError(argument, "a place that can be written to", repr(str(path)))
-    return out
 
 
 def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int = 1) -> NDArray[np.uint8]:
@@ -88,7 +70,9 @@ def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
 def save_grid(images: Tensor, path: PathLike, columns: int | None = None, *, pad: int = 2, scale: int = 1) -> Path:
     """Writes `grid(images, columns, pad, scale)` to a .png or .jpg file, replacing it; returns its path."""
     out = check_path("path", path, PICTURE_SUFFIXES)
-    _picture(grid(images, columns, pad, scale)).save(out, quality=95)
+    picture = _picture(grid(images, columns, pad, scale))
+    with replacing(out) as partial:
+        picture.save(partial, quality=95)
     return out
 
 
@@ -98,7 +82,9 @@ def save_png(image: Tensor, path: PathLike, *, scale: int = 1) -> Path:
     if not isinstance(image, Tensor) or image.dim() != 3:
         got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ArgumentError("image", "a tensor (1 or 3, H, W)", got)
-    _picture(grid(image[None], 1, 0, scale)).save(out)
+    picture = _picture(grid(image[None], 1, 0, scale))
+    with replacing(out) as partial:
+        picture.save(partial)
     return out
 
 
@@ -127,5 +113,6 @@ def save_gif(
         raise ArgumentError("frames", "tensors of one shape", shapes)
     pictures = [_picture(grid(f, columns, pad, scale)) for f in frames]
     durations = [round(seconds * 1000)] * (len(pictures) - 1) + [round(hold * 1000)]
-    pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    with replacing(out) as partial:
+        pictures[0].save(partial, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     return out

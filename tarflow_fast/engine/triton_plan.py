@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import triton
 
 from ..checks import short
 from ..errors import OutOfMemoryError
+from ..files import replacing
 from ..kernels import affine_step, cached_attention, fixed_point_update, norm_linear
 from ..kernels.launch import padded
 
@@ -229,6 +229,5 @@ def write(shape: Shape, device: dict[str, Any], plan: Plan) -> None:
     path = _path(shape, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"shape": {**asdict(shape), "dtype": short(shape.dtype)}, "device": device, "plan": plan.to_dict()}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CheckpointError
+from ..files import check_path, replacing
 from .pace import Pace
 from .windows import widths
 
@@ -82,11 +83,10 @@ class SolverPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As a `.safetensors` file."""
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise ArgumentError("path's suffix", "'.safetensors'", repr(path.suffix))
+        path = check_path("path", path, (".safetensors",))
         tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
-        path.write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+        with replacing(path) as partial:
+            partial.write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SolverPlan:
