@@ -1,0 +1,160 @@
+"""Images and labels of `.npz` and `.npy` files, under the names that people give them."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ArgumentError, DataError, printable
+from .folders import HALVES
+from .image_data import ImageData
+from .labels import Labels, read_labels
+from .members import Member, npy_member, npz_members
+from .store import Store
+from .values import Range, channel_axis, converted, meaning
+
+BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)
+# Names of images and of their labels, the first that is there being taken; in those of a half, {} is its name.
+OF_A_HALF = (
+    ("{}_images", "{}_labels"),
+    ("x_{}", "y_{}"),
+    ("{}_x", "{}_y"),
+    ("images_{}", "labels_{}"),
+    ("{}_data", "{}_labels"),
+)
+OF_ALL = (("images", "labels"), ("arr_0", "arr_1"), ("x", "y"), ("data", "labels"), ("samples", "labels"))
+OTHER_LABELS = ("labels", "label", "y", "targets")
+CLASS_NAMES = ("class_names", "label_names")
+SAMPLED = {"images", "seed", "first"}  # what `tarflow-fast sample --npz` writes, at least
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of readers as DataError that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except BROKEN as error:
+        kind = ".npz file" if path.suffix.lower() == ".npz" else ".npy file"
+        raise DataError(f"{str(path)!r}: not a whole {kind} of plain arrays ({printable(error)})") from error
+
+
+def load_npy(path: Path, layout: str, values: str, store: Store) -> tuple[ImageData, list[str]]:
+    """Images alone, and what should be said of them."""
+    with _naming(path):
+        return _images_and_labels(path, npy_member(path), None, None, layout, values, False, store)
+
+
+def load_npz(path: Path, split: str, layout: str, values: str, store: Store) -> tuple[ImageData, list[str]]:
+    """Images and labels, and what should be said of them."""
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{str(path)!r}: not a .npz file")
+    with _naming(path), zipfile.ZipFile(path) as archive:
+        members = npz_members(path, archive)
+        images, labels, notes = _pick(path, members, split)
+        names = next((members[name] for name in CLASS_NAMES if name in members), None)
+        sampled = members.keys() >= SAMPLED
+        data, more = _images_and_labels(path, images, labels, names, layout, values, sampled, store)
+    return data, notes + more
+
+
+def _pick(path: Path, members: Mapping[str, Member], split: str) -> tuple[Member, Member | None, list[str]]:
+    """The arrays of images and of labels, if there are any."""
+    lower = {name.lower(): member for name, member in members.items()}
+    found: dict[str, tuple[Member, Member | None]] = {}
+    for half, words in HALVES.items():
+        for images, labels in OF_A_HALF:
+            for word in words:
+                if images.format(word) in lower:
+                    found.setdefault(half, (lower[images.format(word)], lower.get(labels.format(word))))
+    half = "val" if split == "test" and "test" not in found and "val" in found else split
+    if half in found:
+        note = [] if half == split else [f"{str(path)!r}: its {half} images are taken for the {split} half"]
+        return *found[half], note
+    listed = ", ".join(map(printable, members)) or "none"
+    if found:
+        raise DataError(f"{str(path)!r}: has no {split} images; found {listed}")
+    for images, labels in OF_ALL:
+        if images in lower:
+            names = (labels, *(OTHER_LABELS if images != "arr_0" else ()))
+            return lower[images], next((lower[name] for name in names if name in lower), None), []
+    others = "arr_0, x, data, x_train, train_images and the like"
+    raise DataError(f"{str(path)!r}: expected an array 'images', found {listed} (other names that are known: {others})")
+
+
+def _images_and_labels(
+    path: Path,
+    images: Member,
+    labels: Member | None,
+    class_names: Member | None,
+    layout: str,
+    values: str,
+    sampled: bool,
+    store: Store,
+) -> tuple[ImageData, list[str]]:
+    where = repr(str(path))
+    shape, dtype = images.header()
+    axis = channel_axis(where, dtype, shape, layout)
+    if 0 in shape:
+        raise DataError(f"{where}: expected images, got none: {shape}")
+    channels = 1 if axis is None else shape[axis]
+    side = shape[1] if axis is None else shape[4 - axis]
+    if shape[1] != shape[2] and axis != 1:
+        raise DataError(f"{where}: expected square images, got {shape[1]} x {shape[2]} pixels")
+    found: Range | None = None
+    if dtype != np.uint8 and dtype.kind in "fiub":
+        for _, rows in images.pieces():
+            part = Range.of(rows)
+            found = part if found is None else found | part
+    what = meaning(where, dtype, channels, found, values, sampled)
+    n = shape[0]
+    read = Labels(np.zeros(0, np.int64))
+    if labels is not None:
+        names = None if class_names is None else [_text(name) for name in class_names.whole().reshape(-1).tolist()]
+        read = read_labels(where, labels.whole(), n, names)
+    out = store.empty((n, channels, side, side), np.float32 if what == "raw" else np.uint8)
+    for first, rows in images.pieces():
+        rows = rows.reshape(len(rows), 1, side, side) if axis is None else rows
+        out[first : first + len(rows)] = converted(rows if axis != 3 else rows.transpose(0, 3, 1, 2), what)
+    notes = [] if read.note is None else [read.note]
+    if found is not None:
+        taken = "kept as they are, for data that are no pictures" if what == "raw" else f"taken as {what}"
+        notes.append(f"{where}: {dtype} images from {found.low:g} to {found.high:g} are {taken}")
+    return image_data(where, out, None if labels is None else read), notes
+
+
+def _text(name: Any) -> str:
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+
+
+def image_data(where: str, images: np.ndarray[Any, Any], labels: Labels | None) -> ImageData:
+    """Arrays as ImageData, errors naming the file."""
+    try:
+        return ImageData(
+            torch.from_numpy(images),
+            None if labels is None else torch.from_numpy(labels.labels),
+            None if labels is None else labels.names,
+            None if labels is None else labels.numbers,
+        )
+    except ArgumentError as error:
+        raise DataError(f"{where}: {error}") from error

@@ -1,0 +1,98 @@
+"""Classes of data and of a model meet by name; by number only where the data has no names."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .image_data import ImageData
+
+MOST_LISTED = 20
+
+log = logging.getLogger(__name__)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as a message shows them."""
+    more = ", …" if len(names) > MOST_LISTED else ""
+    return ", ".join(map(repr, names[:MOST_LISTED])) + more
+
+
+def same_form(name: str) -> str:
+    """The name in Unicode's composed form: file systems differ in how they store accents."""
+    return unicodedata.normalize("NFC", name)
+
+
+def renamed(data: ImageData, names: Sequence[str], argument: str = "class_names") -> ImageData:
+    """The data with these names for its classes, in order.
+
+    A name that the data has for another class is an error: to reorder the list would give images wrong labels.
+    """
+    if data.labels is None:
+        raise ArgumentError(argument, "no names, as the data has no labels", _listed(names))
+    own = data.names or ()
+    for label, name in enumerate(map(same_form, names)):
+        if name in own and own.index(name) != label:
+            expected = f"names in the order of the data's own classes, {_listed(own)}"
+            raise ArgumentError(argument, expected, f"{name!r} for {own[label]!r}" if label < len(own) else repr(name))
+    return replace(data, class_names=tuple(names))
+
+
+def model_labels(
+    data: ImageData,
+    names: Sequence[str] | None,
+    num_classes: int,
+    argument: str = "data",
+    aliases: Sequence[str] = (),
+) -> Tensor | None:
+    """The data's labels as those of a model with these classes, (N,) int64; None for a model without classes.
+
+    names: the model's, or None where it has none; aliases: other names of its classes. Data with names: each must be
+    the model's. Data without: its numbers are the model's labels, or the model's names where these are numbers. A model
+    without names takes the data's classes in their order, if there are as many.
+    Raises ArgumentError that names the argument.
+    """
+    if num_classes == 0:
+        return None
+    if data.labels is None:
+        raise ArgumentError(argument, f"labels of {num_classes} classes", "no labels")
+    known = {same_form(name): k for k, name in [*enumerate(aliases), *enumerate(names or ())]}
+    numbers = data.numbers or range(data.num_classes)
+    if data.class_names is not None and names:
+        table = _by_name(data.class_names, known, names, argument)
+    elif data.class_names is not None:
+        if len(data.class_names) != num_classes:
+            raise ArgumentError(
+                argument,
+                f"{num_classes} classes, as the model has no names by which to find others",
+                f"{len(data.class_names)}: {_listed(data.class_names)}",
+            )
+        log.warning(
+            "the model has no class names; its classes are taken to be, in order: %s", _listed(data.class_names)
+        )
+        table = list(range(num_classes))
+    elif names and all(name.isdecimal() for name in names):
+        # Where labels are 0, 1, …, classes between them may have no image.
+        present = set(data.labels.tolist())
+        wanted = [str(number) if label in present else None for label, number in enumerate(numbers)]
+        table = _by_name(wanted, known, names, argument)
+    else:
+        highest = numbers[int(data.labels.max())]
+        if highest >= num_classes:
+            raise ArgumentError(argument, f"labels of {num_classes} classes", f"label {highest}")
+        table = list(numbers)
+    return torch.tensor(table)[data.labels]
+
+
+def _by_name(wanted: Sequence[str | None], known: dict[str, int], names: Sequence[str], argument: str) -> list[int]:
+    """The model's class for each wanted name; None: a class that is not there."""
+    unknown = [name for name in wanted if name is not None and same_form(name) not in known]
+    if unknown:
+        raise ArgumentError(argument, f"classes that the model knows ({_listed(names)})", _listed(unknown))
+    return [-1 if name is None else known[same_form(name)] for name in wanted]

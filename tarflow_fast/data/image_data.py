@@ -1,0 +1,83 @@
+"""Images and labels, however they were stored."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count
+from ..errors import ArgumentError
+
+ROWS = 4096  # images looked at together
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """N square images and, if they have any, their labels.
+
+    images: (N, ch, S, S), uint8 for pictures, or finite float32 for data that are no pictures (latents), which models
+    take as they are; labels: (N,) int64 >= 0, or None; class_names: one name a class, no two alike, or None;
+    numbers: the label that each class had where it was stored, if that is another. Raises ArgumentError for
+    anything else.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
+    numbers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images.shape)
+        if self.images.dtype not in (torch.uint8, torch.float32) or len(shape) != 4 or 0 in shape:
+            expected = "uint8 (N, ch, S, S) or, for data that are no pictures, float32; none of them 0"
+            raise ArgumentError("images", expected, f"{self.images.dtype} {shape}")
+        if shape[2] != shape[3]:
+            raise ArgumentError("images", "square images", f"{shape[2]} x {shape[3]} pixels")
+        if self.images.is_floating_point() and not all(torch.isfinite(part).all() for part in self.images.split(ROWS)):
+            raise ArgumentError("images", "finite values", "infinities or NaNs")
+        if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
+            twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
+            raise ArgumentError("class_names", "a name of its own for each class", f"{twice!r} more than once")
+        if self.labels is not None:
+            if self.labels.dtype != torch.int64 or tuple(self.labels.shape) != shape[:1]:
+                got = f"{self.labels.dtype} {tuple(self.labels.shape)}"
+                raise ArgumentError("labels", f"{shape[0]} int64 labels", got)
+            if int(self.labels.min()) < 0:
+                raise ArgumentError("labels", "labels >= 0", int(self.labels.min()))
+            for argument, given in (("class_names", self.class_names), ("numbers", self.numbers)):
+                if given is not None and int(self.labels.max()) >= len(given):
+                    raise ArgumentError(argument, f"names for labels up to {int(self.labels.max())}", len(given))
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes: as many as there are names or numbers, or the highest label + 1; 0 without labels."""
+        if self.labels is None:
+            return 0
+        known = self.class_names or self.numbers
+        return len(known) if known else int(self.labels.max()) + 1
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """What a model that learns this should call its classes: their names, or their numbers where these differ."""
+        if self.class_names is not None or self.numbers is None or self.numbers == tuple(range(len(self.numbers))):
+            return self.class_names
+        return tuple(map(str, self.numbers))
+
+    def spread(self, limit: int) -> ImageData:
+        """`limit` images at even distances, as data may be sorted by class; all if there are no more."""
+        if check_count("limit", limit) >= len(self):
+            return self
+        rows = torch.arange(limit) * len(self) // limit
+        return replace(self, images=self.images[rows], labels=None if self.labels is None else self.labels[rows])
+
+    @property
+    def fingerprint(self) -> int:
+        """A checksum of images and labels."""
+        crc = zlib.crc32(self.images.contiguous().numpy().data)
+        return crc if self.labels is None else zlib.crc32(self.labels.contiguous().numpy().data, crc)

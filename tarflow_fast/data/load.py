@@ -1,0 +1,168 @@
+"""`load_images`: whatever holds images, as ImageData."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..checks import check_choice, check_count
+from ..errors import ArgumentError, DataError
+from ..files import PathLike
+from .arrays import image_data, load_npy, load_npz
+from .folders import find_pictures
+from .idx import find_idx, labels_beside, read_idx
+from .image_data import ImageData
+from .labels import read_labels
+from .pictures import read_picture, reading_pictures
+from .store import Store
+from .values import LAYOUTS, PICTURE_CHANNELS, VALUES
+
+SPLITS = ("train", "val", "test")
+REDRAWN = 0.1  # seconds between looks at a bar
+
+log = logging.getLogger(__name__)
+
+
+def load_images(
+    path: PathLike,
+    *,
+    split: str = "train",
+    size: int | None = None,
+    channels: int = 3,
+    layout: str = "auto",
+    values: str = "auto",
+    cache: PathLike | None = None,
+    progress: bool = False,
+) -> ImageData:
+    """The images at `path`, which is one of
+
+    - a folder with one sub-folder of pictures a class (class names: the sorted names of the sub-folders; pictures in
+      folders further down are of that class), or with pictures alone (no labels), or with folders `train` and `val`
+      (`valid`, `validation`) or `test` that hold such. What is hidden, of the system or no picture is skipped.
+      Pictures are made 8-bit, upright and opaque as `read_picture` says, resized until the shorter side is `size`
+      (bicubic), cropped to the centre, and made RGB, or grey for channels = 1;
+    - a `.npz` file: images (N, S, S), (N, S, S, ch) or (N, ch, S, S) under the name images, arr_0, x or data, or of a
+      half x_train, train_images, … (val, test); labels, if any, (N,) or (N, 1) integers, one-hot rows or names, under
+      labels, arr_1, y, y_train, train_labels, …; and class_names. Or a `.npy` file: images alone;
+    - an IDX file of images (`…-images-idx3-ubyte`, perhaps `.gz`), with the labels file of the same name beside it if
+      there is one; or a folder of MNIST's four files, as MNIST's own, torchvision's or Kaggle's.
+
+    split: "train", "val" or "test", which half of what has halves; what has none is taken whole, and "val" serves as
+    "test" where there is no other. size: pixels along a side, required for pictures; images of the other formats must
+    have it already. channels: 1 or 3, for pictures only.
+    layout: "NHWC" or "NCHW", where a shape allows both. values: what floats mean, "0..1", "-1..1", "0..255", or "raw"
+    for data that are no pictures, which stay float32; "auto" sees it by their range, and by a number of channels other
+    than 1 and 3 ("raw"). cache: the folder for images that take more than half of the memory that is free (default: the
+    system's temporary folder): they are mapped from a file, which goes with this process. progress: a bar while
+    pictures are read.
+
+    What was decided, as which files were skipped, goes to the log, one line each. Raises ArgumentError, and DataError
+    for files that are truncated, foreign or at odds with each other.
+    """
+    check_choice("split", split, SPLITS)
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("values", values, VALUES)
+    if size is not None:
+        check_count("size", size)
+    if channels not in PICTURE_CHANNELS:
+        raise ArgumentError("channels", "1 or 3", repr(channels))
+    return load_into(Store(cache), path, split, size, channels, layout, values, progress)
+
+
+def load_into(
+    store: Store,
+    path: PathLike,
+    split: str,
+    size: int | None,
+    channels: int,
+    layout: str = "auto",
+    values: str = "auto",
+    progress: bool = False,
+) -> ImageData:
+    """`load_images`, with the images in an array of `store`."""
+    path = Path(path)
+    where = repr(os.fspath(path))
+    notes: list[str] = []
+    if not path.exists():
+        raise DataError(f"{where}: no such file or folder")
+    idx = find_idx(path, split) if path.is_dir() else None
+    if path.is_dir() and idx is None:
+        if size is None:
+            raise ArgumentError("size", "pixels along a side, to which pictures are brought", None)
+        data, notes = _load_folder(path, split, size, channels, store, progress)
+    elif path.suffix.lower() == ".npz":
+        data, notes = load_npz(path, split, layout, values, store)
+    elif path.suffix.lower() == ".npy":
+        data, notes = load_npy(path, layout, values, store)
+    else:
+        data, notes = _load_idx(idx or path, store)
+    for note in [*store.notes, *notes]:
+        log.warning("%s", note)
+    if size is not None and data.images.shape[-1] != size:
+        raise DataError(f"{where}: its images are {data.images.shape[-1]} pixels wide, not {size}")
+    return data
+
+
+def _load_idx(path: Path, store: Store) -> tuple[ImageData, list[str]]:
+    images, where = read_idx(path, 3, store), repr(str(path))
+    beside = labels_beside(path)
+    if 0 in images.shape:
+        raise DataError(f"{where}: expected images, got none: {images.shape}")
+    labels = None if beside is None else read_labels(where, read_idx(beside, 1, Store()), len(images), None)
+    notes = [labels.note] if labels is not None and labels.note is not None else []
+    return image_data(where, images[:, None], labels), notes
+
+
+def _load_folder(
+    path: Path, split: str, size: int, channels: int, store: Store, progress: bool
+) -> tuple[ImageData, list[str]]:
+    found = find_pictures(path, split)
+    out = store.empty((len(found.paths), channels, size, size), np.uint8)
+    read_pictures(found.paths, out, progress)
+    labels = None if found.labels is None else torch.tensor(found.labels)
+    return ImageData(torch.from_numpy(out), labels, found.class_names), found.notes
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_pictures(paths: list[str], out: np.ndarray, progress: bool = False) -> None:
+    """Picture i into out[i], (N, channels, S, S) uint8, by as many threads as there are cores: decoding frees Python's
+    lock. Raises DataError for the first picture that cannot be read."""
+    _, channels, size, _ = out.shape
+    numbers, failed, stop = count(), dict[int, DataError](), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set() and (i := next(numbers)) < len(paths):
+            try:
+                out[i] = read_picture(paths[i], size, channels)
+            except DataError as error:
+                failed[i] = error
+                stop.set()
+            done[0] = max(done[0], i + 1)
+
+    done = [0]
+    threads = min(cores(), len(paths))
+    bar = tqdm(total=len(paths), desc="reading", unit="picture", disable=not progress, leave=False, dynamic_ncols=True)
+    with reading_pictures(), ThreadPoolExecutor(threads) as pool, bar:
+        try:
+            working = [pool.submit(work) for _ in range(threads)]
+            while wait(working, timeout=REDRAWN).not_done:
+                bar.update(done[0] - bar.n)
+            for future in working:
+                future.result()
+            bar.update(done[0] - bar.n)
+        finally:
+            stop.set()
+    if failed:
+        raise failed[min(failed)]

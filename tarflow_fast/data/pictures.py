@@ -1,0 +1,162 @@
+"""One picture as a viewer shows it: 8 bits, upright, on white; or refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import DataError, printable
+
+PICTURES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"}
+)
+# Pictures too, which nothing here reads: left out in silence they would be missed.
+OTHER_PICTURES = frozenset(
+    {".heic", ".heif", ".jxl", ".j2k", ".exr", ".hdr", ".psd", ".tga", ".svg", ".pfm", ".dds", ".ico"}
+    | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"}
+)
+PLUGINS = {"Png": "PNG", "Jpeg": "JPEG", "Webp": "WEBP", "Bmp": "BMP", "Gif": "GIF", "Tiff": "TIFF", "Ppm": "PPM"}
+LATER_PLUGINS = {"Avif": "AVIF", "Jpeg2K": "JPEG2000"}
+LONGEST_STRIP = 32  # times its shorter side
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class _Refused(Exception):
+    """Why a whole picture is not taken."""
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """What Pillow may take a file for: not all that it knows, as some of it runs other programs."""
+    for plugin in (*PLUGINS, *LATER_PLUGINS):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"PIL.{plugin}ImagePlugin")
+    return tuple(name for name in (*PLUGINS.values(), *LATER_PLUGINS.values()) if name in Image.OPEN)
+
+
+@contextlib.contextmanager
+def reading_pictures() -> Iterator[None]:
+    """Pillow's warnings are errors or nothing. They are the process's, so that this goes around all threads."""
+    _formats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def read_picture(path: str, size: int, channels: int) -> NDArray[np.uint8]:
+    """(channels, size, size) uint8: the shorter side resized to `size`, then the centre.
+
+    As a viewer shows it: the first frame of an animation, turned by its EXIF orientation, transparent parts white.
+    16 bits lose the lower 8; floats are 0 (black) to 1. Colours are taken as sRGB, whatever profile is embedded.
+    Raises DataError that names the file for anything else, for more pixels than PIL.Image.MAX_IMAGE_PIXELS, and for
+    strips that are more than 32 times as long as wide.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as file:
+            _check_size(file)
+            picture = _shown(file, "L" if channels == 1 else "RGB")
+    except _Refused as error:
+        raise DataError(f"{path!r}: {error}") from error
+    except Exception as error:  # a decoder may raise anything
+        raise DataError(f"{path!r}: not a whole picture ({printable(error)})") from error
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels: NDArray[np.uint8] = np.asarray(picture.crop((left, top, left + size, top + size)))
+    return pixels.reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def _check_size(file: Image.Image) -> None:
+    """Before anything is decoded."""
+    width, height = file.size
+    if max(file.size) > LONGEST_STRIP * min(file.size):
+        raise _Refused(f"a strip of {width} x {height} pixels, longer than {LONGEST_STRIP} times its shorter side")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise _Refused(f"{width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
+
+
+def _shown(file: Image.Image, mode: str) -> Image.Image:
+    """The picture in mode "L" or "RGB"."""
+    stored = str(getattr(file, "tile", None) or "")  # how many bits it has in the file, which load() forgets
+    file.load()
+    if file.mode in ("I", "F") or file.mode.startswith("I;16"):
+        picture = Image.fromarray(_grey(file))
+    elif file.mode == "RGBX":
+        picture = file.convert("RGB")
+    else:
+        picture = file
+    alpha = _colour_key(file, stored)
+    if alpha is not None:
+        picture = picture.convert("RGB")
+        picture.putalpha(Image.fromarray(alpha))
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        if picture.mode == "La":
+            picture = picture.convert("LA")
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("RGB")
+    picture = picture.convert(mode)
+    turn = TURNS.get(_orientation(file))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _orientation(file: Image.Image) -> int:
+    """By EXIF; 1, upright, where that cannot be read."""
+    try:
+        found = file.getexif().get(ORIENTATION, 1)
+    except Exception:  # as in a decoder
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _grey(file: Image.Image) -> NDArray[np.uint8]:
+    """A grey picture of more than 8 bits, with 8."""
+    tags = getattr(file, "tag_v2", {})
+    values = np.asarray(file)
+    if file.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # nor NaN
+            raise _Refused(f"floats from {low:g} to {high:g}, where 0 is to be black and 1 white")
+        grey = np.rint(values * np.float32(255)).astype(np.uint8)
+    elif file.mode == "I" and file.format not in ("PNG", "PPM"):
+        raise _Refused("whole numbers of 32 bits or with a sign, of which nothing says what is white")
+    else:
+        bits = tags.get(BITS_PER_SAMPLE, (16,))[0] if file.mode != "I" else 16
+        grey = np.clip(values >> (bits - 8), 0, 255).astype(np.uint8)
+    return 255 - grey if tags.get(PHOTOMETRIC) == 0 else grey
+
+
+def _colour_key(file: Image.Image, stored: str) -> NDArray[np.uint8] | None:
+    """Alpha, 0 or 255, where one colour of a picture without a palette is transparent."""
+    key = file.info.get("transparency")
+    if key is None or not (file.mode in ("1", "L", "RGB") or file.mode.startswith("I;16")):
+        return None
+    wanted = np.atleast_1d(np.asarray(key))
+    if file.mode == "RGB" and ";16" in stored:
+        wanted = wanted >> 8
+    elif "'L;2'" in stored or "'L;4'" in stored:
+        wanted = wanted * (85 if "'L;2'" in stored else 17)
+    values = np.asarray(file.convert("L") if file.mode == "1" else file)
+    same = values.reshape(*values.shape[:2], -1) == wanted
+    return np.where(same.all(-1), 0, 255).astype(np.uint8)
