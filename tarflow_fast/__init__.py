@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load, load_pretrained, save
     from .config import TarFlowConfig
+    from .data import ImageData, load_images
     from .denoising import denoise
     from .engine import backends
     from .errors import (
         ArgumentError,
         BackendError,
         CheckpointError,
+        DataError,
         NonFiniteError,
         OutOfMemoryError,
         TarFlowError,
     )
+    from .evaluate import bayes_accuracy, bits_per_dim
+    from .images import save_grid
     from .model import TarFlow, dequantize
     from .report import Report, Samples
     from .sampler import Sampler, accelerate
@@ -43,6 +47,11 @@ _HOME = {
     "Report": "report",
     "accelerate": "sampler",
     "denoise": "denoising",
+    "ImageData": "data",
+    "load_images": "data",
+    "bits_per_dim": "evaluate",
+    "bayes_accuracy": "evaluate",
+    "save_grid": "images",
     "backends": "engine",
     "TrainConfig": "trainer",
     "train": "trainer",
@@ -50,6 +59,7 @@ _HOME = {
     "ArgumentError": "errors",
     "BackendError": "errors",
     "CheckpointError": "errors",
+    "DataError": "errors",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
 }
@@ -58,6 +68,8 @@ __all__ = [
     "ArgumentError",
     "BackendError",
     "CheckpointError",
+    "DataError",
+    "ImageData",
     "NonFiniteError",
     "OutOfMemoryError",
     "Report",
@@ -71,11 +83,15 @@ __all__ = [
     "__version__",
     "accelerate",
     "backends",
+    "bayes_accuracy",
+    "bits_per_dim",
     "denoise",
     "dequantize",
     "load",
+    "load_images",
     "load_pretrained",
     "save",
+    "save_grid",
     "train",
 ]
 

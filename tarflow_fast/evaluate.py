@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checks import Labels, batch_labels, check_choice, check_count, check_number, short
+from .data import ImageData, matched
 from .errors import ArgumentError, TarFlowError
 from .model import TarFlow
 
@@ -22,7 +23,7 @@ NOISES = ("uniform", "gaussian", "none")
 
 @dataclass(frozen=True)
 class Noise:
-    """What is added to an 8-bit image v before its density is taken.
+    """What is added to an 8-bit image v before its density is taken. Data that are no pictures are x already.
 
     kind: "uniform": x = (v + u)/128 − 1, u uniform in [0, 1); "gaussian": x = v/127.5 − 1 + σε; "none": x =
     v/127.5 − 1. std: σ > 0, on the scale of x; 0 unless gaussian. seed: image i's noise depends on (seed, i)
@@ -64,10 +65,19 @@ class Noise:
         return "uniform dequantisation" if self.kind == "uniform" else "no noise"
 
     def add(self, images: Tensor, first: int = 0, draw: int = 0) -> Tensor:
-        """x, fp32, of images (n, ch, H, W) uint8 that are numbered from `first`; draw: which of several."""
+        """x, fp32, of images (n, ch, H, W) uint8 that are numbered from `first`; draw: which of several.
+
+        float32 images are data that are no pictures, of which x is v + σε or v. Raises ArgumentError for uniform noise
+        on them.
+        """
         v = images.cpu().numpy().astype(np.float32)
+        if images.is_floating_point():
+            if self.kind == "uniform":
+                raise ArgumentError("noise", "'gaussian', as only 8-bit values can be dequantised", "'uniform'")
+        elif self.kind != "uniform":
+            v = v / 127.5 - 1
         if self.kind == "none":
-            return torch.from_numpy(v / 127.5 - 1)
+            return torch.from_numpy(v)
         noise = np.empty(v.shape, np.float32)
         for i, values in enumerate(noise, start=first):
             rng = np.random.default_rng([self.seed, i, draw])
@@ -75,7 +85,7 @@ class Noise:
             fill(dtype=np.float32, out=values)
         if self.kind == "uniform":
             return torch.from_numpy((v + noise) / 128 - 1)
-        return torch.from_numpy(v / 127.5 - 1 + self.std * noise)
+        return torch.from_numpy(v + self.std * noise)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class BayesAccuracy:
 
 def bits_per_dim(
     model: TarFlow,
-    images: Tensor,
+    images: Tensor | ImageData,
     labels: Labels = None,
     *,
     noise: Noise | None = None,
@@ -126,8 +136,9 @@ def bits_per_dim(
     takes for an 8-bit value, and compares with other models' figures. With Gaussian noise it is the density
     of noisy images, and compares between models of one noise level only.
 
-    images: (n, ch, H, W) uint8; labels: n of them, an int for all, or None (no class); noise: the model's own
-    unless given (`Noise.of`); draws: noise draws averaged for each image; batch_size: images in one pass;
+    images: (n, ch, H, W) uint8, or ImageData (`load_images`), whose labels are matched with the model's classes by
+    name; labels: n of them, an int for all, or None (no class); noise: the model's own unless given (`Noise.of`);
+    draws: noise draws averaged for each image; batch_size: images in one pass;
     autocast: torch.bfloat16 or float16 for speed. Runs where the model is. Raises ArgumentError, and
     TarFlowError for a density that is not finite.
     """
@@ -135,7 +146,8 @@ def bits_per_dim(
     if noise.kind == "none":
         raise ArgumentError("noise", "'uniform' or 'gaussian', as 8-bit values have no density", "'none'")
     start = time.perf_counter()
-    n = _check_data(model, images)
+    images, labels = _unpacked(model, images, labels)
+    n = len(images)
     y = batch_labels(labels, n, model.config.num_classes, model.device, "labels")
     bits = torch.zeros(n, dtype=torch.float64)
     with torch.no_grad(), _autocast(model, autocast):
@@ -149,8 +161,8 @@ def bits_per_dim(
 
 def bayes_accuracy(
     model: TarFlow,
-    images: Tensor,
-    labels: Labels,
+    images: Tensor | ImageData,
+    labels: Labels = None,
     *,
     noise: Noise | None = None,
     draws: int = 1,
@@ -160,7 +172,8 @@ def bayes_accuracy(
 ) -> BayesAccuracy:
     """How often argmax_y p(y | x) = argmax_y log p(x | y) is the label: Bayes' rule under a uniform prior.
 
-    images: (n, ch, H, W) uint8; labels: n of them (or an int for all), none negative; noise: none unless
+    images: (n, ch, H, W) uint8; labels: n of them (or an int for all), none negative; or images with their labels as
+    ImageData (`load_images`), matched with the model's classes by name; noise: none unless
     given, as in ml-tarflow; an image's noise is the same for every class; draws: log p(x | y) is averaged
     over so many noise draws; batch_size, autocast: as for `bits_per_dim`. An image costs num_classes · draws
     density passes. Raises ArgumentError, and TarFlowError for a density that is not finite.
@@ -170,7 +183,8 @@ def bayes_accuracy(
         raise ArgumentError("model", "a class-conditional model", "an unconditional one")
     noise = Noise("none") if noise is None else noise
     start = time.perf_counter()
-    n = _check_data(model, images)
+    images, labels = _unpacked(model, images, labels)
+    n = len(images)
     truth = batch_labels(labels, n, classes, torch.device("cpu"), "labels")
     if truth is None or bool((truth < 0).any()):
         raise ArgumentError("labels", "a class for every image", "None or a negative label")
@@ -208,15 +222,20 @@ def _autocast(model: TarFlow, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(model.device.type, dtype, enabled=dtype is not None)
 
 
-def _check_data(model: TarFlow, images: Tensor) -> int:
-    """The number of images."""
-    shape = model.config.image_shape
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+def _unpacked(model: TarFlow, images: Tensor | ImageData, labels: Labels) -> tuple[Tensor, Labels]:
+    """Images and their labels as the model's."""
+    if isinstance(images, ImageData):
+        if labels is not None:
+            raise ArgumentError("labels", "None, as the data have their own", type(labels).__name__)
+        data = matched(images, model.metadata.get("class_names"), model.config.num_classes, "images")
+        images, labels = data.images, data.labels
+    elif not isinstance(images, Tensor) or images.dtype != torch.uint8:
         got = short(images.dtype) if isinstance(images, Tensor) else type(images).__name__
-        raise ArgumentError("images", "a uint8 tensor", got)
+        raise ArgumentError("images", "a uint8 tensor, or ImageData(images) for data that are no pictures", got)
+    shape = model.config.image_shape
     if images.dim() != 4 or tuple(images.shape[1:]) != shape or images.shape[0] == 0:
         raise ArgumentError("images", f"shape (n >= 1, {', '.join(map(str, shape))})", tuple(images.shape))
-    return images.shape[0]
+    return images, labels
 
 
 def _check_finite(values: Tensor) -> None:

@@ -20,12 +20,15 @@ from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import Attention, FlowBlock
 
+NO_PICTURE = 16.0  # a value far beyond -1 to 1, with any noise
+
 
 class TarFlow(nn.Module):
     """A TarFlow model, interchangeable with ml-tarflow's `Model`.
 
     Arguments: see `TarFlowConfig`. Attributes beyond ml-tarflow's: `config`, and `metadata`, a dict of what a
-    checkpoint knows besides weights: "noise_std" (float), "noise_type" ("gaussian" or "uniform"), "class_names".
+    checkpoint knows besides weights: "noise_std" (float), "noise_type" ("gaussian" or "uniform"), "class_names",
+    "values" ("raw" if it learnt data that are no pictures).
     """
 
     VAR_LR: float = 0.1
@@ -147,10 +150,15 @@ class TarFlow(nn.Module):
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """log p(x | y) = log N(z; 0, diag var) + log|det dz/dx|, in nats.
 
-        x: (B, in_channels, H, W), finite, on the scale the model was trained on ([-1, 1] for images); y as in
-        `forward`. Returns (B,). It is a density over the values of x: for 8-bit images see `bits_per_dim`.
+        x: (B, in_channels, H, W), finite, on the scale the model was trained on ([-1, 1] for images; 0 to 255 is an
+        error unless metadata["values"] is "raw": a model of data that are no pictures); y as in `forward`.
+        Returns (B,). It is a density over the values of x: for 8-bit images see `bits_per_dim`.
         """
         x = check_tensor("x", x, self.config.image_shape)
+        low, high = serial.span(x.detach())
+        if low >= 0 and high > NO_PICTURE and self.metadata.get("values") != "raw":
+            expected = "values of about -1 to 1 (v/127.5 - 1, or dequantize(v), of 8-bit values v)"
+            raise ArgumentError("x", expected, f"{low:g} to {high:g}")
         z, _, mean_log_det = self.forward(x, y)
         return self.prior_log_prob(z) + mean_log_det * z[0].numel()
 

@@ -40,6 +40,12 @@ def all_finite(x: Tensor, start: int = 0) -> Tensor:
     return torch.from_numpy(np.asarray(np.isfinite(values).all(axis=tuple(range(start, x.dim())))))
 
 
+def span(x: Tensor) -> tuple[float, float]:
+    """The least and the largest value."""
+    values = _numpy(x)
+    return (float(x.min()), float(x.max())) if values is None else (float(values.min()), float(values.max()))
+
+
 def copy(x: Tensor) -> Tensor:
     """A contiguous copy."""
     values = _numpy(x)

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .convert import read_names
 from .options import (
     Command,
+    cache_option,
     device_option,
     json_option,
+    layout_option,
     load_model,
     model_options,
     option,
@@ -20,6 +23,7 @@ from .options import (
     show_progress,
     threads_option,
     torch_dtype,
+    values_option,
 )
 
 if TYPE_CHECKING:
@@ -28,19 +32,19 @@ if TYPE_CHECKING:
     from ..model import TarFlow
 
 
-def load_data(model: TarFlow, path: str, split: str, limit: int | None) -> ImageData:
-    """The images as the model takes them; `limit` of them evenly spread, as data may be sorted by class."""
-    import torch
+def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | None, **how: Any) -> ImageData:
+    """The images with the model's labels; `limit` of them evenly spread, as data may be sorted by class.
 
-    from ..data import ImageData, load_images
+    names: of the data's classes, in place of their own; how: arguments of `load_images`.
+    """
+    from ..data import load_images, matched, renamed
 
     config = model.config
-    data = load_images(path, split=split, size=config.img_size, channels=config.in_channels)
-    n = len(data)
-    if limit is None or limit >= n:
-        return data
-    rows = torch.arange(limit) * n // limit
-    return ImageData(data.images[rows], None if data.labels is None else data.labels[rows], data.class_names)
+    channels = config.in_channels if config.in_channels in (1, 3) else 3  # others are not pictures' to have
+    data = load_images(path, size=config.img_size, channels=channels, **how)
+    data = data if names is None else renamed(data, names, "--class-names")
+    data = matched(data, model.metadata.get("class_names"), config.num_classes, "--data")
+    return data if limit is None else data.spread(limit)
 
 
 def bits_lines(found: BitsPerDim) -> list[str]:
@@ -79,16 +83,26 @@ Examples:
     required=True,
     metavar="PATH",
     section="Data",
-    help="A folder with a sub-folder of pictures for each class, or with MNIST's IDX files; an IDX file; or "
-    "an .npz file with uint8 images (N,S,S[,ch]) and labels.",
+    help="A folder with a sub-folder of pictures for each class, or with MNIST's IDX files; an IDX file; a .npz file "
+    "with images (N,S,S[,ch] or N,ch,S,S) and labels; or a .npy file. Classes are matched by name, and by number where "
+    "the data has no names.",
 )
 @option(
     "--split",
-    type=click.Choice(["train", "test"]),
+    type=click.Choice(["train", "val", "test"]),
     default="test",
     section="Data",
-    help="Which part of a folder that has both.",
+    help="Which part of data that has parts; val serves as test where there is no other.",
 )
+@option(
+    "--class-names",
+    metavar="LIST",
+    section="Data",
+    help='Names for the data\'s classes, in their order, by which the model finds them: "cat,dog", or @FILE.',
+)
+@layout_option
+@values_option
+@cache_option
 @option(
     "--limit",
     type=click.IntRange(1),
@@ -159,6 +173,10 @@ def eval_command(
     model_path: str | None,
     data_path: str,
     split: str,
+    class_names: str | None,
+    layout: str,
+    values: str,
+    cache: str | None,
     limit: int | None,
     noise: str,
     noise_std: float | None,
@@ -188,11 +206,15 @@ def eval_command(
     from ..evaluate import Noise, bayes_accuracy, bits_per_dim
 
     for_bits = Noise.of(model, noise, noise_std, seed)
-    data = load_data(model, data_path, split, limit)
     conditional = model.config.num_classes > 0
+    if class_names is not None and not conditional:
+        raise click.UsageError("--class-names goes with a class-conditional model")
+    names = None if class_names is None else read_names(class_names)
+    how_read = {"split": split, "layout": layout, "values": values, "cache": cache, "progress": bars}
+    data = load_data(model, data_path, limit, names, **how_read)
     if accuracy is None:
         accuracy = conditional and data.labels is not None
-    elif accuracy and data.labels is None:
+    elif accuracy and conditional and data.labels is None:
         raise click.UsageError(f"--accuracy needs labels, and {data_path} has none")
     how: dict[str, Any] = {
         "draws": draws,
@@ -201,8 +223,7 @@ def eval_command(
         "progress": bars,
     }
     facts: dict[str, Any] = {"model": model_path, "data": data_path, "split": split, "images": len(data)}
-    labels = data.labels if conditional else None
-    bits = bits_per_dim(model, data.images, labels, noise=for_bits, **how)
+    bits = bits_per_dim(model, data, noise=for_bits, **how)
     facts["bits_per_dim"] = bits.to_dict()
     lines = [
         f"{model_path or 'the shipped model'} on {data_path}, {len(data)} images",
@@ -210,7 +231,7 @@ def eval_command(
     ]
     if accuracy:
         for_accuracy = Noise.of(model, accuracy_noise, noise_std if accuracy_noise != "none" else None, seed)
-        found = bayes_accuracy(model, data.images, data.labels, noise=for_accuracy, **how)
+        found = bayes_accuracy(model, data, noise=for_accuracy, **how)
         facts["bayes_accuracy"] = found.to_dict()
         lines.append(accuracy_line(found))
     if as_json:

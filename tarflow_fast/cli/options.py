@@ -6,12 +6,15 @@ Nothing here imports torch before a command runs, so that --help is quick.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from ..errors import printable
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +61,22 @@ def combine(*decorators: Callable[[F], F]) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+class Echo(logging.Handler):
+    """What the package has to say, on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(printable(record.getMessage()), err=True)
+
+
+def hush(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    """Sends the package's remarks to standard error, or with --quiet nowhere."""
+    log = logging.getLogger("tarflow_fast")
+    log.handlers = [handler for handler in log.handlers if not isinstance(handler, Echo)]
+    log.addHandler(Echo())
+    log.setLevel(logging.ERROR if quiet else logging.NOTSET)
+    return quiet
 
 
 size_options = combine(
@@ -120,7 +139,29 @@ progress_option = option(
     show_default="on a terminal",
     help="Progress bars on standard error.",
 )
-quiet_option = option("-q", "--quiet", is_flag=True, section="Output", help="Print nothing but errors.")
+quiet_option = option("-q", "--quiet", is_flag=True, callback=hush, section="Output", help="Print nothing but errors.")
+layout_option = option(
+    "--layout",
+    type=click.Choice(["auto", "NHWC", "NCHW"]),
+    default="auto",
+    section="Data",
+    help="Where an array has its channels; to be given where its shape allows both.",
+)
+values_option = option(
+    "--values",
+    type=click.Choice(["auto", "0..1", "-1..1", "0..255", "raw"]),
+    default="auto",
+    section="Data",
+    help="What an array's floats mean; raw: no pictures, but data that the model takes as they are.",
+)
+cache_option = option(
+    "--cache",
+    type=click.Path(),
+    metavar="FOLDER",
+    section="Data",
+    show_default="the system's temporary folder",
+    help="Where images are put that memory has no room for, or that several processes share.",
+)
 json_option = option("--json", "as_json", is_flag=True, section="Output", help="Print the report as JSON.")
 
 

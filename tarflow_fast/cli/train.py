@@ -13,12 +13,15 @@ from .convert import read_names
 from .options import (
     Command,
     F,
+    cache_option,
     combine,
+    layout_option,
     option,
     progress_option,
     quiet_option,
     show_progress,
     threads_option,
+    values_option,
 )
 
 TOP_PAD = 1 << 28  # bytes by which the heap grows
@@ -41,14 +44,15 @@ data_options = combine(
         metavar="PATH",
         section="Data",
         help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images, "
-        "labels), an IDX file, or a folder of MNIST's four IDX files.",
+        "labels), a .npy file, an IDX file, or a folder of MNIST's four IDX files; or a folder with train and val or "
+        "test halves.",
     ),
     option(
         "--eval-data",
         metavar="PATH",
         section="Data",
-        help="Held-out images for bits/dim. Of a folder that has a train and a test half, the test half "
-        "is taken: it may be the folder given as --data.",
+        help="Held-out images for bits/dim. Of a folder that has a train and a test (or val) half, the test half "
+        "is taken: it may be the folder given as --data. Classes are matched by name.",
     ),
     option(
         "--img-size",
@@ -74,8 +78,11 @@ data_options = combine(
         "--class-names",
         metavar="LIST",
         section="Data",
-        help='One name for each class, in order: "cat,dog,wild", or @FILE with one a line.',
+        help='One name for each class, in the order of the data\'s: "cat,dog,wild", or @FILE with one a line.',
     ),
+    layout_option,
+    values_option,
+    cache_option,
     option("--flip", is_flag=True, section="Data", help="Mirror half of the images."),
     option(
         "--noise-type",

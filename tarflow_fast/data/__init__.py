@@ -1,6 +1,8 @@
 """Labelled images, from a folder of pictures, a `.npz` or `.npy` file, or IDX files (MNIST's)."""
 
+from .classes import matched, renamed
 from .image_data import ImageData
 from .load import SPLITS, load_images
+from .values import LAYOUTS, VALUES
 
-__all__ = ["SPLITS", "ImageData", "load_images"]
+__all__ = ["LAYOUTS", "SPLITS", "VALUES", "ImageData", "load_images", "matched", "renamed"]

@@ -44,29 +44,35 @@ def renamed(data: ImageData, names: Sequence[str], argument: str = "class_names"
     return replace(data, class_names=tuple(names))
 
 
-def model_labels(
+def matched(
     data: ImageData,
     names: Sequence[str] | None,
     num_classes: int,
     argument: str = "data",
     aliases: Sequence[str] = (),
-) -> Tensor | None:
-    """The data's labels as those of a model with these classes, (N,) int64; None for a model without classes.
+) -> ImageData:
+    """The data with the labels and class names of a model; without labels for a model without classes.
 
-    names: the model's, or None where it has none; aliases: other names of its classes. Data with names: each must be
-    the model's. Data without: its numbers are the model's labels, or the model's names where these are numbers. A model
-    without names takes the data's classes in their order, if there are as many.
-    Raises ArgumentError that names the argument.
+    names: the model's, or None where it has none; aliases: other names of its classes, in their order. Data with names:
+    each must be the model's. Data without: its numbers are the model's labels, or the model's names where these are
+    numbers. A model without names takes the data's classes in their order, if there are as many. Data without labels
+    stays as it is. Raises ArgumentError that names the argument.
     """
-    if num_classes == 0:
-        return None
-    if data.labels is None:
-        raise ArgumentError(argument, f"labels of {num_classes} classes", "no labels")
-    known = {same_form(name): k for k, name in [*enumerate(aliases), *enumerate(names or ())]}
-    numbers = data.numbers or range(data.num_classes)
+    if data.labels is None or num_classes == 0:
+        return replace(data, labels=None, class_names=None, numbers=None)
+    table = _table(data, data.labels, names or (), num_classes, argument, aliases)
+    labels = torch.tensor(table)[data.labels]
+    return replace(data, labels=labels, class_names=None if names is None else tuple(names), numbers=None)
+
+
+def _table(
+    data: ImageData, labels: Tensor, names: Sequence[str], num_classes: int, argument: str, aliases: Sequence[str]
+) -> list[int]:
+    """The model's class for each of the data's."""
+    known = {same_form(name): k for k, name in [*enumerate(aliases), *enumerate(names)]}
     if data.class_names is not None and names:
-        table = _by_name(data.class_names, known, names, argument)
-    elif data.class_names is not None:
+        return _by_name(data.class_names, known, names, argument)
+    if data.class_names is not None:
         if len(data.class_names) != num_classes:
             raise ArgumentError(
                 argument,
@@ -76,18 +82,16 @@ def model_labels(
         log.warning(
             "the model has no class names; its classes are taken to be, in order: %s", _listed(data.class_names)
         )
-        table = list(range(num_classes))
-    elif names and all(name.isdecimal() for name in names):
-        # Where labels are 0, 1, …, classes between them may have no image.
-        present = set(data.labels.tolist())
+        return list(range(num_classes))
+    numbers = list(data.numbers or range(data.num_classes))
+    if any(given and all(name.isdecimal() for name in given) for given in (names, aliases)):
+        present = set(labels.tolist())  # where labels are 0, 1, …, classes between them may have no image
         wanted = [str(number) if label in present else None for label, number in enumerate(numbers)]
-        table = _by_name(wanted, known, names, argument)
-    else:
-        highest = numbers[int(data.labels.max())]
-        if highest >= num_classes:
-            raise ArgumentError(argument, f"labels of {num_classes} classes", f"label {highest}")
-        table = list(numbers)
-    return torch.tensor(table)[data.labels]
+        return _by_name(wanted, known, names or aliases, argument)
+    highest = numbers[int(labels.max())]
+    if highest >= num_classes:
+        raise ArgumentError(argument, f"labels of {num_classes} classes", f"label {highest}")
+    return numbers
 
 
 def _by_name(wanted: Sequence[str | None], known: dict[str, int], names: Sequence[str], argument: str) -> list[int]:

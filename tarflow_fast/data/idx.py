@@ -90,7 +90,7 @@ def _read(file: BinaryIO, path: Path, dims: int, packed: bool, store: Store) -> 
     if not packed and size != there - len(head):
         raise DataError(f"{lie} {there - len(head)}")
     array: NDArray[Any] = store.empty((size,), np.uint8)
-    view, filled = memoryview(array), 0
+    view, filled = memoryview(array.data), 0
     while filled < size and (n := file.readinto(view[filled : filled + BLOCK])):  # type: ignore[attr-defined]
         filled += n
     if filled < size or file.read(1):

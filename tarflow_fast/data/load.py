@@ -126,7 +126,7 @@ def _load_folder(
 ) -> tuple[ImageData, list[str]]:
     found = find_pictures(path, split)
     out = store.empty((len(found.paths), channels, size, size), np.uint8)
-    read_pictures(found.paths, out, progress)
+    read_pictures(found.paths, out, progress, store.stop)
     labels = None if found.labels is None else torch.tensor(found.labels)
     return ImageData(torch.from_numpy(out), labels, found.class_names), found.notes
 
@@ -136,11 +136,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def read_pictures(paths: list[str], out: np.ndarray, progress: bool = False) -> None:
+def read_pictures(
+    paths: list[str], out: np.ndarray, progress: bool = False, stop: threading.Event | None = None
+) -> None:
     """Picture i into out[i], (N, channels, S, S) uint8, by as many threads as there are cores: decoding frees Python's
-    lock. Raises DataError for the first picture that cannot be read."""
+    lock. stop: ends it early. Raises DataError for the first picture that cannot be read."""
     _, channels, size, _ = out.shape
-    numbers, failed, stop = count(), dict[int, DataError](), threading.Event()
+    numbers, failed = count(), dict[int, DataError]()
+    stop = threading.Event() if stop is None else stop
 
     def work() -> None:
         while not stop.is_set() and (i := next(numbers)) < len(paths):

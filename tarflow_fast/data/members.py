@@ -25,7 +25,7 @@ class BrokenArray(ValueError):
 
 @dataclass(frozen=True)
 class Member:
-    """One array of a file, not yet read. open: its bytes from the start; size: their number; packed: that in the file."""
+    """One array of a file, not yet read. open: its bytes from the start; size: their number; packed: in the file."""
 
     open: Callable[[], IO[bytes]]
     size: int

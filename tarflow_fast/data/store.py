@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Store:
 
     folder: that folder; the system's unless given; mapped: True for files whatever the size. The files have no name, or
     lose theirs when the store is closed, so that nothing stays behind; those of a killed process go with the next store
-    in the folder. notes: what should be said of the arrays.
+    in the folder. notes: what should be said of the arrays; stop: set where they are not wanted any more.
     """
 
     def __init__(self, folder: PathLike | None = None, *, mapped: bool = False):
@@ -37,6 +38,7 @@ class Store:
             raise ArgumentError("cache", "an existing folder", repr(os.fspath(self.folder)))
         self.mapped = mapped
         self.notes: list[str] = []
+        self.stop = threading.Event()
         self._files: list[tuple[int, Path]] = []
 
     @property

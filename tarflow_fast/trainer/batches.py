@@ -21,10 +21,13 @@ def stream(seed: int, purpose: str, index: int, device: torch.device | str = "cp
 def add_noise(v: Tensor, noise_type: str, noise_std: float, noise: Tensor) -> Tensor:
     """Gaussian: x = v/127.5 − 1 + σ ε; uniform: x = (v + u)/128 − 1.
 
-    v: (B, ch, S, S) uint8; noise: the same shape, ε ~ N(0, 1) or u ~ U[0, 1), fp32. Returns fp32.
+    v: (B, ch, S, S) uint8, or float32 for data that are no pictures: x = v + σ ε; noise: the same
+    shape, ε ~ N(0, 1) or u ~ U[0, 1), fp32. Returns fp32.
     """
     if noise_type == "uniform":
         return (v + noise) / 128 - 1
+    if v.is_floating_point():
+        return v + noise_std * noise
     return v / 127.5 - 1 + noise_std * noise
 
 
@@ -40,6 +43,8 @@ class Batches:
             raise ArgumentError("batch_size", f"at most {len(data)}, the number of images", config.batch_size)
         if config.batch_size % world:
             raise ArgumentError("batch_size", f"a multiple of the {world} processes", config.batch_size)
+        if data.images.is_floating_point() and config.noise_type == "uniform":
+            raise ArgumentError("noise_type", "'gaussian', as only 8-bit values can be dequantised", "'uniform'")
         self.data, self.config, self.device = data, config, device
         rows = config.batch_size // world
         self.rows = slice(rank * rows, (rank + 1) * rows)

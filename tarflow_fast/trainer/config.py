@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..checks import check_choice, check_count, check_number
+from ..data import LAYOUTS, VALUES
 from ..errors import ArgumentError
 
 NOISE_TYPES = ("gaussian", "uniform")
@@ -15,7 +16,20 @@ DTYPES = ("float32", "bfloat16")
 # What may differ between a run and its continuation. `epochs` is among them as the schedule is a function of
 # the step: a run continued with another number of epochs follows the new schedule from there on.
 FREE_ON_RESUME = frozenset(
-    {"data", "out", "eval_data", "epochs", "device", "compile", "log_every", "checkpoint_every", "eval_every"}
+    {
+        "data",
+        "out",
+        "eval_data",
+        "layout",
+        "values",
+        "cache",
+        "epochs",
+        "device",
+        "compile",
+        "log_every",
+        "checkpoint_every",
+        "eval_every",
+    }
     | {"eval_images", "sample_every", "sample_rows", "sample_guidance", "tensorboard"}
 )
 
@@ -36,7 +50,8 @@ class TrainConfig:
     """One training run. All numbers of steps count optimiser steps.
 
     Data: data, eval_data: paths for `load_images` (splits "train" and "test"); out: the folder to be written.
-    img_size, in_channels: for folders of pictures, else read off the data. conditional: learn p(x | label);
+    img_size, in_channels: for folders of pictures, else read off the data; layout, values, cache: as for `load_images`.
+    conditional: learn p(x | label);
     class_names: one name a class, in place of the data's own. flip: mirror half of the images. noise_type:
     "gaussian", x = v/127.5 − 1 + noise_std · ε, or "uniform", x = (v + u)/128 − 1 (dequantisation), for 8-bit
     values v. drop_label: share of labels replaced by "no class".
@@ -64,6 +79,9 @@ class TrainConfig:
     eval_data: str | None = None
     img_size: int | None = None
     in_channels: int = 3
+    layout: str = "auto"
+    values: str = "auto"
+    cache: str | None = None
     patch_size: int = 4
     channels: int = 512
     num_blocks: int = 8
@@ -121,6 +139,10 @@ class TrainConfig:
             raise ArgumentError("class_names", "None, as the model is unconditional", repr(names))
         check_choice("noise_type", self.noise_type, NOISE_TYPES)
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("values", self.values, VALUES)
+        if self.cache is not None and not isinstance(self.cache, str):
+            raise ArgumentError("cache", "a path or None", repr(self.cache))
         check_number("noise_std", self.noise_std, 0, open_low=True)
         check_number("drop_label", self.drop_label, 0, 1)
         check_number("lr", self.lr, 0, open_low=True)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from ..checkpoint import save
 from ..config import TarFlowConfig
-from ..data import ImageData, load_images
+from ..data import ImageData, matched, renamed
 from ..errors import ArgumentError, TrainingDiverged, TrainingStopped
 from ..evaluate import Noise, bits_per_dim
 from ..images import save_grid
@@ -29,6 +28,7 @@ from .batches import Batches
 from .config import TrainConfig
 from .metrics import MetricsLog
 from .processes import Processes, processes
+from .shared import load_once
 from .state import SUMS, TrainState
 
 CHECKPOINT, MODEL = "checkpoint.pt", "model.safetensors"
@@ -72,8 +72,10 @@ def run_metadata(config: TrainConfig, data: ImageData) -> dict[str, Any]:
     metadata: dict[str, Any] = {"noise_type": config.noise_type}
     if config.noise_type == "gaussian":
         metadata["noise_std"] = config.noise_std
-    if config.conditional and data.class_names:
-        metadata["class_names"] = list(data.class_names)
+    if data.images.is_floating_point():
+        metadata["values"] = "raw"
+    if config.conditional and data.names:
+        metadata["class_names"] = list(data.names)
     return metadata
 
 
@@ -105,10 +107,15 @@ class _Run:
         if resume and not (self.out / CHECKPOINT).is_file():
             raise ArgumentError("resume", f"a checkpoint {self.out / CHECKPOINT}", "none")
 
-        data = self._load(config.data, "train")
+        own = self._load(config.data, "train")
+        data = own if config.class_names is None else renamed(own, config.class_names)
+        if config.sample_every and data.images.shape[1] not in (1, 3):
+            raise ArgumentError(
+                "sample_every", f"0, as {data.images.shape[1]} channels make no picture", config.sample_every
+            )
         self.batches = Batches(data, config, group.device, group.rank, group.world)
         self.steps = config.epochs * self.batches.steps_per_epoch
-        self.held_out = self._load_held_out(data)
+        self.held_out = self._load_held_out(data, own)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = TarFlow.from_config(model_config(config, data)).to(group.device)
@@ -130,19 +137,33 @@ class _Run:
         self.log = MetricsLog(self.out, self.state.step, config.tensorboard) if group.first else None
 
     def _load(self, path: str, split: str) -> ImageData:
-        data = load_images(path, split=split, size=self.config.img_size, channels=self.config.in_channels)
-        names = self.config.class_names
-        return data if names is None else replace(data, class_names=names)
+        config = self.config
+        return load_once(
+            self.group,
+            path,
+            cache=config.cache,
+            split=split,
+            size=config.img_size,
+            channels=config.in_channels,
+            layout=config.layout,
+            values=config.values,
+            progress=self.progress,
+        )
 
-    def _load_held_out(self, data: ImageData) -> ImageData | None:
+    def _load_held_out(self, data: ImageData, own: ImageData) -> ImageData | None:
+        """The held-out images with the model's labels. own: the data under the names of its own classes."""
         if self.config.eval_data is None:
             return None
         held_out = self._load(self.config.eval_data, "test")
         wanted, got = tuple(data.images.shape[1:]), tuple(held_out.images.shape[1:])
         if got != wanted:
             raise ArgumentError("eval_data", f"images of shape {wanted}", got)
-        if self.config.conditional and not 0 < held_out.num_classes <= data.num_classes:
-            raise ArgumentError("eval_data", f"labels of {data.num_classes} classes", held_out.num_classes)
+        if held_out.images.dtype != data.images.dtype:
+            raise ArgumentError("eval_data", f"images of {data.images.dtype}", held_out.images.dtype)
+        if self.config.conditional:
+            if held_out.labels is None:
+                raise ArgumentError("eval_data", f"labels of {data.num_classes} classes", "none")
+            held_out = matched(held_out, data.names, data.num_classes, "eval_data", own.names or ())
         return held_out.spread(self.config.eval_images)
 
     def go(self) -> TarFlow:
