@@ -23,7 +23,7 @@ OTHER_PICTURES = frozenset(
     {".heic", ".heif", ".jxl", ".j2k", ".exr", ".hdr", ".psd", ".tga", ".svg", ".pfm", ".dds", ".ico"}
     | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"}
 )
-PLUGINS = {"Png": "PNG", "Jpeg": "JPEG", "Webp": "WEBP", "Bmp": "BMP", "Gif": "GIF", "Tiff": "TIFF", "Ppm": "PPM"}
+PLUGINS = {"Png": "PNG", "Jpeg": "JPEG", "WebP": "WEBP", "Bmp": "BMP", "Gif": "GIF", "Tiff": "TIFF", "Ppm": "PPM"}
 LATER_PLUGINS = {"Avif": "AVIF", "Jpeg2K": "JPEG2000"}
 LONGEST_STRIP = 32  # times its shorter side
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
