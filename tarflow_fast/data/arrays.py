@@ -62,7 +62,7 @@ def _naming(path: Path) -> Iterator[None]:
 def load_npy(path: Path, layout: str, values: str, store: Store) -> tuple[ImageData, list[str]]:
     """Images alone, and what should be said of them."""
     with _naming(path):
-        return _images_and_labels(path, npy_member(path), None, None, layout, values, False, store)
+        return _images_and_labels(path, npy_member(path), None, None, "train", layout, values, False, store)
 
 
 def load_npz(path: Path, split: str, layout: str, values: str, store: Store) -> tuple[ImageData, list[str]]:
@@ -74,7 +74,7 @@ def load_npz(path: Path, split: str, layout: str, values: str, store: Store) -> 
         images, labels, notes = _pick(path, members, split)
         names = next((members[name] for name in CLASS_NAMES if name in members), None)
         sampled = members.keys() >= SAMPLED
-        data, more = _images_and_labels(path, images, labels, names, layout, values, sampled, store)
+        data, more = _images_and_labels(path, images, labels, names, split, layout, values, sampled, store)
     return data, notes + more
 
 
@@ -107,6 +107,7 @@ def _images_and_labels(
     images: Member,
     labels: Member | None,
     class_names: Member | None,
+    split: str,
     layout: str,
     values: str,
     sampled: bool,
@@ -131,7 +132,7 @@ def _images_and_labels(
     read = Labels(np.zeros(0, np.int64))
     if labels is not None:
         names = None if class_names is None else [_text(name) for name in class_names.whole().reshape(-1).tolist()]
-        read = read_labels(where, labels.whole(), n, names)
+        read = read_labels(where, labels.whole(), n, names, split)
     out = store.empty((n, channels, side, side), np.float32 if what == "raw" else np.uint8)
     for first, rows in images.pieces():
         rows = rows.reshape(len(rows), 1, side, side) if axis is None else rows

@@ -24,11 +24,11 @@ class Labels:
     note: str | None = None
 
 
-def read_labels(where: str, array: NDArray[Any], n: int, names: Sequence[str] | None) -> Labels:
+def read_labels(where: str, array: NDArray[Any], n: int, names: Sequence[str] | None, split: str) -> Labels:
     """The labels of n images. names: of the classes, if the file has them: then labels are numbers of names.
 
-    Integers that leave out some below the highest are numbered anew, in order. Raises DataError that begins with
-    `where`.
+    Integers of data to train on (split "train") that leave out some below the highest are numbered anew, in order;
+    other data may lack classes that the model has. Raises DataError that begins with `where`.
     """
     names = None if names is None else tuple(names)
     flat = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
@@ -44,7 +44,7 @@ def read_labels(where: str, array: NDArray[Any], n: int, names: Sequence[str] | 
     if int(labels.min()) < 0:
         raise DataError(f"{where}: expected labels >= 0, got {int(labels.min())}")
     present, numbered = np.unique(labels, return_inverse=True)
-    if names is not None or int(present[-1]) == len(present) - 1:
+    if names is not None or split != "train" or int(present[-1]) == len(present) - 1:
         return Labels(labels, names)
     numbers = tuple(present.tolist())
     shown = ", ".join(map(str, numbers[:MOST_LISTED])) + (", …" if len(numbers) > MOST_LISTED else "")

@@ -56,7 +56,8 @@ def load_images(
       there is one; or a folder of MNIST's four files, as MNIST's own, torchvision's or Kaggle's.
 
     split: "train", "val" or "test", which half of what has halves; what has none is taken whole, and "val" serves as
-    "test" where there is no other. size: pixels along a side, required for pictures; images of the other formats must
+    "test" where there is no other; and of data to train on ("train") integer labels that leave out some below the
+    highest are numbered anew. size: pixels along a side, required for pictures; images of the other formats must
     have it already. channels: 1 or 3, for pictures only.
     layout: "NHWC" or "NCHW", where a shape allows both. values: what floats mean, "0..1", "-1..1", "0..255", or "raw"
     for data that are no pictures, which stay float32; "auto" sees it by their range, and by a number of channels other
@@ -103,7 +104,7 @@ def load_into(
     elif path.suffix.lower() == ".npy":
         data, notes = load_npy(path, layout, values, store)
     else:
-        data, notes = _load_idx(idx or path, store)
+        data, notes = _load_idx(idx or path, split, store)
     for note in [*store.notes, *notes]:
         log.warning("%s", note)
     if size is not None and data.images.shape[-1] != size:
@@ -111,12 +112,12 @@ def load_into(
     return data
 
 
-def _load_idx(path: Path, store: Store) -> tuple[ImageData, list[str]]:
+def _load_idx(path: Path, split: str, store: Store) -> tuple[ImageData, list[str]]:
     images, where = read_idx(path, 3, store), repr(str(path))
     beside = labels_beside(path)
     if 0 in images.shape:
         raise DataError(f"{where}: expected images, got none: {images.shape}")
-    labels = None if beside is None else read_labels(where, read_idx(beside, 1, Store()), len(images), None)
+    labels = None if beside is None else read_labels(where, read_idx(beside, 1, Store()), len(images), None, split)
     notes = [labels.note] if labels is not None and labels.note is not None else []
     return image_data(where, images[:, None], labels), notes
 
