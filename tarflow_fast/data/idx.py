@@ -19,7 +19,7 @@ PREFIX = {"train": "train", "val": "val", "test": "t10k"}
 UINT8 = 8  # the type byte of the header
 BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 MOST_PACKED = 1032  # bytes for one byte of a deflate stream
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 
 
 def find_idx(folder: Path, split: str) -> Path | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-PIECE = 1 << 24  # bytes
+PIECE = 1 << 22  # bytes
 MOST_PACKED = 1032  # bytes for one byte of a deflate stream
 LARGEST_TABLE = 1 << 32  # bytes of labels or names
 

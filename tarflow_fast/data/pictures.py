@@ -116,7 +116,7 @@ def _shown(file: Image.Image, mode: str) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
-    picture = picture.convert(mode)
+    picture = picture if picture.mode == mode else picture.convert(mode)  # which would copy it
     turn = TURNS.get(_orientation(file))
     return picture if turn is None else picture.transpose(turn)
 
