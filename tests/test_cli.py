@@ -582,6 +582,53 @@ class TestEval:
             assert found["images"] == 2
         assert json.loads(run(*command).stdout)["split"] == "test"
 
+    def test_classes_meet_by_name(self, run: Run) -> None:
+        """Folders of two of the model's three classes, in another order than its own."""
+        tff.save(named := random_model(in_channels=3, num_classes=3), "n.safetensors")
+        named.metadata = {"class_names": ["owl", "cat", "Dog"]}
+        tff.save(named, "n.safetensors")
+        generator = np.random.default_rng(0)
+        for name in ("cat", "owl"):
+            Path("d", name).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(Path("d", name, f"{i}.png"))
+        command = ("eval", "-m", "n.safetensors", "--data", "d", "--json")
+        facts = json.loads(run(*command).stdout)
+        data = tff.load_images("d", size=8)
+        wanted = bayes_accuracy(named, data.images, [1, 1, 1, 1, 0, 0, 0, 0])
+        assert facts["bayes_accuracy"]["correct"] == wanted.correct
+        limited = json.loads(run(*command, "--limit", 1).stdout)
+        assert limited["bits_per_dim"]["mean"] == pytest.approx(bits_per_dim(named, data.images[:1], 1).mean, abs=1e-4)
+        assert "--class-names" in run(*command, "--class-names", "owl,cat", code=1).stderr
+        assert "the model knows" in run(*command, "--class-names", "cat,fig", code=1).stderr
+        Path("d", "owl").rename(Path("d", "uhu"))
+        assert "'uhu'" in run(*command, code=1).stderr
+        renamed = json.loads(run(*command, "--class-names", "cat,owl").stdout)
+        assert renamed["bayes_accuracy"]["correct"] == wanted.correct
+        assert (
+            "class-conditional" in run("eval", "-m", "plain.pth", "--data", "d", "--class-names", "a,b", code=2).stderr
+        )
+
+    def test_remarks_go_to_standard_error(self, run: Run) -> None:
+        images = np.random.default_rng(0).random((4, 8, 8))
+        np.savez("f.npz", images=images, labels=[0, 1, 2, 0])
+        result = run("eval", "-m", "m.safetensors", "--data", "f.npz", "--json")
+        assert "are taken as 0..1" in result.stderr
+        assert json.loads(result.stdout)["images"] == 4
+        assert run("eval", "-m", "m.safetensors", "--data", "f.npz", "-q").output == ""
+
+    def test_what_sample_writes_can_be_evaluated(self, run: Run) -> None:
+        run("sample", "-m", "m.safetensors", "-n", 6, "--npz", "s.npz", "-q")
+        facts = json.loads(run("eval", "-m", "m.safetensors", "--data", "s.npz", "--json").stdout)
+        assert facts["bayes_accuracy"]["images"] == 6
+
+    def test_latents(self, run: Run) -> None:
+        tff.save(random_model(in_channels=4), "l.safetensors")
+        np.save("l.npy", np.random.default_rng(0).standard_normal((6, 4, 8, 8)).astype(np.float32))
+        command = ("eval", "-m", "l.safetensors", "--data", "l.npy", "--json")
+        assert json.loads(run(*command, "--noise-std", 0.1).stdout)["images"] == 6
+        assert "dequantised" in run(*command, code=1).stderr
+
     def test_accuracy_is_left_out_where_it_cannot_be(self, run: Run, data: tuple[torch.Tensor, list[int]]) -> None:
         for options in (("unlabelled.npz",), ("d.npz", "--no-accuracy")):
             result = run("eval", "-m", "m.safetensors", "--data", *options)

@@ -69,6 +69,44 @@ def test_idx_file_with_and_without_labels(tmp_path: Path) -> None:
     assert load_images(renamed).labels is None
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("train-images.idx3-ubyte", "train-labels.idx1-ubyte"),  # Kaggle's
+        ("train-images-idx3-ubyte/train-images-idx3-ubyte", "train-labels-idx1-ubyte/train-labels-idx1-ubyte"),
+        ("train-images.idx3-ubyte.gz", "train-labels.idx1-ubyte.gz"),
+        ("raw/train-images-idx3-ubyte", "raw/train-labels-idx1-ubyte"),
+        ("MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-labels-idx1-ubyte"),  # torchvision's
+    ],
+)
+def test_other_peoples_idx_names(tmp_path: Path, images: str, labels: str) -> None:
+    put(tmp_path / images, idx(GREY))
+    put(tmp_path / labels, idx(LABELS))
+    for path in (tmp_path, tmp_path / images):
+        data = load_images(path)
+        assert np.array_equal(data.images[:, 0], GREY)
+        assert data.labels is not None
+        assert data.labels.tolist() == LABELS.tolist()
+    with pytest.raises(DataError, match="has no t10k-images"):
+        load_images(tmp_path, split="test")
+
+
+def test_several_idx_data_sets(tmp_path: Path) -> None:
+    for name in ("MNIST", "FashionMNIST"):
+        put(tmp_path / name / "raw" / "train-images-idx3-ubyte", idx(GREY))
+    with pytest.raises(DataError, match="several data sets"):
+        load_images(tmp_path)
+    assert len(load_images(tmp_path / "MNIST")) == 6
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_headers_that_lie(tmp_path: Path, suffix: str) -> None:
+    """Before memory is taken."""
+    content = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**32 - 1, 2**16, 2**16) + bytes(100)
+    with pytest.raises(DataError, match="its header says"):
+        load_images(put(tmp_path / f"x-images-idx3-ubyte{suffix}", content))
+
+
 def test_idx_at_odds(tmp_path: Path) -> None:
     images = put(tmp_path / "train-images-idx3-ubyte", idx(GREY))
     with pytest.raises(DataError, match="has no t10k-images"):
@@ -219,7 +257,7 @@ def test_folders_of_other_things(tmp_path: Path) -> None:
         load_images(tmp_path, size=8)
     file = tmp_path / "cat" / "notes.txt"
     file.write_text("meow")
-    with pytest.raises(DataError, match="not a picture"):
+    with pytest.raises(DataError, match=r"a class without pictures; not a picture: 'notes\.txt'"):
         load_images(tmp_path, size=8)
     file.rename(tmp_path / "cat" / "1.jpg")
     with pytest.raises(DataError, match="not a whole picture"):
@@ -247,6 +285,13 @@ def test_image_data_refuses_what_does_not_fit() -> None:
             ImageData(images, wrong)
     with pytest.raises(ArgumentError, match="class_names"):
         ImageData(images, labels, ("a", "b"))
+
+
+def test_any_number_of_channels_and_data_that_are_no_pictures() -> None:
+    assert ImageData(torch.zeros(4, 7, 8, 8, dtype=torch.uint8)).images.shape[1] == 7
+    assert ImageData(torch.randn(4, 7, 8, 8)).num_classes == 0
+    with pytest.raises(ArgumentError, match="finite"):
+        ImageData(torch.full((1, 4, 8, 8), torch.nan))
 
 
 def test_spread_and_fingerprint() -> None:

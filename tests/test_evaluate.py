@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tarflow_fast import reference
+from tarflow_fast.data import ImageData
 from tarflow_fast.errors import ArgumentError, TarFlowError
 from tarflow_fast.evaluate import Noise, bayes_accuracy, bits_per_dim
 from tarflow_fast.model import TarFlow
@@ -221,6 +222,49 @@ class TestBayesAccuracy:
     def test_an_unconditional_model_is_no_classifier(self) -> None:
         with pytest.raises(ArgumentError, match="class-conditional"):
             bayes_accuracy(random_model(), pictures(3), [0, 0, 0])
+
+
+class TestImageData:
+    """Data with their labels: classes meet by name."""
+
+    def test_labels_are_matched_by_name(self) -> None:
+        model, v = random_model(num_classes=3), pictures(6)
+        model.metadata = {"class_names": ["a", "b", "c"]}
+        data = ImageData(v, torch.tensor([0, 1, 0, 1, 0, 1]), ("c", "a"))
+        right = torch.tensor([2, 0, 2, 0, 2, 0])
+        assert bits_per_dim(model, data).mean == bits_per_dim(model, v, right).mean
+        assert bayes_accuracy(model, data).correct == bayes_accuracy(model, v, right).correct
+        with pytest.raises(ArgumentError, match="classes that the model knows"):
+            bits_per_dim(model, ImageData(v, data.labels, ("c", "d")))
+        with pytest.raises(ArgumentError, match="labels: expected None"):
+            bits_per_dim(model, data, right)
+
+    def test_data_without_labels(self) -> None:
+        model, v = random_model(num_classes=3), pictures(3)
+        assert bits_per_dim(model, ImageData(v)).mean == bits_per_dim(model, v).mean
+        with pytest.raises(ArgumentError, match="a class for every image"):
+            bayes_accuracy(model, ImageData(v))
+
+    def test_data_that_are_no_pictures(self) -> None:
+        """x = v + σε, with as many channels as the model has."""
+        model, v = random_model(in_channels=4), torch.randn(5, 4, 8, 8)
+        nats = reference_log_prob(model, v + GAUSSIAN.add(torch.zeros_like(v)), None)
+        wanted = float((-nats / 256 / math.log(2) + 7).mean())
+        assert abs(bits_per_dim(model, ImageData(v), noise=GAUSSIAN).mean - wanted) < CLOSE
+        assert torch.equal(NONE.add(v), v)
+        with pytest.raises(ArgumentError, match="noise: expected 'gaussian'"):
+            bits_per_dim(model, ImageData(v), noise=UNIFORM)
+
+    @pytest.mark.parametrize("x", [pictures(2).float(), torch.rand(2, 1, 8, 8) * 255])
+    def test_8_bit_floats_are_named(self, x: Tensor) -> None:
+        model = random_model()
+        for density in (model.log_prob, model.bits_per_dim):
+            with pytest.raises(ArgumentError, match="x: expected values of about -1 to 1"):
+                density(x)
+        with pytest.raises(ArgumentError, match="x: expected values of about -1 to 1"):
+            bits_per_dim(model, ImageData(x), noise=GAUSSIAN)
+        model.metadata = {"values": "raw"}
+        assert model.log_prob(x).shape == (2,)
 
 
 class TestBoth:

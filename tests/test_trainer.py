@@ -552,6 +552,42 @@ def test_two_processes_are_one(pictures: str, tmp_path: Path, nvp: bool) -> None
             assert {**x, "seconds": 0} == pytest.approx({**y, "seconds": 0}, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_one_process_reads_for_all(tmp_path: Path) -> None:
+    """Two processes of a machine train on a folder of pictures as one does; one reads, and its file is gone."""
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        path = tmp_path / "data" / ("train" if i < 40 else "val") / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    (tmp_path / "cache").mkdir()
+    data, changes = str(tmp_path / "data"), {"img_size": 8, "cache": str(tmp_path / "cache"), "epochs": 2}
+    config = tiny(data, tmp_path / "one", eval_data=data, **changes)
+    train(config, progress=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    options = [*flags(replace(config, out=str(tmp_path / "two"))), "--threads", "1"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tarflow_fast", "train", *options], env=one_thread(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is taken for the test half") == 1
+    a, b = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    assert a["fingerprint"] == b["fingerprint"]
+    assert_same(dict(a["model"]), dict(b["model"]), atol=2e-5, rtol=1e-4)
+    assert not list((tmp_path / "cache").iterdir())
+    (tmp_path / "data" / "train" / "a" / "0.png").write_text("broken")
+    torchrun[-1] = free_port()
+    done = subprocess.run(
+        [*torchrun, "-m", "tarflow_fast", "train", *options, "--out", str(tmp_path / "three")],
+        env=one_thread(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "0.png': not a whole picture" in done.stderr
+    assert not list((tmp_path / "cache").iterdir())
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -670,6 +706,7 @@ def test_held_out_images_must_fit(pictures: str, tmp_path: Path) -> None:
     images = np.zeros((4, 8, 8), np.uint8)
     for arrays, message in (
         ({"images": images[:, :4, :4], "labels": np.zeros(4, int)}, "images of shape"),
+        ({"images": images, "labels": np.array(["cat", "cow"] * 2)}, "classes that the model knows"),
         ({"images": images}, "labels of 3 classes"),
         ({"images": images, "labels": np.full(4, 3)}, "labels of 3 classes"),
     ):
@@ -680,6 +717,54 @@ def test_held_out_images_must_fit(pictures: str, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="patch_size"):
         train(tiny(pictures, tmp_path / "run", patch_size=3), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_classes_are_found_by_name(pictures: str, tmp_path: Path) -> None:
+    """A class less and another order, also where the names were replaced."""
+    data = load_images(pictures)
+    assert data.labels is not None
+    owls_and_cats = data.labels != 1
+    images, labels = data.images[owls_and_cats, 0].numpy(), data.labels[owls_and_cats].numpy()
+    path = tmp_path / "held_out.npz"
+    found = []
+    for names, number in ((None, {0: 0, 2: 2}), (["owl", "cat"], {0: 1, 2: 0}), (["owl", "cat"], {0: 1, 2: 0})):
+        named = {} if names is None else {"class_names": np.array(names)}
+        np.savez(path, images=images, labels=[number[label] for label in labels.tolist()], **named)
+        changes = {"class_names": ("x", "y", "z")} if len(found) == 2 else {}
+        out = tmp_path / str(len(found))
+        train(tiny(pictures, out, epochs=1, eval_data=str(path), **changes), progress=False)
+        found.append(rows(out, "eval"))
+    assert found[0] == found[1] == found[2]
+
+
+def test_names_that_permute_the_datas_own(pictures: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="class_names: expected names in the order of the data's own"):
+        train(tiny(pictures, tmp_path / "run", class_names=("dog", "cat", "owl")), progress=False)
+
+
+def test_labels_that_start_anywhere_become_names(pictures: str, tmp_path: Path) -> None:
+    data = load_images(pictures)
+    assert data.labels is not None
+    path = tmp_path / "x.npz"
+    np.savez(path, images=data.images[:, 0].numpy(), labels=data.labels.numpy() * 2 + 1)
+    model = train(tiny(str(path), tmp_path / "run", epochs=1, eval_data=str(path)), progress=False)
+    assert model.config.num_classes == 3
+    assert model.metadata["class_names"] == ["1", "3", "5"]
+
+
+def test_latents_are_learnt_as_they_are(tmp_path: Path) -> None:
+    latents = np.random.default_rng(0).normal(size=(40, 4, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", latents)
+    changes: dict[str, Any] = {"conditional": False, "noise_std": 1e-5, "epochs": 1}
+    config = tiny(str(tmp_path / "x.npy"), tmp_path / "run", eval_data=str(tmp_path / "x.npy"), **changes)
+    model = train(config, progress=False)
+    assert (model.config.in_channels, model.metadata["values"]) == (4, "raw")
+    x, _ = Batches(load_images(config.data), config, CPU, 0, 1)(0)
+    assert all(np.abs(latents - image).max(axis=(1, 2, 3)).min() < 1e-3 for image in x.numpy())
+    assert math.isfinite(rows(tmp_path / "run", "eval")[-1]["bits_per_dim"])
+    for change, named in (({"noise_type": "uniform"}, "noise_type"), ({"sample_every": 1}, "sample_every")):
+        with pytest.raises(ArgumentError, match=named):
+            train(replace(config, out=str(tmp_path / "other"), **change), progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device", ["tpu", "mps", "", "cuda"])
