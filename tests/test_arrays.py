@@ -208,6 +208,19 @@ def test_headers_that_lie(tmp_path: Path, shape: str) -> None:
             load_images(tmp_path / name)
 
 
+@given(place=st.integers(0, 130), value=st.integers(0, 255), kept=st.integers(0, 2000))
+def test_damaged_headers(tmp_path_factory: pytest.TempPathFactory, place: int, value: int, kept: int) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "x.npy"
+    np.save(path, COLOUR)
+    content = bytearray(path.read_bytes())
+    content[place] = value
+    path.write_bytes(content[: -kept or None])
+    try:
+        load_images(path)
+    except DataError as error:
+        assert str(error).isprintable()
+
+
 def test_large_arrays_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow_fast.data.members.PIECE", 400)
     for array in (COLOUR, NCHW, GREY, COLOUR / 255):

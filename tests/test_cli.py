@@ -627,7 +627,7 @@ class TestEval:
         np.save("l.npy", np.random.default_rng(0).standard_normal((6, 4, 8, 8)).astype(np.float32))
         command = ("eval", "-m", "l.safetensors", "--data", "l.npy", "--json")
         assert json.loads(run(*command, "--noise-std", 0.1).stdout)["images"] == 6
-        assert "dequantised" in run(*command, code=1).stderr
+        assert "dequantised" in run(*command, "-q", code=1).stderr
 
     def test_accuracy_is_left_out_where_it_cannot_be(self, run: Run, data: tuple[torch.Tensor, list[int]]) -> None:
         for options in (("unlabelled.npz",), ("d.npz", "--no-accuracy")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, DataError, printable
+from ..errors import ArgumentError, DataError, TarFlowError, printable
 from .folders import HALVES
 from .image_data import ImageData
 from .labels import Labels, read_labels
@@ -20,19 +19,6 @@ from .members import Member, npy_member, npz_members
 from .store import Store
 from .values import Range, channel_axis, converted, meaning
 
-BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    ValueError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-)
 # Names of images and of their labels, the first that is there being taken; in those of a half, {} is its name.
 OF_A_HALF = (
     ("{}_images", "{}_labels"),
@@ -52,9 +38,9 @@ def _naming(path: Path) -> Iterator[None]:
     """Errors of readers as DataError that names the file."""
     try:
         yield
-    except DataError:
+    except TarFlowError:
         raise
-    except BROKEN as error:
+    except Exception as error:  # a damaged header may make NumPy's parser raise anything
         kind = ".npz file" if path.suffix.lower() == ".npz" else ".npy file"
         raise DataError(f"{str(path)!r}: not a whole {kind} of plain arrays ({printable(error)})") from error
 

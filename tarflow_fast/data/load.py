@@ -105,10 +105,10 @@ def load_into(
         data, notes = load_npy(path, layout, values, store)
     else:
         data, notes = _load_idx(idx or path, split, store)
-    for note in [*store.notes, *notes]:
-        log.warning("%s", note)
     if size is not None and data.images.shape[-1] != size:
         raise DataError(f"{where}: its images are {data.images.shape[-1]} pixels wide, not {size}")
+    for note in [*store.notes, *notes]:
+        log.warning("%s", note)
     return data
 
 

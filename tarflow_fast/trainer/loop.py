@@ -260,9 +260,8 @@ class _Run:
     def _evaluate(self, held_out: ImageData) -> None:
         """bits/dim of held-out images under the averaged model, in fp32, by the same noise at every call."""
         model = self.state.average
-        labels = held_out.labels if self.config.conditional else None
         noise = Noise.of(model, seed=self.config.seed)
-        found = bits_per_dim(model, held_out.images, labels, noise=noise)
+        found = bits_per_dim(model, held_out, noise=noise)
         if self.log is not None:
             self.log.write("eval", self.state.step, {"epoch": self._epoch(), "bits_per_dim": found.mean})
 
