@@ -617,6 +617,12 @@ class TestEval:
         assert json.loads(result.stdout)["images"] == 4
         assert run("eval", "-m", "m.safetensors", "--data", "f.npz", "-q").output == ""
 
+    def test_noise_that_is_not_recorded_is_said_once(self, run: Run, data: tuple[torch.Tensor, list[int]]) -> None:
+        tff.save(random_model(), "one.pth")
+        command = ("eval", "-m", "one.pth", "--data", "d.npz")
+        assert run(*command).stderr.count("does not record the noise") == 1
+        assert run(*command, "--noise", "uniform").stderr == ""
+
     def test_what_sample_writes_can_be_evaluated(self, run: Run) -> None:
         run("sample", "-m", "m.safetensors", "-n", 6, "--npz", "s.npz", "-q")
         facts = json.loads(run("eval", "-m", "m.safetensors", "--data", "s.npz", "--json").stdout)

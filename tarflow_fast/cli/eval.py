@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,6 +26,8 @@ from .options import (
     torch_dtype,
     values_option,
 )
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ..data import ImageData
@@ -225,6 +228,8 @@ def eval_command(
     facts: dict[str, Any] = {"model": model_path, "data": data_path, "split": split, "images": len(data)}
     bits = bits_per_dim(model, data, noise=for_bits, **how)
     facts["bits_per_dim"] = bits.to_dict()
+    if noise == "auto" and noise_std is None and not model.metadata.keys() & {"noise_type", "noise_std"}:
+        log.warning("the checkpoint does not record the noise of its training; %s is taken", bits.noise)
     lines = [
         f"{model_path or 'the shipped model'} on {data_path}, {len(data)} images",
         *bits_lines(bits),

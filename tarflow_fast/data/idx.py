@@ -89,7 +89,7 @@ def _read(file: BinaryIO, path: Path, dims: int, packed: bool, store: Store) -> 
         raise DataError(f"{lie} at most {MOST_PACKED * there}")
     if not packed and size != there - len(head):
         raise DataError(f"{lie} {there - len(head)}")
-    array: NDArray[Any] = store.empty((size,), np.uint8)
+    array: NDArray[Any] = store.empty((size,), np.uint8) if size else np.empty((0,), np.uint8)
     view, filled = memoryview(array.data), 0
     while filled < size and (n := file.readinto(view[filled : filled + BLOCK])):  # type: ignore[attr-defined]
         filled += n
