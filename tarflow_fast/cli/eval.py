@@ -228,8 +228,6 @@ def eval_command(
     facts: dict[str, Any] = {"model": model_path, "data": data_path, "split": split, "images": len(data)}
     bits = bits_per_dim(model, data, noise=for_bits, **how)
     facts["bits_per_dim"] = bits.to_dict()
-    if noise == "auto" and noise_std is None and not model.metadata.keys() & {"noise_type", "noise_std"}:
-        log.warning("the checkpoint does not record the noise of its training; %s is taken", bits.noise)
     lines = [
         f"{model_path or 'the shipped model'} on {data_path}, {len(data)} images",
         *bits_lines(bits),
@@ -239,6 +237,8 @@ def eval_command(
         found = bayes_accuracy(model, data, noise=for_accuracy, **how)
         facts["bayes_accuracy"] = found.to_dict()
         lines.append(accuracy_line(found))
+    if noise == "auto" and noise_std is None and not model.metadata.keys() & {"noise_type", "noise_std"}:
+        log.warning("the checkpoint does not record the noise of its training; %s is taken", bits.noise)
     if as_json:
         print_json(facts)
     elif not quiet:
