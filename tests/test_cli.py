@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -616,6 +617,8 @@ class TestEval:
         assert "are taken as 0..1" in result.stderr
         assert json.loads(result.stdout)["images"] == 4
         assert run("eval", "-m", "m.safetensors", "--data", "f.npz", "-q").output == ""
+        log = logging.getLogger("tarflow_fast")
+        assert (log.level, log.handlers) == (logging.NOTSET, [])  # as it was for the process that goes on
 
     def test_noise_that_is_not_recorded_is_said_once(self, run: Run, data: tuple[torch.Tensor, list[int]]) -> None:
         tff.save(random_model(), "one.pth")

@@ -71,11 +71,17 @@ class Echo(logging.Handler):
 
 
 def hush(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
-    """Sends the package's remarks to standard error, or with --quiet nowhere."""
-    log = logging.getLogger("tarflow_fast")
-    log.handlers = [handler for handler in log.handlers if not isinstance(handler, Echo)]
-    log.addHandler(Echo())
-    log.setLevel(logging.ERROR if quiet else logging.NOTSET)
+    """Sends the package's remarks to standard error, or with --quiet nowhere, until the command ends."""
+    log, echo = logging.getLogger("tarflow_fast"), Echo()
+    level = log.level
+
+    def restore() -> None:
+        log.removeHandler(echo)
+        log.setLevel(level)
+
+    log.addHandler(echo)
+    log.setLevel(logging.ERROR if quiet else level)
+    ctx.call_on_close(restore)
     return quiet
 
 
