@@ -699,7 +699,7 @@ def test_command_has_the_defaults_of_the_configuration(monkeypatch: pytest.Monke
     monkeypatch.setattr("tarflow_fast.cli.train.keep_freed_memory", lambda: None)
     done = CliRunner().invoke(main, ["train", "--data", "d", "--out", "o"])
     assert done.exit_code == 0, done.output
-    assert called == [(TrainConfig("d", "o"), {"resume": False, "progress": False})]
+    assert called == [(TrainConfig("d", "o"), {"resume": False, "progress": True})]
 
 
 def test_command(pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -707,7 +707,7 @@ def test_command(pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = tiny(pictures, tmp_path / "a", nvp=False, clip_norm=2.0, class_names=("x", "y", "z"), flip=True)
     done = CliRunner().invoke(main, ["train", *flags(config)])
     assert done.exit_code == 0, done.output
-    assert done.output.split() == [str(tmp_path / "a" / "model.safetensors")]
+    assert done.stdout.split() == [str(tmp_path / "a" / "model.safetensors")]
     train(replace(config, out=str(tmp_path / "b")), progress=False)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
