@@ -173,6 +173,7 @@ def fork(action: Callable[[], object], environment: dict[str, str] | None = None
         with open(1, "w", buffering=1, closefd=False) as out, open(2, "w", buffering=1, closefd=False) as err:
             sys.stdout, sys.stderr = out, err
             os.environ.update(environment or {})
+            warnings.simplefilter("default")  # as for a user, whom they do not stop
             try:
                 action()
                 code = 0

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -196,7 +197,11 @@ class _Run:
         self.forward: Callable[..., Any] = torch.compile(model) if config.compile else model
         if group.world > 1:
             ids = [group.device] if group.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # of broadcast_buffers, which torch 2.10 has no other for
+                self.forward = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
             total = int(group.sum(torch.tensor(self.state.step, device=group.device)))
             if total != group.world * self.state.step:
                 raise CheckpointError(f"{self.out / CHECKPOINT}: not the same for all processes")

@@ -37,7 +37,9 @@ def read_init(init: Init, given: Mapping[str, Any]) -> Start:
         return Start(init, "a model in memory")
     if not isinstance(init, (str, os.PathLike)):
         raise ArgumentError("init", "a TarFlow or a path", type(init).__name__)
-    return Start(load(init, **{name: given[name] for name in READ_WITH if name in given}), Path(init).name)
+    path = Path(init)
+    open_sizes = READ_WITH if path.suffix.lower() == ".pth" else ()
+    return Start(load(path, **{name: given[name] for name in open_sizes if name in given}), path.name)
 
 
 def given_options(config: TrainConfig) -> dict[str, Any]:
