@@ -311,7 +311,7 @@ def test_environment_that_lacks_the_master(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_dead_process_under_torchrun(data: str, tmp_path: Path, dead: int) -> None:
-    """torchrun itself reports which; no process stays."""
+    """torchrun itself reports which, and may end the others before they do; no process stays."""
     config = tiny(data, tmp_path / "run", epochs=LONG, checkpoint_every=1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     with subprocess.Popen(
@@ -326,5 +326,5 @@ def test_dead_process_under_torchrun(data: str, tmp_path: Path, dead: int) -> No
         os.kill(workers[dead], signal.SIGKILL)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"rank {dead} of this run is gone" in said
+    assert f"Signal 9 (SIGKILL) received by PID {workers[dead]}" in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
