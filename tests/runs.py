@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 import tarflow_fast as tff
 from tarflow_fast.trainer import TrainConfig
@@ -174,6 +176,7 @@ def fork(action: Callable[[], object], environment: dict[str, str] | None = None
             sys.stdout, sys.stderr = out, err
             os.environ.update(environment or {})
             warnings.simplefilter("default")  # as for a user, whom they do not stop
+            tqdm.set_lock(threading.RLock())  # not one that forked processes share, and whoever is killed keeps
             try:
                 action()
                 code = 0

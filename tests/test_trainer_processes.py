@@ -203,6 +203,15 @@ def test_two_processes_leave_no_threads(data: str, tmp_path: Path) -> None:
     assert step(tmp_path / "two") == 12
 
 
+def test_run_that_was_killed_before_its_first_checkpoint(data: str, tmp_path: Path) -> None:
+    """All processes start again, of which one alone has seen the lock file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).touch()
+    children = ranks(train_command(*flags(tiny(data, tmp_path / "run", epochs=1)), "--resume", "--quiet"))
+    assert [child.wait() for child in children] == [0, 0], [child.text for child in children]
+    assert step(tmp_path / "run") == 4
+
+
 @pytest.mark.parametrize("dead", [0, 1])
 def test_dead_process_ends_the_others(data: str, tmp_path: Path, dead: int) -> None:
     config = tiny(data, tmp_path / "run", epochs=LONG, checkpoint_every=1)

@@ -77,12 +77,11 @@ def train(
         _threads(config.threads),
         locked(config.out) if group.first else nullcontext(False) as killed,
     ):
-        group.wait()
-        run = _Run(config, group, resume, init, kind, killed)
+        run = _Run(config, group, resume, init, kind, group.any(killed))
         try:
             return run.go()
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if isinstance(error, TarFlowError) or not _is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
                 f"a step of {config.batch_size} images does not fit in the memory of {group.device}; "
@@ -206,9 +205,9 @@ class _Run:
             if total != group.world * self.state.step:
                 raise CheckpointError(f"{self.out / CHECKPOINT}: not the same for all processes")
         group.wait()  # nobody writes before everybody has checked
+        self.log = MetricsLog(self.out, self.state.step, config.tensorboard) if group.first else None
         if group.first and config.sample_every:
             self._samples.mkdir(exist_ok=True)
-        self.log = MetricsLog(self.out, self.state.step, config.tensorboard) if group.first else None
         self.progress = Progress(progress if group.first else "none", self.state.step, self.steps, config.batch_size)
         if group.first:
             self._say_where_it_starts(resume, start)
