@@ -18,7 +18,7 @@ class ArgumentError(TarFlowError, ValueError):
     """An argument has the wrong type, shape, range or name."""
 
     def __init__(self, argument: str, expected: str, got: object):
-        self.argument = argument
+        self.argument, self.expected, self.got = argument, expected, got
         super().__init__(f"{argument}: expected {expected}, got {got}")
 
 
@@ -41,6 +41,10 @@ class TrainingStopped(TarFlowError):
         self.signal = number
         name = signal.Signals(number).name
         super().__init__(f"stopped by {name} after step {step} of {steps}; resume to go on")
+
+
+class ProcessLost(TarFlowError, ConnectionError):
+    """Another process of the same training run ended before its time, so that this one cannot go on."""
 
 
 class BackendError(TarFlowError, RuntimeError):

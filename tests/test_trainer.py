@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from runs import (
+    CLASSES,
+    STEPS,
+    assert_same,
+    assert_same_run,
+    checkpoint,
+    command,
+    flags,
+    free_port,
+    one_thread,
+    rows,
+    tiny,
+    write_pictures,
+)
 from torch import Tensor
 
 import tarflow_fast as tff
@@ -34,28 +46,11 @@ from tarflow_fast.trainer.loop import _Run
 from tarflow_fast.trainer.metrics import MetricsLog
 
 CPU = torch.device("cpu")
-IMAGES, CLASSES, STEPS = 70, 3, 12  # 70 images in batches of 16 for 3 epochs
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    rng = np.random.default_rng(1)
-    path = tmp_path_factory.mktemp("data") / "pictures.npz"
-    np.savez(
-        path,
-        images=rng.integers(0, 256, (IMAGES, 8, 8), dtype=np.uint8),
-        labels=np.arange(IMAGES) % CLASSES,
-        class_names=np.array(["cat", "dog", "owl"]),
-    )
-    return str(path)
-
-
-def tiny(data: str, out: Path, **changes: Any) -> TrainConfig:
-    """12 steps of a model of two blocks with 16 tokens each."""
-    sizes: dict[str, Any] = {"patch_size": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1}
-    schedule: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 3e-3, "warmup_steps": 4, "log_every": 2}
-    machine: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
-    return TrainConfig(data, str(out), **{**sizes, **schedule, **machine, **changes})
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures.npz")
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
@@ -68,52 +63,6 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
             action()
 
     monkeypatch.setattr(_Run, "_step", stepped)
-
-
-def checkpoint(out: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
-    return content
-
-
-def assert_same(a: Any, b: Any, where: str = "", **tolerance: float) -> None:
-    """Nested containers with equal tensors: bit for bit, or within a tolerance."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}", **tolerance)
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}/{i}", **tolerance)
-    elif isinstance(a, Tensor):
-        if tolerance:
-            torch.testing.assert_close(a, b, **tolerance, msg=lambda m: f"{where}: {m}")
-        else:
-            assert torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Checkpoints, models and metrics of two runs agree in all but the clock."""
-    one, two = checkpoint(a), checkpoint(b)
-    for content in (one, two):
-        del content["seconds"], content["config"]["out"], content["config"]["checkpoint_every"]
-    assert_same(one, two)
-    models = [tff.load(out / "model.safetensors") for out in (a, b)]
-    assert_same(*(dict(model.state_dict()) for model in models))
-    assert_same(*(model.metadata for model in models))
-    for name in ("train", "eval"):
-        assert [{**row, "seconds": 0} for row in rows(a, name)] == [{**row, "seconds": 0} for row in rows(b, name)]
-
-
-def rows(out: Path, name: str = "train") -> list[dict[str, float]]:
-    path = out / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 class Killed(BaseException):
@@ -432,29 +381,6 @@ def test_signals_save_and_stop(
     assert_same_run(whole, parts)
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "tarflow_fast", *arguments]
-
-
-def flags(config: TrainConfig) -> list[str]:
-    """The configuration as options of `tarflow-fast train`."""
-    renamed = {"num_blocks": "blocks", "layers_per_block": "layers"}
-    out = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        flag = "--" + renamed.get(field.name, field.name).replace("_", "-")
-        if isinstance(value, bool):
-            if value != field.default:
-                out.append({"--nvp": "--vp", "--conditional": "--unconditional"}.get(flag, flag))
-        elif value is not None:
-            out += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
-    return out
-
-
-def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
 @pytest.mark.slow
 def test_killed_process_resumes(pictures: str, tmp_path: Path) -> None:
     """SIGKILL at any moment after the first checkpoint, in the middle of writing one too."""
@@ -522,12 +448,6 @@ def test_foreign_checkpoint(pictures: str, tmp_path: Path) -> None:
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -784,7 +704,7 @@ def test_command_has_the_defaults_of_the_configuration(monkeypatch: pytest.Monke
     monkeypatch.setattr("tarflow_fast.cli.train.keep_freed_memory", lambda: None)
     done = CliRunner().invoke(main, ["train", "--data", "d", "--out", "o"])
     assert done.exit_code == 0, done.output
-    assert called == [(TrainConfig("d", "o"), {"resume": False, "progress": False})]
+    assert called == [(TrainConfig("d", "o"), {"resume": False, "progress": True})]
 
 
 def test_command(pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -792,7 +712,7 @@ def test_command(pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = tiny(pictures, tmp_path / "a", nvp=False, clip_norm=2.0, class_names=("x", "y", "z"), flip=True)
     done = CliRunner().invoke(main, ["train", *flags(config)])
     assert done.exit_code == 0, done.output
-    assert done.output.split() == [str(tmp_path / "a" / "model.safetensors")]
+    assert done.stdout.split() == [str(tmp_path / "a" / "model.safetensors")]
     train(replace(config, out=str(tmp_path / "b")), progress=False)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 

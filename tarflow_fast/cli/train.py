@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .convert import read_names
 from .options import (
@@ -19,7 +22,6 @@ from .options import (
     option,
     progress_option,
     quiet_option,
-    show_progress,
     threads_option,
     values_option,
 )
@@ -40,12 +42,11 @@ def numbers(section: str, *rows: tuple[str, int | float, str, str]) -> Callable[
 data_options = combine(
     option(
         "--data",
-        required=True,
         metavar="PATH",
         section="Data",
         help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images, "
         "labels), a .npy file, an IDX file, or a folder of MNIST's four IDX files; or a folder with train and val or "
-        "test halves.",
+        "test halves. Required but with --resume.",
     ),
     option(
         "--eval-data",
@@ -99,6 +100,13 @@ data_options = combine(
 )
 
 size_options = combine(
+    option(
+        "--init",
+        type=click.Path(dir_okay=False),
+        metavar="FILE",
+        section="Model",
+        help="Start from this checkpoint, ml-tarflow's .pth or one of ours, which has the sizes below.",
+    ),
     numbers(
         "Model",
         ("--patch-size", 4, "N", "Pixels along a patch's side."),
@@ -149,7 +157,13 @@ output_options = combine(
         section="Output",
         help="Where checkpoint.pt, model.safetensors, train.csv, eval.csv and samples/ go.",
     ),
-    option("--resume", is_flag=True, section="Output", help="Go on from the checkpoint in --out."),
+    option(
+        "--resume",
+        is_flag=True,
+        section="Output",
+        help="Go on from the checkpoint in --out, with the options that it records: others need not be given, and "
+        "may change where the result does not depend on them (--epochs, --device, what is written when, paths).",
+    ),
     numbers(
         "Output",
         ("--log-every", 50, "N", "Steps between rows of train.csv."),
@@ -189,8 +203,10 @@ Examples:
   tarflow-fast train --data fashion-mnist/ --eval-data fashion-mnist/ --channels 128 --blocks 4 --layers 4 \\
       --noise-std 0.1 --batch-size 128 --epochs 12 --lr 1e-3 --warmup-steps 400 --out run
       MNIST's four IDX files, hours of two CPU cores.
-  tarflow-fast train …the same options… --resume
+  tarflow-fast train --resume --out run
       Goes on where a killed run made its last checkpoint.
+  tarflow-fast train --init afhq_model_8_768_8_8_0.07.pth --data cats/ --img-size 256 --out run
+      Starts from a model that is there.
   torchrun --nproc-per-node 8 -m tarflow_fast train …
       The same run, shared by 8 GPUs.
   tarflow-fast sample -m run/model.safetensors
@@ -204,10 +220,10 @@ Examples:
 @click.pass_context
 def train_command(
     ctx: click.Context,
+    init: str | None,
     in_channels: str,
     class_names: str | None,
     clip_norm: float,
-    threads: int | None,
     resume: bool,
     progress: bool | None,
     quiet: bool,
@@ -215,26 +231,60 @@ def train_command(
 ) -> None:
     """Train a TarFlow on images. The folder --out gets the model (the moving average of the weights), a
     checkpoint from which --resume goes on exactly, and the metrics. Ctrl-C and SIGTERM write a checkpoint
-    before they end the run."""
-    import torch
+    before they end the run. Where standard error is no terminal, a line for each row of metrics tells of progress."""
+    shown = _progress(progress, quiet)
+    if init is not None and resume:
+        raise click.UsageError("--init and --resume exclude each other")
+    options |= {"in_channels": int(in_channels), "clip_norm": clip_norm or None}
+    options["class_names"] = None if class_names is None else tuple(read_names(class_names))
+    given = {
+        name: value for name, value in options.items() if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
 
-    from ..errors import TrainingStopped
-    from ..trainer import TrainConfig, train
+    from ..errors import ArgumentError, TrainingStopped
+    from ..trainer import CHECKPOINT, TrainConfig, continued, read_init, sizes_of, train
 
-    config = TrainConfig(
-        in_channels=int(in_channels),
-        class_names=None if class_names is None else tuple(read_names(class_names)),
-        clip_norm=clip_norm or None,
-        **options,
-    )
-    keep_freed_memory()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    bar = show_progress(progress, quiet)
+    how: dict[str, Any] = {"resume": resume, "progress": shown}
     try:
-        train(config, resume=resume, progress=bar)
+        with _flags(ctx):
+            if resume and (Path(options["out"]) / CHECKPOINT).is_file():
+                config = continued(Path(options["out"]), given)
+            elif options["data"] is None and resume:
+                raise ArgumentError("resume", f"a checkpoint {Path(options['out']) / CHECKPOINT}", "none")
+            elif options["data"] is None:
+                raise click.MissingParameter(ctx=ctx, param=next(p for p in ctx.command.params if p.name == "data"))
+            else:
+                if init is not None:
+                    how["init"] = read_init(init, given)
+                    options |= sizes_of(how["init"].model, given)
+                config = TrainConfig(**options)
+            keep_freed_memory()
+            train(config, **how)
     except TrainingStopped as stopped:
         click.echo(str(stopped), err=True)
         ctx.exit(128 + stopped.signal)
     if not quiet and os.environ.get("RANK", "0") == "0":
         click.echo(os.path.join(config.out, "model.safetensors"))
+
+
+def _progress(progress: bool | None, quiet: bool) -> bool | str:
+    """What `train` is to show."""
+    if quiet and progress:
+        raise click.UsageError("--progress and --quiet exclude each other")
+    if progress is None:
+        return not quiet
+    return "bar" if progress else False
+
+
+@contextmanager
+def _flags(ctx: click.Context) -> Iterator[None]:
+    """Errors name the option rather than the argument."""
+    from ..errors import ArgumentError
+
+    flags = {param.name: param.opts[0] for param in ctx.command.params}
+    try:
+        yield
+    except ArgumentError as error:
+        if error.argument not in flags:
+            raise
+        raise ArgumentError(flags[error.argument], error.expected, error.got) from error

@@ -30,9 +30,10 @@ FREE_ON_RESUME = frozenset(
         "checkpoint_every",
         "eval_every",
     }
-    | {"eval_images", "sample_every", "sample_rows", "sample_guidance", "tensorboard"}
+    | {"eval_images", "sample_every", "sample_rows", "sample_guidance", "tensorboard", "threads"}
 )
-
+PATHS = ("data", "eval_data", "out")
+MOST = 2**63 - 1  # of any count, as torch's own integers have no more
 
 COUNTS = (
     *("patch_size", "channels", "num_blocks", "layers_per_block", "head_dim", "epochs", "batch_size"),
@@ -64,7 +65,7 @@ class TrainConfig:
     model that is saved, ramped as (1 + s)/(10 + s) after s steps; seed.
 
     Machine: dtype: "float32", or "bfloat16" for autocast; device: "cpu", "cuda", or "auto", a GPU where
-    there is one; compile: torch.compile.
+    there is one; compile: torch.compile; threads: of torch on a CPU, while it trains, default as many as it has.
 
     Output: log_every, checkpoint_every, eval_every, sample_every: steps between rows of metrics, checkpoints,
     held-out evaluations and sample grids (0: one evaluation, at the end, and no grids); eval_images: how many
@@ -106,6 +107,7 @@ class TrainConfig:
     dtype: str = "bfloat16"
     device: str = "auto"
     compile: bool = False
+    threads: int | None = None
     log_every: int = 50
     checkpoint_every: int = 500
     eval_every: int = 0
@@ -121,6 +123,9 @@ class TrainConfig:
                 raise ArgumentError(name, "a path", repr(getattr(self, name)))
         if self.eval_data is not None and not isinstance(self.eval_data, str):
             raise ArgumentError("eval_data", "a path or None", repr(self.eval_data))
+        for name in PATHS:
+            if "\0" in (getattr(self, name) or ""):
+                raise ArgumentError(name, "a path", repr(getattr(self, name)))
         for name in ("nvp", "conditional", "flip", "compile", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(name, "a bool", repr(getattr(self, name)))
@@ -128,8 +133,12 @@ class TrainConfig:
             check_count(name, getattr(self, name))
         for name in COUNTS_OR_ZERO:
             check_count(name, getattr(self, name), low=0)
-        if self.img_size is not None:
-            check_count("img_size", self.img_size)
+        for name in ("img_size", "threads"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name in (*COUNTS, *COUNTS_OR_ZERO, "img_size", "threads"):
+            if (getattr(self, name) or 0) > MOST:
+                raise ArgumentError(name, f"an integer <= {MOST}", getattr(self, name))
         if self.in_channels not in (1, 3):
             raise ArgumentError("in_channels", "1 or 3", repr(self.in_channels))
         names = self.class_names

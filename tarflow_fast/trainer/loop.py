@@ -3,53 +3,109 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from ..checkpoint import save
+from ..checkpoint import load, save
 from ..config import TarFlowConfig
 from ..data import ImageData, matched, renamed
-from ..errors import ArgumentError, TrainingDiverged, TrainingStopped
+from ..engine import check_compile
+from ..errors import (
+    ArgumentError,
+    CheckpointError,
+    OutOfMemoryError,
+    TarFlowError,
+    TrainingDiverged,
+    TrainingStopped,
+)
 from ..evaluate import Noise, bits_per_dim
 from ..images import save_grid
 from ..model import TarFlow
 from ..sampler import Sampler
 from .batches import Batches
 from .config import TrainConfig
+from .folder import locked
+from .limits import check_fits
 from .metrics import MetricsLog
 from .processes import Processes, processes
+from .progress import Progress, progress_kind
 from .shared import load_once
-from .state import SUMS, TrainState
+from .start import Init, Start, given_options, read_init, sizes_of, with_classes_of
+from .state import CHECKPOINT, SUMS, TrainState
 
-CHECKPOINT, MODEL = "checkpoint.pt", "model.safetensors"
+MODEL = "model.safetensors"
+OURS = (CHECKPOINT, MODEL, "train.csv", "eval.csv")
 UNCONDITIONAL_COLUMNS = 8
+MOST_STEPS = 10**10  # years, at a thousandth of a second each
+MOST_PIXELS = 10**9  # of a grid of samples
 
 
-def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> TarFlow:
+def train(
+    config: TrainConfig, *, resume: bool = False, init: Init | None = None, progress: bool | str = True
+) -> TarFlow:
     """Minimise E[½ |z|² − log|det dz/dx|] / (T·D) over noised images (arXiv 2412.06329, section 2).
 
     Writes into config.out: `checkpoint.pt` (all that is needed to go on), `model.safetensors` (the
     averaged weights, with noise_type, noise_std and class_names), `train.csv`, `eval.csv`,
-    `samples/*.png`, `tensorboard/`. resume: go on from the checkpoint there; on a CPU, with the same
-    number of threads, the result is bit for bit that of a run that was never interrupted. progress: a bar
-    on standard error. Under torchrun all processes share each batch. SIGINT and SIGTERM end the run after
-    the step under way.
+    `samples/*.png`, `tensorboard/`. While it runs, no other trainer can in that folder.
+    resume: go on from the checkpoint there, or start again where the run was killed before its first one; on a
+    CPU, with the same number of threads, the result is bit for bit that of a run that was never interrupted.
+    init: start from this model, or from the checkpoint at this path; the sizes in `config` that are left at their
+    defaults are the model's. progress: "bar" or "lines" on standard error, "none" (False), or True: a bar on a
+    terminal, else lines. Under torchrun all processes share each batch. SIGINT and SIGTERM end the run after the step
+    under way.
 
-    Returns the averaged model. Raises ArgumentError, DataError, CheckpointError, TrainingStopped (by a
-    signal), TrainingDiverged.
+    Returns the averaged model. Raises ArgumentError, DataError, CheckpointError, OutOfMemoryError, OSError (a full
+    disk), TrainingStopped (by a signal), TrainingDiverged, ProcessLost (another process of the run is gone).
     """
-    with processes(config.device) as group:
-        return _Run(config, group, resume, progress).go()
+    kind = progress_kind(progress)
+    if resume and init is not None:
+        raise ArgumentError("init", "None, as resume is given", repr(init))
+    with (
+        processes(config.device) as group,
+        _threads(config.threads),
+        locked(config.out) if group.first else nullcontext(False) as killed,
+    ):
+        run = _Run(config, group, resume, init, kind, group.any(killed))
+        try:
+            return run.go()
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, TarFlowError) or not _is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"a step of {config.batch_size} images does not fit in the memory of {group.device}; "
+                "lower batch_size, or train a smaller model"
+            ) from error
+        finally:
+            run.forward = run.state.model  # DistributedDataParallel would keep the process group
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """torch computes with so many threads while the block runs."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def model_config(config: TrainConfig, data: ImageData) -> TarFlowConfig:
@@ -98,43 +154,152 @@ def _stop_signals() -> Iterator[list[int]]:
 class _Run:
     """A run in one process: `go` is its loop, the other methods what the loop does."""
 
-    def __init__(self, config: TrainConfig, group: Processes, resume: bool, progress: bool):
-        self.config, self.group = config, group
-        self.progress = progress and group.first
+    def __init__(
+        self, config: TrainConfig, group: Processes, resume: bool, init: Init | None, progress: str, killed: bool
+    ):
         self.out = Path(config.out)
-        if not resume and (self.out / CHECKPOINT).exists():
-            raise ArgumentError("out", "a folder without a checkpoint, or resume", repr(config.out))
-        if resume and not (self.out / CHECKPOINT).is_file():
-            raise ArgumentError("resume", f"a checkpoint {self.out / CHECKPOINT}", "none")
+        resume = self._resumes(resume, killed)
+        start = None if init is None else read_init(init, given_options(config))
+        source = None if start is None else start.model
+        if source is not None:
+            config = replace(config, **sizes_of(source, given_options(config)))
+        self.config, self.group = config, group
+        self.bar = group.first and progress == "bar"  # while data is read
+        rows = math.ceil(config.batch_size / group.world)
+        self._check_options(rows, source)
 
-        own = self._load(config.data, "train")
+        own = self._named(lambda: self._load(config.data, "train"))
         data = own if config.class_names is None else renamed(own, config.class_names)
-        if config.sample_every and data.images.shape[1] not in (1, 3):
-            raise ArgumentError(
-                "sample_every", f"0, as {data.images.shape[1]} channels make no picture", config.sample_every
-            )
+        if source is not None:
+            data = with_classes_of(source, data)
+        sizes = model_config(config, data) if source is None else source.config
+        if tuple(data.images.shape[1:]) != sizes.image_shape:
+            raise ArgumentError("init", f"a model of images of shape {tuple(data.images.shape[1:])}", sizes.image_shape)
+        check_fits(sizes, rows, group.device)
         self.batches = Batches(data, config, group.device, group.rank, group.world)
         self.steps = config.epochs * self.batches.steps_per_epoch
-        self.held_out = self._load_held_out(data, own)
+        if self.steps > MOST_STEPS:
+            most = MOST_STEPS // self.batches.steps_per_epoch
+            raise ArgumentError("epochs", f"at most {most}, which are {MOST_STEPS:,} steps", config.epochs)
+        self.held_out = self._named(lambda: self._load_held_out(data, own))
+        self._check_grid(sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = TarFlow.from_config(model_config(config, data)).to(group.device)
+            model = TarFlow.from_config(sizes).to(group.device)
+        if source is not None:
+            model.load_state_dict(source.state_dict())
         self.state = TrainState(model, config)
         self.fingerprint = data.fingerprint
+        self.state.average.metadata = run_metadata(config, data) | ({} if start is None else {"init": start.name})
         if resume:
             self.state.restore(self.out / CHECKPOINT, config, self.fingerprint)
             if self.state.step > self.steps:
                 done = f"enough for the {self.state.step} steps already done"
                 raise ArgumentError("epochs", done, config.epochs)
-        self.state.average.metadata = {**run_metadata(config, data), "steps": self.state.step}
+        self.state.average.metadata["steps"] = self.state.step
 
         self.forward: Callable[..., Any] = torch.compile(model) if config.compile else model
         if group.world > 1:
             ids = [group.device] if group.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # of broadcast_buffers, which torch 2.10 has no other for
+                self.forward = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
+            total = int(group.sum(torch.tensor(self.state.step, device=group.device)))
+            if total != group.world * self.state.step:
+                raise CheckpointError(f"{self.out / CHECKPOINT}: not the same for all processes")
         group.wait()  # nobody writes before everybody has checked
-        self.out.mkdir(parents=True, exist_ok=True)
         self.log = MetricsLog(self.out, self.state.step, config.tensorboard) if group.first else None
+        if group.first and config.sample_every:
+            self._samples.mkdir(exist_ok=True)
+        self.progress = Progress(progress if group.first else "none", self.state.step, self.steps, config.batch_size)
+        if group.first:
+            self._say_where_it_starts(resume, start)
+            self._write_first(resume)
+
+    @property
+    def _samples(self) -> Path:
+        return self.out / "samples"
+
+    def _resumes(self, resume: bool, killed: bool) -> bool:
+        """Whether there is a checkpoint to go on from. Raises ArgumentError for a folder that the run cannot have."""
+        if resume and (self.out / CHECKPOINT).is_file():
+            return True
+        if resume and not killed:
+            raise ArgumentError("resume", f"a checkpoint {self.out / CHECKPOINT}", "none")
+        for name in OURS:
+            if os.path.lexists(self.out / name):
+                without = "a checkpoint, or resume" if name == CHECKPOINT else f"{name}, which the run would replace"
+                raise ArgumentError("out", f"a folder without {without}", repr(str(self.out)))
+        return False
+
+    def _check_options(self, rows: int, source: TarFlow | None) -> None:
+        """What can be said against the options before data is read."""
+        config = self.config
+        check_compile(config.compile, self.group.device)
+        if config.eval_data is not None and not os.path.exists(config.eval_data):
+            raise ArgumentError("eval_data", "a file or folder that is there", repr(config.eval_data))
+        if config.sample_guidance and not config.conditional:
+            raise ArgumentError("sample_guidance", "0, as the model is unconditional", config.sample_guidance)
+        if os.path.lexists(self._samples) and not self._samples.is_dir() and config.sample_every:
+            raise ArgumentError("out", "a folder whose samples is a folder", repr(config.out))
+        if source is not None:
+            check_fits(source.config, rows, self.group.device)
+        elif config.img_size is not None:
+            sizes = {name: getattr(config, name) for name in ("in_channels", "img_size", "patch_size", "channels")}
+            sizes |= {name: getattr(config, name) for name in ("num_blocks", "layers_per_block", "nvp", "head_dim")}
+            check_fits(TarFlowConfig(**sizes), rows, self.group.device)
+
+    def _check_grid(self, sizes: TarFlowConfig) -> None:
+        if not self.config.sample_every:
+            return
+        if sizes.in_channels not in (1, 3):
+            raise ArgumentError(
+                "sample_every", f"0, as {sizes.in_channels} channels make no picture", self.config.sample_every
+            )
+        row = (sizes.num_classes or UNCONDITIONAL_COLUMNS) * sizes.img_size**2
+        if row * self.config.sample_rows > MOST_PIXELS:
+            most = f"at most {MOST_PIXELS // row} (a picture of {MOST_PIXELS:,} pixels)"
+            raise ArgumentError("sample_rows", most, self.config.sample_rows)
+
+    @staticmethod
+    def _named(read: Callable[[], Any]) -> Any:
+        """What reading data gives, its errors under our names of the arguments."""
+        try:
+            return read()
+        except ArgumentError as error:
+            if error.argument == "size":
+                raise ArgumentError("img_size", error.expected, error.got) from error
+            raise
+
+    def _say_where_it_starts(self, resumed: bool, start: Start | None) -> None:
+        if not self.progress.shown:
+            return
+        if resumed:
+            self.progress.say(f"{self.out}: goes on after step {self.state.step} of {self.steps}")
+        if start is not None:
+            for key, now in self.state.average.metadata.items():
+                before = start.model.metadata.get(key, now)
+                if key.startswith("noise") and before != now:
+                    self.progress.say(f"{start.name} was trained with {key} {before!r}; this run has {now!r}")
+
+    def _write_first(self, resumed: bool) -> None:
+        """What a run has from before its first step on, and has to have at the end: a checkpoint and its model."""
+        if not resumed:
+            self._save()
+        elif not self._model_is_written():
+            self._save_model()
+
+    def _model_is_written(self) -> bool:
+        """Not where the run was killed between its checkpoint and the model of it."""
+        try:
+            found, model = load(self.out / MODEL), self.state.average
+        except (TarFlowError, OSError):
+            return False
+        weights = model.state_dict()
+        same = all(torch.equal(value, weights[key].cpu()) for key, value in found.state_dict().items())
+        return same and (found.config, found.metadata) == (model.config, model.metadata)
 
     def _load(self, path: str, split: str) -> ImageData:
         config = self.config
@@ -147,7 +312,7 @@ class _Run:
             channels=config.in_channels,
             layout=config.layout,
             values=config.values,
-            progress=self.progress,
+            progress=self.bar,
         )
 
     def _load_held_out(self, data: ImageData, own: ImageData) -> ImageData | None:
@@ -168,17 +333,16 @@ class _Run:
 
     def go(self) -> TarFlow:
         state, config = self.state, self.config
-        bar = tqdm(total=self.steps, initial=state.step, disable=not self.progress, unit="step", dynamic_ncols=True)
         state.model.train()
         started = time.perf_counter() - state.seconds
         log = nullcontext() if self.log is None else closing(self.log)
-        with bar, log, _stop_signals() as received:
+        with self.progress, log, _stop_signals() as received:
             while state.step < self.steps:
                 self._step()
                 state.seconds = time.perf_counter() - started
-                bar.update()
+                self.progress.update()
                 if self._due(config.log_every):
-                    bar.set_postfix(self._write_metrics())
+                    self.progress.row(state.step, self._write_metrics())
                 stop = self.group.any(bool(received))
                 if self.group.first:
                     self._write_files(stop)
@@ -253,15 +417,30 @@ class _Run:
             self._sample()
         if stop or self._due(config.checkpoint_every):
             self._checked(self.state.sums)  # a broken state must not take the place of a sound one
-            self.state.save(self.out / CHECKPOINT, config, self.fingerprint)
-            self.state.average.metadata["steps"] = self.state.step
-            save(self.state.average, self.out / MODEL)
+            self._save()
+
+    def _save(self) -> None:
+        """The checkpoint, of which the model can be had again, and the model."""
+        if self.log is not None:
+            self.log.sync()  # rows that the checkpoint takes for written
+        self.state.average.metadata["steps"] = self.state.step
+        self.state.save(self.out / CHECKPOINT, self.config, self.fingerprint)
+        self._save_model()
+
+    def _save_model(self) -> None:
+        save(self.state.average, self.out / MODEL)
+        with (self.out / MODEL).open("rb+") as file:
+            os.fsync(file.fileno())
 
     def _evaluate(self, held_out: ImageData) -> None:
         """bits/dim of held-out images under the averaged model, in fp32, by the same noise at every call."""
         model = self.state.average
         noise = Noise.of(model, seed=self.config.seed)
-        found = bits_per_dim(model, held_out, noise=noise)
+        try:
+            found = bits_per_dim(model, held_out, noise=noise)
+        except TarFlowError as error:  # a density that is not finite, as may be early on
+            self.progress.say(f"step {self.state.step}: no bits/dim of held-out images: {error}")
+            return
         if self.log is not None:
             self.log.write("eval", self.state.step, {"epoch": self._epoch(), "bits_per_dim": found.mean})
 
@@ -270,13 +449,16 @@ class _Run:
         model, config = self.state.average, self.config
         classes = model.config.num_classes
         columns = classes or UNCONDITIONAL_COLUMNS
-        samples = Sampler(model, solver="sequential").sample(
-            columns * config.sample_rows,
-            list(range(classes)) if classes else None,
-            seed=config.seed,
-            guidance=config.sample_guidance,
-            denoise=config.noise_type == "gaussian",
-        )
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
-        save_grid(samples.images, folder / f"step_{self.state.step:07d}.png", columns)
+        path = self._samples / f"step_{self.state.step:07d}.png"
+        try:
+            samples = Sampler(model, solver="sequential").sample(
+                columns * config.sample_rows,
+                list(range(classes)) if classes else None,
+                seed=config.seed,
+                guidance=config.sample_guidance,
+                denoise=config.noise_type == "gaussian",
+                on_nonfinite="redraw",
+            )
+            save_grid(samples.images, path, columns)
+        except TarFlowError as error:  # images that are not finite, as may be early on, or too many for the memory
+            self.progress.say(f"step {self.state.step}: no grid of samples: {error}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DataError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -26,49 +28,69 @@ def _event_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 class MetricsLog:
-    """`<out>/train.csv`, `<out>/eval.csv`: a header and one row a call, flushed at once.
+    """`<out>/train.csv`, `<out>/eval.csv`: a header and one row a call, in the file at once.
 
     step: where the run starts; rows after it, left by a run that was killed later than its last
-    checkpoint, are removed.
+    checkpoint, are removed. Raises DataError for files that are no metrics.
     """
 
     def __init__(self, out: Path, step: int = 0, tensorboard: bool = False):
         self.out = out
-        self._events = _event_writer(out / "tensorboard", step) if tensorboard else None
         for path in (self._path("train"), self._path("eval")):
             if path.exists():
                 self._truncate(path, step)
+        self._events = _event_writer(out / "tensorboard", step) if tensorboard else None
 
     def _path(self, kind: str) -> Path:
         return self.out / f"{kind}.csv"
 
     @staticmethod
     def _truncate(path: Path, step: int) -> None:
-        with path.open(newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
+        with path.open(newline="", errors="replace") as file:
+            try:
+                header, *rows = list(csv.reader(file)) or [["step"]]
+            except csv.Error as error:
+                raise DataError(f"{path}: not the metrics of a run ({error})") from error
+        if header[:1] != ["step"]:
+            raise DataError(f"{path}: not the metrics of a run")
         # the last row may be half a row, and is then later than any checkpoint
-        kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
+        kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
         if not kept:
             path.unlink()
-            return
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *kept])
-        os.replace(partial, path)
+        elif kept != rows:
+            with replacing(path, durable=True) as partial, partial.open("w", newline="") as file:
+                csv.writer(file).writerows([header, *kept])
 
     def write(self, kind: str, step: int, row: Row) -> None:
-        """kind: "train" or "eval"; step: optimiser steps done; row: the same names at every call."""
-        path = self._path(kind)
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", *row])
-            writer.writerow([step, *(f"{value:.8g}" for value in row.values())])
+        """kind: "train" or "eval"; step: optimiser steps done; row: the same names at every call.
+
+        The row is in the file whole, or, where OSError is raised, not at all.
+        """
+        path, text = self._path(kind), io.StringIO(newline="")
+        writer = csv.writer(text)
+        if not path.exists():
+            writer.writerow(["step", *row])
+        writer.writerow([step, *(f"{value:.8g}" for value in row.values())])
+        with path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(text.getvalue().encode())
+                if written < len(text.getvalue()):
+                    file.write(text.getvalue().encode()[written:])  # raises why
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(error.errno, error.strerror, str(path)) from error
         if self._events is not None:
             for name, value in row.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)
             self._events.flush()
+
+    def sync(self) -> None:
+        """Returns when the disk has all rows."""
+        for path in (self._path("train"), self._path("eval")):
+            if path.exists():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
 
     def close(self) -> None:
         if self._events is not None:

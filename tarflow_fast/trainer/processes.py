@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, BackendError, ProcessLost, TrainingStopped
+from .lifeline import Lifeline
+
+JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to have started
+NOTICE_SECONDS = 5.0  # from the failure of a collective to the word of which process is gone
 
 
 @dataclass(frozen=True)
@@ -63,19 +71,69 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if name == "cuda" else device
 
 
+def _environment_count(name: str, default: int, low: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < low:
+        raise ArgumentError(name, f"an integer >= {low} in the environment", repr(text))
+    return int(text)
+
+
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Joins the process group that torchrun's environment names, if any (gloo on CPUs, NCCL on GPUs)."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    picked = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    """Joins the process group that torchrun's environment names, if any (gloo on CPUs, NCCL on GPUs).
+
+    Where one of the processes ends before its time, the others do within a minute: by ProcessLost, or, where they hang
+    in a collective, by a line on standard error and exit code 1.
+    """
+    world = _environment_count("WORLD_SIZE", 1, 1)
+    picked = pick_device(device, _environment_count("LOCAL_RANK", 0, 0))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if world == 1:
         yield Processes(0, 1, picked)
         return
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    lifeline = _join("nccl" if picked.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), picked)
         dist.barrier()  # a process that ends while another still talks to it can be aborted by its own gloo threads
+    except TrainingStopped:  # all of them at once
+        raise
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # DistributedDataParallel in them would keep the group
+        if _is_of_collective(error):
+            reason = lifeline.wait(NOTICE_SECONDS) or f"a process of this run is gone ({_gist(error)})"
+            lifeline.fail(reason)
+            raise ProcessLost(reason) from None
+        lifeline.fail(str(error))
+        raise
+    except BaseException as error:
+        lifeline.fail(type(error).__name__)
+        raise
     finally:
+        gc.collect()  # DistributedDataParallel lies in cycles
         dist.destroy_process_group()
+        lifeline.close()
+
+
+def _join(backend: str) -> Lifeline:
+    # Its functions have the group of the moment when it is first imported, which DistributedDataParallel does, as a
+    # default argument. It must not be this one: its threads would outlive destroy_process_group, and a thread that is
+    # there when the interpreter goes can abort the process.
+    importlib.import_module("torch.distributed.nn.functional")
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        lifeline = Lifeline(store, rank, world, os.environ["MASTER_ADDR"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        raise BackendError(f"the {os.environ['WORLD_SIZE']} processes did not come together: {_gist(error)}") from error
+    return lifeline
+
+
+def _is_of_collective(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _gist(error: Exception) -> str:
+    """The first line, without the place in gloo's sources."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rpartition("] ")[2]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-import pickle
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, TrainingDiverged
+from ..files import replacing
 from ..model import TarFlow
-from .config import FREE_ON_RESUME, TrainConfig
+from .config import FREE_ON_RESUME, PATHS, TrainConfig
 
+CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
 SUMS = ("loss", "half_z2", "log_det", "grad_norm")  # summed over the steps since the last row of metrics
 
@@ -52,10 +55,15 @@ class TrainState:
         return module
 
     def save(self, path: Path, config: TrainConfig, fingerprint: int) -> None:
-        """Writes all of it; the file appears whole or not at all."""
+        """Writes all of it; the file appears whole or not at all. Raises TrainingDiverged for weights that broke."""
+        for module in (self.model, self.average):
+            if not all(bool(value.isfinite().all()) for value in module.state_dict().values()):
+                raise TrainingDiverged(f"weights are not finite by step {self.step}; try a lower lr or clip_norm")
+        recorded = config.to_dict()
         content = {
             "format": FORMAT,
-            "config": config.to_dict(),
+            "config": recorded | {name: os.path.abspath(recorded[name]) for name in PATHS if recorded[name]},
+            "metadata": self.average.metadata,
             "fingerprint": fingerprint,
             "model": self.model.state_dict(),
             "ema": self.average.state_dict(),
@@ -65,31 +73,120 @@ class TrainState:
             "sums": self.sums,
             "summed": self.summed,
         }
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replacing(path, durable=True) as partial, partial.open("wb") as file:
+            sink = _Sink(file)
+            torch.save(content, cast(IO[bytes], sink))
+            sink.finish()
 
     def restore(self, path: Path, config: TrainConfig, fingerprint: int) -> None:
         """Takes over what `save` wrote. CheckpointError: a broken file; ArgumentError: another run's."""
-        try:
-            content = torch.load(path, map_location=self.sums.device, weights_only=True)
-        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path}: not a whole training checkpoint ({error})") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: not a training checkpoint of format {FORMAT}")
-        for name, value in config.to_dict().items():
-            before = content["config"].get(name)
-            if name not in FREE_ON_RESUME and before != value:
-                raise ArgumentError(name, f"{before!r}, as in the run to be continued", repr(value))
+        content = _read(path, self.sums.device)
+        _changed(_recorded(path, content), config.to_dict())
         if content["fingerprint"] != fingerprint:
             raise ArgumentError("data", "the images of the run to be continued", "others")
-        self.model.load_state_dict(content["model"])
-        self.average.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.seconds = content["step"], content["seconds"]
+        metadata = content.get("metadata", {})
+        before, now = metadata.get("class_names"), self.average.metadata.get("class_names")
+        if metadata and before != now:
+            raise ArgumentError("data", f"the classes of the run to be continued, {before!r}", repr(now))
+        self.average.metadata.update(metadata)
+        try:
+            for module, name in ((self.model, "model"), (self.average, "ema")):
+                _check_weights(module, content[name])
+                module.load_state_dict(content[name])
+            self.optimizer.load_state_dict(content["optimizer"])
+            for parameter, moments in self.optimizer.state.items():
+                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("the optimiser's moments have other shapes than the weights")
+            self.sums.copy_(content["sums"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a whole training checkpoint ({_first_line(error)})") from error
+        self.step, self.seconds, self.summed = content["step"], content["seconds"], content["summed"]
         self.ema.n_averaged.fill_(self.step)
-        self.sums.copy_(content["sums"])
-        self.summed = content["summed"]
+
+
+def continued(out: Path, given: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that the run in `out` has recorded, with the changes that are given.
+
+    Raises CheckpointError for a broken checkpoint, ArgumentError for a change that a run cannot take.
+    """
+    path = out / CHECKPOINT
+    config = _recorded(path, _read(path, torch.device("cpu"), mmap=True))
+    _changed(config, given)
+    return replace(config, **{"out": str(out), **given})
+
+
+def _changed(recorded: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Raises ArgumentError for what is not as recorded and has to be."""
+    for name, value in given.items():
+        before = getattr(recorded, name)
+        if name not in FREE_ON_RESUME and before != value:
+            raise ArgumentError(name, f"{before!r}, as in the run to be continued", repr(value))
+
+
+def _read(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, Any]:
+    """What `save` wrote. mmap: tensors are read when they are used, and the file is in use until they are gone."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except Exception as error:  # whatever a foreign or damaged file makes the parser raise
+        raise CheckpointError(f"{path}: not a whole training checkpoint ({_first_line(error)})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a training checkpoint of format {FORMAT}")
+    kinds: dict[str, Any] = {"config": dict, "fingerprint": int, "model": dict, "ema": dict, "optimizer": dict}
+    for name, kind in {**kinds, "step": int, "seconds": (int, float), "sums": Tensor, "summed": int}.items():
+        if not isinstance(content.get(name), kind):
+            raise CheckpointError(f"{path}: not a whole training checkpoint (no {name})")
+    if (
+        content["step"] < 0
+        or content["sums"].shape != (len(SUMS),)
+        or not isinstance(content.get("metadata", {}), dict)
+    ):
+        raise CheckpointError(f"{path}: not a whole training checkpoint (a wrong step, sums or metadata)")
+    return content
+
+
+def _recorded(path: Path, content: Mapping[str, Any]) -> TrainConfig:
+    """The configuration in it; what it does not know yet has its default."""
+    known = {field.name for field in fields(TrainConfig)}
+    for name in content["config"]:
+        if name not in known:
+            raise CheckpointError(f"{path}: its configuration has {name!r}, which this version does not know")
+    try:
+        return TrainConfig(**content["config"])
+    except (ArgumentError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a whole training checkpoint ({error})") from error
+
+
+def _check_weights(module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raises ValueError for what are not finite tensors; of their names and shapes load_state_dict takes care."""
+    for name, value in weights.items():
+        if not isinstance(value, Tensor) or not value.isfinite().all():
+            raise ValueError(f"{name!r} is not finite")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _Sink:
+    """A file for torch.save, whose zip writer would hide an OSError behind another error or abort: it hears of none."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self._error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        """Raises what has gone wrong, if anything has."""
+        if self._error is not None:
+            raise self._error
+        self._file.flush()

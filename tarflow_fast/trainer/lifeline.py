@@ -1,0 +1,165 @@
+"""How the processes of a run learn that one of them is gone: a connection from each to rank 0 that ends with it.
+
+A kernel closes the connections of a process that dies, and notices within half a minute a machine that does, whatever
+the process was doing; collectives alone would wait for half an hour (gloo) or for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+import threading
+from typing import Any
+
+KEY = "tarflow_fast/lifeline"  # in the store: "port token"
+CONNECT_SECONDS = 30.0
+GRACE_SECONDS = 20.0  # in which a process that has lost another may end by itself
+MOST_BYTES = 4096  # of a message
+BYE, LOST, HELLO = "bye", "lost ", "hello "
+# (option, seconds or number): a silent machine is taken for dead after 10 + 4 · 5 s.
+KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPALIVE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
+
+
+class _Peer:
+    """A connection, the part of a message that has come, and whose it is (None: not said yet)."""
+
+    def __init__(self, connection: socket.socket, rank: int | None):
+        self.connection, self.rank, self.received = connection, rank, b""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE:
+            if hasattr(socket, name):
+                with contextlib.suppress(OSError):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def send(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.sendall(message.encode() + b"\n")
+
+
+class Lifeline:
+    """The connections of this process, watched by a thread.
+
+    store: the run's; host: where rank 0 is. After `fail`, or when another process is lost, whose `reason` then says
+    why, this process has GRACE_SECONDS to call `close`; if it hangs meanwhile, say in a collective, the thread prints
+    the reason and ends it with exit code 1.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, host: str):
+        self.rank, self.reason = rank, ""
+        self._lost, self._closed = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._peers: list[_Peer] = []
+        self._selector = selectors.DefaultSelector()
+        self._wake, waker = socket.socketpair()
+        self._selector.register(waker, selectors.EVENT_READ, None)
+        self._server: socket.socket | None = None
+        if rank == 0:
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            self._server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=world)
+            self._token = secrets.token_hex(16)
+            self._selector.register(self._server, selectors.EVENT_READ, None)
+            store.set(KEY, f"{self._server.getsockname()[1]} {self._token}")
+        else:
+            port, self._token = store.get(KEY).decode().split()
+            connection = socket.create_connection((host, int(port)), CONNECT_SECONDS)
+            connection.settimeout(None)
+            self._add(_Peer(connection, 0)).send(f"{HELLO}{self._token} {rank}")
+        self._waker = waker
+        self._thread = threading.Thread(target=self._watch, name="tarflow-lifeline", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> str:
+        """The reason why the run cannot go on, if it comes within so many seconds; else nothing."""
+        self._lost.wait(seconds)
+        return self.reason
+
+    def fail(self, reason: str) -> None:
+        """Tells the others that this process cannot go on."""
+        self._lose(f"rank {self.rank} ended: {' '.join(reason.split())}"[: MOST_BYTES // 4])
+
+    def close(self) -> None:
+        """Leaves in peace; the others do not take it for a death."""
+        self._closed.set()
+        self._wake.close()
+        self._thread.join()
+        for peer in self._peers:
+            peer.send(BYE)
+            peer.connection.close()
+        if self._server is not None:
+            self._server.close()
+        self._waker.close()
+        self._selector.close()
+
+    def _add(self, peer: _Peer) -> _Peer:
+        self._peers.append(peer)
+        self._selector.register(peer.connection, selectors.EVENT_READ, peer)
+        return peer
+
+    def _drop(self, peer: _Peer) -> None:
+        self._peers.remove(peer)
+        self._selector.unregister(peer.connection)
+        peer.connection.close()
+
+    def _lose(self, reason: str) -> None:
+        """Records why, once, and passes it on: rank 0 to all, others to rank 0."""
+        with self._lock:
+            if self._lost.is_set():
+                return
+            self.reason = reason
+            for peer in list(self._peers):
+                peer.send(LOST + reason)
+            self._lost.set()
+        if threading.current_thread() is not self._thread:
+            self._wake.send(b"x")  # it has to watch the time now
+
+    def _watch(self) -> None:
+        while not self._lost.is_set():
+            for key, _ in self._selector.select():
+                if key.fileobj is self._waker:
+                    if self._closed.is_set():
+                        return
+                elif key.fileobj is self._server:
+                    with contextlib.suppress(OSError):
+                        self._add(_Peer(self._server.accept()[0], None))
+                else:
+                    self._receive(key.data)
+        if not self._closed.wait(GRACE_SECONDS):
+            os.write(2, f"Error: {self.reason}\n".encode(errors="replace"))
+            os._exit(1)
+
+    def _receive(self, peer: _Peer) -> None:
+        try:
+            part = peer.connection.recv(MOST_BYTES)
+        except OSError as error:
+            part = b""
+            where = f" ({error.strerror})" if error.strerror else ""
+        else:
+            where = ""
+        if not part:
+            self._drop(peer)
+            if peer.rank is not None:
+                self._lose(f"rank {peer.rank} of this run is gone{where}")
+            return
+        peer.received += part
+        *messages, peer.received = peer.received.split(b"\n")
+        for message in messages:
+            if peer in self._peers:
+                self._understand(peer, message.decode(errors="replace"))
+        if len(peer.received) > MOST_BYTES and peer in self._peers:
+            self._drop(peer)  # a stranger
+
+    def _understand(self, peer: _Peer, message: str) -> None:
+        if peer.rank is None:
+            word, _, rank = message.removeprefix(HELLO).partition(" ")
+            if secrets.compare_digest(word.encode(), self._token.encode()) and rank.isdecimal():
+                peer.rank = int(rank)
+            else:
+                self._drop(peer)
+        elif message == BYE:
+            self._drop(peer)
+        elif message.startswith(LOST):
+            self._lose(message.removeprefix(LOST))

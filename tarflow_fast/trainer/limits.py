@@ -1,0 +1,44 @@
+"""What training takes at least, and whether a machine has it: asked before any work."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import TarFlowConfig
+from ..devices import free_memory
+from ..errors import OutOfMemoryError
+from ..flow_block import EXPANSION
+
+GB = 1e9
+PARAMETER_BYTES = 20  # in fp32: the weight, its average, its gradient and AdamW's two moments
+MASK_BYTES = 8  # of an element of the causal masks, which the average has too
+LAYER_VALUES = 12  # for each channel of a token, that autograd keeps of a transformer layer at the least
+LAYER_BYTES = 2  # of such a value, in bf16
+
+
+def parameters(config: TarFlowConfig) -> int:
+    """How many a model of these sizes has."""
+    C, D, E = config.channels, config.token_dim, EXPANSION
+    layer = (4 + 2 * E) * C * C + (9 + E) * C  # qkv, proj, up, down; their biases and two norms
+    outputs = 2 * D if config.nvp else D
+    embeddings = (config.num_patches + config.num_classes) * C
+    block = (D + 1) * C + embeddings + config.layers_per_block * layer + (C + 1) * outputs
+    return config.num_blocks * block
+
+
+def check_fits(config: TarFlowConfig, rows: int, device: torch.device) -> None:
+    """Raises OutOfMemoryError where a step of `rows` images surely takes more memory than the device has free."""
+    free = free_memory(device)
+    weights = PARAMETER_BYTES * parameters(config) + MASK_BYTES * config.num_blocks * config.num_patches**2
+    layers = config.num_blocks * config.layers_per_block
+    image = LAYER_BYTES * LAYER_VALUES * layers * config.num_patches * config.channels
+    if weights > free:
+        raise OutOfMemoryError(
+            f"a model of {parameters(config):,} parameters and {config.num_patches:,} tokens takes at least "
+            f"{weights / GB:,.1f} GB to train; {device} has {free / GB:.1f} GB free"
+        )
+    if weights + rows * image > free:
+        raise OutOfMemoryError(
+            f"a step of {rows:,} images takes at least {(weights + rows * image) / GB:,.1f} GB; {device} has "
+            f"{free / GB:.1f} GB free, enough for batches of less than {max(1, (free - weights) // image):,}"
+        )

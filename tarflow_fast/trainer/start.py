@@ -1,0 +1,74 @@
+"""A run that starts from a model: whose sizes it has, and whose classes its data must have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import load
+from ..data import ImageData
+from ..errors import ArgumentError
+from ..model import TarFlow
+from .config import TrainConfig
+
+SIZES = ("patch_size", "channels", "num_blocks", "layers_per_block", "head_dim", "nvp", "img_size", "in_channels")
+READ_WITH = ("patch_size", "in_channels", "head_dim")  # what the weights of a .pth leave open
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a run starts from, and what the run records of where it comes from."""
+
+    model: TarFlow
+    name: str
+
+
+Init = Start | TarFlow | str | os.PathLike[str]
+
+
+def read_init(init: Init, given: Mapping[str, Any]) -> Start:
+    """given: the options of the run that were given."""
+    if isinstance(init, Start):
+        return init
+    if isinstance(init, TarFlow):
+        return Start(init, "a model in memory")
+    if not isinstance(init, (str, os.PathLike)):
+        raise ArgumentError("init", "a TarFlow or a path", type(init).__name__)
+    path = Path(init)
+    open_sizes = READ_WITH if path.suffix.lower() == ".pth" else ()
+    return Start(load(path, **{name: given[name] for name in open_sizes if name in given}), path.name)
+
+
+def given_options(config: TrainConfig) -> dict[str, Any]:
+    """Those that differ from the defaults."""
+    values = ((field.name, getattr(config, field.name), field.default) for field in fields(config))
+    return {name: value for name, value, default in values if value != default}
+
+
+def sizes_of(model: TarFlow, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a run has of the model that it starts from. Raises ArgumentError where others are given."""
+    sizes = {name: getattr(model.config, name) for name in SIZES}
+    sizes["conditional"] = model.config.num_classes > 0
+    for name, value in sizes.items():
+        if given.get(name, value) != value:
+            raise ArgumentError(name, f"{value!r}, as in the model that the run starts from", repr(given[name]))
+    return sizes
+
+
+def with_classes_of(model: TarFlow, data: ImageData) -> ImageData:
+    """The data under the model's class names, if it has none of its own. Raises ArgumentError where they disagree."""
+    names, classes = model.metadata.get("class_names"), model.config.num_classes
+    if classes == 0:
+        return data
+    if names and data.class_names and list(names) != list(data.class_names):
+        raise ArgumentError(
+            "init", f"a model of the data's classes {list(data.class_names)!r}", f"one of {list(names)!r}"
+        )
+    if data.class_names is None and names and data.labels is not None and data.num_classes <= classes == len(names):
+        data = replace(data, class_names=tuple(names))
+    if data.num_classes > classes or (data.class_names is not None and data.num_classes != classes):
+        raise ArgumentError("init", f"a model of the data's {data.num_classes} classes", f"one of {classes}")
+    return data
