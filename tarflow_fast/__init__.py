@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .card import model_card
     from .checkpoint import load, load_pretrained, save
     from .config import TarFlowConfig
     from .denoising import denoise
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
         NonFiniteError,
         OutOfMemoryError,
         TarFlowError,
+        TarFlowWarning,
     )
+    from .hub import push_to_hub
     from .model import TarFlow, dequantize
     from .report import Report, Samples
     from .sampler import Sampler, accelerate
@@ -37,6 +40,8 @@ _HOME = {
     "load": "checkpoint",
     "save": "checkpoint",
     "load_pretrained": "checkpoint",
+    "model_card": "card",
+    "push_to_hub": "hub",
     "Sampler": "sampler",
     "Samples": "report",
     "SolverPlan": "solvers",
@@ -47,6 +52,7 @@ _HOME = {
     "TrainConfig": "trainer",
     "train": "trainer",
     "TarFlowError": "errors",
+    "TarFlowWarning": "errors",
     "ArgumentError": "errors",
     "BackendError": "errors",
     "CheckpointError": "errors",
@@ -67,6 +73,7 @@ __all__ = [
     "TarFlow",
     "TarFlowConfig",
     "TarFlowError",
+    "TarFlowWarning",
     "TrainConfig",
     "__version__",
     "accelerate",
@@ -75,6 +82,8 @@ __all__ = [
     "dequantize",
     "load",
     "load_pretrained",
+    "model_card",
+    "push_to_hub",
     "save",
     "train",
 ]

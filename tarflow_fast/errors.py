@@ -5,6 +5,10 @@ from __future__ import annotations
 import signal
 
 
+class TarFlowWarning(UserWarning):
+    """Something was decided for the user who may want it otherwise; one line, which the command line shows as such."""
+
+
 class TarFlowError(Exception):
     """Base of all errors raised by tarflow_fast."""
 
