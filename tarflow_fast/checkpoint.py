@@ -37,8 +37,8 @@ PRETRAINED = ("fashion_mnist",)
 # {dataset}_model_{patch}_{channels}_{blocks}_{layers}_{noise}.pth, as ml-tarflow's train.py names its files
 _ML_TARFLOW_NAME = re.compile(r"_model_([0-9]{1,9})_([0-9]{1,9})_[0-9]+_[0-9]+_(uniform|[0-9]{1,9}(?:\.[0-9]{1,9})?)$")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# A small file could ask for a large causal mask, T × T values that it does not hold. Up to so many tokens it may.
-_FREE_TOKENS, _MASK_TO_WEIGHTS = 4096, 64
+# Causal masks, T × T a block, are made and not read: what a small file may ask for, and how many times its weights.
+_FREE_MASKS, _MASKS_TO_WEIGHTS = 2**26, 64
 
 Weights = Mapping[str, Tensor | StoredTensor]
 
@@ -265,8 +265,10 @@ def build(state: Weights, config: TarFlowConfig, *, device: str | torch.device, 
     with torch.device("meta"):
         model = TarFlow.from_config(config)
     T = config.num_patches
-    mask = torch.from_numpy(np.tri(T, T, dtype=np.float32)).to(device, dtype)  # one for all blocks, which never read it
-    weights = {key: mask if is_mask(key) else _weight(key, state[key], device, dtype) for key in model.state_dict()}
+    mask = torch.from_numpy(np.tri(T, T, dtype=np.float32)).to(device, dtype)
+    weights = {
+        key: mask.clone() if is_mask(key) else _weight(key, state[key], device, dtype) for key in model.state_dict()
+    }
     if not (weights["var"] > 0).all():
         raise CheckpointError("var: expected positive variances, got some <= 0")
     model.load_state_dict(weights, assign=True)
@@ -275,6 +277,9 @@ def build(state: Weights, config: TarFlowConfig, *, device: str | torch.device, 
 
 def _check_keys(state: Weights, config: TarFlowConfig) -> None:
     """Every key and shape, before a model of these sizes is made: by one block of one layer, as all are alike."""
+    T, values = config.num_patches, sum(math.prod(value.shape) for key, value in state.items() if not is_mask(key))
+    if config.num_blocks * T * T > max(_FREE_MASKS, _MASKS_TO_WEIGHTS * values):
+        raise CheckpointError(f"blocks.0.pos_embed: {T} tokens are too many for a model of {values} weights")
     with torch.device("meta"):
         one = TarFlow.from_config(TarFlowConfig(**{**config.to_dict(), "num_blocks": 1, "layers_per_block": 1}))
     expected: dict[str, torch.Size] = {}
@@ -290,8 +295,6 @@ def _check_keys(state: Weights, config: TarFlowConfig) -> None:
     foreign = [key for key in state if key not in expected]
     if foreign:
         raise CheckpointError(f"not a TarFlow of these sizes: {len(foreign)} unknown tensors, {some(foreign)}")
-    held = 0
-    storages: dict[tuple[str, str], int] = {}
     for key, shape in expected.items():
         if is_mask(key):
             continue
@@ -301,16 +304,6 @@ def _check_keys(state: Weights, config: TarFlowConfig) -> None:
         if value.dtype not in _FLOATS:
             got = short(value.dtype) if isinstance(value.dtype, torch.dtype) else shown(value.dtype)
             raise CheckpointError(f"{key}: expected floating-point weights, got {got}")
-        if isinstance(value, StoredTensor):
-            if value.broken:
-                raise CheckpointError(f"{key}: {value.broken}")
-            held += value.numel * value.dtype.itemsize
-            storages[value.storage] = value.nbytes
-    if held > sum(storages.values()):
-        raise CheckpointError("its tensors share their values, so that the file holds fewer than it claims")
-    T, values = config.num_patches, sum(math.prod(shape) for key, shape in expected.items() if not is_mask(key))
-    if T > _FREE_TOKENS and values * _MASK_TO_WEIGHTS < T * T:
-        raise CheckpointError(f"blocks.0.pos_embed: {T} tokens are too many for a model of {values} weights")
 
 
 def _weight(key: str, value: Tensor | StoredTensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
@@ -331,10 +324,21 @@ def _weight(key: str, value: Tensor | StoredTensor, device: str | torch.device, 
 
 
 def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor | StoredTensor]:
+    """Those of a file that are really there: no size of a model is more than the file can hold."""
+    held = 0
+    storages: dict[tuple[str, str], int] = {}
     for key, value in tensors.items():
         if not isinstance(value, StoredTensor):
             got = getattr(value, "name", type(value).__name__)
             raise CheckpointError(f"{shown(key)}: expected a state dict (names to dense tensors), got {shown(got)}")
+        if is_mask(key):
+            continue
+        if value.broken or not value.numel:
+            raise CheckpointError(f"{shown(key)}: {value.broken or f'empty, of shape {value.shape}'}")
+        held += value.numel * (value.dtype.itemsize if isinstance(value.dtype, torch.dtype) else 0)
+        storages[value.storage] = value.nbytes
+    if held > sum(storages.values()):
+        raise CheckpointError("its tensors share their values, so that the file holds fewer than it claims")
     return dict(tensors)
 
 

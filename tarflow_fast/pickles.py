@@ -27,6 +27,11 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.int8,
+    "QUInt8Storage": torch.uint8,
+    "QInt32Storage": torch.int32,
 }
 
 
@@ -215,9 +220,11 @@ def _made(function: Any, arguments: Any) -> Any:
     if name.startswith("torch._utils._rebuild_tensor") and not isinstance(arguments[0], Storage):
         raise ValueError("a damaged description of a tensor")
     if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-        return _view(*arguments[:4])
+        storage, offset, shape, stride = arguments[:4]
+        return _view(storage, offset, shape, stride)
     if name == "torch._utils._rebuild_tensor_v3":
-        return _view(*arguments[:4], arguments[6])
+        storage, offset, shape, stride, _, _, dtype, *_ = arguments
+        return _view(storage, offset, shape, stride, dtype)
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return arguments[0]
     if name == "torch._tensor._rebuild_from_type_v2":  # (function, class, its arguments, state)
@@ -231,12 +238,12 @@ def _storage(given: Any) -> Storage:
     """What torch's persistent id ("storage", class, key, device, number of values) stands for."""
     _, kind, key, _, numel, *_ = given
     name = kind.name if isinstance(kind, Global) and kind.module in ("torch", "torch.storage") else ""
-    if not isinstance(key, str) or type(numel) is not int or numel < 0:
+    if name not in _STORAGES or not isinstance(key, str) or type(numel) is not int or numel < 0:
         raise ValueError("a damaged description of a tensor")
-    return Storage(key, _STORAGES.get(name, torch.complex64), numel)  # the rest hold no weights
+    return Storage(key, _STORAGES[name], numel)
 
 
-def _view(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None) -> View:
+def _view(storage: Storage, offset: Any, shape: Any, stride: Any, dtype: Any = None) -> View:
     numbers = (offset, *shape, *stride)
     if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride):
         raise ValueError("a damaged description of a tensor")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .pickles import Storage, View, load_pickle
+from .pickles import Foreign, Storage, View, load_pickle
 
 INDEX = ".index.json"  # how the name of a sharded checkpoint's table ends
 LARGEST_TABLE = 64 * 2**20  # bytes of such a table, or of another JSON file
@@ -86,9 +86,7 @@ def open_content(path: Path, stack: ExitStack) -> Content:
     if start.startswith(b"\x80"):
         return _open("a readable weights-only .pth file", lambda: Content(_read_legacy(file, size)))
     kind = "safetensors" if path.suffix == ".safetensors" else "weights-only .pth"
-    raise CheckpointError(
-        f"not a readable {kind} file (neither torch.save nor safetensors begins a file so, or it is cut off)"
-    )
+    raise CheckpointError(f"not a readable {kind} file (it does not begin as one)")
 
 
 def _reason(error: OSError) -> str:
@@ -230,7 +228,8 @@ def _read_legacy(file: IO[bytes], size: int) -> Any:
     if system.get("little_endian") is not (sys.byteorder == "little"):
         raise ValueError("written on a machine of another byte order")
     tree, keys = load_pickle(clipped), load_pickle(clipped)
-    storages = {view.storage.key: view.storage for view in _views(tree)}
+    used = (node.storage if isinstance(node, View) else node for node in _nodes(tree))
+    storages = {node.key: node for node in used if isinstance(node, Storage)}
     places: dict[str, _Place] = {}
     at = file.tell()
     for key in keys if isinstance(keys, list) else ():
@@ -256,32 +255,26 @@ def _read(file: IO[bytes], place: _Place) -> bytearray:
 
 
 def _children(node: Any) -> list[Any]:
+    if isinstance(node, Foreign):
+        return [*node.args, *node.items.values(), node.state]
     return list(node.values()) if isinstance(node, dict) else list(node) if isinstance(node, (list, tuple)) else []
 
 
-def _views(tree: Any) -> Iterator[View]:
-    """Every tensor of a tree, whose parts may be met on many ways."""
+def _nodes(tree: Any) -> Iterator[Any]:
+    """Every part of a tree once, whatever the number of ways to it."""
     seen: set[int] = set()
     waiting = [tree]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, View):
-            yield node
-        elif id(node) not in seen:
+        if id(node) not in seen:
             seen.add(id(node))
+            yield node
             waiting += _children(node)
 
 
 def _with_tensors(tree: Any, file: IO[bytes], place: Callable[[Storage], _Place]) -> Any:
     """Puts a `StoredTensor` into the dicts of a tree where a view stood."""
-    seen: set[int] = set()
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        waiting += _children(node)
+    for node in _nodes(tree):
         if isinstance(node, dict):
             for key, value in node.items():
                 if isinstance(value, View):

@@ -365,9 +365,6 @@ def sample_command(
     seed, first = given["seed"], given["first"]
     plan = layout(model, count, labels, columns, first)
     rule = drawing_rule(model, shipped=model_path is None, given=given)
-    if given["denoise"] is None and not rule["denoise"] and not {"noise_type", "noise_std"} & model.metadata.keys():
-        said = "does not record the noise of its training: images are as drawn, not denoised; --noise-std SIGMA does it"
-        warnings.warn(f"{model_path}: {said}", TarFlowWarning, stacklevel=1)
 
     from ..sampler import Sampler
 
@@ -400,6 +397,9 @@ def sample_command(
         first=first,
         denoised=rule["denoise"],
     )
+    if given["denoise"] is None and not rule["denoise"] and not {"noise_type", "noise_std"} & model.metadata.keys():
+        said = "does not record the noise of its training: images are as drawn, not denoised; --noise-std SIGMA does it"
+        warnings.warn(f"{model_path}: {said}", TarFlowWarning, stacklevel=1)
     facts = {**summary(samples, outputs), "seed": seed, "first": first, **rule}
     if as_json:
         print_json(facts)

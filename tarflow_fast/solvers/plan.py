@@ -94,7 +94,7 @@ class SolverPlan:
         if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
             raise ArgumentError("path", "a path", type(path).__name__)
         if not Path(path).is_file():
-            raise CheckpointError(f"{path}: no such file")
+            raise CheckpointError(f"{path}: not a solver plan (no such file)")
         names = [field.name for field in fields(cls)]
         try:
             with safetensors.safe_open(path, framework="pt") as file:
