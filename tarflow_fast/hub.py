@@ -202,15 +202,15 @@ class Url:
         try:
             with urllib.request.urlopen(self.url, timeout=TIMEOUT) as answer, path.open("wb") as file:
                 shutil.copyfileobj(answer, file, 1 << 20)
-                wanted = answer.headers.get("Content-Length")
-                if wanted is not None and file.tell() != int(wanted):
-                    raise CheckpointError(f"{self.url}: the connection ended early; try again")
+                wanted, got = answer.headers.get("Content-Length"), file.tell()
         except urllib.error.HTTPError as error:
             raise CheckpointError(f"{self.url}: HTTP status {error.code}") from error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
             why = getattr(error, "reason", None)
             said = getattr(why, "strerror", None) or type(why or error).__name__
             raise CheckpointError(f"{self.url}: cannot be reached ({said}), and is not in the cache") from error
+        if wanted is not None and wanted != str(got):
+            raise CheckpointError(f"{self.url}: the connection ended early; try again")
 
 
 def push_to_hub(
