@@ -256,7 +256,7 @@ def _read(file: IO[bytes], place: _Place) -> bytearray:
 
 def _children(node: Any) -> list[Any]:
     if isinstance(node, Foreign):
-        return [*node.args, *node.items.values(), node.state]
+        return [*node.args, node.items, node.state]
     return list(node.values()) if isinstance(node, dict) else list(node) if isinstance(node, (list, tuple)) else []
 
 

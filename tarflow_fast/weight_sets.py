@@ -13,6 +13,9 @@ from .pickles import Foreign
 FIRST = "blocks.0.proj_in.weight"  # every TarFlow has it
 _DEEPEST, _MOST = 6, 64  # of dicts in one another; of sets in a file
 _WRAPPERS = frozenset(("module", "_orig_mod", "state_dict", "_fsdp_wrapped_module"))  # these say nothing of a set
+# What wraps a part of a model, as each block may be.
+_INNER = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"))
+_BLOCK = re.compile(r"((?:.*?\.)?blocks\.[0-9]+\.)(.+)", re.DOTALL)
 _EMA = re.compile(r"(^|[^a-z])(ema|average[ds]?|avg|swa|shadow)([^a-z]|$)")
 _OPTIMIZER = re.compile(r"optim|sched|scaler|exp_avg")
 
@@ -52,6 +55,8 @@ def split_prefix(state: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """State dicts by the prefix of their keys. A key belongs to the longest prefix that it starts with."""
+    if any(isinstance(key, str) and not _INNER.isdisjoint(key.split(".")) for key in state):
+        state = _unwrapped(state)
     prefixes = sorted(
         {key[: -len(FIRST)] for key in state if isinstance(key, str) and (key == FIRST or key.endswith("." + FIRST))},
         key=len,
@@ -69,6 +74,17 @@ def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         groups[""] = {key: value for key, value in groups[""].items() if "." in key or _is_weight(key, value)}
     groups.update(_flattened(state, groups))
     return groups
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys without what wraps parts of blocks: "blocks.0._orig_mod.proj_in.weight" is the block's proj_in.weight."""
+    out: dict[str, Any] = {}
+    for key, value in state.items():
+        match = _BLOCK.fullmatch(key) if isinstance(key, str) else None
+        rest = [part for part in match[2].split(".") if part not in _INNER] if match else []
+        name = match[1] + ".".join(rest) if match else key
+        out[key if name in state and name != key else name] = value
+    return out
 
 
 def _is_weight(key: str, value: Any) -> bool:
@@ -98,6 +114,7 @@ def find_sets(tree: Any) -> list[WeightSet]:
     seen: set[int] = set()
 
     def search(node: Any, path: tuple[str, ...]) -> None:
+        node = node.items if isinstance(node, Foreign) else node
         if not isinstance(node, Mapping) or id(node) in seen or len(path) > _DEEPEST:
             return
         seen.add(id(node))

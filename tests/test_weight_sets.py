@@ -43,6 +43,10 @@ class Wrapper(nn.Module):
         self.head = nn.Linear(2, 2)
 
 
+class Settings(dict[str, Any]):
+    pass
+
+
 ONE: dict[str, Callable[[], Any]] = {
     "bare": lambda: model().state_dict(),
     "numbers beside": lambda: {**model().state_dict(), "epoch": 3, "name": "x"},
@@ -52,6 +56,11 @@ ONE: dict[str, Callable[[], Any]] = {
     "model_state_dict": lambda: {"model_state_dict": model().state_dict(), "optimizer_state_dict": {"state": {}}},
     "ema": lambda: {"ema": model().state_dict()},
     "nested": lambda: {"trainer": {"models": {"net": prefixed("module.")}}},
+    "compiled blocks": lambda: {
+        "module." + k.replace("blocks.0.", "blocks.0._orig_mod.").replace("mlp.", "_checkpoint_wrapped_module.mlp."): v
+        for k, v in model().state_dict().items()
+    },
+    "a dict of its own class": lambda: {"state": Settings(model().state_dict())},
     "averaged": lambda: torch.optim.swa_utils.AveragedModel(model()).state_dict(),
     "averaged and compiled": lambda: {"ema": {"n_averaged": torch.tensor(3), **prefixed("module._orig_mod.")}},
     "wrapper": lambda: Wrapper().state_dict(),

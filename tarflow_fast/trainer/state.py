@@ -58,7 +58,7 @@ class TrainState:
             "config": config.to_dict(),
             "fingerprint": fingerprint,
             "sizes": self.model.config.to_dict(),  # these two make it a model's file, for `load`
-            "metadata": self.average.metadata,
+            "metadata": {**self.average.metadata, "steps": self.step},
             "model": self.model.state_dict(),
             "ema": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
