@@ -401,3 +401,55 @@ def test_damaged_files_are_one_error_or_a_whole_model(tmp_path: Path, kind: str)
         assert time.perf_counter() - start < SECONDS
     assert loaded < 100
     assert all(text.isprintable() and text.startswith(str(path)) for text in said)
+
+
+ODD: list[Any] = [
+    None,
+    3,
+    -1.5,
+    True,
+    "text",
+    b"bytes",
+    [],
+    [1],
+    (),
+    {},
+    {"a": 1},
+    {1: 2},
+    Path("x"),
+    2**70,
+    float("nan"),
+]
+TENSORS: list[Tensor] = [
+    *(torch.tensor(1.0), torch.ones(0), torch.ones(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(1, 1, 1, 1, 1)),
+    *(torch.ones(2, 64, dtype=torch.bool), torch.full((64, 12), torch.nan), torch.ones(10, 64)[::2]),
+]
+
+
+@pytest.mark.filterwarnings("ignore::tarflow_fast.errors.TarFlowWarning")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_wrong_types_are_one_error_or_a_whole_model(tmp_path: Path, legacy: bool) -> None:
+    chance, path = random.Random(int(legacy)), tmp_path / "m.pth"
+    for _ in range(150):
+        state: dict[Any, Any] = dict(small().state_dict())
+        for _ in range(chance.choice((1, 1, 3))):
+            key = chance.choice([*state, "blocks.0", "", "a", 3, "ema", "module.var", "model", "config"])
+            odd = chance.choice([*ODD, *TENSORS])
+            if chance.random() < 0.2:
+                state.pop(key, None)
+            else:
+                state[key] = odd
+        content: Any = chance.choice((state, {"model": state}, {"ema": state, "model": chance.choice(ODD)}, [state]))
+        if chance.random() < 0.2:
+            content = {"sizes": chance.choice(ODD), "fingerprint": 1, "metadata": chance.choice(ODD), "model": state}
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        start, said = time.perf_counter(), str(path)
+        try:
+            back = tff.load(path)
+        except CheckpointError as error:
+            said = str(error)
+        else:
+            assert all(torch.isfinite(value).all() for value in back.state_dict().values())
+        assert said.isprintable()
+        assert said.startswith(str(path))
+        assert time.perf_counter() - start < SECONDS
