@@ -138,6 +138,9 @@ def _load(
     if not metadata:
         metadata = {key: hints[key] for key in ("noise_type", "noise_std", "class_names") if key in hints}
     check_metadata(metadata, config.num_classes)
+    T, values = config.num_patches, sum(math.prod(value.shape) for key, value in state.items() if not is_mask(key))
+    if config.num_blocks * T * T > max(_FREE_MASKS, _MASKS_TO_WEIGHTS * values):
+        raise CheckpointError(f"blocks.0.pos_embed: {T} tokens are too many for a model of {values} weights")
     model = build(state, config, device=device, dtype=dtype)
     model.metadata = {**named.get("noise", {}), **metadata}
     model.origin = Origin(source, taken.name)
@@ -277,9 +280,6 @@ def build(state: Weights, config: TarFlowConfig, *, device: str | torch.device, 
 
 def _check_keys(state: Weights, config: TarFlowConfig) -> None:
     """Every key and shape, before a model of these sizes is made: by one block of one layer, as all are alike."""
-    T, values = config.num_patches, sum(math.prod(value.shape) for key, value in state.items() if not is_mask(key))
-    if config.num_blocks * T * T > max(_FREE_MASKS, _MASKS_TO_WEIGHTS * values):
-        raise CheckpointError(f"blocks.0.pos_embed: {T} tokens are too many for a model of {values} weights")
     with torch.device("meta"):
         one = TarFlow.from_config(TarFlowConfig(**{**config.to_dict(), "num_blocks": 1, "layers_per_block": 1}))
     expected: dict[str, torch.Size] = {}
