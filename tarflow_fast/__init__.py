@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .card import model_card
     from .checkpoint import load, load_pretrained, save
     from .config import TarFlowConfig
     from .data import ImageData, load_images
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
         NonFiniteError,
         OutOfMemoryError,
         TarFlowError,
+        TarFlowWarning,
     )
     from .evaluate import bayes_accuracy, bits_per_dim
+    from .hub import push_to_hub
     from .images import save_grid
     from .model import TarFlow, dequantize
     from .report import Report, Samples
@@ -41,6 +44,8 @@ _HOME = {
     "load": "checkpoint",
     "save": "checkpoint",
     "load_pretrained": "checkpoint",
+    "model_card": "card",
+    "push_to_hub": "hub",
     "Sampler": "sampler",
     "Samples": "report",
     "SolverPlan": "solvers",
@@ -56,6 +61,7 @@ _HOME = {
     "TrainConfig": "trainer",
     "train": "trainer",
     "TarFlowError": "errors",
+    "TarFlowWarning": "errors",
     "ArgumentError": "errors",
     "BackendError": "errors",
     "CheckpointError": "errors",
@@ -79,6 +85,7 @@ __all__ = [
     "TarFlow",
     "TarFlowConfig",
     "TarFlowError",
+    "TarFlowWarning",
     "TrainConfig",
     "__version__",
     "accelerate",
@@ -90,6 +97,8 @@ __all__ = [
     "load",
     "load_images",
     "load_pretrained",
+    "model_card",
+    "push_to_hub",
     "save",
     "save_grid",
     "train",

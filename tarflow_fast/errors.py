@@ -10,6 +10,10 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+class TarFlowWarning(UserWarning):
+    """Something was decided for the user who may want it otherwise; one line, which the command line shows as such."""
+
+
 class TarFlowError(Exception):
     """Base of all errors raised by tarflow_fast."""
 

@@ -7,7 +7,7 @@ other's checkpoints. This file is the differentiable density pass; the inverse l
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import Attention, FlowBlock
 
+if TYPE_CHECKING:
+    from .checkpoint import Origin
+
 NO_PICTURE = 16.0  # a value far beyond -1 to 1, with any noise
 
 
@@ -28,10 +31,11 @@ class TarFlow(nn.Module):
 
     Arguments: see `TarFlowConfig`. Attributes beyond ml-tarflow's: `config`, and `metadata`, a dict of what a
     checkpoint knows besides weights: "noise_std" (float), "noise_type" ("gaussian" or "uniform"), "class_names",
-    "values" ("raw" if it learnt data that are no pictures).
+    "values" ("raw" if it learnt data that are no pictures). origin: where `load` found it, else None.
     """
 
     VAR_LR: float = 0.1
+    origin: Origin | None = None
     var: Tensor
     _density: str = "auto"
     _density_threads: int | None = None

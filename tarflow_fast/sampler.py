@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import serial
-from .checkpoint import build, infer_config, strip_wrappers
+from .checkpoint import build, infer_config
 from .checks import (
     Labels,
     batch_labels,
@@ -44,6 +44,7 @@ from .model import TarFlow
 from .noise import latent_noise
 from .report import BlockReport, Report, Samples
 from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, make_solvers, widths
+from .weight_sets import split_prefix
 
 MAX_REDRAWS = 3
 MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
@@ -370,10 +371,8 @@ def accelerate(model: nn.Module, **options: Any) -> Sampler:
         return Sampler(model, **options)
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", "a torch module with ml-tarflow's state dict", type(model).__name__)
-    state = strip_wrappers(model.state_dict())
-    inner: Any = model
-    while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
-        inner = inner.module if hasattr(inner, "module") else inner._orig_mod
+    prefix, state = split_prefix(model.state_dict())
+    inner: Any = model.get_submodule(prefix.rstrip("."))
     width = state["blocks.0.proj_in.weight"].shape[0] if "blocks.0.proj_in.weight" in state else 0
     try:
         head_dim = width // inner.blocks[0].attn_blocks[0].attention.num_heads

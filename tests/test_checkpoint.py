@@ -20,7 +20,7 @@ from tolerances import GOLDEN, assert_close
 
 from tarflow_fast.checkpoint import load, save
 from tarflow_fast.config import TarFlowConfig
-from tarflow_fast.errors import ArgumentError, CheckpointError
+from tarflow_fast.errors import ArgumentError, CheckpointError, TarFlowWarning
 from tarflow_fast.model import TarFlow
 
 SIZES: list[dict[str, Any]] = [
@@ -42,7 +42,7 @@ def same(a: TarFlow, b: TarFlow) -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_round_trip(tmp_path: Path, sizes: dict[str, Any], suffix: str) -> None:
     model = random_model(1, **sizes)
-    model.metadata = {"noise_std": 0.05, "class_names": ["ä", "b"]}
+    model.metadata = {"noise_std": 0.05, "class_names": ["ä", "b", "c"][: model.config.num_classes]}
     save(model, tmp_path / f"m{suffix}")
     back = load(tmp_path / f"m{suffix}")
     same(model, back)
@@ -72,11 +72,11 @@ def test_what_weights_cannot_tell_is_recorded_or_given(tmp_path: Path) -> None:
     model = random_model(**sizes)
     save(model, tmp_path / "m.safetensors")
     assert load(tmp_path / "m.safetensors").config == model.config
-    save(model, tmp_path / "m.pth")
+    with pytest.warns(TarFlowWarning, match="load it with patch_size=2, head_dim=16, or save as .safetensors"):
+        save(model, tmp_path / "m.pth")
     assert load(tmp_path / "m.pth").config == TarFlowConfig(3, 12, 4, 64, 2, 1)
     assert load(tmp_path / "m.pth", patch_size=2, head_dim=16).config == model.config
     assert load(tmp_path / "m.pth", in_channels=12, head_dim=16).config == model.config
-    save(model, tmp_path / "m.pth")
     with pytest.raises(ArgumentError, match="patch_size: expected a patch size whose square divides"):
         load(tmp_path / "m.pth", patch_size=5)
     with pytest.raises(ArgumentError, match="in_channels: expected 12 with patch_size 2"):
@@ -96,7 +96,8 @@ def test_published_file_names_tell_patch_and_noise(tmp_path: Path) -> None:
         save(model, tmp_path / name)
         assert load(tmp_path / name).config == model.config
         assert load(tmp_path / name).metadata == metadata
-    save(model, tmp_path / "x_model_2_128_2_1_0.07.pth")  # another width: the name is not this model's
+    with pytest.warns(TarFlowWarning, match="load it with patch_size=2, or"):
+        save(model, tmp_path / "x_model_2_128_2_1_0.07.pth")  # another width: the name is not this model's
     assert load(tmp_path / "x_model_2_128_2_1_0.07.pth").config.patch_size == 4
 
 

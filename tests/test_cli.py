@@ -325,10 +325,12 @@ class TestSample:
             assert file["images"].shape == (5, 3, 8, 8)
 
     def test_sizes_that_weights_leave_open(self, run: Run) -> None:
-        tff.save(random_model(in_channels=4, patch_size=1), "open.pth")  # 4 values a token: 1 channel of 2×2?
+        with pytest.warns(tff.TarFlowWarning, match="load it with patch_size=1"):
+            tff.save(random_model(in_channels=4, patch_size=1), "open.pth")  # 4 values a token: 1 channel of 2×2?
         assert "4×8×8" in run("info", "-m", "open.pth", "--patch-size", 1).stdout
         assert "4×8×8" in run("info", "-m", "open.pth", "--in-channels", 4).stdout
-        tff.save(random_model(head_dim=32), "heads.pth")
+        with pytest.warns(tff.TarFlowWarning, match="load it with head_dim=32"):
+            tff.save(random_model(head_dim=32), "heads.pth")
         assert "heads of 32" in run("info", "-m", "heads.pth", "--head-dim", 32).stdout
         assert "patch_size" in run("sample", "-m", "open.pth", "--patch-size", 3, code=1).stderr
 
@@ -647,11 +649,14 @@ class TestEval:
             in run("eval", "-m", "m.safetensors", "--data", "unlabelled.npz", "--accuracy", code=2).stderr
         )
         tff.save(random_model(), "one.pth")
+        grey = ("--in-channels", 1)
         result = run("eval", "-m", "one.pth", "--data", "d.npz")
         assert "accuracy" not in result.stdout
         assert "uniform dequantisation" in result.stdout
         assert "a bound on the bits" in result.stdout
-        assert "class-conditional" in run("eval", "-m", "one.pth", "--data", "d.npz", "--accuracy", code=1).stderr
+        assert (
+            "class-conditional" in run("eval", "-m", "one.pth", *grey, "--data", "d.npz", "--accuracy", code=1).stderr
+        )
 
     def test_quiet_and_progress(self, run: Run, data: tuple[torch.Tensor, list[int]]) -> None:
         assert run("eval", "-m", "m.safetensors", "--data", "d.npz", "-q").output == ""
@@ -703,7 +708,8 @@ class TestConvert:
             assert torch.equal(value, back.state_dict()[key])
 
     def test_sizes(self, run: Run) -> None:
-        tff.save(random_model(in_channels=4, patch_size=1), "open.pth")
+        with pytest.warns(tff.TarFlowWarning):
+            tff.save(random_model(in_channels=4, patch_size=1), "open.pth")
         run("convert", "open.pth", "open.safetensors", "--patch-size", 1, "--in-channels", 4, "--head-dim", 32)
         config = tff.load("open.safetensors").config
         assert (config.patch_size, config.in_channels, config.head_dim) == (1, 4, 32)
@@ -747,6 +753,66 @@ class TestConvert:
         Path("foreign.pth").write_bytes(b"not a checkpoint")
         assert message in run("convert", *arguments, code=code).stderr
         assert not list(Path().glob("a.*"))
+
+
+class TestWeights:
+    """Which weights of a file are taken, and what is said of it on standard error."""
+
+    @pytest.fixture
+    def two(self, run: Run) -> str:
+        a, b = (random_model(seed, in_channels=3).state_dict() for seed in (1, 2))
+        torch.save({"model": a, "ema": b}, "two.ckpt")
+        return "two.ckpt"
+
+    def test_what_was_taken_is_one_line(self, run: Run, two: str) -> None:
+        for command in (("info", two), ("info", "-m", two), ("convert", two, "a.safetensors")):
+            done = run(*command)
+            assert done.stderr.startswith("Warning: two.ckpt: its weights 'ema' were taken, not 'model'; ")
+            assert done.stderr.count("\n") == 1
+            assert "weights: ema of " in done.stdout
+        facts = json.loads(run("info", two, "--json").stdout)["model"]
+        assert facts["origin"] == {"path": str(Path(two).resolve()), "weights": "ema"}
+        assert run("convert", two, "a.safetensors", "-q").output == ""
+
+    @pytest.mark.parametrize(("name", "seed"), [("ema", 2), ("model", 1)])
+    def test_a_choice(self, run: Run, two: str, name: str, seed: int) -> None:
+        assert run("convert", two, "a.safetensors", "--weights", name).stderr == ""
+        assert torch.equal(tff.load("a.safetensors").var, random_model(seed, in_channels=3).var)
+        assert f"weights: {name} of " in run("info", two, "--weights", name).stdout
+        assert "weights: expected" in run("info", two, "--weights", "best", code=1).stderr
+        run("sample", "-m", two, "--weights", name, "-n", 1, "-q")
+        assert "--weights goes with --model" in run("sample", "--weights", name, code=2).stderr
+
+    def test_missing_noise_is_said_once(self, run: Run) -> None:
+        said = run("sample", "-m", "plain.pth", "-n", 1).stderr
+        assert said.count("does not record the noise") == 1
+        for options in (("--no-denoise",), ("--noise-std", 0.1), ("-q",)):
+            assert run("sample", "-m", "plain.pth", "-n", 1, *options).stderr == ""
+
+    def test_folders_names_and_urls(self, run: Run) -> None:
+        Path("run").mkdir()
+        Path("m.safetensors").rename("run/model.safetensors")
+        assert "1×8×8" in run("info", "run").stdout
+        run("convert", "run", "copy.safetensors")
+        assert "no such file in it as" in run("info", ".", code=1).stderr
+        assert "hf://owner/name" in run("info", "hf://", code=1).stderr
+        assert "a whole URL" in run("convert", "https://", "x.safetensors", code=1).stderr
+        assert "give one" in run("info", "run", "-m", "run", code=2).stderr
+
+    def test_a_pth_that_cannot_describe_its_model_says_so(self, run: Run) -> None:
+        tff.save(random_model(head_dim=32), "h.safetensors")
+        assert "load it with head_dim=32" in run("convert", "h.safetensors", "h.pth").stderr
+
+    def test_what_a_file_says_is_escaped(self, run: Run) -> None:
+        model = random_model(num_classes=2)
+        model.metadata = {"card": "\x1b]0;title\x07\nlicence: MIT", "class_names": ["\x1b[31mred", "b"], "\x1b[2J": 1}
+        tff.save(model, "evil.safetensors")
+        torch.save({"\x1b[2Jx": torch.zeros(1)}, "evil.pth")
+        text = run("info", "evil.safetensors").stdout
+        assert "class_names: '\\x1b[31mred', b\n" in text
+        for said in (text, run("info", "evil.pth", code=1).stderr, run("info", "evil.safetensors", "--json").stdout):
+            assert said.replace("\n", "").isprintable()
+            assert "MIT" not in [line[-3:] for line in said.splitlines() if line.lstrip().startswith("licence")]
 
 
 class TestInfo:

@@ -361,10 +361,27 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
     path.write_bytes(b"no")
     with pytest.raises(CheckpointError, match="not a solver plan"):
         SolverPlan.load(path)
+    names = ("slope", "shift", "passes", "evaluations")
+    for tensors in (
+        {},
+        {"slope": torch.zeros(1), "shift": torch.zeros(1)},
+        {name: torch.zeros(1) for name in names},
+        {name: torch.zeros(1, 4, 2).double() for name in names},
+        {"x": torch.zeros(1), **{name: torch.zeros(1) for name in names}},
+    ):
+        save_file(tensors, path)
+        with pytest.raises(CheckpointError, match="not a solver plan") as caught:
+            SolverPlan.load(path)
+        assert str(caught.value).isprintable()
+    for other in (None, 3, b"x"):
+        with pytest.raises(ArgumentError, match="path: expected a path"):
+            SolverPlan.load(other)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="no such file"):
+        SolverPlan.load(tmp_path)
     save_file({"slope": torch.zeros(1), "shift": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a solver plan"):
         SolverPlan.load(path)
-    with pytest.raises(ArgumentError, match="path's suffix"):
+    with pytest.raises(ArgumentError, match=r"path: expected a file name ending in \.safetensors"):
         plan_of().save(tmp_path / "plan.pt")
 
 

@@ -528,6 +528,25 @@ def test_model_file_is_the_average(pictures: str, tmp_path: Path) -> None:
     ]
 
 
+def test_a_checkpoint_is_a_model_file_too(pictures: str, tmp_path: Path) -> None:
+    """With its average, sizes that weights leave open, noise and class names; what was taken is said."""
+    train(tiny(pictures, tmp_path, head_dim=32, noise_std=0.1, ema_decay=0.8), progress=False)
+    model = tff.load(tmp_path / "model.safetensors")
+    with pytest.warns(tff.TarFlowWarning, match="its weights 'ema' were taken, not 'model'; weights='model' takes"):
+        again = tff.load(tmp_path / "checkpoint.pt")
+    assert again.config == model.config
+    assert again.metadata == model.metadata
+    assert_same(dict(again.state_dict()), dict(model.state_dict()))
+    raw = tff.load(tmp_path / "checkpoint.pt", weights="model")
+    assert_same(dict(raw.state_dict()), dict(checkpoint(tmp_path)["model"]))
+    content = checkpoint(tmp_path)
+    del content["sizes"], content["metadata"]  # as versions before this one wrote it
+    torch.save(content, tmp_path / "old.pt")
+    old = tff.load(tmp_path / "old.pt", weights="ema")
+    assert old.config == model.config
+    assert old.metadata == {"noise_type": "gaussian", "noise_std": 0.1}
+
+
 def test_metadata_of_uniform_noise_and_given_names(pictures: str, tmp_path: Path) -> None:
     names = ("a", "b", "c", "none of these")
     model = train(tiny(pictures, tmp_path, epochs=1, noise_type="uniform", class_names=names), progress=False)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from ..errors import TarFlowError
+from ..errors import TarFlowError, TarFlowWarning
 from .convert import convert_command
 from .eval import eval_command
 from .info import info_command
@@ -24,6 +27,24 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Shows each TarFlowWarning as one line on standard error, unless the command is to be quiet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TarFlowWarning)
+        show_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            context = click.get_current_context(silent=True)
+            if not issubclass(category, TarFlowWarning):
+                show_others(message, category, *where, **more)
+            elif context is None or not context.params.get("quiet"):
+                click.echo("Warning: " + " ".join(str(message).split()), err=True)
+
+        warnings.showwarning = show
+        yield
+
+
 class _Group(click.Group):
     """Commands in the order they were added; failures as one line and an exit code."""
 
@@ -32,7 +53,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _warnings_as_lines():
+                return super().invoke(ctx)
         except (TarFlowError, OSError) as error:
             if ctx.params["traceback"] or isinstance(error, BrokenPipeError):
                 raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -37,7 +39,7 @@ Examples:
   tarflow-fast convert model.safetensors model.pth
 """,
 )
-@click.argument("source", type=click.Path(exists=True, dir_okay=False))
+@click.argument("source")
 @click.argument("target", type=click.Path())
 @size_options
 @option(
@@ -70,18 +72,21 @@ def convert_command(
     dtype: str,
     quiet: bool,
     as_json: bool,
-    **sizes: int | None,
+    **which: Any,
 ) -> None:
     """Write the model in SOURCE to TARGET, and tell what was read off its weights.
 
-    Either is .safetensors (weights, sizes, metadata) or .pth (ml-tarflow's state dict: weights alone). A file
-    named TARGET is replaced.
+    SOURCE is a file with a TarFlow's state dict (.safetensors, .pth, .pt, .ckpt, a trainer's checkpoint), a folder of
+    a model, hf://owner/name or a URL. TARGET is .safetensors (weights, sizes, metadata) or .pth (ml-tarflow's state
+    dict: weights alone). A file named TARGET is replaced.
     """
     path = output_path("TARGET", target, (".safetensors", ".pth"))
     if path.suffix == ".pth" and (noise_std is not None or class_names is not None):
         raise click.UsageError("a .pth file holds weights alone; --noise-std and --class-names need .safetensors")
+    if not os.path.exists(source) and ":/" not in source:
+        raise click.UsageError(f"SOURCE: no such file, {source!r}")
     names = None if class_names is None else read_names(class_names)
-    model = load_model(source, **sizes)
+    model = load_model(source, **which)
     if noise_std is not None:
         model.metadata.update(noise_type="gaussian", noise_std=noise_std)
     if names is not None:

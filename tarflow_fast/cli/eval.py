@@ -194,13 +194,13 @@ def eval_command(
     progress: bool | None,
     quiet: bool,
     as_json: bool,
-    **sizes: int | None,
+    **which: Any,
 ) -> None:
     """Measure bits per dimension on a data set and, for a class-conditional model, the accuracy of the
     classifier that Bayes' rule makes of it."""
     bars = show_progress(progress, quiet)
     place = pick_device(device)
-    model = load_model(model_path, **sizes).to(place)
+    model = load_model(model_path, **which).to(place)
     if threads is not None:
         import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,13 +44,14 @@ def installation_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def describe_model(model: TarFlow) -> dict[str, Any]:
-    """Sizes, number of parameters and metadata."""
+    """Sizes, number of parameters, metadata, and where it was loaded from."""
     return {
         **model.config.to_dict(),
         "tokens": model.config.num_patches,
         "token_dim": model.config.token_dim,
         "parameters": sum(p.numel() for p in model.parameters()),
         "metadata": model.metadata,
+        "origin": None if model.origin is None else asdict(model.origin),
     }
 
 
@@ -64,9 +66,17 @@ def model_lines(facts: dict[str, Any]) -> list[str]:
         f"classes: {classes or 'none (unconditional)'}",
     ]
     for key, value in facts["metadata"].items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        lines.append(f"{key}: {text}")
+        text = ", ".join(map(printable, value)) if isinstance(value, list) else printable(value)
+        lines.append(f"{printable(key)}: {text}")
+    if facts["origin"] is not None:
+        lines.append(f"weights: {printable(facts['origin']['weights'])} of {printable(facts['origin']['path'])}")
     return lines
+
+
+def printable(value: object) -> str:
+    """Text from a file for a terminal: what would move its cursor or change its colours is escaped."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 @click.command(
@@ -76,17 +86,21 @@ def model_lines(facts: dict[str, Any]) -> list[str]:
     epilog="""\b
 Examples:
   tarflow-fast info
-  tarflow-fast info -m afhq_model_8_768_8_8_0.07.pth
+  tarflow-fast info afhq_model_8_768_8_8_0.07.pth
   tarflow-fast info --json | jq .backends
 """,
 )
+@click.argument("file", required=False)
 @model_options
 @json_option
-def info_command(model_path: str | None, as_json: bool, **sizes: int | None) -> None:
+def info_command(file: str | None, model_path: str | None, as_json: bool, **which: Any) -> None:
     """Show versions, devices, and each backend with the reason why it can or cannot run here; and the sizes
-    and metadata of a checkpoint."""
+    and metadata of a checkpoint, FILE, and which of its weights are taken."""
+    if file is not None and model_path is not None:
+        raise click.UsageError("FILE and --model are two names for one thing; give one")
+    model_path = model_path if file is None else file
     installation = describe_installation()
-    model = describe_model(load_model(model_path, **sizes))
+    model = describe_model(load_model(model_path, **which))
     if as_json:
         print_json({**installation, "model": model})
         return

@@ -87,6 +87,13 @@ def hush(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
 
 size_options = combine(
     option(
+        "--weights",
+        metavar="NAME",
+        section="Model",
+        show_default="the average where there is one",
+        help="Which set, of a file that holds several: ema, model, or its name.",
+    ),
+    option(
         "--patch-size",
         type=click.IntRange(1),
         metavar="N",
@@ -114,11 +121,10 @@ model_options = combine(
         "-m",
         "--model",
         "model_path",
-        type=click.Path(dir_okay=False),
         metavar="FILE",
         section="Model",
         show_default="the shipped Fashion-MNIST model",
-        help="A checkpoint: .safetensors, or ml-tarflow's .pth.",
+        help="A checkpoint: .safetensors, ml-tarflow's .pth, others' .pt and .ckpt, a folder, hf://owner/name, a URL.",
     ),
     size_options,
 )
@@ -174,6 +180,7 @@ json_option = option("--json", "as_json", is_flag=True, section="Output", help="
 def load_model(
     path: str | None,
     *,
+    weights: str | None = None,
     patch_size: int | None = None,
     in_channels: int | None = None,
     head_dim: int | None = None,
@@ -182,9 +189,9 @@ def load_model(
     from ..checkpoint import load, load_pretrained
 
     if path is not None:
-        return load(path, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
-    sizes = {"--patch-size": patch_size, "--in-channels": in_channels, "--head-dim": head_dim}
-    for name, value in sizes.items():
+        return load(path, weights=weights, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
+    given = {"--weights": weights, "--patch-size": patch_size, "--in-channels": in_channels, "--head-dim": head_dim}
+    for name, value in given.items():
         if value is not None:
             raise click.UsageError(f"{name} goes with --model")
     return load_pretrained()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import TarFlowWarning
 from .options import (
     DTYPES,
     Command,
@@ -339,6 +341,7 @@ Examples:
 @json_option
 def sample_command(
     model_path: str | None,
+    weights: str | None,
     patch_size: int | None,
     in_channels: int | None,
     head_dim: int | None,
@@ -358,7 +361,7 @@ def sample_command(
     bars = show_progress(progress, quiet)
     outputs = Outputs.checked(given["out"], given["singles"], given["npz"], given["gif"])
     device = pick_device(given["device"])
-    model = load_model(model_path, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
+    model = load_model(model_path, weights=weights, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
     seed, first = given["seed"], given["first"]
     plan = layout(model, count, labels, columns, first)
     rule = drawing_rule(model, shipped=model_path is None, given=given)
@@ -394,6 +397,9 @@ def sample_command(
         first=first,
         denoised=rule["denoise"],
     )
+    if given["denoise"] is None and not rule["denoise"] and not {"noise_type", "noise_std"} & model.metadata.keys():
+        said = "does not record the noise of its training: images are as drawn, not denoised; --noise-std SIGMA does it"
+        warnings.warn(f"{model_path}: {said}", TarFlowWarning, stacklevel=1)
     facts = {**summary(samples, outputs), "seed": seed, "first": first, **rule}
     if as_json:
         print_json(facts)

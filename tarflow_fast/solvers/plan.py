@@ -91,8 +91,23 @@ class SolverPlan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SolverPlan:
         """What `save` wrote. Raises CheckpointError for anything else."""
+        if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+            raise ArgumentError("path", "a path", type(path).__name__)
+        if not Path(path).is_file():
+            raise CheckpointError(f"{path}: not a solver plan (no such file)")
+        names = [field.name for field in fields(cls)]
         try:
-            tensors = safetensors.torch.load(Path(path).read_bytes())
-            return cls(**tensors)
-        except (OSError, TypeError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a solver plan ({str(error).splitlines()[0]})") from error
+            with safetensors.safe_open(path, framework="pt") as file:
+                if sorted(file.keys()) != sorted(names):
+                    raise CheckpointError(f"{path}: not a solver plan, which holds {', '.join(names)}")
+                plan = cls(**{name: file.get_tensor(name).clone() for name in names})
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a foreign or damaged file makes the parser raise
+            raise CheckpointError(f"{path}: not a solver plan (no whole .safetensors file)") from error
+        tensors = [getattr(plan, name) for name in names]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        alike = shapes[0] == shapes[1] and shapes[2] == shapes[3] and [len(shapes[0]), len(shapes[2])] == [3, 2]
+        if not alike or any(tensor.dtype != torch.float32 for tensor in tensors):
+            raise CheckpointError(f"{path}: not a solver plan (its tensors do not belong together)")
+        return plan

@@ -63,8 +63,9 @@ class TrainState:
         content = {
             "format": FORMAT,
             "config": recorded | {name: os.path.abspath(recorded[name]) for name in PATHS if recorded[name]},
-            "metadata": self.average.metadata,
             "fingerprint": fingerprint,
+            "sizes": self.model.config.to_dict(),  # these two make it a model's file, for `load`
+            "metadata": {**self.average.metadata, "steps": self.step},
             "model": self.model.state_dict(),
             "ema": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
