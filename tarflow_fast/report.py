@@ -16,8 +16,8 @@ class BlockReport:
     """How one flow block was inverted, over all batches.
 
     passes: dependent steps of a batch, the most that one took. evaluations: tokens that the transformer was evaluated
-    on. residual: the largest |forward(x) − z| of this block alone, 0 if exact, NaN if one is. window: the most tokens of an
-    image in a pass, 1 in the sequential pass.
+    on. residual: the largest |forward(x) − z| of this block alone, 0 if exact, NaN if one is. window: the most tokens
+    of an image in a pass, 1 in the sequential pass.
     """
 
     passes: int = 0

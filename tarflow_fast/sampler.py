@@ -280,7 +280,7 @@ class Sampler:
             for i, window in enumerate(widths(self.config.num_patches)):
                 state = engine.begin(z, condition, spent=state)
                 guess = functools.partial(plan.guess, k)
-                solution = adaptive(engine, state, tol=self._tol, guess=guess, window=window)
+                solution = adaptive(engine, state, tol=self._tol, guess=guess, window=window, least=self._tol)
                 plan.passes[k, i] = max(solution.passes, 1)
                 plan.evaluations[k, i] = max(solution.evaluations / z.shape[0], 1)
         return plan
@@ -295,7 +295,7 @@ class Sampler:
         log_dets = []
         failures: dict[int, tuple[int, int]] = {}
         solutions: dict[int, Solution] = {}
-        state = error = None  # error: (B, T), of the tokens
+        state, error = None, None  # error: (B, T), of the tokens
         for k in reversed(range(self.config.num_blocks)):
             x = tokens[-1]
             state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition, spent=state)
@@ -305,9 +305,7 @@ class Sampler:
             for row in (row for row, token in enumerate(first) if token < z.shape[1]):
                 failures.setdefault(row, (k, first[row]))
             log_dets.append(state.log_det)
-            latents = error.flip(1) if k % 2 and error is not None else error
-            error = errors(self._engines[k], state, solutions[k].trail, latents)
-            error = error.flip(1) if k % 2 and error is not None else error
+            error = _in_order(k, errors(self._engines[k], state, solutions[k].trail, _in_order(k, error)))
             tokens.append(serial.flipped(state.x) if k % 2 else state.x)
         images = model.unpatchify(tokens[-1])
         log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - torch.stack(log_dets).sum(0)
@@ -359,6 +357,11 @@ class Sampler:
                 f"batch_size: {wanted} samples need {wanted * each / 2**20:.0f} MiB on {self.device}, {fits} would fit"
             )
         return min(wanted, fits)
+
+
+def _in_order(k: int, tokens: Tensor | None) -> Tensor | None:
+    """From the order of the data to that of block k, and back."""
+    return tokens.flip(1) if k % 2 and tokens is not None else tokens
 
 
 def check_plan(plan: object, config: TarFlowConfig) -> SolverPlan:

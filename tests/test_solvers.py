@@ -364,7 +364,7 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
     save_file({"slope": torch.zeros(1), "shift": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a solver plan"):
         SolverPlan.load(path)
-    with pytest.raises(ArgumentError, match="ending in .safetensors"):
+    with pytest.raises(ArgumentError, match=r"ending in \.safetensors"):
         plan_of().save(tmp_path / "plan.pt")
 
 
@@ -389,7 +389,7 @@ def test_images_of_the_shipped_model_are_within_a_thousandth(backend: str, guida
     T = model.config.num_patches
     assert [block.passes for block in exact.report.blocks] == [T - 1] * 4
     passes = [block.passes for block in fast.report.blocks]
-    assert sum(passes) <= 0.4 * 4 * (T - 1)
+    assert sum(passes) <= 0.45 * 4 * (T - 1)
     assert 0 < max(block.residual for block in fast.report.blocks) < 1e-2
     for block in fast.report.blocks:
         assert 4 * block.passes <= block.evaluations < 4 * block.passes * (T - 1)

@@ -194,6 +194,7 @@ class FrontierEngine(Protocol):
         trail: Tensor,
         *,
         tol: float,
+        rounding: float,
         window: int,
         most: int,
     ) -> Converged:
@@ -201,7 +202,8 @@ class FrontierEngine(Protocol):
 
         guess: (B, T, D) finite, what a guess that overflows is replaced by. reached: 1 to T; keys and values of tokens
         before reached[b] − 1 must be in the cache. trail: (4, B, T), see `solvers/trail.py`; passes are added to it.
-        tol: how far a token may move and still keep what was guessed, as in `Frontier`.
+        tol: how far a token may move and still keep what was guessed; unless it is 0 at least what rounding may move it
+        by, which is the share `rounding` of its largest value, or of 1.
         """
         ...
 

@@ -135,12 +135,13 @@ class FastestEngine:
         trail: Tensor,
         *,
         tol: float,
+        rounding: float,
         window: int,
         most: int,
     ) -> Converged:
         engine = _served(state)
         assert isinstance(engine, FrontierEngine)
-        return engine.converge(state, guess, reached, trail, tol=tol, window=window, most=most)
+        return engine.converge(state, guess, reached, trail, tol=tol, rounding=rounding, window=window, most=most)
 
     # The choice.
 

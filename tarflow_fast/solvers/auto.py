@@ -64,8 +64,9 @@ class Auto:
         if window is None:
             return sequential(engine, state, progress)
         most = self.pace.most(window, costs)
-        how = {"tol": self.tol, "least": self.least}
-        solution = adaptive(engine, state, progress, guess=self.guess, window=window, most=most, **how)
+        solution = adaptive(
+            engine, state, progress, tol=self.tol, guess=self.guess, window=window, most=most, least=self.least
+        )
         whole = (T - 1) / (T - 1 - solution.steps)  # if it was given up: what the block would take at that rate
         passes, evaluations = solution.passes - solution.steps, solution.evaluations / B - solution.steps
         self.pace.learn(window, whole * passes, whole * evaluations)

@@ -89,8 +89,16 @@ class Frontier:
         return passes
 
     def _converge(self, engine: FrontierEngine, window: int, most: int) -> int:
-        trail = self.trail.values
-        done = engine.converge(self.state, self._guess, self.reached, trail, tol=self.tol, window=window, most=most)
+        done = engine.converge(
+            self.state,
+            self._guess,
+            self.reached,
+            self.trail.values,
+            tol=self.tol,
+            rounding=self.trail.rounding,
+            window=window,
+            most=most,
+        )
         self.reached = done.reached
         self.evaluations += done.evaluations
         self.residual = torch.maximum(self.residual, done.residual)
