@@ -19,6 +19,7 @@ from tarflow_fast import TarFlowConfig
 from tarflow_fast.engine import Condition, Guidance, block_weights
 from tarflow_fast.engine.cuda_engine import CudaEngine
 from tarflow_fast.noise import latent_noise
+from tarflow_fast.solvers.trail import Trail
 
 from .cells import random_model
 from .gpu_cells import GUIDANCE, MODELS
@@ -62,7 +63,8 @@ def _images(engine: CudaEngine, z: torch.Tensor, labels: torch.Tensor) -> torch.
     sequential = state.x.clone()
     engine.fixed_point(state, 1, T)
     other = engine.begin(z, condition)
-    engine.converge(other, z, [1] * B, tol=1e-3, window=WINDOW, most=T)
+    trail = Trail(other).values
+    engine.converge(other, z, [1] * B, trail, tol=1e-3, rounding=0.0, window=WINDOW, most=T)
     return torch.stack([sequential, state.x, other.x])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .solvers import Solution
@@ -12,9 +13,12 @@ from .solvers import Solution
 
 @dataclass
 class BlockReport:
-    """How one flow block was inverted, over all batches. passes: dependent steps of a batch, the most that one took;
-    evaluations: tokens that the transformer was evaluated on; residual: the largest |forward(x) − z|, 0 if exact;
-    window: the most tokens of an image in a pass, 1 in the sequential pass."""
+    """How one flow block was inverted, over all batches.
+
+    passes: dependent steps of a batch, the most that one took. evaluations: tokens that the transformer was evaluated
+    on. residual: the largest |forward(x) − z| of this block alone, 0 if exact, NaN if one is. window: the most tokens
+    of an image in a pass, 1 in the sequential pass.
+    """
 
     passes: int = 0
     evaluations: int = 0
@@ -24,7 +28,7 @@ class BlockReport:
     def add(self, solution: Solution) -> None:
         self.passes = max(self.passes, solution.passes)
         self.evaluations += solution.evaluations
-        self.residual = max(self.residual, float(solution.residual.max()))
+        self.residual = float(torch.maximum(torch.tensor(self.residual), solution.residual.max()))  # keeps NaN
         self.window = max(self.window, solution.window)
 
 
@@ -68,12 +72,14 @@ class Samples:
 
     images: (n, in_channels, H, W) on the training scale, [-1, 1] for images, not clamped. log_prob: (n,) in nats, the
     model's log p(x | y) of each image before denoising; None under guidance, which draws from another distribution.
-    labels: (n,) or None. trajectory: the latents, then the images after each block, [(n, in_channels, H, W)] * (K + 1),
-    if asked for.
+    labels: (n,) or None. error: (n,), how far values of an image may be from those of the sequential solver, before
+    denoising and up to rounding, as the parallel passes show it (see `solvers/trail.py`); 0 if there were none.
+    trajectory: the latents, then the images after each block, [(n, in_channels, H, W)] * (K + 1), if asked for.
     """
 
     images: Tensor
     log_prob: Tensor | None
     labels: Tensor | None
     report: Report
+    error: Tensor
     trajectory: list[Tensor] | None = None

@@ -43,7 +43,7 @@ from .flow_block import stream_dtype
 from .model import TarFlow
 from .noise import latent_noise
 from .report import BlockReport, Report, Samples
-from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, make_solvers, widths
+from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, errors, make_solvers, widths
 from .weight_sets import split_prefix
 
 MAX_REDRAWS = 3
@@ -56,7 +56,8 @@ PACED = 16  # images whose passes are counted for a plan
 class _Inverse:
     """One batch through all blocks. sequence: as `Samples.trajectory`, or empty.
 
-    failures: row to the (block, token) at which it first was not finite. solutions: by block.
+    failures: row to the (block, token) at which it first was not finite. solutions: by block. error: (B,), as in
+    `Samples`.
     """
 
     images: Tensor
@@ -65,6 +66,7 @@ class _Inverse:
     cache_bytes: int
     failures: dict[int, tuple[int, int]]
     solutions: dict[int, Solution]
+    error: Tensor
 
 
 class Sampler:
@@ -76,7 +78,7 @@ class Sampler:
     solver: "sequential" (exact, T − 1 steps a block), "adaptive" (parallel
     passes, as few as a block allows; see `solvers/frontier.py`), or "auto", for each block the one that takes less time
     (see `solvers/auto.py`). tol: of parallel passes, how far a token may still move when it is taken as final, in units
-    of the images; default 3e-5, in bfloat16 3e-3 (see `solvers.TOL`). plan: where they start and how many a block
+    of the images; default 3e-6, in bfloat16 3e-3 (see `solvers.TOL`). plan: where they start and how many a block
     takes, from `learn_plan`; default at the latents, and learnt from what is sampled. device, dtype: default the
     model's own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is
     fp32.
@@ -171,6 +173,7 @@ class Sampler:
         pending = list(range(n))  # positions in the output that still have to be drawn
         images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=stream_dtype(self.dtype))
         log_prob = None if rule.active else images.new_empty(n)
+        error = torch.empty(n)
         sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
         started, setup = time.perf_counter(), self._setup_seconds()
         with self._bar(n, progress) as bar:
@@ -190,6 +193,7 @@ class Sampler:
                     if failed and on_nonfinite == "raise":
                         raise failed[min(failed)]
                     serial.put_rows(images, rows, part.images)
+                    error[rows] = part.error
                     if log_prob is not None and part.log_prob is not None:
                         log_prob[rows] = part.log_prob
                     if sequence is not None:
@@ -218,7 +222,7 @@ class Sampler:
                 threads=self._threads,
             )
             report.denoise_seconds = time.perf_counter() - started
-        return Samples(images, log_prob, None if y is None else y.cpu(), report, sequence)
+        return Samples(images, log_prob, None if y is None else y.cpu(), report, error, sequence)
 
     def reverse(
         self,
@@ -277,7 +281,7 @@ class Sampler:
             for i, window in enumerate(widths(self.config.num_patches)):
                 state = engine.begin(z, condition, spent=state)
                 guess = functools.partial(plan.guess, k)
-                solution = adaptive(engine, state, tol=self._tol, guess=guess, window=window)
+                solution = adaptive(engine, state, tol=self._tol, guess=guess, window=window, least=self._tol)
                 plan.passes[k, i] = max(solution.passes, 1)
                 plan.evaluations[k, i] = max(solution.evaluations / z.shape[0], 1)
         return plan
@@ -292,7 +296,7 @@ class Sampler:
         log_dets = []
         failures: dict[int, tuple[int, int]] = {}
         solutions: dict[int, Solution] = {}
-        state = None
+        state, error = None, None  # error: (B, T), of the tokens
         for k in reversed(range(self.config.num_blocks)):
             x = tokens[-1]
             state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition, spent=state)
@@ -302,11 +306,14 @@ class Sampler:
             for row in (row for row, token in enumerate(first) if token < z.shape[1]):
                 failures.setdefault(row, (k, first[row]))
             log_dets.append(state.log_det)
+            error = _in_order(k, errors(self._engines[k], state, solutions[k].trail, _in_order(k, error)))
             tokens.append(serial.flipped(state.x) if k % 2 else state.x)
         images = model.unpatchify(tokens[-1])
         log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - torch.stack(log_dets).sum(0)
         sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
-        return _Inverse(images, log_prob, sequence, 0 if state is None else state.cache_bytes, failures, solutions)
+        worst = torch.zeros(z.shape[0]) if error is None else error.amax(1)
+        cache_bytes = 0 if state is None else state.cache_bytes
+        return _Inverse(images, log_prob, sequence, cache_bytes, failures, solutions, worst)
 
     def _served_by(self, sizes: list[int], guided: bool) -> tuple[str, str]:
         """Which backends served batches of these sizes, and why."""
@@ -351,6 +358,11 @@ class Sampler:
                 f"batch_size: {wanted} samples need {wanted * each / 2**20:.0f} MiB on {self.device}, {fits} would fit"
             )
         return min(wanted, fits)
+
+
+def _in_order(k: int, tokens: Tensor | None) -> Tensor | None:
+    """From the order of the data to that of block k, and back."""
+    return tokens.flip(1) if k % 2 and tokens is not None else tokens
 
 
 def check_plan(plan: object, config: TarFlowConfig) -> SolverPlan:

@@ -16,6 +16,7 @@ from tolerances import INVERSE_F64, assert_close
 
 from tarflow_fast import Sampler, load_pretrained
 from tarflow_fast.engine import Condition, timing
+from tarflow_fast.engine.contract import Moved
 from tarflow_fast.solvers import Auto, Costs, CostTable, Pace, auto, costs, widths
 from tarflow_fast.solvers.pace import WORTH
 from tarflow_fast.solvers.windows import hoped_advance
@@ -47,7 +48,9 @@ class Timed:
         self.now = self.setup_seconds = 0.0
         self.runs: dict[int, int] = {}
         z = torch.randn(3, tokens, 2)
-        self.state: Any = SimpleNamespace(z=z, x=z.clone(), token_log_det=torch.ones(3, tokens), nonfinite=None)
+        self.state: Any = SimpleNamespace(
+            z=z, x=z.clone(), token_log_det=torch.ones(3, tokens), nonfinite=None, condition=Condition()
+        )
 
     def _take(self, width: int, seconds: float) -> None:
         self.runs[width] = self.runs.get(width, 0) + 1
@@ -67,7 +70,7 @@ class Timed:
         state.x[:, start:stop] += 1
         state.token_log_det[:, start:stop] = torch.nan
         self._take(stop - start, self.of_pass[stop - start])
-        return SimpleNamespace(change=torch.ones(3, stop - start), residual=torch.ones(3, stop - start))
+        return Moved(torch.ones(3, stop - start), torch.ones(3, stop - start))
 
 
 @pytest.mark.parametrize("ragged", [True, False])

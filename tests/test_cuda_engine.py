@@ -20,6 +20,7 @@ from tarflow_fast.engine.cuda_engine import CudaEngine, cuda_missing, head_dim_m
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.model import TarFlow
 from tarflow_fast.solvers.frontier import Frontier
+from tarflow_fast.solvers.trail import SENSITIVITY, Trail
 
 EMULATED = KERNEL_DEVICE.type == "cpu"
 IN_EMULATION = pytest.mark.skipif(not EMULATED, reason="of the emulation")
@@ -385,6 +386,12 @@ def test_the_frontier_on_the_device_is_the_hosts(guidance: Guidance, tol: float,
     assert frontier.reached == wanted.reached
     assert frontier.evaluations == wanted.evaluations
     assert_close(frontier.residual, wanted.residual, GOLDEN)
+    assert torch.equal(frontier.trail.values.isinf(), wanted.trail.values.isinf())
+    assert_close(
+        frontier.trail.values.nan_to_num(posinf=0), wanted.trail.values.nan_to_num(posinf=0), 2e-3 if tol else 0.2
+    )
+    if tol < 0.1 and window > 1:
+        assert (wanted.trail.values[SENSITIVITY] > 0).any()
     assert_close(states[0].x, states[1].x, GOLDEN)
     assert_close(states[0].token_log_det, states[1].token_log_det, GOLDEN)
     if tol == 0:
@@ -429,10 +436,15 @@ def test_a_window_too_wide_for_the_device_is_refused() -> None:
     engine = engine_of(model)
     state = engine.begin(random_latents(model, 2), Condition(None, GUIDED))
     assert engine.most_window(state) == 32
+    trail = Trail(state).values
     with pytest.raises(ArgumentError, match=r"^window: expected 1 to 32, got 33"):
-        engine.converge(state, state.x, [1, 1], tol=0.0, window=33, most=1)
+        engine.converge(state, state.x, [1, 1], trail, tol=0.0, rounding=0.0, window=33, most=1)
     with pytest.raises(ArgumentError, match=r"^guess: expected shape \(2, 16, 4\), got \(2, 15, 4\)"):
-        engine.converge(state, state.x[:, 1:], [1, 1], tol=0.0, window=3, most=1)
+        engine.converge(state, state.x[:, 1:], [1, 1], trail, tol=0.0, rounding=0.0, window=3, most=1)
+    with pytest.raises(
+        ArgumentError, match=r"^trail: expected a contiguous float32 tensor \(4, 2, 16\), got \(3, 2, 16\)"
+    ):
+        engine.converge(state, state.x, [1, 1], trail[1:], tol=0.0, rounding=0.0, window=3, most=1)
 
 
 def test_the_adaptive_solver_takes_the_devices_frontier(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -378,10 +378,10 @@ def test_passes_by_itself_are_asked_of_an_engine_that_can() -> None:
     state = race.blocks[0].begin(race.latents(2), PLAIN)
     assert race.blocks[0].most_window(state) == 0
     race.entrants[0, "torch"].most_window = lambda state: 7  # type: ignore[attr-defined]
-    race.entrants[0, "torch"].converge = lambda state, guess, reached, **how: (reached, how)  # type: ignore[attr-defined]
+    race.entrants[0, "torch"].converge = lambda state, guess, reached, trail, **how: (reached, how)  # type: ignore[attr-defined]
     assert race.blocks[0].most_window(state) == 7
-    how = {"tol": 0.1, "window": 3, "most": 2}
-    assert race.blocks[0].converge(state, state.x, [1, 1], **how) == ([1, 1], how)  # type: ignore[arg-type, comparison-overlap]
+    how = {"tol": 0.1, "rounding": 0.0, "window": 3, "most": 2}
+    assert race.blocks[0].converge(state, state.x, [1, 1], state.x, **how) == ([1, 1], how)  # type: ignore[arg-type, comparison-overlap]
 
 
 @pytest.mark.parametrize("size", [2, 4, 6, 8, 10])

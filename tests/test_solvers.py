@@ -222,7 +222,7 @@ class Scripted:
 def test_windows_of_a_batch_that_an_engine_takes_as_one() -> None:
     """Three samples, T = 12, windows of 2: what each pass evaluates, what it makes final, and what it leaves alone."""
     engine = Scripted(2)
-    state: Any = SimpleNamespace(x=torch.zeros(3, 12, 1))
+    state: Any = SimpleNamespace(x=torch.zeros(3, 12, 1), condition=Condition())
     engine.frontier = frontier = Frontier(engine, state, 0.5)  # type: ignore[arg-type]
     fronts, values = [], []
     while frontier.hindmost < 12:
@@ -406,7 +406,7 @@ def test_images_of_the_shipped_model_are_within_a_thousandth(backend: str, guida
     T = model.config.num_patches
     assert [block.passes for block in exact.report.blocks] == [T - 1] * 4
     passes = [block.passes for block in fast.report.blocks]
-    assert sum(passes) <= 0.4 * 4 * (T - 1)
+    assert sum(passes) <= 0.45 * 4 * (T - 1)
     assert 0 < max(block.residual for block in fast.report.blocks) < 1e-2
     for block in fast.report.blocks:
         assert 4 * block.passes <= block.evaluations < 4 * block.passes * (T - 1)

@@ -98,7 +98,8 @@ PYBIND11_MODULE(_cuda, m) {
     buffer->count = count;
   })
       .def("set_positions", &set_positions)
-      .def("set_tol", [](Params& params, float tol) {
+      .def("set_tol", [](Params& params, float tol, float rounding) {
     params.tol = tol;
+    params.rounding = rounding;
   }).def("run", &run);
 }

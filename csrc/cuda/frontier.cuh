@@ -1,10 +1,10 @@
 // Parallel passes over the tokens ahead of each sample's frontier, without the host: see tarflow_fast/solvers/frontier.py,
 // whose rule this is.
 //
-// A pass evaluates the window [reached, reached + W) of each sample. Its tokens that moved by no more than tol, up to the
-// first that moved by more, keep what was guessed for them; that one gets its new value; those after it get theirs as
-// guesses, unless they overflow, and start again from where they began. A sample whose final token is not finite has
-// failed: the tokens after it become NaN.
+// A pass evaluates the window [reached, reached + W) of each sample. Its tokens that moved by no more than tol, or than
+// rounding may move them, up to the first that moved by more, keep what was guessed for them; that one gets its new value;
+// those after it get theirs as guesses, unless they overflow, and start again from where they began. A sample whose final
+// token is not finite has failed: the tokens after it become NaN.
 #pragma once
 
 #include "affine.cuh"
@@ -26,12 +26,55 @@ DEVICE bool look(const Params& p, const Rows& rows) {
   return false;
 }
 
-// What a pass makes final. A block takes a sample. memory: 3 W floats.
+// What a pass over a sample's window found of each of its tokens.
+struct Found {
+  Shared<float> memory;  // 4 W floats
+  int W;
+
+  DEVICE float change(int j) const { return load(memory, j); }
+  DEVICE float residual(int j) const { return load(memory, W + j); }
+  DEVICE bool bad(int j) const { return load(memory, 2 * W + j) > 0; }
+  DEVICE float size(int j) const { return larger(load(memory, 3 * W + j), 1.0f); }  // of what was guessed, at least 1
+  DEVICE void keep(int j, const Moved& moved, float bad, float size) const {
+    store(memory, j, moved.change);
+    store(memory, W + j, moved.residual);
+    store(memory, 2 * W + j, bad);
+    store(memory, 3 * W + j, size);
+  }
+};
+
+// `Trail.record` of a sample, see tarflow_fast/solvers/trail.py, whose constants these are. By a thread.
+DEVICE void record(const Params& p, int sample, int front, int width, int kept, const Found& found) {
+  constexpr float NEAR = 0.5f, FORGET = 0.9f;
+  const Global<float> trail(p.trail);
+  const int64_t plane = static_cast<int64_t>(p.samples) * p.tokens;
+  const int64_t first = static_cast<int64_t>(sample) * p.tokens + front;
+  float reach = larger(load(trail, first - 1), 0.0f), size = 1;
+#pragma unroll 1
+  for (int j = 0; j < width; j++) {
+    const int64_t moved = first + j, sensitivity = moved + plane, defect = sensitivity + plane, scale = defect + plane;
+    const float before = load(trail, moved), change = found.change(j), residual = found.residual(j);
+    const bool finite = !found.bad(j);
+    size = larger(size, found.size(j));
+    if (finite && before >= 0 && before < INFINITY && reach > p.rounding * size && reach <= NEAR * size) {
+      const float shown = larger(change - p.rounding * found.size(j), 0.0f) / reach;
+      store(trail, sensitivity, larger(shown, FORGET * load(trail, sensitivity)));
+    }
+    if (finite && residual > 0 && residual < INFINITY)
+      store(trail, scale, larger(change / residual, FORGET * load(trail, scale)));
+    store(trail, defect, j < kept ? change : 0.0f);
+    store(trail, moved, j < kept ? 0.0f : finite ? change : INFINITY);
+    reach = larger(reach, before);
+  }
+}
+
+// What a pass makes final. A block takes a sample. memory: 4 W floats.
 template <int WARPS>
 DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
   const Global<float> x(p.x), guess(p.guess), log_dets(p.log_det), residuals(p.residual);
   const Global<int> reached(p.reached), evaluations(p.evaluations);
   const int warp = thread() / 32, lane = thread() % 32, D = p.token_dim, W = p.window;
+  const Found found{memory, W};
 #pragma unroll 1
   for (int begin = block() * W; begin < p.positions; begin += blocks() * W) {
     if (load(rows.tokens, begin) < 0) continue;
@@ -42,29 +85,34 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
     for (int j = warp; j < width; j += WARPS) {
       const int64_t place = rows.place(begin, front + j);
       Moved moved;
-      float bad = 0;
+      float bad = 0, size = 0;
       const float log_det = next_token(p, rows, begin + j, front + j - 1, [&](int d, float value, float xa) {
-        moved.take(load(x, place * D + d), value, xa);
+        const float before = load(x, place * D + d);
+        moved.take(before, value, xa);
+        size = larger(size, fabsf(before));
         if (!(fabsf(value) < INFINITY)) bad = 1;
       });
-      const float change = largest_lane(moved.change), residual = largest_lane(moved.residual);
+      moved = {largest_lane(moved.change), largest_lane(moved.residual)};
       bad = largest_lane(bad);
+      size = largest_lane(size);
       if (lane > 0) continue;
       store(log_dets, place, log_det);
-      store(memory, j, change);
-      store(memory, W + j, residual);
-      store(memory, 2 * W + j, bad);
+      found.keep(j, moved, bad, size);
     }
     sync_block();
     int kept = 0;
     float residual = 0;
 #pragma unroll 1
-    for (; kept < width && load(memory, kept) <= p.tol; kept++) residual = larger(residual, load(memory, W + kept));
-    const bool failed = kept < width && load(memory, 2 * W + kept) > 0;
+    for (; kept < width; kept++) {
+      const float least = p.tol > 0 ? larger(p.tol, p.rounding * found.size(kept)) : 0.0f;
+      if (!(found.change(kept) <= least)) break;
+      residual = larger(residual, found.residual(kept));
+    }
+    const bool failed = kept < width && found.bad(kept);
 #pragma unroll 1
     for (int j = kept + warp; j < width; j += WARPS) {
       const int64_t place = rows.place(begin, front + j);
-      const bool back = j > kept && load(memory, 2 * W + j) > 0;
+      const bool back = j > kept && found.bad(j);
       next_token(p, rows, begin + j, front + j - 1, [&](int d, float value, float) {
         if (!failed || j == kept) store(x, place * D + d, back ? load(guess, place * D + d) : value);
       });
@@ -75,6 +123,7 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
       for (int i = thread(); i < count; i += WARPS * 32) store(x, first + i, NAN);
     }
     if (thread() > 0) continue;
+    record(p, sample, front, width, kept, found);
     store(reached, sample, failed ? p.tokens : kept < width ? front + kept + 1 : front + width);
     store(evaluations, sample, load(evaluations, sample) + width);
     store(residuals, sample, larger(load(residuals, sample), residual));

@@ -56,7 +56,7 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 //   scale      (branches,): of the logits, with log2 e
 //   z, x, input, guess (samples, T, D): input is where tokens are read, of FIXED_POINT a copy of x; log_det (samples, T)
 //   change, residual (samples, widest) or empty: of FIXED_POINT; of FRONTIER residual (samples,)
-//   reached, evaluations int32 (samples,), passes int32 (1,) or empty: of FRONTIER
+//   reached, evaluations int32 (samples,), passes int32 (1,), trail (4, samples, T) or empty: of FRONTIER
 //   keys_values T (L, 2, branches · samples, H, T, d)
 //   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, their maximum and weight
 //   hidden     T (R, F'); parameters (R, O')
@@ -64,7 +64,7 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // clang-format off
 #define TARFLOW_BUFFERS(X)                                                                                     \
   X(weights) X(biases) X(work) X(jobs) X(position) X(class_rows) X(guidance) X(scale) X(z) X(x) X(input) X(guess)      \
-  X(log_det) X(change) X(residual) X(reached) X(evaluations) X(passes) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(parameters) X(barrier)
+  X(log_det) X(change) X(residual) X(reached) X(evaluations) X(passes) X(trail) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(parameters) X(barrier)
 // clang-format on
 
 struct Params {
@@ -77,7 +77,7 @@ struct Params {
   // Of each position: its sample, the token that is evaluated, and its column of `change`. Of SEQUENTIAL the sample
   // alone counts, of FRONTIER the sample and the column.
   int sample[MOST_ROWS], token[MOST_ROWS], column[MOST_ROWS];
-  float tol;  // of FRONTIER
+  float tol, rounding;  // of FRONTIER: see frontier.cuh; the share of a token's size that rounding may move it by
 };
 
 }  // namespace tarflow

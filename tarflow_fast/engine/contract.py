@@ -187,12 +187,23 @@ class FrontierEngine(Protocol):
         ...
 
     def converge(
-        self, state: BlockState, guess: Tensor, reached: Sequence[int], *, tol: float, window: int, most: int
+        self,
+        state: BlockState,
+        guess: Tensor,
+        reached: Sequence[int],
+        trail: Tensor,
+        *,
+        tol: float,
+        rounding: float,
+        window: int,
+        most: int,
     ) -> Converged:
         """Passes over [reached[b], reached[b] + window) of each sample b, until all are done, or `most` passes.
 
         guess: (B, T, D) finite, what a guess that overflows is replaced by. reached: 1 to T; keys and values of tokens
-        before reached[b] − 1 must be in the cache. tol: how far a token may move and still keep what was guessed.
+        before reached[b] − 1 must be in the cache. trail: (4, B, T), see `solvers/trail.py`; passes are added to it.
+        tol: how far a token may move and still keep what was guessed; unless it is 0 at least what rounding may move it
+        by, which is the share `rounding` of its largest value, or of 1.
         """
         ...
 

@@ -209,13 +209,24 @@ class CudaEngine:
 
     @torch.no_grad()
     def converge(
-        self, state: BlockState, guess: Tensor, reached: Sequence[int], *, tol: float, window: int, most: int
+        self,
+        state: BlockState,
+        guess: Tensor,
+        reached: Sequence[int],
+        trail: Tensor,
+        *,
+        tol: float,
+        rounding: float,
+        window: int,
+        most: int,
     ) -> Converged:
         B = state.x.shape[0]
         if not 1 <= window <= self.most_window(state):
             raise ArgumentError("window", f"1 to {self.most_window(state)}", window)
         if tuple(guess.shape) != tuple(state.x.shape):
             raise ArgumentError("guess", f"shape {tuple(state.x.shape)}", tuple(guess.shape))
+        if tuple(trail.shape) != (4, *state.x.shape[:2]) or trail.dtype != torch.float32 or not trail.is_contiguous():
+            raise ArgumentError("trail", f"a contiguous float32 tensor {(4, *state.x.shape[:2])}", tuple(trail.shape))
         groups = list(self._groups(list(range(B)), self._most_rows(state) // window))
         numbers = torch.zeros(2 * B + len(groups), dtype=torch.int32)
         numbers[:B] = torch.tensor(reached, dtype=torch.int32)
@@ -223,7 +234,7 @@ class CudaEngine:
         fronts, evaluations, passes = numbers.split([B, B, len(groups)])
         residual = state.x.new_zeros(B)
         state.nonfinite = None
-        state.cache.launch.set_tol(tol)
+        state.cache.launch.set_tol(tol, rounding)
         for i, samples in enumerate(groups):
             buffers = {
                 "input": state.x,
@@ -231,6 +242,7 @@ class CudaEngine:
                 "residual": residual,
                 "reached": fronts,
                 "evaluations": evaluations,
+                "trail": trail,
                 "passes": passes[i : i + 1],
             }
             positions = [(sample, 0, column) for sample in samples for column in range(window)]

@@ -128,11 +128,20 @@ class FastestEngine:
         return engine.most_window(state) if isinstance(engine, FrontierEngine) else 0
 
     def converge(
-        self, state: BlockState, guess: Tensor, reached: Sequence[int], *, tol: float, window: int, most: int
+        self,
+        state: BlockState,
+        guess: Tensor,
+        reached: Sequence[int],
+        trail: Tensor,
+        *,
+        tol: float,
+        rounding: float,
+        window: int,
+        most: int,
     ) -> Converged:
         engine = _served(state)
         assert isinstance(engine, FrontierEngine)
-        return engine.converge(state, guess, reached, tol=tol, window=window, most=most)
+        return engine.converge(state, guess, reached, trail, tol=tol, rounding=rounding, window=window, most=most)
 
     # The choice.
 

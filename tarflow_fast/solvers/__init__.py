@@ -8,17 +8,18 @@ import torch
 
 from ..checks import check_choice, check_number
 from ..errors import ArgumentError
-from .adaptive import adaptive
+from .adaptive import adaptive, least_tol
 from .auto import Auto, CostTable
 from .costs import Costs
 from .pace import Pace
 from .plan import SolverPlan
 from .sequential import sequential
 from .solution import Solution, Solver
+from .trail import errors
 from .windows import widths
 
 SOLVERS = ("auto", "sequential", "adaptive")
-TOL = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+TOL = {torch.float64: 3e-6, torch.float32: 3e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 """Of the parallel passes, if none is given, by the dtype of weights and cache. In fp32 the images of trained models are
 then within 1e-3 of the sequential ones; in bf16 about as near to the fp32 images as the sequential bf16 ones are. Less
 would be of no use there: by rounding alone, tokens go on moving until those before them are the same to the last bit.
@@ -43,10 +44,10 @@ def make_solvers(
     tol = TOL[dtype] if tol is None else check_number("tol", tol, 0)
     guesses = [None if plan is None else functools.partial(plan.guess, k) for k in range(blocks)]
     if solver == "adaptive":
-        return [functools.partial(adaptive, tol=tol, guess=guess) for guess in guesses]
+        return [functools.partial(adaptive, tol=tol, guess=guess, least=least_tol(dtype)) for guess in guesses]
     costs = CostTable()
     paces = [Pace(tokens, {}, {}) if plan is None else plan.pace(k) for k in range(blocks)]
-    return [Auto(tol, pace, costs, guess) for pace, guess in zip(paces, guesses, strict=True)]
+    return [Auto(tol, pace, costs, guess, least_tol(dtype)) for pace, guess in zip(paces, guesses, strict=True)]
 
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Solver",
     "SolverPlan",
     "adaptive",
+    "errors",
     "make_solvers",
     "sequential",
     "widths",

@@ -43,10 +43,17 @@ class CostTable:
 
 class Auto:
     """The solver of one block. costs: shared by the blocks of a model. pace: of this block, and learns. guess: where
-    the passes start, from z; default at z."""
+    the passes start, from z; default at z. tol, least: see `adaptive`."""
 
-    def __init__(self, tol: float, pace: Pace, costs: CostTable, guess: Callable[[Tensor], Tensor] | None = None):
-        self.tol, self.pace, self.costs, self.guess = tol, pace, costs, guess
+    def __init__(
+        self,
+        tol: float,
+        pace: Pace,
+        costs: CostTable,
+        guess: Callable[[Tensor], Tensor] | None = None,
+        least: float | None = None,
+    ):
+        self.tol, self.pace, self.costs, self.guess, self.least = tol, pace, costs, guess, least
 
     def __call__(self, engine: BlockEngine, state: BlockState, progress: Progress | None = None) -> Solution:
         B, T, _ = state.x.shape
@@ -57,7 +64,9 @@ class Auto:
         if window is None:
             return sequential(engine, state, progress)
         most = self.pace.most(window, costs)
-        solution = adaptive(engine, state, progress, tol=self.tol, guess=self.guess, window=window, most=most)
+        solution = adaptive(
+            engine, state, progress, tol=self.tol, guess=self.guess, window=window, most=most, least=self.least
+        )
         whole = (T - 1) / (T - 1 - solution.steps)  # if it was given up: what the block would take at that rate
         passes, evaluations = solution.passes - solution.steps, solution.evaluations / B - solution.steps
         self.pace.learn(window, whole * passes, whole * evaluations)

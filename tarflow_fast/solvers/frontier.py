@@ -5,7 +5,8 @@ on the tokens before i. A pass evaluates them for a window of tokens from the *f
 tokens. Then, for each sample:
 
 - the frontier's own token is final, whatever was guessed: all tokens before it are;
-- if a token at the frontier moved by no more than `tol`, what was guessed for it is kept. Its keys and values, which
+- if a token at the frontier moved by no more than `tol`, or than rounding moves one of its size where that is more,
+  what was guessed for it is kept. Its keys and values, which
   this pass has computed, are then the right ones, so the token after it has been computed from final tokens too, and
   the frontier goes on to that one, and so forth;
 - the first token that moved by more is given its new value and is final as well, but the tokens after it have been
@@ -22,23 +23,26 @@ longer counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..engine.contract import BlockEngine, BlockState, FrontierEngine, Progress
+from .trail import Trail
 
 
 class Frontier:
     """How far the samples of a batch are.
 
-    tol: how far a token may still move when it is kept. guess: (B, T, D), where the passes start; default the tokens as
-    they stand in the state. start: the first token that is not final, >= 1; keys and values of those before start − 1
-    must be in the cache.
+    tol: how far a token may still move when it is kept; 0 for not at all. guess: (B, T, D), where the passes start;
+    default the tokens as they stand in the state. start: the first token that is not final, >= 1; keys and values of
+    those before start − 1 must be in the cache.
 
     reached: the first token of each sample that is not final, T if none is left. evaluations: tokens that passes have
-    evaluated, of all samples. residual: (B,), the largest |forward(x) − z| of the tokens that were kept.
+    evaluated, of all samples. residual: (B,), the largest |forward(x) − z| of the tokens that were kept. trail: what
+    the passes showed.
     """
 
     def __init__(self, engine: BlockEngine, state: BlockState, tol: float, guess: Tensor | None = None, start: int = 1):
@@ -50,8 +54,17 @@ class Frontier:
         self.reached = [start] * B
         self.evaluations = 0
         self.residual = x.new_zeros(B)
+        self.trail = Trail(state)
         self._guess = torch.where(torch.isfinite(x), x, 0)
         x[:, start:] = self._guess[:, start:]
+
+    def refine(self, tol: float, samples: Sequence[bool]) -> None:
+        """Begins again with these samples, from the tokens as they are."""
+        self.tol = tol
+        self.reached = [1 if again else done for again, done in zip(samples, self.reached, strict=True)]
+        self.residual.masked_fill_(torch.tensor(samples, device=self.residual.device), 0)
+        self._guess = torch.where(torch.isfinite(self.state.x), self.state.x, 0)
+        self.trail.forget_passes()
 
     @property
     def hindmost(self) -> int:
@@ -76,7 +89,16 @@ class Frontier:
         return passes
 
     def _converge(self, engine: FrontierEngine, window: int, most: int) -> int:
-        done = engine.converge(self.state, self._guess, self.reached, tol=self.tol, window=window, most=most)
+        done = engine.converge(
+            self.state,
+            self._guess,
+            self.reached,
+            self.trail.values,
+            tol=self.tol,
+            rounding=self.trail.rounding,
+            window=window,
+            most=most,
+        )
         self.reached = done.reached
         self.evaluations += done.evaluations
         self.residual = torch.maximum(self.residual, done.residual)
@@ -95,7 +117,7 @@ class Frontier:
         own = self.engine.ragged or B == 1  # each sample's window is evaluated, and no more
         last = max(end for front, end in zip(fronts, ends, strict=True) if front < T)
         starts, stops = (fronts, ends) if own else ([min(fronts)] * B, [last] * B)
-        at = _tokens(starts, stops, x.device)
+        at, token = _tokens(starts, stops, x.device)
         before = x[at].clone()
         if self.engine.ragged and B > 1:
             moved = self.engine.fixed_point(self.state, starts, stops)
@@ -103,15 +125,14 @@ class Frontier:
             moved = self.engine.fixed_point(self.state, starts[0], stops[0])
         self.evaluations += sum(stops) - sum(starts)
 
-        still, residual, stays = moved.change <= self.tol, moved.residual, None  # (B, W)
-        if not own:
-            front, end = torch.tensor([fronts, ends], device=x.device).unsqueeze(-1)
-            token = torch.arange(starts[0], stops[0], device=x.device)
-            final, beyond = token < front, token >= end
-            still, residual, stays = (still & ~beyond) | final, residual.masked_fill(final, 0), beyond
+        front, end = torch.tensor([fronts, ends], device=x.device).unsqueeze(-1)
+        mine, size = (token >= front) & (token < end), before.abs().amax(-1)  # (B, W)
+        least = self.trail.noise(size).clamp(min=self.tol) if self.tol > 0 else 0
+        still = (mine & (moved.change <= least)) | (token < front)
         still = still.cumprod(1).bool()
-        x[at] = torch.where((still if stays is None else still | stays).unsqueeze(-1), before, x[at])
-        self.residual = torch.maximum(self.residual, torch.where(still, residual, 0).amax(1))
+        x[at] = torch.where((still | ~mine).unsqueeze(-1), before, x[at])
+        self.residual = torch.maximum(self.residual, torch.where(still & mine, moved.residual, 0).amax(1))
+        self.trail.record(at, front, mine, still, moved, size)
         flags = torch.isfinite(moved.change).all().long().view(1)
         *counts, finite = torch.cat([still.sum(1), flags]).tolist()
 
@@ -137,10 +158,13 @@ class Frontier:
         return failures
 
 
-def _tokens(starts: list[int], stops: list[int], device: torch.device) -> Any:
-    """The index of x that gives each sample's window, (B, W, D). Beyond its window a sample's token 0 stands in."""
-    if min(starts) == max(starts) and min(stops) == max(stops):
-        return slice(None), slice(starts[0], stops[0])
+def _tokens(starts: list[int], stops: list[int], device: torch.device) -> tuple[Any, Tensor]:
+    """The index of x that gives each sample's window, (B, W, D), and the numbers of its tokens, (B, W) or (1, W).
+
+    Beyond its window a sample's token 0 stands in.
+    """
     start, stop = torch.tensor([starts, stops], device=device).unsqueeze(-1)
     token = start + torch.arange(max(b - a for a, b in zip(starts, stops, strict=True)), device=device)
-    return torch.arange(len(starts), device=device).unsqueeze(1), torch.where(token < stop, token, 0)
+    if min(starts) == max(starts) and min(stops) == max(stops):
+        return (slice(None), slice(starts[0], stops[0])), token[:1]
+    return (torch.arange(len(starts), device=device).unsqueeze(1), torch.where(token < stop, token, 0)), token

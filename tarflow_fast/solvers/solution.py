@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..engine.contract import BlockEngine, BlockState, Progress
+from .trail import Trail
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Solution:
     steps: int
     residual: Tensor
     window: int
+    trail: Trail | None = None
 
 
 class Solver(Protocol):

@@ -1,0 +1,135 @@
+"""How far parallel passes may leave tokens from the sequential result: what is stated is never less."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflow_fast import Sampler, load_pretrained
+from tarflow_fast.engine import Condition, Guidance
+from tarflow_fast.engine.contract import Moved
+from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.report import BlockReport
+from tarflow_fast.solvers import Solution, adaptive, errors
+from tarflow_fast.solvers.trail import MOVED, SAFETY, Trail, probe
+
+ROUNDING = 3e-6  # of the shipped model's values, after four blocks
+
+
+class Linear:
+    """x_i = a_i z_i + Σ_{j<i} N_ij x_j, one value a token: a block whose errors are known."""
+
+    ragged = False
+
+    def __init__(self, matrix: Tensor, scale: Tensor):
+        self.matrix, self.scale = matrix.tril(-1), scale
+
+    def begin(self, z: Tensor, condition: Condition = Condition(), spent: Any = None) -> Any:  # noqa: B008
+        return SimpleNamespace(x=z.clone(), z=z, condition=condition, token_log_det=torch.zeros(z.shape[:2]))
+
+    def exact(self, z: Tensor) -> Tensor:
+        T = len(self.matrix)
+        return torch.linalg.solve_triangular(torch.eye(T) - self.matrix, (self.scale * z[..., 0]).T, upper=False).T
+
+    def fixed_point(self, state: Any, start: int, stop: int) -> Moved:
+        new = self.scale * state.z[..., 0] + state.x[..., 0] @ self.matrix.T
+        change = (new - state.x[..., 0]).abs()[:, start:stop]
+        state.x[:, start:stop, 0] = new[:, start:stop]
+        return Moved(change, change / self.scale[start:stop])
+
+
+def linear(seed: int, growth: float, T: int = 24) -> Linear:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(T, generator=generator) + 0.5
+    scale[0] = 1
+    return Linear(growth * torch.randn(T, T, generator=generator, dtype=torch.float64) / T**0.5, scale.double())
+
+
+@pytest.mark.parametrize("growth", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("window", [4, 23])
+@pytest.mark.parametrize("seed", range(4))
+def test_stated_errors_of_a_linear_block_are_above_the_true_ones(growth: float, window: int, seed: int) -> None:
+    engine = linear(seed, growth)
+    z = torch.randn(8, 24, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    off = 1e-3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    off[:4] = 0
+    state = engine.begin(z + off)
+    solution = adaptive(engine, state, tol=1e-3, window=window, least=1.0)  # type: ignore[arg-type]
+    stated = errors(engine, state, solution.trail, SAFETY * off.abs()[..., 0])  # type: ignore[arg-type]
+    true = (state.x[..., 0] - engine.exact(z)).abs()
+    assert stated is not None
+    assert (true.amax(1) <= stated.amax(1)).all()
+    assert (stated.amax(1) <= 1e4 * true.amax(1)).all()  # it says something
+    assert (true > 0).any()
+
+
+@pytest.mark.parametrize("growth", [0.3, 1.0])
+def test_a_block_that_was_solved_exactly_passes_errors_on(growth: float) -> None:
+    engine, z = linear(3, growth), torch.randn(5, 24, 1, dtype=torch.float64)
+    off = 1e-4 * torch.randn(5, 24, 1, dtype=torch.float64)
+    state = engine.begin(z + off)
+    state.x[..., 0] = engine.exact(z + off)
+    x = state.x.clone()
+    stated = errors(engine, state, None, SAFETY * off.abs()[..., 0])  # type: ignore[arg-type]
+    assert stated is not None
+    assert (stated.amax(1) >= (x[..., 0] - engine.exact(z)).abs().amax(1)).all()
+    assert torch.equal(state.x, x)
+    assert errors(engine, state, None, None) is None  # type: ignore[arg-type]
+    assert (probe(engine, state).values[MOVED] == -1).all()  # type: ignore[arg-type]
+
+
+def test_errors_beyond_what_tol_promises_are_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("tarflow_fast.solvers.adaptive"), "GROWTH", 10)
+    engine, z = linear(1, 3.0), torch.randn(6, 24, 1, dtype=torch.float64)
+    found = []
+    for least in (1.0, 1e-12):  # with the first there is nothing to go on with
+        state = engine.begin(z)
+        solution = adaptive(engine, state, tol=1e-4, least=least)  # type: ignore[arg-type]
+        found.append(((state.x[..., 0] - engine.exact(z)).abs().max().item(), solution.passes))
+    (rough, few), (fine, more) = found
+    assert rough > 1e-4
+    assert fine < 1e-6
+    assert few < more
+
+
+def test_a_residual_that_is_nan_is_reported_as_nan() -> None:
+    for order in ([1.0, torch.nan], [torch.nan, 1.0]):
+        report = BlockReport()
+        for value in order:
+            report.add(Solution(1, 1, 0, torch.tensor([0.0, value]), 1))
+        assert report.residual != report.residual
+
+
+def test_rounding_grows_with_guidance() -> None:
+    state: Any = SimpleNamespace(x=torch.zeros(1, 2, 1), condition=Condition(None, Guidance(3.0)))
+    assert Trail(state).rounding == 7 * torch.finfo(torch.float32).eps
+
+
+def held(n: int, guidance: float, seed: int) -> None:
+    """The promise of the README for images of the shipped model."""
+    how: Any = {"labels": [*range(10), -1], "guidance": guidance, "seed": seed, "on_nonfinite": "redraw"}
+    backend = "torch" if cpu_missing() else "cpu"
+    exact, fast = (
+        Sampler(load_pretrained(), backend=backend, solver=solver).sample(n, **how)
+        for solver in ("sequential", "adaptive")
+    )
+    assert not exact.error.any()
+    true = (fast.images - exact.images).abs().flatten(1).amax(1)
+    assert (true <= 1e-3).all()
+    assert (true <= fast.error + ROUNDING).all()
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_images_are_as_near_as_stated(guidance: float) -> None:
+    held(24, guidance, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "guidance"), [(512, 0.0), (256, 1.0), (256, 3.0), (256, 8.0)])
+def test_many_images_are_as_near_as_stated(n: int, guidance: float) -> None:
+    held(n, guidance, seed=0)
