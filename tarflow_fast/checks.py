@@ -51,10 +51,18 @@ def check_number(
     return float(value)
 
 
-def check_count(name: str, value: object, low: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ArgumentError(name, f"an integer >= {low}", repr(value))
+def check_count(name: str, value: object, low: int = 1, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bound = f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
+        raise ArgumentError(name, bound, repr(value))
     return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """A bool, or 0 or 1 in its place."""
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ArgumentError(name, "a bool", repr(value))
+    return bool(value)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
