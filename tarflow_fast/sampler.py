@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,7 +206,7 @@ class Sampler:
         batch_size: int | None = None,
         on_nonfinite: str = "raise",
         progress: bool = False,
-    ) -> Iterator[Samples]:
+    ) -> Generator[Samples, None, None]:
         """The images of `sample` with these arguments, batch by batch as they are drawn, on the sampler's device.
 
         However large n is, no more than a batch is held. Arguments are checked before the first batch is asked for.
@@ -230,7 +230,7 @@ class Sampler:
         check_effect(rule, unlabelled=label_of.none)
         batch = self._batch_size(n, rule.active, batch_size)
 
-        def draw() -> Iterator[Samples]:
+        def draw() -> Generator[Samples, None, None]:
             with self._bar(n, progress) as bar:
                 for start in range(first, first + n, batch):
                     numbers = range(start, min(start + batch, first + n))
