@@ -58,13 +58,6 @@ def check_count(name: str, value: object, low: int = 1, high: int | None = None)
     return value
 
 
-def check_flag(name: str, value: object) -> bool:
-    """A bool, or 0 or 1 in its place."""
-    if not isinstance(value, int) or value not in (0, 1):
-        raise ArgumentError(name, "a bool", repr(value))
-    return bool(value)
-
-
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ArgumentError(name, "one of " + ", ".join(map(repr, choices)), repr(value))

@@ -5,6 +5,11 @@ from __future__ import annotations
 import signal
 
 
+def printable(text: object) -> str:
+    """Text of a foreign file or library, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 class TarFlowError(Exception):
     """Base of all errors raised by tarflow_fast."""
 

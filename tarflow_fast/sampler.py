@@ -20,7 +20,6 @@ from .checks import (
     batch_labels,
     check_choice,
     check_count,
-    check_flag,
     check_number,
     check_tensor,
     short,
@@ -56,6 +55,7 @@ from .model import TarFlow
 from .noise import latent_noise
 from .progress import Bar
 from .report import BlockReport, Report, Samples
+from .scalars import check_flag
 from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, make_solvers, widths
 
 MAX_REDRAWS = 3

@@ -22,7 +22,6 @@ from .terminal import (
     give_up_output,
     one_line,
     stoppable,
-    warnings_on_a_line,
 )
 from .train import train_command
 
@@ -45,7 +44,7 @@ class _Group(click.Group):
         return list(self.commands)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        with stoppable(), warnings_on_a_line():
+        with stoppable():
             try:
                 return super().main(*args, **kwargs)
             except OSError as error:  # of --help and the like, whose text click prints

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from .info import describe_model, model_lines
+from .labels import read_lines, split_list
 from .options import (
     Command,
     json_option,
@@ -18,12 +17,14 @@ from .options import (
     torch_dtype,
 )
 from .outputs import output_path
+from .terminal import echo
 
 
 def read_names(text: str) -> list[str]:
     """Names from "a,b,c", or from a file, one a line, if given as @FILE."""
-    parts = Path(text[1:]).read_text(encoding="utf-8").splitlines() if text.startswith("@") else text.split(",")
-    return [part.strip() for part in parts if part.strip()]
+    if text.startswith("@"):
+        return read_lines(text[1:], "--class-names")
+    return [part for part in split_list(text) if part]
 
 
 @click.command(
@@ -100,4 +101,4 @@ def convert_command(
         lines = [f"{target}: {path.stat().st_size / 1e6:.1f} MB, {dtype}", *model_lines(described)]
         if path.suffix == ".pth" and model.metadata:
             lines.append(f"left out, as .pth holds weights alone: {', '.join(model.metadata)}")
-        click.echo("\n".join(lines))
+        echo(*lines)

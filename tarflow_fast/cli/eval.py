@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import (
+    BATCH,
+    SEED,
     Command,
     device_option,
     json_option,
@@ -21,6 +23,7 @@ from .options import (
     threads_option,
     torch_dtype,
 )
+from .terminal import echo
 
 if TYPE_CHECKING:
     from ..data import ImageData
@@ -134,7 +137,7 @@ Examples:
     section="What to compute",
     help="Average over so many noise draws for each image.",
 )
-@option("--seed", type=click.IntRange(0), default=0, metavar="N", section="What to compute", help="Of the noise.")
+@option("--seed", type=SEED, default=0, metavar="N", section="What to compute", help="Of the noise.")
 @device_option
 @option(
     "--dtype",
@@ -145,7 +148,7 @@ Examples:
 )
 @option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=BATCH,
     default=128,
     metavar="N",
     section="Machine",
@@ -216,4 +219,4 @@ def eval_command(
     if as_json:
         print_json(facts)
     elif not quiet:
-        click.echo("\n".join(lines))
+        echo(*lines)

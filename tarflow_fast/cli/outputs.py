@@ -93,7 +93,8 @@ class Outputs:
                 if path is not None:
                     check_grid(option, path, cells, image_shape, columns, scale=run.scale, frames=pictures)
         except ArgumentError as error:
-            raise click.UsageError(f"{error}; --no-grid leaves the grid out") from error
+            advice = "; --no-grid with --npz, --singles or --gif does without" if error.argument == "--out" else ""
+            raise click.UsageError(f"{error}{advice}") from error
         if self.singles is not None and image_shape[0] not in (1, 3):
             raise click.UsageError(f"--singles: expected images of 1 or 3 channels, got {image_shape[0]} channels")
         if self.npz is not None:

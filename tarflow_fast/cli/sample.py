@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -311,7 +312,8 @@ Examples:
     metavar="FILE",
     section="Output",
     show_default=GRID,
-    help="The grid, .png or .jpg. A file of that name is replaced, here and below, when all images are drawn; a run "
+    help="The grid, .png or .jpg; by default none with --npz where images are no pictures, having neither 1 nor 3 "
+    "channels. A file of that name is replaced, here and below, when all images are drawn; a run "
     "that ends before puts what it has drawn into NAME.partial.png.",
 )
 @option("--no-grid", is_flag=True, section="Output", help="Write the files below alone.")
@@ -376,13 +378,15 @@ def sample_command(
     Without arguments: the shipped Fashion-MNIST model, a row of images for each class, in samples.png.
     """
     bars = show_progress(progress, quiet)
-    outputs = Outputs.checked(given["out"] or (None if no_grid else GRID), given["singles"], given["npz"], given["gif"])
+    outputs = Outputs.checked(None if no_grid else given["out"] or GRID, given["singles"], given["npz"], given["gif"])
     if no_grid and given["out"] is not None:
         raise click.UsageError("--out and --no-grid exclude each other")
     if not outputs.to_dict():
         raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
     device = pick_device(given["device"])
     model = load_model(model_path, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
+    if model.config.in_channels not in (1, 3) and given["out"] is None and outputs.npz is not None:
+        outputs = replace(outputs, grid=None)  # there is none to show
     seed, first = given["seed"], given["first"]
     chosen = choose(labels, model, seed)
     n = default_count(chosen.entries, labels is not None) if count is None else count

@@ -11,32 +11,27 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import click
+
+from ..errors import printable
 
 FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 
 
-def escaped(text: object) -> str:
-    """The text on one line, characters that are not printed being escaped as in Python."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
 def one_line(text: object) -> str:
-    """The words of a message, escaped."""
-    return escaped(" ".join(str(text).split()))
+    """The words of a message, as `printable` text."""
+    return printable(" ".join(str(text).split()))
 
 
 def echo(*lines: object, err: bool = False) -> None:
-    """Prints lines, each escaped; characters that the stream's encoding lacks are escaped too.
+    """Prints lines, each made `printable`; characters that the stream's encoding lacks are escaped too.
 
     Raises OSError that names the standard output where it takes no more; BrokenPipeError as it is.
     """
-    text = "\n".join(map(escaped, lines))
+    text = "\n".join(map(printable, lines))
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     try:
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
@@ -73,18 +68,3 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def warnings_on_a_line() -> Iterator[None]:
-    """Warnings that would be shown are one line of standard error each, without the place in the code."""
-    before = warnings.showwarning
-
-    def show(message: Warning | str, *where: Any, **how: Any) -> None:
-        echo(f"Warning: {one_line(message)}", err=True)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = before

@@ -20,6 +20,7 @@ from .options import (
     show_progress,
     threads_option,
 )
+from .terminal import echo
 
 TOP_PAD = 1 << 28  # bytes by which the heap grows
 
@@ -227,7 +228,7 @@ def train_command(
     try:
         train(config, resume=resume, progress=bar)
     except TrainingStopped as stopped:
-        click.echo(str(stopped), err=True)
+        echo(stopped, err=True)
         ctx.exit(128 + stopped.signal)
     if not quiet and os.environ.get("RANK", "0") == "0":
-        click.echo(os.path.join(config.out, "model.safetensors"))
+        echo(os.path.join(config.out, "model.safetensors"))
