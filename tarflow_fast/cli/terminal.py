@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import click
 
@@ -47,24 +48,38 @@ def give_up_output() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. Where KeyboardInterrupt itself passes through exec(), as in many an import, Python kills itself at the
+    end, whatever the exit code."""
+
+
 class Terminated(BaseException):
-    """SIGTERM came."""
+    """SIGTERM."""
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM raises Terminated within, so that files are left as `replacing` promises. The second one is ignored."""
-    here = threading.current_thread() is threading.main_thread()  # Python gives signals to the main thread alone
-    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    """Ctrl-C and SIGTERM raise Interrupted and Terminated within, so that files are left as `replacing` promises. A
+    second SIGTERM is ignored; signals that somebody else handles are left alone."""
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to that one alone
         yield
         return
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    def terminate(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)
         raise Terminated
 
-    signal.signal(signal.SIGTERM, stop)
+    ours: dict[int, Any] = {}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ours[signal.SIGINT] = interrupt
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        ours[signal.SIGTERM] = terminate
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
