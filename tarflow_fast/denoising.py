@@ -94,5 +94,5 @@ def resolve_noise_std(model: TarFlow, noise_std: float | None) -> float:
         recorded = model.metadata.get("noise_std")
         if not recorded:
             raise ArgumentError("noise_std", "the σ of the training noise, which this checkpoint does not record", None)
-        noise_std = float(recorded)
+        noise_std = recorded
     return check_number("noise_std", noise_std, 0, open_low=True)

@@ -170,6 +170,9 @@ def words_for(param: click.Option) -> list[str]:
 def command_lines(draw: st.DrawFn, name: str) -> list[str]:
     """A command that works, with up to five options more, or in place of its own."""
     line = [name, *BASES[name]]
+    for flag in sorted({"-m", "--data"} & set(line)):
+        if draw(st.booleans()):
+            line[line.index(flag) + 1] = draw(st.sampled_from(FILES))
     options = [
         p
         for p in main.commands[name].params

@@ -7,6 +7,7 @@ import click
 from .info import describe_model, model_lines
 from .labels import read_lines, split_list
 from .options import (
+    NOISE_STD,
     Command,
     json_option,
     load_model,
@@ -43,7 +44,7 @@ Examples:
 @size_options
 @option(
     "--noise-std",
-    type=click.FloatRange(0, min_open=True),
+    type=NOISE_STD,
     metavar="SIGMA",
     section="To be recorded (.safetensors)",
     help="Level of the Gaussian noise that the model was trained with.",

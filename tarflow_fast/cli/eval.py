@@ -8,6 +8,7 @@ import click
 
 from .options import (
     BATCH,
+    NOISE_STD,
     SEED,
     Command,
     device_option,
@@ -109,7 +110,7 @@ Examples:
 )
 @option(
     "--noise-std",
-    type=click.FloatRange(0, min_open=True),
+    type=NOISE_STD,
     metavar="SIGMA",
     section="What to compute",
     show_default="as the checkpoint records",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..limits import MOST_BATCH, MOST_SEED, MOST_SIZE, most_threads
+from ..limits import MOST_BATCH, MOST_NOISE_STD, MOST_SEED, MOST_SIZE, most_threads
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SIZE = click.IntRange(1, MOST_SIZE)
 BATCH = click.IntRange(1, MOST_BATCH)
+NOISE_STD = click.FloatRange(0, MOST_NOISE_STD, min_open=True)
 SEED = click.IntRange(0, MOST_SEED)
 
 

@@ -12,7 +12,6 @@ import click
 from ..limits import (
     MOST_ATTN_TEMP,
     MOST_GUIDANCE,
-    MOST_NOISE_STD,
     MOST_NUMBER,
     MOST_SCALE,
     MOST_SIZE,
@@ -23,6 +22,7 @@ from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, 
 from .options import (
     BATCH,
     DTYPES,
+    NOISE_STD,
     SEED,
     Command,
     device_option,
@@ -250,7 +250,7 @@ Examples:
 )
 @option(
     "--noise-std",
-    type=click.FloatRange(0, MOST_NOISE_STD, min_open=True),
+    type=NOISE_STD,
     metavar="SIGMA",
     section="How to draw",
     show_default="as recorded",
