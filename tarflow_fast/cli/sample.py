@@ -439,4 +439,4 @@ def sample_command(
     if as_json:
         print_json(facts)
     elif not quiet:
-        echo(*summary_lines(facts, model, chosen, plan.classes is not None))
+        echo(*summary_lines(facts, model, chosen, outputs.grid is not None and plan.classes is not None))
