@@ -143,7 +143,7 @@ KINDS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("labels", KINDS, ids=str)
+@pytest.mark.parametrize("labels", KINDS, ids=lambda labels: getattr(labels, "__name__", str(labels)))
 def test_first_continues(labels: Any) -> None:
     sampler = Sampler(named(IMAGENET))
     whole, rest = sampler.sample(10, labels, seed=3), sampler.sample(6, labels, seed=3, first=4)

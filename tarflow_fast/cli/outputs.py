@@ -115,7 +115,9 @@ class Outputs:
                 yield writing
                 writing.finish()
             except BaseException as error:
-                for note in writing.save_what_there_is():
+                with contextlib.suppress(Exception):  # the first failure is the one to tell
+                    writing.finish()
+                for note in writing.kept:
                     error.add_note(note)
                 raise
 
@@ -135,10 +137,11 @@ class _Output(Protocol):
 
 
 class Writing:
-    """The outputs of one run."""
+    """The outputs of one run. kept: which files hold a part of the images, and how many."""
 
     def __init__(self, run: Run, outputs: Outputs, stack: contextlib.ExitStack):
         self._n = run.n
+        self.kept: list[str] = []
         self._outputs: list[_Output] = []
         if outputs.npz is not None:
             self._outputs.append(_Npz(outputs.npz, run, stack))
@@ -159,11 +162,10 @@ class Writing:
         if failures:
             raise failures[0]
 
-    def finish(self) -> list[str]:
-        """Writes each output, under a name of its own if it does not have all images, and tells of these. Raises what
-        failed first, when all have been tried."""
+    def finish(self) -> None:
+        """Writes each output that was not yet tried, under a name of its own if it does not have all images. Raises
+        what failed first, when all have been tried."""
         failures: list[Exception] = []
-        notes: list[str] = []
         while self._outputs:
             output = self._outputs.pop(0)
             path, whole = output.path, output.count == self._n
@@ -173,18 +175,9 @@ class Writing:
                 with _kept(failures):
                     output.write(path)
                     if not whole and not isinstance(output, _Singles):
-                        notes.append(f"{path}: the first {output.count} of {self._n} images")
+                        self.kept.append(f"{path}: the first {output.count} of {self._n} images")
         if failures:
             raise failures[0]
-        return notes
-
-    def save_what_there_is(self) -> list[str]:
-        """`finish` after a failure, which is the one to tell."""
-        notes: list[str] = []
-        while self._outputs:
-            with contextlib.suppress(Exception):
-                notes += self.finish()
-        return notes
 
 
 @contextlib.contextmanager
