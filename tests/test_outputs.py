@@ -105,7 +105,7 @@ class TestContinuing:
         assert "classes: 3, 4, 5 in turn (3, 4)" in out
 
     def test_rows_with_a_first_image_in_between(self, run: Run) -> None:
-        run("-n", 5, "--first", 2, "--scale", 1, "--npz", "s.npz")  # numbers 2; 3, 4, 5; 6
+        run("-n", 5, "--first", 5, "--scale", 1, "--npz", "s.npz")  # numbers 5; 6, 7, 8; 9
         with Image.open("samples.png") as picture:
             sheet = np.asarray(picture)
         assert sheet.shape == (3 * 6 + 2, 3 * 6 + 2)
