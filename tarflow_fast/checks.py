@@ -51,9 +51,10 @@ def check_number(
     return float(value)
 
 
-def check_count(name: str, value: object, low: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ArgumentError(name, f"an integer >= {low}", repr(value))
+def check_count(name: str, value: object, low: int = 1, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bound = f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
+        raise ArgumentError(name, bound, repr(value))
     return value
 
 

@@ -12,6 +12,7 @@ from .checks import Labels, batch_labels, check_choice, check_count, check_numbe
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import stream_dtype
+from .limits import most_threads
 from .model import TarFlow
 
 
@@ -47,7 +48,7 @@ def denoise(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     if threads is not None:
-        check_count("threads", threads)
+        check_count("threads", threads, high=most_threads())
     products = model.dtype if dtype is None else dtype
     missing = cpu_density_missing(model.blocks, images, products, gradients=False)
     if backend == "cpu" and missing is not None:
@@ -93,5 +94,5 @@ def resolve_noise_std(model: TarFlow, noise_std: float | None) -> float:
         recorded = model.metadata.get("noise_std")
         if not recorded:
             raise ArgumentError("noise_std", "the σ of the training noise, which this checkpoint does not record", None)
-        noise_std = float(recorded)
+        noise_std = recorded
     return check_number("noise_std", noise_std, 0, open_low=True)

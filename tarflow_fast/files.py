@@ -50,12 +50,13 @@ def check_path(argument: str, path: PathLike, suffixes: Sequence[str] = ()) -> P
 
 
 @contextlib.contextmanager
-def replacing(path: PathLike, *, durable: bool = False) -> Iterator[Path]:
+def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> Iterator[Path]:
     """The name of a new, empty file of the same suffix, which takes the place of `path` when the block ends.
 
     If the block raises, `path` stays as it was and nothing is left beside it; what a killed process left in the
     folder is removed by the next one that writes there. A link at `path` is replaced, not followed; the mode of a file
-    that was there is kept. A device or a pipe is written to directly. durable: waits until the disk has it.
+    that was there is kept. A device or a pipe is written to directly. durable: waits until the disk has it. sweep:
+    looks for what killed processes have left, which takes a while in a folder of very many files.
     Raises OSError that names `path` where the system refuses (no space, no permission).
     """
     path = Path(path)
@@ -66,7 +67,8 @@ def replacing(path: PathLike, *, durable: bool = False) -> Iterator[Path]:
             return
     except FileNotFoundError:
         old = None
-    _remove_unfinished(path.parent)
+    if sweep:
+        _remove_unfinished(path.parent)
     try:
         descriptor, partial = _create(path)
     except OSError as error:

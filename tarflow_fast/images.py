@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .checks import check_count, check_number, short
+from .devices import free_memory
 from .errors import ArgumentError
 from .files import PathLike, check_path, replacing
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PAD_VALUE = 255
+MOST_PIXELS = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}
+"""Along a side, by the kind of file: the format's limit, for JPEG that of the library which everybody uses."""
+INFO_KEY = "tarflow_fast"  # of the text chunk that says how a PNG was made
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -37,6 +44,43 @@ def to_uint8(images: Tensor) -> Tensor:
     if not np.isfinite(x).all():
         raise ArgumentError("images", "finite values", "a tensor with infinities or NaNs")
     return torch.from_numpy(np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8))
+
+
+def grid_size(count: int, height: int, width: int, columns: int, pad: int, scale: int) -> tuple[int, int]:
+    """(height, width) in pixels of the `grid` of so many images."""
+    rows = -(-count // columns)
+    return rows * (height * scale + pad) + pad, columns * (width * scale + pad) + pad
+
+
+def check_grid(
+    argument: str,
+    path: PathLike,
+    count: int,
+    image_shape: tuple[int, int, int],
+    columns: int,
+    *,
+    pad: int = 2,
+    scale: int = 1,
+    frames: int = 1,
+) -> None:
+    """Raises ArgumentError that names the argument if a grid of so many images cannot be made, or not be held by a file
+    of that kind.
+
+    image_shape: (ch, H, W); frames: of an animation.
+    """
+    ch, *size = image_shape
+    if ch not in (1, 3):
+        raise ArgumentError(argument, "images of 1 or 3 channels, which a picture can show", f"{ch} channels")
+    height, width = grid_size(count, size[0], size[1], columns, pad, scale)
+    kind = Path(path).suffix.lower()
+    what = f"{count} images, {columns} in a row, {width} × {height} pixels"
+    if max(height, width) > MOST_PIXELS[kind]:
+        raise ArgumentError(argument, f"at most {MOST_PIXELS[kind]} pixels along a side of a {kind} file", what)
+    needed = (3 + frames) * ch * height * width  # 3: what `grid` makes on the way
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        lacking = f"{what}, for which {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} are free"
+        raise ArgumentError(argument, "a picture that memory can hold", lacking)
 
 
 def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int = 1) -> NDArray[np.uint8]:
@@ -67,25 +111,60 @@ def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def save_grid(images: Tensor, path: PathLike, columns: int | None = None, *, pad: int = 2, scale: int = 1) -> Path:
-    """Writes `grid(images, columns, pad, scale)` to a .png or .jpg file, replacing it; returns its path."""
+def _how(info: Mapping[str, Any] | None) -> PngInfo | None:
+    """A PNG's text chunk of that; JSON is ASCII, as the chunk has to be."""
+    if info is None:
+        return None
+    chunks = PngInfo()
+    chunks.add_text(INFO_KEY, json.dumps(info))
+    return chunks
+
+
+def save_grid(
+    images: Tensor,
+    path: PathLike,
+    columns: int | None = None,
+    *,
+    pad: int = 2,
+    scale: int = 1,
+    info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes `grid(images, columns, pad, scale)` to a .png or .jpg file, replacing it; returns its path.
+
+    info: how it was made, which a PNG then holds as JSON in its text chunk "tarflow_fast".
+    """
     out = check_path("path", path, PICTURE_SUFFIXES)
     picture = _picture(grid(images, columns, pad, scale))
+    _check_side(picture, out)
+    options: dict[str, Any] = {"pnginfo": _how(info)} if out.suffix.lower() == ".png" else {"quality": 95}
     with replacing(out) as partial:
-        picture.save(partial, quality=95)
+        picture.save(partial, **options)
     return out
 
 
-def save_png(image: Tensor, path: PathLike, *, scale: int = 1) -> Path:
-    """Writes one image, (ch, H, W) as for `to_uint8`, without a frame; returns its path."""
+def save_png(
+    image: Tensor, path: PathLike, *, scale: int = 1, info: Mapping[str, Any] | None = None, sweep: bool = True
+) -> Path:
+    """Writes one image, (ch, H, W) as for `to_uint8`, without a frame; returns its path.
+
+    info: see `save_grid`; sweep: see `files.replacing`.
+    """
     out = check_path("path", path, (".png",))
     if not isinstance(image, Tensor) or image.dim() != 3:
         got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ArgumentError("image", "a tensor (1 or 3, H, W)", got)
     picture = _picture(grid(image[None], 1, 0, scale))
-    with replacing(out) as partial:
-        picture.save(partial)
+    with replacing(out, sweep=sweep) as partial:
+        picture.save(partial, pnginfo=_how(info))
     return out
+
+
+def _check_side(picture: Image.Image, path: Path) -> None:
+    """Raises ArgumentError where that kind of file cannot hold the picture."""
+    kind = path.suffix.lower()
+    if max(picture.size) > MOST_PIXELS[kind]:
+        got = f"{picture.width} × {picture.height} pixels"
+        raise ArgumentError("path", f"at most {MOST_PIXELS[kind]} pixels along a side of a {kind} file", got)
 
 
 def save_gif(
@@ -112,6 +191,7 @@ def save_gif(
         shapes = [tuple(getattr(f, "shape", ())) for f in frames]
         raise ArgumentError("frames", "tensors of one shape", shapes)
     pictures = [_picture(grid(f, columns, pad, scale)) for f in frames]
+    _check_side(pictures[0], out)
     durations = [round(seconds * 1000)] * (len(pictures) - 1) + [round(hold * 1000)]
     with replacing(out) as partial:
         pictures[0].save(partial, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

@@ -19,6 +19,7 @@ from .config import TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import Attention, FlowBlock
+from .limits import most_threads
 
 if TYPE_CHECKING:
     from .checkpoint import Origin
@@ -91,7 +92,7 @@ class TarFlow(nn.Module):
         """
         check_choice("density", backend, DENSITY_BACKENDS)
         if threads is not None:
-            check_count("threads", threads)
+            check_count("threads", threads, high=most_threads())
             if backend == "torch":
                 raise BackendError("threads is for density 'cpu'; leave it out, and see torch.set_num_threads")
         self._density, self._density_threads = backend, threads

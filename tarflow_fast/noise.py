@@ -11,6 +11,8 @@ import torch
 from numpy.random import Generator, Philox, SeedSequence
 from torch import Tensor
 
+LABELS = 2**32 - 1  # in the place of an attempt
+
 
 def latent_noise(seed: int, images: Sequence[int], tokens: int, token_dim: int, attempt: int = 0) -> Tensor:
     """z ~ N(0, 1) for the given image numbers, (n, T, D) fp32 on the CPU.
@@ -23,3 +25,9 @@ def latent_noise(seed: int, images: Sequence[int], tokens: int, token_dim: int, 
         stream = SeedSequence(entropy=seed, spawn_key=(image, attempt))
         Generator(Philox(stream)).standard_normal(dtype=np.float32, out=row)
     return torch.from_numpy(out)
+
+
+def random_label(seed: int, image: int, classes: int) -> int:
+    """A class for that image number, each as likely, from a stream that no noise comes from."""
+    stream = SeedSequence(entropy=seed, spawn_key=(image, LABELS))
+    return int(Generator(Philox(stream)).integers(classes))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import serial
 from .checkpoint import build, infer_config
@@ -21,7 +22,6 @@ from .checks import (
     check_count,
     check_number,
     check_tensor,
-    label_tensor,
     short,
 )
 from .config import TarFlowConfig
@@ -40,9 +40,22 @@ from .engine import (
 )
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
 from .flow_block import stream_dtype
+from .labels import LabelRule, LabelsByNumber, known_names
+from .limits import (
+    MOST_ATTN_TEMP,
+    MOST_BATCH,
+    MOST_GUIDANCE,
+    MOST_NOISE_STD,
+    MOST_NUMBER,
+    MOST_SCALE,
+    MOST_SEED,
+    MOST_TOL,
+)
 from .model import TarFlow
 from .noise import latent_noise
+from .progress import Bar
 from .report import BlockReport, Report, Samples
+from .scalars import check_flag
 from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, errors, make_solvers, widths
 from .weight_sets import split_prefix
 
@@ -112,6 +125,8 @@ class Sampler:
         self.plan = None if plan is None else check_plan(plan, self.config)
         sizes = {"blocks": self.config.num_blocks, "tokens": self.config.num_patches}
         self._solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, **sizes)
+        if tol is not None:
+            check_number("tol", tol, 0, MOST_TOL)
         self.solver, self._tol = solver, TOL[self.dtype] if tol is None else tol
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)
@@ -129,7 +144,7 @@ class Sampler:
     def sample(
         self,
         n: int = 1,
-        labels: Labels = None,
+        labels: LabelsByNumber = None,
         *,
         seed: int = 0,
         first: int = 0,
@@ -145,84 +160,155 @@ class Sampler:
         on_nonfinite: str = "raise",
         progress: bool = False,
     ) -> Samples:
-        """Draw the images numbered first … first+n−1 of a seed.
+        """Draw the images numbered first … first+n−1 of a seed; they come on the CPU.
 
         Image i depends on (seed, i) and its label alone: batch size, device and order do not matter, up to rounding,
         and up to what `tol` allows where passes are parallel.
-        labels: None (no class), an int, or a sequence or tensor of which image i takes entry i mod its length;
-        negative for no class. guidance … annealed_guidance: see `Guidance`. denoise: Tweedie's step afterwards, with
-        σ = noise_std (default: what the checkpoint records) and the optimal step times denoise_scale.
+        labels: None (no class); an int or the name of a class; a sequence or tensor of them, of which image i takes
+        entry i mod its length; or a function from i to a label. Negative for no class. guidance … annealed_guidance:
+        see `Guidance`. denoise: Tweedie's step afterwards, with σ = noise_std (default: what the checkpoint records)
+        and the optimal step times denoise_scale. trajectory: return the images after each block too.
         batch_size: default what fits in memory. on_nonfinite: "raise" NonFiniteError, or "redraw" that image, at
-        most three times. progress: show a bar.
+        most three times. progress: show a bar. Raises ArgumentError also for an option that would have no effect.
         """
-        check_count("n", n)
-        check_count("seed", seed, 0)
-        check_count("first", first, 0)
-        rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
-        check_choice("on_nonfinite", on_nonfinite, ("raise", "redraw"))
-        check_number("denoise_scale", denoise_scale, 0)
-        if denoise:
-            noise_std = resolve_noise_std(self._model, noise_std)
-        table = label_tensor(labels, self.config.num_classes)
-        numbers = torch.arange(first, first + n)
-        y = None if table is None else table.cpu()[numbers % table.numel()].to(self.device)
-        batch = self._batch_size(n, rule.active, batch_size)
-        report = self._report(batch)
+        parts = self.stream(
+            n,
+            labels,
+            seed=seed,
+            first=first,
+            guidance=guidance,
+            guide_what=guide_what,
+            attn_temp=attn_temp,
+            annealed_guidance=annealed_guidance,
+            denoise=denoise,
+            noise_std=noise_std,
+            denoise_scale=denoise_scale,
+            trajectory=trajectory,
+            batch_size=batch_size,
+            on_nonfinite=on_nonfinite,
+            progress=progress,
+        )
+        self._check_room(n, self.config.num_blocks + 2 if trajectory else 1)
+        return Samples.collect(n, parts)
 
-        sizes: list[int] = []  # of the batches
-        pending = list(range(n))  # positions in the output that still have to be drawn
+    def stream(
+        self,
+        n: int = 1,
+        labels: LabelsByNumber = None,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        guidance: float = 0.0,
+        guide_what: str = "ab",
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+        denoise: bool = False,
+        noise_std: float | None = None,
+        denoise_scale: float = 1.0,
+        trajectory: bool = False,
+        batch_size: int | None = None,
+        on_nonfinite: str = "raise",
+        progress: bool = False,
+    ) -> Generator[Samples, None, None]:
+        """The images of `sample` with these arguments, batch by batch as they are drawn, on the sampler's device.
+
+        However large n is, no more than a batch is held. Arguments are checked before the first batch is asked for.
+        """
+        check_count("n", n, high=MOST_NUMBER)
+        check_count("seed", seed, 0, MOST_SEED)
+        check_count("first", first, 0, MOST_NUMBER - n)
+        rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        check_number("guidance", guidance, 0, MOST_GUIDANCE)
+        check_number("attn_temp", attn_temp, 0, MOST_ATTN_TEMP, open_low=True)
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "redraw"))
+        check_number("denoise_scale", denoise_scale, 0, MOST_SCALE)
+        trajectory, progress = check_flag("trajectory", trajectory), check_flag("progress", progress)
+        if check_flag("denoise", denoise):
+            noise_std = resolve_noise_std(self._model, noise_std)
+            check_number("noise_std", noise_std, 0, MOST_NOISE_STD, open_low=True)
+        elif noise_std is not None or denoise_scale != 1:
+            name, value = ("denoise_scale", denoise_scale) if noise_std is None else ("noise_std", noise_std)
+            raise ArgumentError(name, "the default where denoise is off, as it has no effect", repr(value))
+        label_of = LabelRule(labels, self.config.num_classes, known_names(self._model.metadata))
+        check_effect(rule, unlabelled=label_of.none)
+        batch = self._batch_size(n, rule.active, batch_size)
+
+        def draw() -> Generator[Samples, None, None]:
+            with self._bar(n, progress) as bar:
+                for start in range(first, first + n, batch):
+                    numbers = range(start, min(start + batch, first + n))
+                    y = label_of(numbers)
+                    part = self._draw(numbers, y, seed, rule, batch, bar, trajectory, on_nonfinite == "redraw")
+                    if denoise:
+                        self._denoise(part, noise_std, denoise_scale)
+                    yield part
+
+        return draw()
+
+    def _draw(
+        self,
+        numbers: range,
+        labels: Tensor | None,
+        seed: int,
+        rule: Guidance,
+        batch: int,
+        bar: Any,
+        trajectory: bool,
+        redraw: bool,
+    ) -> Samples:
+        """The images of these numbers, before denoising. labels: (len(numbers),) on the CPU; batch: the most images of
+        one pass, for the report."""
+        report = self._report(batch)
+        n, T, D = len(numbers), self.config.num_patches, self.config.token_dim
+        y = None if labels is None else labels.to(self.device)
         images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=stream_dtype(self.dtype))
         log_prob = None if rule.active else images.new_empty(n)
         error = torch.empty(n)
         sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
+        sizes: list[int] = []  # of the batches
+        rows = list(range(n))  # those that still have to be drawn
         started, setup = time.perf_counter(), self._setup_seconds()
-        with self._bar(n, progress) as bar:
-            for attempt in range(MAX_REDRAWS + 1):
-                failed: dict[int, NonFiniteError] = {}
-                for rows in (pending[i : i + batch] for i in range(0, len(pending), batch)):
-                    image_numbers = [first + row for row in rows]
-                    z = latent_noise(seed, image_numbers, self.config.num_patches, self.config.token_dim, attempt)
-                    part = self._invert(z, None if y is None else y[rows], rule, bar, trajectory)
-                    sizes.append(len(rows))
-                    report.tokens += len(rows) * self.config.num_blocks * self.config.num_patches
-                    for k, solution in part.solutions.items():
-                        report.blocks[k].add(solution)
-                    report.cache_bytes = max(report.cache_bytes, part.cache_bytes)
-                    for row, (block, token) in part.failures.items():
-                        failed[rows[row]] = NonFiniteError(block, token, image_numbers[row])
-                    if failed and on_nonfinite == "raise":
-                        raise failed[min(failed)]
-                    serial.put_rows(images, rows, part.images)
-                    error[rows] = part.error
-                    if log_prob is not None and part.log_prob is not None:
-                        log_prob[rows] = part.log_prob
-                    if sequence is not None:
-                        for whole, piece in zip(sequence, part.sequence, strict=True):
-                            serial.put_rows(whole, rows, piece)
-                if not failed:
-                    break
-                if attempt == MAX_REDRAWS:
-                    raise failed[min(failed)]
-                pending = sorted(failed)
-                report.redrawn.update({first + row: attempt + 1 for row in pending})
+        for attempt in range(MAX_REDRAWS + 1):
+            z = latent_noise(seed, [numbers[row] for row in rows], T, D, attempt)
+            part = self._invert(z, None if y is None else y[rows], rule, bar, trajectory)
+            sizes.append(len(rows))
+            report.tokens += len(rows) * self.config.num_blocks * T
+            for k, solution in part.solutions.items():
+                report.blocks[k].add(solution)
+            report.cache_bytes = max(report.cache_bytes, part.cache_bytes)
+            serial.put_rows(images, rows, part.images)
+            error[rows] = part.error
+            if log_prob is not None and part.log_prob is not None:
+                log_prob[rows] = part.log_prob
+            if sequence is not None:
+                for whole, piece in zip(sequence, part.sequence, strict=True):
+                    serial.put_rows(whole, rows, piece)
+            if not part.failures:
+                break
+            if not redraw or attempt == MAX_REDRAWS:
+                row = min(part.failures)
+                raise NonFiniteError(*part.failures[row], numbers[rows[row]])
+            rows = [rows[row] for row in sorted(part.failures)]
+            report.redrawn.update({numbers[row]: attempt + 1 for row in rows})
         report.seconds = time.perf_counter() - started
         report.backend, report.backend_reason = self._served_by(sizes, rule.active)
         report.setup_seconds = self._setup_seconds() - setup
-        if denoise:
-            started = time.perf_counter()
-            images = tweedie(
-                self._model,
-                images,
-                y,
-                noise_std=noise_std,
-                scale=denoise_scale,
-                batch_size=None if self.backend == "cpu" else min(batch, 16),
-                dtype=self.dtype,
-                backend="cpu" if self.backend == "cpu" else "torch",
-                threads=self._threads,
-            )
-            report.denoise_seconds = time.perf_counter() - started
-        return Samples(images, log_prob, None if y is None else y.cpu(), report, error, sequence)
+        return Samples(images, log_prob, labels, report, error, sequence)
+
+    def _denoise(self, part: Samples, noise_std: float | None, scale: float) -> None:
+        started = time.perf_counter()
+        part.images = tweedie(
+            self._model,
+            part.images,
+            part.labels,
+            noise_std=noise_std,
+            scale=scale,
+            batch_size=None if self.backend == "cpu" else min(part.report.batch_size, 16),
+            dtype=self.dtype,
+            backend="cpu" if self.backend == "cpu" else "torch",
+            threads=self._threads,
+        )
+        part.report.denoise_seconds = time.perf_counter() - started
 
     def reverse(
         self,
@@ -269,7 +355,7 @@ class Sampler:
         samples = self.sample(n, labels, seed=seed, trajectory=True, progress=progress)
         assert samples.trajectory is not None
         tokens = [self._model.patchify(images) for images in samples.trajectory]
-        tokens[0] = tokens[0] * self._prior_std
+        tokens[0] = tokens[0] * self._prior_std.cpu()
         pairs = [(tokens[-2 - k], tokens[-1 - k]) for k in range(self.config.num_blocks)]  # block 0 came last
         pairs = [(z.flip(1), x.flip(1)) if k % 2 else (z, x) for k, (z, x) in enumerate(pairs)]
         plan = SolverPlan.fit(pairs)
@@ -277,7 +363,7 @@ class Sampler:
         condition = Condition(None if samples.labels is None else samples.labels[some].to(self.device))
         state = None
         for k, (z, _) in enumerate(pairs):
-            engine, z = self._engines[k], z[some].to(stream_dtype(self.dtype))
+            engine, z = self._engines[k], z[some].to(self.device, stream_dtype(self.dtype))
             for i, window in enumerate(widths(self.config.num_patches)):
                 state = engine.begin(z, condition, spent=state)
                 guess = functools.partial(plan.guess, k)
@@ -342,12 +428,21 @@ class Sampler:
 
     def _bar(self, n: int, progress: bool) -> Any:
         total = n * self.config.num_blocks * (self.config.num_patches - 1)
-        return tqdm(total=total, unit="token", unit_scale=True, desc="sampling", disable=not progress)
+        return Bar(total=total, unit="token", unit_scale=True, desc="sampling", disable=not progress)
+
+    def _check_room(self, n: int, copies: int) -> None:
+        """Raises OutOfMemoryError where memory cannot hold n images so many times."""
+        each = copies * math.prod(self.config.image_shape) * stream_dtype(self.dtype).itemsize
+        free = free_memory(torch.device("cpu"))
+        if n * each > free:
+            raise OutOfMemoryError(
+                f"n: {n} images need {n * each / 2**20:.0f} MiB, {free / 2**20:.0f} are free; stream() holds one batch"
+            )
 
     def _batch_size(self, n: int, guided: bool, batch_size: int | None) -> int:
         """Samples per batch: as asked for if it fits, else as many as do. Raises OutOfMemoryError."""
         if batch_size is not None:
-            check_count("batch_size", batch_size)
+            check_count("batch_size", batch_size, high=MOST_BATCH)
         first = self._engines[-1]  # that a batch comes to
         each = first.bytes_per_sample(guided)
         free = free_memory(self.device) + first.idle_bytes
@@ -358,6 +453,22 @@ class Sampler:
                 f"batch_size: {wanted} samples need {wanted * each / 2**20:.0f} MiB on {self.device}, {fits} would fit"
             )
         return min(wanted, fits)
+
+
+def check_effect(rule: Guidance, unlabelled: bool) -> None:
+    """Raises ArgumentError for what guidance without an effect would pass over in silence."""
+    details = {
+        "guide_what": (rule.what, "ab"),
+        "attn_temp": (rule.attn_temp, 1),
+        "annealed_guidance": (rule.annealed, False),
+    }
+    if not rule.active:
+        for name, (value, default) in details.items():
+            if value != default:
+                raise ArgumentError(name, "the default where guidance is 0, as it has no effect", repr(value))
+    elif unlabelled and rule.attn_temp == 1:
+        expected = "0 without labels, where it has no effect unless attn_temp differs from 1"
+        raise ArgumentError("guidance", expected, repr(rule.scale))
 
 
 def _in_order(k: int, tokens: Tensor | None) -> Tensor | None:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tarflow_fast.errors import TarFlowWarning
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
@@ -29,6 +33,28 @@ torch.set_num_threads(1)  # the models are too small to gain from more
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("suite", untimed, derandomize=True, database=None)
 settings.load_profile("suite")
+
+
+class Remarks:
+    """What the package has said for the user to know, see `TarFlowWarning`."""
+
+    def __init__(self, caught: list[warnings.WarningMessage]):
+        self._caught = caught
+
+    @property
+    def messages(self) -> list[str]:
+        return [str(each.message) for each in self._caught if issubclass(each.category, TarFlowWarning)]
+
+    def clear(self) -> None:
+        self._caught.clear()
+
+
+@pytest.fixture
+def remarks() -> Iterator[Remarks]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TarFlowWarning)
+        yield Remarks(caught)
+
 
 MOST_PROCESSES = 8  # each of them imports torch, which takes longer than an eighth of the tests
 SECONDS, SLOW_SECONDS = 120, 600  # that a test may take, on a machine that does other things as well

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Remarks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,10 +97,10 @@ def test_ambiguous_layout(tmp_path: Path) -> None:
         (COLOUR.astype(">f4"), "0..255"),
     ],
 )
-def test_ranges_of_pictures(tmp_path: Path, images: np.ndarray, said: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_ranges_of_pictures(tmp_path: Path, images: np.ndarray, said: str, remarks: Remarks) -> None:
     data = load(tmp_path / "x.npz", {"images": images})
     assert np.array_equal(data.images.numpy(), NCHW)
-    assert caplog.messages[-1].endswith(f"are taken as {said}")
+    assert remarks.messages[-1].endswith(f"are taken as {said}")
 
 
 @pytest.mark.parametrize(
@@ -153,13 +154,13 @@ def test_what_sample_writes(tmp_path: Path) -> None:
     assert data.labels is not None
 
 
-def test_labels_with_gaps_are_numbered_anew_for_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_with_gaps_are_numbered_anew_for_training(tmp_path: Path, remarks: Remarks) -> None:
     arrays = {"images": COLOUR, "labels": np.array([7, 1, 2, 7, 1, 2])}
     data = load(tmp_path / "x.npz", arrays)
     assert data.labels is not None
     assert data.labels.tolist() == [2, 0, 1, 2, 0, 1]
     assert (data.num_classes, data.numbers, data.names) == (3, (1, 2, 7), ("1", "2", "7"))
-    assert "the labels 1, 2, 7 become classes 0 to 2" in caplog.text
+    assert "the labels 1, 2, 7 become classes 0 to 2" in "\n".join(remarks.messages)
     held_out = load(tmp_path / "x.npz", arrays, split="test").labels
     assert held_out is not None
     assert held_out.tolist() == [7, 1, 2, 7, 1, 2]

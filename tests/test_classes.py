@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import Remarks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,9 +58,9 @@ def test_names_that_are_numbers() -> None:
         matched(data([0, 1]), ("1", "2", "7"), 3)
 
 
-def test_a_model_without_names(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_without_names(remarks: Remarks) -> None:
     assert labels(matched(data([0, 2], NAMES), None, 3)) == [0, 2]
-    assert "in order: 'apple', 'kiwi', 'plum'" in caplog.text
+    assert "in order: 'apple', 'kiwi', 'plum'" in "\n".join(remarks.messages)
     with pytest.raises(ArgumentError, match="3 classes, as the model has no names"):
         matched(data([0, 1], NAMES[:2]), None, 3)
 

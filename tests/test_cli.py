@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from PIL import Image
 
 import tarflow_fast as tff
 from tarflow_fast.cli import main
-from tarflow_fast.cli.sample import MOST_CLASSES, PER_CLASS, layout
+from tarflow_fast.cli.layout import MOST_ROWS, PER_CLASS, default_count, layout
 from tarflow_fast.evaluate import Noise, bayes_accuracy, bits_per_dim
 from tarflow_fast.images import grid, to_uint8
 from tarflow_fast.sampler import Sampler
@@ -118,14 +118,14 @@ class TestGroup:
         def fail(*_: Any, **__: Any) -> None:
             raise tff.BackendError("first\n  second")
 
-        monkeypatch.setattr(Sampler, "sample", fail)
+        monkeypatch.setattr(Sampler, "stream", fail)
         assert run("sample", "-m", "m.safetensors", code=1).stderr == "Error: first second\n"
 
     def test_a_bug_keeps_its_traceback(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any, **__: Any) -> None:
             raise KeyError("bug")
 
-        monkeypatch.setattr(Sampler, "sample", fail)
+        monkeypatch.setattr(Sampler, "stream", fail)
         result = CliRunner().invoke(main, ["sample", "-m", "m.safetensors"])
         assert isinstance(result.exception, KeyError)
 
@@ -133,7 +133,7 @@ class TestGroup:
         def interrupt(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(Sampler, "sample", interrupt)
+        monkeypatch.setattr(Sampler, "stream", interrupt)
         assert run("sample", "-m", "m.safetensors", code=130).stderr == "Interrupted\n"
 
 
@@ -249,16 +249,19 @@ class TestSample:
             "--scale",
             2,
         )
-        out = Sampler(tff.load("m.safetensors")).sample(6, [0, 0, 1, 1, 2, 2], seed=5)
+        out = Sampler(tff.load("m.safetensors")).sample(6, [0, 1, 2], seed=5)
         with np.load("s.npz") as file:
-            assert sorted(file.files) == ["first", "images", "labels", "log_prob", "seed"]
+            assert sorted(file.files) == ["class_names", "first", "images", "labels", "log_prob", "options", "seed"]
             np.testing.assert_allclose(file["images"], out.images, atol=1e-5)
             np.testing.assert_allclose(file["log_prob"], out.log_prob, atol=1e-3)
             assert file["images"].dtype == np.float32
-            assert file["labels"].tolist() == [0, 0, 1, 1, 2, 2]
+            assert file["labels"].tolist() == [0, 1, 2, 0, 1, 2]
+            assert file["class_names"].tolist() == NAMES
+            assert json.loads(str(file["options"]))["model"] == "m.safetensors"
             assert (file["seed"], file["first"]) == (5, 0)
             drawn = torch.from_numpy(file["images"])
-        np.testing.assert_array_equal(picture("samples.png"), grid(drawn, 2, scale=2)[..., 0])
+        by_class = drawn[[0, 3, 1, 4, 2, 5]]
+        np.testing.assert_array_equal(picture("samples.png"), grid(by_class, 2, scale=2)[..., 0])
 
     @pytest.mark.parametrize(
         ("options", "arguments"),
@@ -364,7 +367,7 @@ class TestSample:
         result = run("sample", "-m", "m.safetensors", "--labels", "DOG, 0,-1", "-n", 6, "--npz", "s.npz")
         assert "rows: Dog, cat, no class" in result.stdout
         with np.load("s.npz") as file:
-            assert file["labels"].tolist() == [1, 1, 0, 0, -1, -1]
+            assert file["labels"].tolist() == [1, 0, -1, 1, 0, -1]
 
     def test_quiet(self, run: Run) -> None:
         assert run("sample", "-m", "m.safetensors", "-n", 1, "--quiet").output == ""
@@ -470,33 +473,39 @@ class TestSample:
 
 
 class TestLayout:
-    MODELS: ClassVar = {classes: random_model(num_classes=classes) for classes in (0, 3, 12)}
-
     @given(
-        n=st.none() | st.integers(1, 40),
-        labels=st.none() | st.lists(st.integers(-1, 2), min_size=1, max_size=5),
+        n=st.integers(1, 40),
+        classes=st.none() | st.integers(0, 25),
         columns=st.none() | st.integers(1, 9),
-        first=st.integers(0, 30),
-        classes=st.sampled_from([0, 3, 12]),
+        first=st.integers(0, 30) | st.integers(2**62, 2**62 + 30),
     )
-    def test_laws(self, n: int | None, labels: list[int] | None, columns: int | None, first: int, classes: int) -> None:
-        model = self.MODELS[classes]
-        text = None if labels is None else ",".join(map(str, labels))
-        plan = layout(model, n, text, columns, first)
-        chosen = labels or list(range(min(classes, MOST_CLASSES)))
-        assert plan.n == (n or (PER_CLASS * len(chosen) if chosen else PER_CLASS**2))
-        assert columns in (None, plan.columns)
-        assert (plan.labels is None) == (not chosen)
-        if plan.labels is not None:
-            drawn = [plan.labels[i % len(plan.labels)] for i in range(first, first + plan.n)]
-            assert set(drawn) <= set(chosen)
-            if plan.n >= len(chosen) and first == 0 and plan.n % len(chosen) == 0:
-                assert {y: drawn.count(y) for y in chosen} == {
-                    y: chosen.count(y) * plan.n // len(chosen) for y in chosen
-                }
-            if plan.rows is not None:
-                for i, label in enumerate(drawn):
-                    assert plan.rows[i // plan.columns] == label
+    def test_laws(self, n: int, classes: int | None, columns: int | None, first: int) -> None:
+        """Every image has a cell of its own: in the row of its class where these have rows, else in order."""
+        plan = layout(n, None if classes is None else range(classes), columns)
+        cells, width = plan.size(first, n)
+        places = list(plan.places(first, n))
+        assert len(set(places)) == n <= cells
+        assert max(places) < cells
+        assert columns in (None, width)
+        if plan.classes is None:
+            assert places == list(range(n))
+            assert columns is not None or (width - 1) ** 2 < n <= width**2
+        else:
+            assert classes is not None
+            assert 1 < classes <= MOST_ROWS
+            assert cells == width * classes <= n + 2 * (classes - 1)
+            for i, place in zip(range(first, first + n), places, strict=True):
+                assert place // width == i % classes
+
+    def test_as_many_images_as_a_picture_shows(self) -> None:
+        assert default_count(range(3), asked=False) == 3 * PER_CLASS
+        assert default_count([], asked=False) == default_count(range(1000), asked=False) == PER_CLASS**2
+        assert default_count(range(1000), asked=True) == 1000
+
+    def test_no_list_of_many_images_is_made(self) -> None:
+        for plan in (layout(10**15, range(5), None), layout(10**15, None, None)):
+            assert plan.size(7, 10**15)[0] >= 10**15
+        assert len(layout(10**15, None, None).places(7, 10**15)) == 10**15
 
 
 class TestEval:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Remarks
 from PIL import Image
 
 from tarflow_fast.data import load as load_module
@@ -47,11 +47,11 @@ def test_halves_without_classes(tmp_path: Path) -> None:
     assert levels(tmp_path, "test") == ([3], None, None)
 
 
-def test_val_serves_as_test_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_val_serves_as_test_and_says_so(tmp_path: Path, remarks: Remarks) -> None:
     fill(tmp_path, "train/1.png", "val/1.png", "notes/1.png")
     assert levels(tmp_path, "test") == ([1], None, None)
-    assert "is taken for the test half" in caplog.text
-    assert "passed over 'notes'" in caplog.text
+    assert "is taken for the test half" in "\n".join(remarks.messages)
+    assert "passed over 'notes'" in "\n".join(remarks.messages)
 
 
 def test_a_half_that_is_not_there(tmp_path: Path) -> None:
@@ -69,17 +69,16 @@ def test_train_may_be_a_class(tmp_path: Path) -> None:
     assert levels(tmp_path) == ([0, 1, 2], [0, 1, 2], ("car", "plane", "train"))
 
 
-def test_junk_is_counted_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_junk_is_counted_in_one_line(tmp_path: Path, remarks: Remarks) -> None:
     fill(tmp_path, "a/1.png", "b/1.JFIF")
     for name in ("a/Thumbs.db", "a/.DS_Store", "b/notes.txt", "b/.tarflow-0123456789abcdef.png", "desktop.ini"):
         (tmp_path / name).write_text("junk")
     for name in ("__MACOSX", "@eaDir", ".git", "b/.ipynb_checkpoints"):
         (tmp_path / name).mkdir()
     (tmp_path / "__MACOSX" / "._1.png").write_text("junk")
-    with caplog.at_level(logging.WARNING):
-        assert levels(tmp_path) == ([0, 1], [0, 1], ("a", "b"))
-    assert len(caplog.records) == 1
-    assert "skipped 9 files or folders" in caplog.text
+    assert levels(tmp_path) == ([0, 1], [0, 1], ("a", "b"))
+    assert len(remarks.messages) == 1
+    assert "skipped 9 files or folders" in "\n".join(remarks.messages)
 
 
 @pytest.mark.parametrize("name", ["1.heic", "1.CR2", "1.svg"])
@@ -102,14 +101,14 @@ def test_pictures_beside_folders_of_them(tmp_path: Path) -> None:
         levels(tmp_path / "halves")
 
 
-def test_nested_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nested_folders(tmp_path: Path, remarks: Remarks) -> None:
     """Pictures further down are of the class; a folder that wraps everything is none."""
     fill(tmp_path / "x" / "archive", "a/1.png", "a/more/2.png", "b/deep/er/3.png")
     wanted = ([0, 1, 2], [0, 0, 1], ("a", "b"))
     assert levels(tmp_path / "x" / "archive") == wanted
-    assert not caplog.records
+    assert not remarks.messages
     assert levels(tmp_path) == wanted
-    assert "is the only folder" in caplog.text
+    assert "is the only folder" in "\n".join(remarks.messages)
     fill(tmp_path / "y" / "archive", "train/a/1.png", "test/a/1.png")
     assert levels(tmp_path / "y", "test") == ([1], [0], ("a",))
 
@@ -178,7 +177,7 @@ def test_pixels_are_made_once(tmp_path: Path, made: list[np.ndarray]) -> None:
 
 
 def test_more_than_memory_is_mapped(
-    tmp_path: Path, made: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, made: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, remarks: Remarks
 ) -> None:
     fill(tmp_path / "data", *(f"a/{i}.png" for i in range(9)))
     np.savez(tmp_path / "x.npz", images=np.arange(9, dtype=np.uint8).repeat(16).reshape(9, 4, 4))
@@ -192,7 +191,7 @@ def test_more_than_memory_is_mapped(
             mapped = load_images(path, size=4, channels=1, cache=cache)
         assert isinstance(made[-1], np.memmap)
         assert mapped.fingerprint == plain.fingerprint
-        assert f"file in {str(cache)!r}" in caplog.text
+        assert f"file in {str(cache)!r}" in "\n".join(remarks.messages)
         assert not list(cache.iterdir())  # nothing stays behind, whenever the process ends
 
 

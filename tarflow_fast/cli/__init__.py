@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +16,28 @@ from .convert import convert_command
 from .eval import eval_command
 from .info import info_command
 from .sample import sample_command
+from .terminal import (
+    FAILED,
+    INTERRUPTED,
+    TERMINATED,
+    Terminated,
+    echo,
+    give_up_output,
+    one_line,
+    stoppable,
+)
 from .train import train_command
 
-INTERRUPTED = 130
 
-
-def _one_line(error: Exception) -> str:
+def _message(error: Exception) -> str:
+    """What went wrong, and what was kept nevertheless."""
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{os.fspath(error.filename)}: "
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{where}{error.strerror}"
+    elif isinstance(error, MemoryError) and not isinstance(error, TarFlowError):
+        text = f"out of memory ({text})" if text else "out of memory"
+    return "; ".join(map(one_line, (text or type(error).__name__, *getattr(error, "__notes__", ()))))
 
 
 @contextmanager
@@ -39,7 +52,7 @@ def _warnings_as_lines() -> Iterator[None]:
             if not issubclass(category, TarFlowWarning):
                 show_others(message, category, *where, **more)
             elif context is None or not context.params.get("quiet"):
-                click.echo("Warning: " + " ".join(str(message).split()), err=True)
+                echo("Warning: " + one_line(message), err=True)
 
         warnings.showwarning = show
         yield
@@ -51,17 +64,30 @@ class _Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with stoppable():
+            try:
+                return super().main(*args, **kwargs)
+            except OSError as error:  # of --help and the like, whose text click prints
+                give_up_output()
+                echo(f"Error: {_message(error)}", err=True)
+                sys.exit(FAILED)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with _warnings_as_lines():
                 return super().invoke(ctx)
-        except (TarFlowError, OSError) as error:
+        except click.ClickException as error:
+            vars(error)["message"] = one_line(error.message)
+            raise
+        except (TarFlowError, OSError, MemoryError) as error:
             if ctx.params["traceback"] or isinstance(error, BrokenPipeError):
                 raise
-            raise click.ClickException(_one_line(error)) from error
-        except KeyboardInterrupt:
-            click.echo("Interrupted", err=True)
-            ctx.exit(INTERRUPTED)
+            raise click.ClickException(_message(error)) from error
+        except (KeyboardInterrupt, Terminated) as stop:
+            interrupted = isinstance(stop, KeyboardInterrupt)
+            echo(*getattr(stop, "__notes__", ()), "Interrupted" if interrupted else "Terminated", err=True)
+            ctx.exit(INTERRUPTED if interrupted else TERMINATED)
 
 
 @click.group(
@@ -72,7 +98,8 @@ class _Group(click.Group):
         "show_default": True,
     },
     epilog="""\b
-Exit codes: 0 done, 1 failed (one line on standard error), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed (one line on standard error), 2 wrong usage, 130 interrupted (Ctrl-C),
+143 terminated.
 
 \b
 Examples:

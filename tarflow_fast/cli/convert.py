@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import click
 
 from .info import describe_model, model_lines
+from .labels import read_lines, split_list
 from .options import (
+    NOISE_STD,
     Command,
     json_option,
     load_model,
@@ -20,12 +21,14 @@ from .options import (
     torch_dtype,
 )
 from .outputs import output_path
+from .terminal import echo
 
 
 def read_names(text: str) -> list[str]:
     """Names from "a,b,c", or from a file, one a line, if given as @FILE."""
-    parts = Path(text[1:]).read_text(encoding="utf-8").splitlines() if text.startswith("@") else text.split(",")
-    return [part.strip() for part in parts if part.strip()]
+    if text.startswith("@"):
+        return read_lines(text[1:], "--class-names")
+    return [part for part in split_list(text) if part]
 
 
 @click.command(
@@ -44,7 +47,7 @@ Examples:
 @size_options
 @option(
     "--noise-std",
-    type=click.FloatRange(0, min_open=True),
+    type=NOISE_STD,
     metavar="SIGMA",
     section="To be recorded (.safetensors)",
     help="Level of the Gaussian noise that the model was trained with.",
@@ -105,4 +108,4 @@ def convert_command(
         lines = [f"{target}: {path.stat().st_size / 1e6:.1f} MB, {dtype}", *model_lines(described)]
         if path.suffix == ".pth" and model.metadata:
             lines.append(f"left out, as .pth holds weights alone: {', '.join(model.metadata)}")
-        click.echo("\n".join(lines))
+        echo(*lines)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import TarFlowWarning
 from .convert import read_names
 from .options import (
+    BATCH,
+    NOISE_STD,
+    SEED,
     Command,
     cache_option,
     device_option,
@@ -26,8 +30,7 @@ from .options import (
     torch_dtype,
     values_option,
 )
-
-log = logging.getLogger(__name__)
+from .terminal import echo
 
 if TYPE_CHECKING:
     from ..data import ImageData
@@ -123,7 +126,7 @@ Examples:
 )
 @option(
     "--noise-std",
-    type=click.FloatRange(0, min_open=True),
+    type=NOISE_STD,
     metavar="SIGMA",
     section="What to compute",
     show_default="as the checkpoint records",
@@ -151,7 +154,7 @@ Examples:
     section="What to compute",
     help="Average over so many noise draws for each image.",
 )
-@option("--seed", type=click.IntRange(0), default=0, metavar="N", section="What to compute", help="Of the noise.")
+@option("--seed", type=SEED, default=0, metavar="N", section="What to compute", help="Of the noise.")
 @device_option
 @option(
     "--dtype",
@@ -162,7 +165,7 @@ Examples:
 )
 @option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=BATCH,
     default=128,
     metavar="N",
     section="Machine",
@@ -238,8 +241,9 @@ def eval_command(
         facts["bayes_accuracy"] = found.to_dict()
         lines.append(accuracy_line(found))
     if noise == "auto" and noise_std is None and not model.metadata.keys() & {"noise_type", "noise_std"}:
-        log.warning("the checkpoint does not record the noise of its training; %s is taken", bits.noise)
+        said = f"the checkpoint does not record the noise of its training; {bits.noise} is taken"
+        warnings.warn(said, TarFlowWarning, stacklevel=1)
     if as_json:
         print_json(facts)
     elif not quiet:
-        click.echo("\n".join(lines))
+        echo(*lines)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import Command, json_option, load_model, model_options, print_json
+from .terminal import echo
 
 if TYPE_CHECKING:
     from ..model import TarFlow
@@ -107,4 +108,4 @@ def info_command(file: str | None, model_path: str | None, as_json: bool, **whic
     lines = installation_lines(installation)
     lines += ["", f"Model {model_path or 'shipped with the package'}:"]
     lines += ["  " + line for line in model_lines(model)]
-    click.echo("\n".join(lines))
+    echo(*lines)

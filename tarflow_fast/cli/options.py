@@ -6,15 +6,15 @@ Nothing here imports torch before a command runs, so that --help is quick.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import printable
+from ..limits import MOST_BATCH, MOST_NOISE_STD, MOST_SEED, MOST_SIZE, most_threads
+from .terminal import echo
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+SIZE = click.IntRange(1, MOST_SIZE)
+BATCH = click.IntRange(1, MOST_BATCH)
+NOISE_STD = click.FloatRange(0, MOST_NOISE_STD, min_open=True)
+SEED = click.IntRange(0, MOST_SEED)
 
 
 class Option(click.Option):
@@ -63,28 +67,6 @@ def combine(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-class Echo(logging.Handler):
-    """What the package has to say, on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(printable(record.getMessage()), err=True)
-
-
-def hush(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
-    """Sends the package's remarks to standard error, or with --quiet nowhere, until the command ends."""
-    log, echo = logging.getLogger("tarflow_fast"), Echo()
-    level = log.level
-
-    def restore() -> None:
-        log.removeHandler(echo)
-        log.setLevel(level)
-
-    log.addHandler(echo)
-    log.setLevel(logging.ERROR if quiet else level)
-    ctx.call_on_close(restore)
-    return quiet
-
-
 size_options = combine(
     option(
         "--weights",
@@ -95,21 +77,21 @@ size_options = combine(
     ),
     option(
         "--patch-size",
-        type=click.IntRange(1),
+        type=SIZE,
         metavar="N",
         section="Model",
         help="Pixels along a patch's side, for a .pth file whose weights leave it open.",
     ),
     option(
         "--in-channels",
-        type=click.IntRange(1),
+        type=SIZE,
         metavar="N",
         section="Model",
         help="Image channels, for a .pth file whose weights leave it open.",
     ),
     option(
         "--head-dim",
-        type=click.IntRange(1),
+        type=SIZE,
         metavar="N",
         section="Model",
         help="Channels of one attention head, for a .pth file where they are not 64.",
@@ -138,7 +120,7 @@ device_option = option(
 )
 threads_option = option(
     "--threads",
-    type=click.IntRange(1),
+    type=click.IntRange(1, most_threads()),
     metavar="N",
     section="Machine",
     show_default="as many as PyTorch takes",
@@ -151,7 +133,7 @@ progress_option = option(
     show_default="on a terminal",
     help="Progress bars on standard error.",
 )
-quiet_option = option("-q", "--quiet", is_flag=True, callback=hush, section="Output", help="Print nothing but errors.")
+quiet_option = option("-q", "--quiet", is_flag=True, section="Output", help="Print nothing but errors.")
 layout_option = option(
     "--layout",
     type=click.Choice(["auto", "NHWC", "NCHW"]),
@@ -220,24 +202,6 @@ def show_progress(progress: bool | None, quiet: bool) -> bool:
     return sys.stderr.isatty() and not quiet if progress is None else progress
 
 
-def class_labels(text: str, model: TarFlow) -> list[int]:
-    """Labels from "0,3,7" or from class names, in any mixture; a negative number is "no class"."""
-    names: Sequence[str] = [name.casefold() for name in model.metadata.get("class_names", [])]
-    labels = []
-    for word in (part.strip() for part in text.split(",")):
-        if word.casefold() in names:
-            labels.append(names.index(word.casefold()))
-            continue
-        try:
-            labels.append(int(word))
-        except ValueError:
-            known = ", ".join(model.metadata.get("class_names", [])) or "none, so give numbers"
-            raise click.BadParameter(
-                f"there is no class {word!r} (class names of this model: {known})", param_hint="'--labels'"
-            ) from None
-    return labels
-
-
 def print_json(report: dict[str, Any]) -> None:
     """On one standard output, as strict JSON: a number that is not finite becomes null."""
 
@@ -248,4 +212,5 @@ def print_json(report: dict[str, Any]) -> None:
             return [strict(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    click.echo(json.dumps(strict(report), indent=2, allow_nan=False, ensure_ascii=False))
+    text = json.dumps(strict(report), indent=2, allow_nan=False)  # in ASCII, so that no name steers the terminal
+    echo(*text.replace("\x7f", "\\u007f").splitlines())

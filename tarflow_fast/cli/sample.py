@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import TarFlowWarning
+from ..limits import (
+    MOST_ATTN_TEMP,
+    MOST_GUIDANCE,
+    MOST_NUMBER,
+    MOST_SCALE,
+    MOST_SIZE,
+    MOST_TOL,
+)
+from .labels import MOST_LISTED, Chosen, choose, label_name
+from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, layout
 from .options import (
+    BATCH,
     DTYPES,
+    NOISE_STD,
+    SEED,
     Command,
-    class_labels,
     device_option,
     json_option,
     load_model,
@@ -27,11 +40,14 @@ from .options import (
     threads_option,
     torch_dtype,
 )
-from .outputs import Outputs
+from .outputs import Outputs, Run
+from .terminal import echo
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..model import TarFlow
-    from ..report import Samples
+    from ..report import Report, Samples
 
 # How the shipped model is drawn from unless told otherwise. For other models: no guidance. For all: denoising
 # with the optimal step where the checkpoint records the Gaussian noise that it was trained with.
@@ -42,50 +58,22 @@ SHIPPED: dict[str, Any] = {
     "denoise_scale": 1.0,
 }
 
-PER_CLASS = 8  # images of each class, unless -n tells
-MOST_CLASSES = 10  # classes shown, unless --labels tells
-PIXELS = 96  # pictures of smaller images are enlarged towards this side
+GRID = "samples.png"  # unless --out tells
 
 GUIDANCE_DETAILS = ("guide_what", "attn_temp", "annealed_guidance")
 DENOISING_DETAILS = ("noise_std", "denoise_scale")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How many images, of which classes, and how they lie in the grid.
-
-    labels: image i takes entry i mod len(labels); None: no classes. columns: images in a row of the grid.
-    rows: the class of each row, where every row is of one class.
-    """
-
-    n: int
-    labels: list[int] | None
-    columns: int
-    rows: list[int] | None = None
-
-
-def layout(model: TarFlow, n: int | None, labels: str | None, columns: int | None, first: int) -> Layout:
-    """A row for each class where there are more images than classes, else a square with one image a class."""
-    chosen = list(range(min(model.config.num_classes, MOST_CLASSES)))
-    if labels is not None:
-        chosen = class_labels(labels, model)
-    if n is None:
-        n = PER_CLASS * len(chosen) if chosen else PER_CLASS**2
-    if n <= len(chosen) or not chosen:
-        return Layout(n, chosen or None, columns or math.ceil(math.sqrt(n)))
-    each = math.ceil(n / len(chosen))
-    cycle = [label for label in chosen for _ in range(each)]
-    one_class_a_row = columns in (None, each) and first % len(cycle) == 0
-    return Layout(n, cycle, columns or each, chosen if one_class_a_row else None)
-
-
-def drawing_rule(model: TarFlow, shipped: bool, given: dict[str, Any]) -> dict[str, Any]:
+def drawing_rule(model: TarFlow, shipped: bool, given: dict[str, Any], labelled: bool) -> dict[str, Any]:
     """Guidance and denoising, as arguments of `Sampler.sample`. An option without effect is wrong usage."""
     told = {name: value for name, value in given.items() if value is not None}
     known = {**SHIPPED, **told} if shipped else told
+    steerable = labelled or told.get("attn_temp", 1) != 1
+    if told.get("guidance") and not steerable:
+        raise click.UsageError("--guidance has no effect without classes, unless --attn-temp differs from 1")
     noisy = "noise_std" in model.metadata and model.metadata.get("noise_type") != "uniform"
     rule: dict[str, Any] = {
-        "guidance": known.get("guidance", 0.0),
+        "guidance": known.get("guidance", 0.0) if steerable else 0.0,
         "denoise": known.get("denoise", noisy or "noise_std" in told),
     }
     for switch, needed, details in (
@@ -100,24 +88,47 @@ def drawing_rule(model: TarFlow, shipped: bool, given: dict[str, Any]) -> dict[s
     return rule
 
 
-def summary(samples: Samples, outputs: Outputs) -> dict[str, Any]:
-    """What was done, as numbers."""
-    n, report = len(samples.images), samples.report
-    facts: dict[str, Any] = {
-        "files": outputs.to_dict(),
-        "images": n,
-        "images_per_second": n / (report.seconds + report.denoise_seconds),
-        **report.to_dict(),
-    }
-    if samples.labels is not None:
-        facts["labels"] = samples.labels.tolist()
-    if samples.log_prob is not None:
-        facts["log_prob"] = samples.log_prob.tolist()
-    return facts
+class Totals:
+    """What the batches of a run come to."""
+
+    def __init__(self) -> None:
+        self._report: Report | None = None
+        self._n = 0
+        self._labels: list[Tensor] = []
+        self._log_prob: list[Tensor] = []
+
+    def add(self, part: Samples) -> None:
+        self._n += len(part.images)
+        if self._report is None:
+            self._report = part.report
+        else:
+            self._report.merge(part.report)
+        if part.labels is not None:
+            self._labels.append(part.labels)
+        if part.log_prob is not None:
+            self._log_prob.append(part.log_prob.cpu())
+
+    def facts(self) -> dict[str, Any]:
+        """What was done, as numbers."""
+        report = self._report
+        assert report is not None
+        facts: dict[str, Any] = {
+            "images": self._n,
+            "images_per_second": self._n / (report.seconds + report.denoise_seconds),
+            **report.to_dict(),
+        }
+        if self._labels:
+            facts["labels"] = [label for part in self._labels for label in part.tolist()]
+        if self._log_prob:
+            facts["log_prob"] = [nats for part in self._log_prob for nats in part.tolist()]
+        return facts
 
 
-def summary_lines(facts: dict[str, Any], model: TarFlow, plan: Layout) -> list[str]:
-    size, names = model.config.img_size, model.metadata.get("class_names")
+def summary_lines(facts: dict[str, Any], model: TarFlow, chosen: Chosen, rows: bool) -> list[str]:
+    """rows: whether each class has a row."""
+    from ..labels import known_names
+
+    size, names = model.config.img_size, known_names(model.metadata)
     how = f"guidance {facts['guidance']:g}" if facts["guidance"] else "unguided"
     how += ", denoised" if facts["denoise"] else ""
     lines = [
@@ -129,14 +140,18 @@ def summary_lines(facts: dict[str, Any], model: TarFlow, plan: Layout) -> list[s
     ]
     if facts["setup_seconds"] >= 0.01:
         lines.append(f"{facts['setup_seconds']:.2f} s of it to set up for this batch size: the next batch does without")
-    blocks = facts["blocks"]
+    blocks, most = facts["blocks"], model.config.num_patches - 1
     if any(block["window"] > 1 for block in blocks):
-        lines.append(
-            f"passes of each block: {', '.join(str(block['passes']) for block in blocks)} instead of "
-            f"{model.config.num_patches - 1}; residual at most {max(block['residual'] for block in blocks):.1e}"
-        )
-    if plan.rows is not None and names:
-        lines.append("rows: " + ", ".join("no class" if y < 0 else names[y] for y in plan.rows))
+        passes = ", ".join(str(block["passes"]) for block in blocks)
+        residual = max(block["residual"] for block in blocks)
+        instead = f" instead of {most}" if sum(block["passes"] for block in blocks) < most * len(blocks) else ""
+        lines.append(f"passes of each block: {passes}{instead}; residual at most {residual:.1e}")
+    if rows and chosen.entries:
+        lines.append("rows: " + ", ".join(label_name(y, names) for y in chosen.entries))
+    elif chosen.described is not None:
+        drawn = sorted(set(facts.get("labels", ())))
+        few = f" ({', '.join(label_name(y, names) for y in drawn)})" if 0 < len(drawn) <= MOST_LISTED else ""
+        lines.append(f"classes: {chosen.described}{few}")
     if facts["redrawn"]:
         lines.append("drawn again, not being finite: images " + ", ".join(map(str, facts["redrawn"])))
     if "log_prob" in facts:
@@ -158,30 +173,33 @@ Examples:
   tarflow-fast sample --guidance 0 --npz samples.npz
       Unguided samples, also as numbers, with the exact log-likelihood of each.
   tarflow-fast sample -m afhq_model_8_768_8_8_0.07.pth -n 16 --guidance 2 --dtype bfloat16
+  tarflow-fast sample -m imagenet.safetensors -n 50000 --labels random --no-grid --npz fid.npz
+      Of 1000 classes, each as likely.
   tarflow-fast sample -n 1000 --first 5000 --singles images/ --quiet
-      Images number 5000 to 5999 of seed 0, one file each.
+      Images number 5000 to 5999 of seed 0, one file each: what -n 6000 draws last.
 """,
 )
 @model_options
 @option(
     "-n",
     "count",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_NUMBER),
     metavar="N",
     section="What to draw",
-    show_default=f"{PER_CLASS} of each class, {PER_CLASS**2} without classes",
+    show_default=f"{PER_CLASS} of each of up to {MOST_ROWS} classes, else {PER_CLASS**2}",
     help="How many images.",
 )
 @option(
     "--labels",
     metavar="LIST",
     section="What to draw",
-    show_default=f"all, but at most the first {MOST_CLASSES}",
-    help='Classes, by number or name: "0,3,7" or "bag,coat"; -1 is no class.',
+    show_default="all",
+    help='Classes, which images take in turn by their number: names or numbers, "bag,coat" or "0,3-7"; #3 is number 3 '
+    "also where a name is a number, -1 no class. all; none; random, each as likely; @FILE, one a line.",
 )
 @option(
     "--seed",
-    type=click.IntRange(0),
+    type=SEED,
     default=0,
     metavar="N",
     section="What to draw",
@@ -189,15 +207,15 @@ Examples:
 )
 @option(
     "--first",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST_NUMBER - 1),
     default=0,
     metavar="N",
     section="What to draw",
-    help="Number of the first image: go on where another run stopped.",
+    help="Number of the first image: go on where another run stopped. Noise and labels are a matter of the number.",
 )
 @option(
     "--guidance",
-    type=click.FloatRange(0),
+    type=click.FloatRange(0, MOST_GUIDANCE),
     metavar="W",
     section="How to draw",
     show_default=f"{SHIPPED['guidance']:g} for the shipped model, else 0",
@@ -212,7 +230,7 @@ Examples:
 )
 @option(
     "--attn-temp",
-    type=click.FloatRange(0, min_open=True),
+    type=click.FloatRange(0, MOST_ATTN_TEMP, min_open=True),
     metavar="T",
     section="How to draw",
     show_default="1",
@@ -234,7 +252,7 @@ Examples:
 )
 @option(
     "--noise-std",
-    type=click.FloatRange(0, min_open=True),
+    type=NOISE_STD,
     metavar="SIGMA",
     section="How to draw",
     show_default="as recorded",
@@ -242,7 +260,7 @@ Examples:
 )
 @option(
     "--denoise-scale",
-    type=click.FloatRange(0),
+    type=click.FloatRange(0, MOST_SCALE),
     metavar="S",
     section="How to draw",
     show_default="1",
@@ -273,7 +291,7 @@ Examples:
 )
 @option(
     "--tol",
-    type=click.FloatRange(0),
+    type=click.FloatRange(0, MOST_TOL),
     default=None,
     metavar="X",
     section="Machine",
@@ -283,7 +301,7 @@ Examples:
 @threads_option
 @option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=BATCH,
     metavar="N",
     section="Machine",
     show_default="what fits in memory",
@@ -293,14 +311,17 @@ Examples:
     "-o",
     "--out",
     type=click.Path(),
-    default="samples.png",
     metavar="FILE",
     section="Output",
-    help="The grid, .png or .jpg. A file of that name is replaced, here and below.",
+    show_default=GRID,
+    help="The grid, .png or .jpg; by default none with --npz where images are no pictures, having neither 1 nor 3 "
+    "channels. A file of that name is replaced, here and below, when all images are drawn; a run "
+    "that ends before puts what it has drawn into NAME.partial.png.",
 )
+@option("--no-grid", is_flag=True, section="Output", help="Write the files below alone.")
 @option(
     "--columns",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_SIZE),
     metavar="N",
     section="Output",
     show_default="a row for each class",
@@ -308,7 +329,7 @@ Examples:
 )
 @option(
     "--scale",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MOST_SIZE),
     metavar="N",
     section="Output",
     show_default=f"small images to about {PIXELS} pixels",
@@ -319,15 +340,15 @@ Examples:
     type=click.Path(file_okay=False),
     metavar="DIR",
     section="Output",
-    help="Also write every image, at its own size, to DIR/<number>.png.",
+    help="Also write every image, at its own size, to DIR/<number>.png, as soon as its batch is drawn.",
 )
 @option(
     "--npz",
     type=click.Path(),
     metavar="FILE",
     section="Output",
-    help="Also write numbers: images (n,ch,H,W) float32, about -1 to 1; seed; first; labels; and log_prob "
-    "(nats, before denoising) if unguided.",
+    help="Also write numbers: images (n,ch,H,W) float32, about -1 to 1; seed; first; options; labels; class_names; "
+    "and log_prob (nats, before denoising) if unguided.",
 )
 @option(
     "--gif",
@@ -349,6 +370,7 @@ def sample_command(
     labels: str | None,
     columns: int | None,
     scale: int | None,
+    no_grid: bool,
     progress: bool | None,
     quiet: bool,
     as_json: bool,
@@ -359,15 +381,37 @@ def sample_command(
     Without arguments: the shipped Fashion-MNIST model, a row of images for each class, in samples.png.
     """
     bars = show_progress(progress, quiet)
-    outputs = Outputs.checked(given["out"], given["singles"], given["npz"], given["gif"])
+    outputs = Outputs.checked(None if no_grid else given["out"] or GRID, given["singles"], given["npz"], given["gif"])
+    if no_grid and given["out"] is not None:
+        raise click.UsageError("--out and --no-grid exclude each other")
+    if not outputs.to_dict():
+        raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
     device = pick_device(given["device"])
     model = load_model(model_path, weights=weights, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
+    if model.config.in_channels not in (1, 3) and given["out"] is None and outputs.npz is not None:
+        outputs = replace(outputs, grid=None)  # there is none to show
     seed, first = given["seed"], given["first"]
-    plan = layout(model, count, labels, columns, first)
-    rule = drawing_rule(model, shipped=model_path is None, given=given)
+    chosen = choose(labels, model, seed)
+    n = default_count(chosen.entries, labels is not None) if count is None else count
+    labelled = chosen.entries is None or any(label >= 0 for label in chosen.entries)
+    rule = drawing_rule(model, shipped=model_path is None, given=given, labelled=labelled)
 
+    from ..labels import known_names
     from ..sampler import Sampler
 
+    run = Run(
+        n,
+        first,
+        plan := layout(n, chosen.entries, columns),
+        scale or default_scale(*plan.size(first, n), *model.config.image_shape[1:]),
+        {
+            "model": "fashion_mnist" if model_path is None else os.path.basename(model_path),
+            "seed": seed,
+            "options": {**rule, **{name: given[name] for name in ("dtype", "backend", "solver", "tol")}},
+        },
+        known_names(model.metadata),
+    )
+    outputs.check(run, model.config.image_shape, model.config.num_blocks + 1 + rule["denoise"])
     sampler = Sampler(
         model,
         backend=given["backend"],
@@ -378,9 +422,9 @@ def sample_command(
         compile=given["compile"],
         threads=given["threads"],
     )
-    samples = sampler.sample(
-        plan.n,
-        plan.labels,
+    stream = sampler.stream(
+        n,
+        chosen.labels,
         seed=seed,
         first=first,
         trajectory=outputs.gif is not None,
@@ -389,19 +433,16 @@ def sample_command(
         progress=bars,
         **rule,
     )
-    outputs.write(
-        samples,
-        columns=plan.columns,
-        scale=scale or max(1, PIXELS // model.config.img_size),
-        seed=seed,
-        first=first,
-        denoised=rule["denoise"],
-    )
+    totals = Totals()
+    with outputs.writing(run) as writing, contextlib.closing(stream):
+        for part in stream:
+            writing.add(part)
+            totals.add(part)
     if given["denoise"] is None and not rule["denoise"] and not {"noise_type", "noise_std"} & model.metadata.keys():
         said = "does not record the noise of its training: images are as drawn, not denoised; --noise-std SIGMA does it"
         warnings.warn(f"{model_path}: {said}", TarFlowWarning, stacklevel=1)
-    facts = {**summary(samples, outputs), "seed": seed, "first": first, **rule}
+    facts = {"files": outputs.to_dict(), **totals.facts(), "seed": seed, "first": first, **rule}
     if as_json:
         print_json(facts)
     elif not quiet:
-        click.echo("\n".join(summary_lines(facts, model, plan)))
+        echo(*summary_lines(facts, model, chosen, outputs.grid is not None and plan.classes is not None))

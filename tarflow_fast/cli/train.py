@@ -25,6 +25,7 @@ from .options import (
     threads_option,
     values_option,
 )
+from .terminal import echo
 
 TOP_PAD = 1 << 28  # bytes by which the heap grows
 
@@ -261,10 +262,10 @@ def train_command(
             keep_freed_memory()
             train(config, **how)
     except TrainingStopped as stopped:
-        click.echo(str(stopped), err=True)
+        echo(stopped, err=True)
         ctx.exit(128 + stopped.signal)
     if not quiet and os.environ.get("RANK", "0") == "0":
-        click.echo(os.path.join(config.out, "model.safetensors"))
+        echo(os.path.join(config.out, "model.safetensors"))
 
 
 def _progress(progress: bool | None, quiet: bool) -> bool | str:

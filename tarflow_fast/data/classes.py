@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, TarFlowWarning
 from .image_data import ImageData
 
 MOST_LISTED = 20
-
-log = logging.getLogger(__name__)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -79,9 +77,8 @@ def _table(
                 f"{num_classes} classes, as the model has no names by which to find others",
                 f"{len(data.class_names)}: {_listed(data.class_names)}",
             )
-        log.warning(
-            "the model has no class names; its classes are taken to be, in order: %s", _listed(data.class_names)
-        )
+        said = f"the model has no class names; its classes are taken to be, in order: {_listed(data.class_names)}"
+        warnings.warn(said, TarFlowWarning, stacklevel=2)
         return list(range(num_classes))
     numbers = list(data.numbers or range(data.num_classes))
     if any(given and all(name.isdecimal() for name in given) for given in (names, aliases)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..checks import check_choice, check_count
-from ..errors import ArgumentError, DataError
+from ..errors import ArgumentError, DataError, TarFlowWarning
 from ..files import PathLike
 from .arrays import image_data, load_npy, load_npz
 from .folders import find_pictures
@@ -27,8 +27,6 @@ from .values import LAYOUTS, PICTURE_CHANNELS, VALUES
 
 SPLITS = ("train", "val", "test")
 REDRAWN = 0.1  # seconds between looks at a bar
-
-log = logging.getLogger(__name__)
 
 
 def load_images(
@@ -108,7 +106,7 @@ def load_into(
     if size is not None and data.images.shape[-1] != size:
         raise DataError(f"{where}: its images are {data.images.shape[-1]} pixels wide, not {size}")
     for note in [*store.notes, *notes]:
-        log.warning("%s", note)
+        warnings.warn(note, TarFlowWarning, stacklevel=2)
     return data
 
 

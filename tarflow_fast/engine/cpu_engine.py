@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import serial
 from ..checks import check_count, short
 from ..errors import BackendError
+from ..limits import most_threads
 from ..native import CPU_DTYPES, choose_instruction_set, load_native
 from .contract import BlockState, Condition, Moved, Progress, check_latents, check_plain, embedding_rows
 from .weights import BlockWeights, LayerWeights
@@ -72,7 +73,7 @@ class CpuEngine:
         if missing is not None:
             raise BackendError(missing)
         self.config, self.dtype = weights.config, dtype
-        self.threads = None if threads is None else check_count("threads", threads)
+        self.threads = None if threads is None else check_count("threads", threads, high=most_threads())
         self.instruction_set = choose_instruction_set(instruction_set)
         self._classes = None if weights.classes is None else weights.classes.float().cpu()
         config = self.config

@@ -17,6 +17,7 @@ from .. import devices
 from ..checks import check_choice, check_count
 from ..devices import device_missing
 from ..errors import ArgumentError, BackendError
+from ..limits import most_threads
 from ..native import choose_instruction_set
 from .contract import BlockEngine
 from .cpu_engine import CpuEngine, cpu_missing
@@ -147,7 +148,7 @@ def check_threads(threads: object, backend: str) -> int | None:
     """The number of the `cpu` backend's threads, or None. Raises ArgumentError, or BackendError for other backends."""
     if threads is None:
         return None
-    count = check_count("threads", threads)
+    count = check_count("threads", threads, high=most_threads())
     if backend != "cpu":
         raise BackendError(
             f"threads is for backend 'cpu', and this is {backend!r}; leave threads out, and see torch.set_num_threads"

@@ -455,7 +455,7 @@ class _Run:
                 columns * config.sample_rows,
                 list(range(classes)) if classes else None,
                 seed=config.seed,
-                guidance=config.sample_guidance,
+                guidance=config.sample_guidance if classes else 0.0,  # guidance is towards a class
                 denoise=config.noise_type == "gaussian",
                 on_nonfinite="redraw",
             )

@@ -1,0 +1,131 @@
+"""The option --labels: which classes are drawn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ..labels import LabelsByNumber
+    from ..model import TarFlow
+
+MOST_LISTED = 10  # names that are printed
+MOST_BYTES = 2**26  # of a file of names or labels
+
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"\s*(?:,|$)')
+_WORD = re.compile(r"([^,]*?)\s*(?:,|$)")
+_NUMBER = re.compile(r"#(\d{1,18})|(-?\d{1,18})")
+_RANGE = re.compile(r"(\d{1,18})\s*-\s*(\d{1,18})")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """labels: for `Sampler.stream`. entries: what they are if they come in turn, image i having entry i mod their
+    number; None if they do not. described: in words, or None for a model without classes."""
+
+    labels: LabelsByNumber
+    entries: list[int] | None
+    described: str | None
+
+
+def choose(text: str | None, model: TarFlow, seed: int) -> Chosen:
+    """The labels that --labels asks for; without it all classes in turn. An unknown class is wrong usage, a number that
+    the model does not have an ArgumentError."""
+    from ..labels import find_class, known_names
+    from ..noise import random_label
+
+    names, classes = known_names(model.metadata), model.config.num_classes
+    word = None if text is None else text.strip()
+    if word is None or (word == "all" and find_class(word, names) is None):
+        if classes == 0 and word is not None:
+            raise _wrong("this model has no classes")
+        return Chosen(list(range(classes)) or None, list(range(classes)), f"all {classes} in turn" if classes else None)
+    if word == "none" and find_class(word, names) is None:
+        return Chosen(None, [], "none" if classes else None)
+    if word == "random" and find_class(word, names) is None:
+        if classes == 0:
+            raise _wrong("this model has no classes")
+        return Chosen(lambda image: random_label(seed, image, classes), None, f"random ones of {classes}")
+    if word.startswith("@") and find_class(word, names) is None:
+        entries = [y for line in read_lines(word[1:], "--labels") for y in _labels(line, names, classes)]
+    else:
+        entries = [y for part in _split(word, names) for y in _labels(part, names, classes)]
+    if not entries:
+        raise _wrong("expected at least one class")
+    entries = [max(y, -1) for y in entries]
+    listed = ", ".join(label_name(y, names) for y in entries[:MOST_LISTED])
+    more = f", … ({len(entries)} in turn)" if len(entries) > MOST_LISTED else " in turn" if len(entries) > 1 else ""
+    return Chosen(entries, entries, listed + more)
+
+
+def label_name(label: int, names: Sequence[str]) -> str:
+    """The name of a class, or its number."""
+    if label < 0:
+        return "no class"
+    return names[label] if label < len(names) else str(label)
+
+
+def read_lines(path: str, option: str) -> list[str]:
+    """The lines of a UTF-8 file without the space around them; empty ones are passed over."""
+    with Path(path).open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise click.UsageError(f"{option}: {path!r} has more than {MOST_BYTES} bytes")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise click.UsageError(f"{option}: {path!r} is no text in UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def split_list(text: str) -> list[str]:
+    """The words of "a, b,c"; one that holds a comma is put in quotation marks, as in CSV."""
+    return _split(text, [])
+
+
+def _wrong(what: str) -> click.BadParameter:
+    return click.BadParameter(what, param_hint="'--labels'")
+
+
+def _split(text: str, names: Sequence[str]) -> list[str]:
+    """Words between commas; a class name that holds some is one word, as is what is quoted."""
+    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if name)
+    name = re.compile(rf"({known})\s*(?:,|$)", re.IGNORECASE) if known else None
+    words, rest = [], text.strip()
+    while True:
+        found = (name.match(rest) if name else None) or _QUOTED.match(rest) or _WORD.match(rest)
+        assert found is not None  # _WORD matches everything
+        words.append(found[1].replace('""', '"') if found.re is _QUOTED else found[1])
+        if not found[0].endswith(","):
+            return words
+        rest = rest[found.end() :].lstrip()
+
+
+def _labels(word: str, names: Sequence[str], classes: int) -> list[int]:
+    """What one word of a list stands for: a class name, a number, or a range of numbers."""
+    from ..errors import ArgumentError
+    from ..labels import find_class
+
+    named = find_class(word, names)
+    if named is not None:
+        return [named]
+    if found := _NUMBER.fullmatch(word):
+        low = high = int(found[1] or found[2])
+    elif found := _RANGE.fullmatch(word):
+        low, high = int(found[1]), int(found[2])
+        if low > high:
+            raise _wrong(f"the range {word!r} runs backwards")
+    elif word == "none":
+        low = high = -1
+    else:
+        known = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
+        raise _wrong(f"there is no class {word!r} (class names of this model: {known or 'none, so give numbers'})")
+    if high >= classes:
+        expected = f"classes below {classes}" if classes else "none, as this model has no classes"
+        raise ArgumentError("labels", f"{expected}, or negative for no class", word)
+    return list(range(low, high + 1))

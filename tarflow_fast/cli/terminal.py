@@ -1,0 +1,85 @@
+"""What reaches the terminal, and how a command ends.
+
+Names and metadata come from files that somebody else has written: no character of theirs may move the cursor, change
+the title or begin a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import click
+
+from ..errors import printable
+
+FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
+
+
+def one_line(text: object) -> str:
+    """The words of a message, as `printable` text."""
+    return printable(" ".join(str(text).split()))
+
+
+def echo(*lines: object, err: bool = False) -> None:
+    """Prints lines, each made `printable`; characters that the stream's encoding lacks are escaped too.
+
+    Raises OSError that names the standard output where it takes no more; BrokenPipeError as it is.
+    """
+    text = "\n".join(map(printable, lines))
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    try:
+        click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        give_up_output()
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def give_up_output() -> None:
+    """Python writes what is left in the buffer of the standard output when it ends, and would complain again."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C. Where KeyboardInterrupt itself passes through exec(), as in many an import, Python kills itself at the
+    end, whatever the exit code."""
+
+
+class Terminated(BaseException):
+    """SIGTERM."""
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Interrupted and Terminated within, so that files are left as `replacing` promises. A
+    second SIGTERM is ignored; signals that somebody else handles are left alone."""
+    if threading.current_thread() is not threading.main_thread():  # Python gives signals to that one alone
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated
+
+    ours: dict[int, Any] = {}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        ours[signal.SIGINT] = interrupt
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        ours[signal.SIGTERM] = terminate
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

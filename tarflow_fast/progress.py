@@ -1,0 +1,15 @@
+"""Progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+
+from tqdm.auto import tqdm
+
+
+class Bar(tqdm):
+    """tqdm's bar, which says nothing more if it was interrupted before it was whole."""
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
