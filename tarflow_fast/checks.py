@@ -84,7 +84,7 @@ def label_tensor(labels: Labels, num_classes: int, name: str = "labels") -> Tens
             raise ArgumentError(name, "integers", repr(labels))
         if any(abs(v) >= 2**63 for v in values):
             raise ArgumentError(name, f"integers below {num_classes}", repr(labels))
-        out = torch.tensor(list(values), dtype=torch.int64)
+        out = torch.tensor(list(values), dtype=torch.int64, device="cpu")
     if out.numel() == 0:
         raise ArgumentError(name, "at least one label", "none")
     highest = int(out.max())

@@ -18,7 +18,7 @@ from torch.utils._device import DeviceContext
 
 from .errors import BackendError
 from .flow_block import MLP, Attention, AttentionBlock, FlowBlock
-from .native import CPU_DTYPES, choose_instruction_set, load_native
+from .native import CPU_DTYPES, address, choose_instruction_set, load_native
 
 DENSITY_BACKENDS = ("auto", "cpu", "torch")
 MOST_BYTES = 2**30
@@ -106,10 +106,9 @@ def cpu_density(
     B, T, D = x.shape
     kept: list[Tensor] = []  # copies live until the call is over
 
-    def address(tensor: Tensor) -> int:
-        plain = tensor.detach().to(torch.float32).contiguous()
-        kept.append(plain)
-        return plain.data_ptr()
+    def plain(tensor: Tensor) -> int:
+        kept.append(tensor.detach().to(torch.float32).contiguous())
+        return address("weights", kept[-1], torch.float32)
 
     first: Any = blocks[0]
     C = first.proj_in.weight.shape[0]
@@ -117,10 +116,10 @@ def cpu_density(
     block: Any
     for block in blocks:
         embedding = block._class_embedding(y)
-        rows = 0 if embedding is None else address(embedding.reshape(-1, C).expand(B, C))
+        rows = 0 if embedding is None else plain(embedding.reshape(-1, C).expand(B, C))
         ends = (block.proj_in.weight, block.proj_in.bias, block.pos_embed, block.proj_out.weight, block.proj_out.bias)
-        layers = [[address(tensor) for tensor in _layer(layer)] for layer in block.attn_blocks]
-        addresses.append(([*map(address, ends), rows], layers))
+        layers = [[plain(tensor) for tensor in _layer(layer)] for layer in block.attn_blocks]
+        addresses.append(([*map(plain, ends), rows], layers))
     outputs = torch.empty((len(addresses), B, T, D), dtype=torch.float32, device="cpu")
     log_det = torch.empty(B, dtype=torch.float64, device="cpu")
     slope = torch.empty_like(x) if gradient else None
@@ -132,10 +131,10 @@ def cpu_density(
         affine=first.nvp,
         blocks=addresses,
         samples=B,
-        x=x.data_ptr(),
-        outputs=outputs.data_ptr(),
-        log_det=log_det.data_ptr(),
-        gradient=0 if slope is None else slope.data_ptr(),
+        x=address("x", x, torch.float32),
+        outputs=address("outputs", outputs, torch.float32),
+        log_det=address("log_det", log_det, torch.float64),
+        gradient=0 if slope is None else address("gradient", slope, torch.float32),
         bf16=dtype == torch.bfloat16,
         instruction_set=choose_instruction_set(),
         threads=threads or torch.get_num_threads(),

@@ -73,7 +73,7 @@ class ImageData:
         """`limit` images at even distances, as data may be sorted by class; all if there are no more."""
         if check_count("limit", limit) >= len(self):
             return self
-        rows = torch.arange(limit) * len(self) // limit
+        rows = torch.arange(limit, device="cpu") * len(self) // limit
         return ImageData(self.images[rows], None if self.labels is None else self.labels[rows], self.class_names)
 
     @property
@@ -222,7 +222,7 @@ def _load_folder(path: Path, size: int, channels: int) -> ImageData:
             images.append(_load_picture(file, size, channels))
             labels.append(label)
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return ImageData(stacked, torch.tensor(labels), tuple(folder.name for folder in folders))
+    return ImageData(stacked, torch.tensor(labels, device="cpu"), tuple(folder.name for folder in folders))
 
 
 def _load_picture(path: Path, size: int, channels: int) -> NDArray[np.uint8]:

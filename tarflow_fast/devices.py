@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -65,6 +67,18 @@ def check_dtype(dtype: object, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         raise BackendError("dtype bfloat16 cannot be used: this GPU has none; use float16 or float32")
     return dtype
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Within it torch's defaults are fp32 and the CPU, whatever the process has set: modules are made by them."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def free_memory(device: torch.device) -> int:

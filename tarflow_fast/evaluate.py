@@ -137,7 +137,7 @@ def bits_per_dim(
     start = time.perf_counter()
     n = _check_data(model, images)
     y = batch_labels(labels, n, model.config.num_classes, model.device, "labels")
-    bits = torch.zeros(n, dtype=torch.float64)
+    bits = torch.zeros(n, dtype=torch.float64, device="cpu")
     with torch.no_grad(), _autocast(model, autocast):
         for rows, x in _batches(model, images, noise, draws, batch_size, progress, "bits/dim"):
             bits[rows] += model.bits_per_dim(x, None if y is None else y[rows]).cpu()
@@ -174,7 +174,7 @@ def bayes_accuracy(
     truth = batch_labels(labels, n, classes, torch.device("cpu"), "labels")
     if truth is None or bool((truth < 0).any()):
         raise ArgumentError("labels", "a class for every image", "None or a negative label")
-    log_p = torch.zeros(n, classes, dtype=torch.float64)
+    log_p = torch.zeros(n, classes, dtype=torch.float64, device="cpu")
     with torch.no_grad(), _autocast(model, autocast):
         for rows, x in _batches(model, images, noise, draws, batch_size, progress, "accuracy"):
             for c in range(classes):

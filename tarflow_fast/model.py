@@ -128,7 +128,7 @@ class TarFlow(nn.Module):
             mean = (found.log_det / x[0].numel()).to(torch.float32)
             return found.outputs[-1], list(found.outputs), mean
         outputs: list[Tensor] = []
-        log_det = torch.zeros((), device=x.device)
+        log_det = torch.zeros((), dtype=torch.float32, device=x.device)
         for block in self.blocks:
             x, block_log_det = block(x, y)
             log_det = log_det + block_log_det

@@ -161,7 +161,7 @@ class Sampler:
         if denoise:
             noise_std = resolve_noise_std(self._model, noise_std)
         table = label_tensor(labels, self.config.num_classes)
-        numbers = torch.arange(first, first + n)
+        numbers = torch.arange(first, first + n, device="cpu")
         y = None if table is None else table.cpu()[numbers % table.numel()].to(self.device)
         batch = self._batch_size(n, rule.active, batch_size)
         report = self._report(batch)

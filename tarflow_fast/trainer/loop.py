@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..checkpoint import save
 from ..config import TarFlowConfig
 from ..data import ImageData, load_images
+from ..devices import own_defaults
 from ..errors import ArgumentError, TrainingDiverged, TrainingStopped
 from ..evaluate import Noise, bits_per_dim
 from ..images import save_grid
@@ -109,10 +110,11 @@ class _Run:
         self.batches = Batches(data, config, group.device, group.rank, group.world)
         self.steps = config.epochs * self.batches.steps_per_epoch
         self.held_out = self._load_held_out(data)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = TarFlow.from_config(model_config(config, data)).to(group.device)
-        self.state = TrainState(model, config)
+        with own_defaults():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = TarFlow.from_config(model_config(config, data)).to(group.device)
+            self.state = TrainState(model, config)
         self.fingerprint = data.fingerprint
         if resume:
             self.state.restore(self.out / CHECKPOINT, config, self.fingerprint)
