@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from .devices import default_threads
 from .errors import BackendError
 from .flow_block import MLP, Attention, AttentionBlock, FlowBlock
 from .native import CPU_DTYPES, address, choose_instruction_set, load_native
@@ -97,7 +98,7 @@ def cpu_density(
     """z = f_K ∘ … ∘ f_1 (x) and log|det dz/dx|; with `gradient`, also d(log|det dz/dx| − ½ |z|²)/dx.
 
     tokens: (B, T, D) float on the CPU, x in the image's order; y: (B,) int64, negative for no class, or None; dtype: of
-    the linear layers' products, float32 or bfloat16, all else being fp32; threads: default torch.get_num_threads().
+    the linear layers' products, float32 or bfloat16, all else being fp32; threads: default `default_threads()`.
     Results do not depend on threads, nor on what else is in the batch. Beyond the result it needs up to 1 GiB, or what
     a single image needs if that is more: with a gradient, about 40 K L T C bytes. The caller has asked
     `cpu_density_missing`.
@@ -137,7 +138,7 @@ def cpu_density(
         gradient=0 if slope is None else address("gradient", slope, torch.float32),
         bf16=dtype == torch.bfloat16,
         instruction_set=choose_instruction_set(),
-        threads=threads or torch.get_num_threads(),
+        threads=threads or default_threads(),
         most_bytes=MOST_BYTES,
     )
     return CpuDensity(outputs, log_det, slope, workspace_bytes)

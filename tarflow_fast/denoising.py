@@ -34,7 +34,7 @@ def denoise(
     optimal step, >= 0. dtype: bfloat16 or float16 to run the products of the gradient in; default the model's own.
     backend: what computes the gradient, as in `TarFlow.set_density`: "cpu" (C++, for models on a CPU), "torch"
     (autograd), or "auto", the first that can be had. batch_size: images in one pass; default 16 with "torch", and with
-    "cpu" all, of which it holds as many at once as fit in 1 GiB. threads: of "cpu", default torch.get_num_threads().
+    "cpu" all, of which it holds as many at once as fit in 1 GiB. threads: of "cpu", default as in `Sampler`.
     One forward and one backward pass. p is the density of the training loss, whose prior is N(0, 1) also where a
     volume-preserving model has learnt another `var`; so does ml-tarflow. Returns new images, fp32 or wider; nothing
     is mutated. Raises ArgumentError, and BackendError for a backend that cannot be had.

@@ -80,7 +80,7 @@ class TarFlow(nn.Module):
 
         "cpu" is the pass in C++, for models on a CPU where autograd does not record (`torch.no_grad()`); the pass
         raises BackendError where it cannot be had. "auto", the default, is "cpu" where that can be had, else "torch".
-        Their results agree up to rounding. threads: of "cpu", default torch.get_num_threads() at each call.
+        Their results agree up to rounding. threads: of "cpu", default as in `Sampler`.
         """
         check_choice("density", backend, DENSITY_BACKENDS)
         if threads is not None:

@@ -80,7 +80,7 @@ class Sampler:
     model's own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is
     fp32.
     compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
-    torch.get_num_threads() at each call. Images do not depend on it.
+    as many as torch's, if there are cores for them (`devices.default_threads`). Images do not depend on it.
 
     Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had.
     """

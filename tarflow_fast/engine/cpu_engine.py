@@ -1,7 +1,8 @@
 """The `cpu` backend: a flow block's whole token loop in C++ (`csrc/cpu/`), without Python, torch or the GIL.
 
-Its threads are its own, as many as `torch.get_num_threads()`; results do not depend on their number, nor on what else
-is in the batch. Linear layers and the KV cache have the chosen dtype, the first and last layer are fp32 in both.
+Its threads are its own, by default as many as torch's, if there are cores for them; results do not depend on their
+number, nor on what else is in the batch. Linear layers and the KV cache have the chosen dtype, the first and last layer
+are fp32 in both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .. import serial
 from ..checks import check_count, short
+from ..devices import default_threads
 from ..errors import BackendError
 from ..native import CPU_DTYPES, address, choose_instruction_set, load_native
 from .contract import BlockState, Condition, Moved, Progress, check_latents, check_plain, embedding_rows
@@ -55,7 +57,7 @@ def _plain(*tensors: Tensor) -> list[Tensor]:
 
 
 class CpuEngine:
-    """BlockEngine in C++. dtype: float32 or bfloat16. threads: default torch.get_num_threads() at each call.
+    """BlockEngine in C++. dtype: float32 or bfloat16. threads: default `default_threads()` at each call.
 
     instruction_set: one of `native.instruction_sets()`; default see `native.choose_instruction_set`.
     """
@@ -199,6 +201,6 @@ class CpuEngine:
             "b" in rule.what,
             1 / rule.attn_temp,
             moved is None,
-            self.threads or torch.get_num_threads(),
+            self.threads or default_threads(),
             progress,
         )

@@ -69,7 +69,7 @@ def _cpu_status() -> BackendStatus:
         missing = str(error)
     if missing is not None:
         return BackendStatus("cpu", "cpu", False, missing)
-    why = f"native engine, {choose_instruction_set()}, {torch.get_num_threads()} threads; float32 and bfloat16"
+    why = f"native engine, {choose_instruction_set()}, {devices.default_threads()} threads; float32 and bfloat16"
     return BackendStatus("cpu", "cpu", True, why)
 
 
