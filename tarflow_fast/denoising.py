@@ -40,14 +40,15 @@ def denoise(
     is mutated. Raises ArgumentError, and BackendError for a backend that cannot be had.
     """
     images = check_tensor("images", images, model.config.image_shape)
-    labels = batch_labels(y, images.shape[0], model.config.num_classes, model.device)
+    names = model.metadata.get("class_names")
+    labels = batch_labels(y, images.shape[0], model.config.num_classes, model.device, class_names=names)
     sigma = resolve_noise_std(model, noise_std)
-    check_number("scale", scale, 0)
+    scale = check_number("scale", scale, 0)
     check_choice("backend", backend, DENSITY_BACKENDS)
     if batch_size is not None:
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
     if threads is not None:
-        check_count("threads", threads)
+        threads = check_count("threads", threads)
     products = model.dtype if dtype is None else dtype
     missing = cpu_density_missing(model.blocks, images, products, gradients=False)
     if backend == "cpu" and missing is not None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .checks import Labels, batch_labels, check_choice, check_count, check_number, short
 from .errors import ArgumentError, TarFlowError
 from .model import TarFlow
+from .scalars import plain
 
 NOISES = ("uniform", "gaussian", "none")
 
@@ -35,7 +36,8 @@ class Noise:
 
     def __post_init__(self) -> None:
         check_choice("noise", self.kind, NOISES)
-        check_count("seed", self.seed, low=0)
+        object.__setattr__(self, "seed", check_count("seed", self.seed, low=0))
+        object.__setattr__(self, "std", plain(self.std))
         if self.kind == "gaussian":
             check_number("noise_std", self.std, 0, open_low=True)
         elif self.std != 0:

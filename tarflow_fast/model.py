@@ -84,7 +84,7 @@ class TarFlow(nn.Module):
         """
         check_choice("density", backend, DENSITY_BACKENDS)
         if threads is not None:
-            check_count("threads", threads)
+            threads = check_count("threads", threads)
             if backend == "torch":
                 raise BackendError("threads is for density 'cpu'; leave it out, and see torch.set_num_threads")
         self._density, self._density_threads = backend, threads
@@ -120,7 +120,7 @@ class TarFlow(nn.Module):
         Returns z (B, T, D), the output of every block [(B, T, D)] * K, and the log-det (B,) as a *mean* over T·D.
         """
         x = self.patchify(x)
-        y = batch_labels(y, x.shape[0], self.config.num_classes, x.device)
+        y = batch_labels(y, x.shape[0], self.config.num_classes, x.device, class_names=self.metadata.get("class_names"))
         autocast = torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
         dtype = torch.get_autocast_dtype("cpu") if autocast else self.dtype
         if self._on_cpu(x, dtype, self._density):

@@ -43,6 +43,7 @@ from .flow_block import stream_dtype
 from .model import TarFlow
 from .noise import latent_noise
 from .report import BlockReport, Report, Samples
+from .scalars import check_flag, plain
 from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, make_solvers, widths
 
 MAX_REDRAWS = 3
@@ -109,7 +110,7 @@ class Sampler:
         self.plan = None if plan is None else check_plan(plan, self.config)
         sizes = {"blocks": self.config.num_blocks, "tokens": self.config.num_patches}
         self._solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, **sizes)
-        self.solver, self._tol = solver, TOL[self.dtype] if tol is None else tol
+        self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
         self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
         self._model.metadata = copy.deepcopy(model.metadata)
         state = self._model.state_dict()
@@ -152,15 +153,14 @@ class Sampler:
         batch_size: default what fits in memory. on_nonfinite: "raise" NonFiniteError, or "redraw" that image, at
         most three times. progress: show a bar.
         """
-        check_count("n", n)
-        check_count("seed", seed, 0)
-        check_count("first", first, 0)
+        n, seed, first = check_count("n", n), check_count("seed", seed, 0), check_count("first", first, 0)
+        denoise, trajectory = check_flag("denoise", denoise), check_flag("trajectory", trajectory)
         rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "redraw"))
-        check_number("denoise_scale", denoise_scale, 0)
+        denoise_scale = check_number("denoise_scale", denoise_scale, 0)
         if denoise:
             noise_std = resolve_noise_std(self._model, noise_std)
-        table = label_tensor(labels, self.config.num_classes)
+        table = label_tensor(labels, self.config.num_classes, class_names=self._class_names)
         numbers = torch.arange(first, first + n, device="cpu")
         y = None if table is None else table.cpu()[numbers % table.numel()].to(self.device)
         batch = self._batch_size(n, rule.active, batch_size)
@@ -237,10 +237,9 @@ class Sampler:
         """
         config = self.config
         x = check_tensor("x", x, (config.num_patches, config.token_dim))
-        labels = batch_labels(y, x.shape[0], config.num_classes, self.device)
+        labels = batch_labels(y, x.shape[0], config.num_classes, self.device, class_names=self._class_names)
         rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
-        if not isinstance(return_sequence, bool):
-            raise ArgumentError("return_sequence", "a bool", repr(return_sequence))
+        return_sequence = check_flag("return_sequence", return_sequence)
         batch = self._batch_size(x.shape[0], rule.active, None)
         parts = []
         for start in range(0, x.shape[0], batch):
@@ -260,7 +259,7 @@ class Sampler:
         labels, seed: as in `sample`; for a conditional model give the classes that will be drawn. The first 16 images,
         or fewer, are drawn again with each window, at this sampler's tol, to count passes.
         """
-        check_count("n", n, 2)
+        n = check_count("n", n, 2)
         samples = self.sample(n, labels, seed=seed, trajectory=True, progress=progress)
         assert samples.trajectory is not None
         tokens = [self._model.patchify(images) for images in samples.trajectory]
@@ -332,6 +331,10 @@ class Sampler:
             blocks=[BlockReport() for _ in range(self.config.num_blocks)],
         )
 
+    @property
+    def _class_names(self) -> Any:
+        return self._model.metadata.get("class_names")
+
     def _bar(self, n: int, progress: bool) -> Any:
         total = n * self.config.num_blocks * (self.config.num_patches - 1)
         return tqdm(total=total, unit="token", unit_scale=True, desc="sampling", disable=not progress)
@@ -339,7 +342,7 @@ class Sampler:
     def _batch_size(self, n: int, guided: bool, batch_size: int | None) -> int:
         """Samples per batch: as asked for if it fits, else as many as do. Raises OutOfMemoryError."""
         if batch_size is not None:
-            check_count("batch_size", batch_size)
+            batch_size = check_count("batch_size", batch_size)
         first = self._engines[-1]  # that a batch comes to
         each = first.bytes_per_sample(guided)
         free = free_memory(self.device) + first.idle_bytes

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..checks import check_choice, check_count, check_number
 from ..errors import ArgumentError
+from ..scalars import check_flag, plain
 
 NOISE_TYPES = ("gaussian", "uniform")
 DTYPES = ("float32", "bfloat16")
@@ -98,14 +99,15 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("data", "out"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ArgumentError(name, "a path", repr(getattr(self, name)))
         if self.eval_data is not None and not isinstance(self.eval_data, str):
             raise ArgumentError("eval_data", "a path or None", repr(self.eval_data))
         for name in ("nvp", "conditional", "flip", "compile", "tensorboard"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(name, "a bool", repr(getattr(self, name)))
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         for name in COUNTS:
             check_count(name, getattr(self, name))
         for name in COUNTS_OR_ZERO:
