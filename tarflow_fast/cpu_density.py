@@ -19,6 +19,7 @@ from torch.utils._device import DeviceContext
 from .devices import default_threads
 from .errors import BackendError
 from .flow_block import MLP, Attention, AttentionBlock, FlowBlock
+from .forking import safe_in_forked_child
 from .native import CPU_DTYPES, address, choose_instruction_set, load_native
 
 DENSITY_BACKENDS = ("auto", "cpu", "torch")
@@ -86,6 +87,8 @@ def _watched() -> bool:
     )
 
 
+@safe_in_forked_child()
+@torch.no_grad()
 def cpu_density(
     blocks: nn.ModuleList,
     tokens: Tensor,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import serial
 from .attention import ATTENTION_BACKENDS
-from .checks import batch_labels, check_choice, check_count, check_tensor, short
+from .checks import Flag, Labels, Number, batch_labels, check_choice, check_count, check_tensor, short
 from .config import TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
@@ -113,10 +113,10 @@ class TarFlow(nn.Module):
         B, ch, p, n = x.shape[0], self.config.in_channels, self.patch_size, self.img_size // self.patch_size
         return serial.rearranged(x, (B, n, n, ch, p, p), (0, 3, 1, 4, 2, 5), (B, ch, n * p, n * p))
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+    def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, list[Tensor], Tensor]:
         """The density pass, x to z, under ml-tarflow's conventions.
 
-        x: (B, in_channels, H, W) float; y: (B,) integer labels, negative for no class, or None.
+        x: (B, in_channels, H, W) float; y: (B,) labels, or one for all; negative for no class, or None.
         Returns z (B, T, D), the output of every block [(B, T, D)] * K, and the log-det (B,) as a *mean* over T·D.
         """
         x = self.patchify(x)
@@ -144,7 +144,7 @@ class TarFlow(nn.Module):
         z = check_tensor("z", z, tuple(self.var.shape))
         self.var.lerp_(z.detach().pow(2).mean(dim=0).to(self.var.dtype), weight=self.VAR_LR)
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, y: Labels = None) -> Tensor:
         """log p(x | y) = log N(z; 0, diag var) + log|det dz/dx|, in nats.
 
         x: (B, in_channels, H, W), finite, on the scale the model was trained on ([-1, 1] for images); y as in
@@ -158,7 +158,7 @@ class TarFlow(nn.Module):
         """log N(z; 0, diag var) in nats; z: (B, T, D). Returns (B,)."""
         return serial.gaussian_log_prob(z, self.var.to(z.dtype))
 
-    def bits_per_dim(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def bits_per_dim(self, x: Tensor, y: Labels = None) -> Tensor:
         """−log2 p(x | y) / N + log2(128), N = values per image: bits per 8-bit value.
 
         An 8-bit image v becomes x = (v + u)/128 − 1 with uniform dequantisation noise u in [0, 1)^N
@@ -174,24 +174,36 @@ class TarFlow(nn.Module):
     def reverse(
         self,
         x: Tensor,
-        y: Tensor | None = None,
-        guidance: float = 0,
+        y: Labels = None,
+        guidance: Number = 0,
         guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        return_sequence: bool = False,
-    ) -> Tensor | list[Tensor]:
+        attn_temp: Number = 1.0,
+        annealed_guidance: Flag = False,
+        return_sequence: Flag = False,
+        *,
+        return_log_det: Flag = False,
+        on_nonfinite: str = "return",
+    ) -> Any:
         """The sampling pass, latents (B, T, D) to images (B, in_channels, H, W); ml-tarflow's signature.
 
-        Under autocast it runs in autocast's dtype. The weights are packed anew at each call: to sample more than
-        once, make a `Sampler`.
+        Images that overflow come back as they are, infinite or NaN, as from ml-tarflow: on_nonfinite="raise" tells
+        which. return_log_det: see `Sampler.reverse`. Under autocast it runs in autocast's dtype. The weights are packed
+        anew at each call: to sample more than once, make a `Sampler`.
         """
         from .sampler import Sampler  # the convenience of a method; everything else points downwards
 
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return Sampler(self, dtype=dtype, solver="sequential").reverse(
-            x, y, guidance, guide_what, attn_temp, annealed_guidance, return_sequence
+            x,
+            y,
+            guidance,
+            guide_what,
+            attn_temp,
+            annealed_guidance,
+            return_sequence,
+            return_log_det=return_log_det,
+            on_nonfinite=on_nonfinite,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,10 @@ from tqdm.auto import tqdm
 from . import serial
 from .checkpoint import build, infer_config, strip_wrappers
 from .checks import (
+    Count,
+    Flag,
     Labels,
+    Number,
     batch_labels,
     check_choice,
     check_count,
@@ -40,6 +44,7 @@ from .engine import (
 )
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
 from .flow_block import stream_dtype
+from .forking import safe_in_forked_child
 from .model import TarFlow
 from .noise import latent_noise
 from .report import BlockReport, Report, Samples
@@ -54,13 +59,14 @@ PACED = 16  # images whose passes are counted for a plan
 
 @dataclass
 class _Inverse:
-    """One batch through all blocks. sequence: as `Samples.trajectory`, or empty.
+    """One batch through all blocks. log_det: log|det dx/dz|. sequence: as `Samples.trajectory`, or empty.
 
     failures: row to the (block, token) at which it first was not finite. solutions: by block.
     """
 
     images: Tensor
     log_prob: Tensor | None
+    log_det: Tensor
     sequence: list[Tensor]
     cache_bytes: int
     failures: dict[int, tuple[int, int]]
@@ -86,6 +92,7 @@ class Sampler:
     Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had.
     """
 
+    @safe_in_forked_child()
     def __init__(
         self,
         model: TarFlow,
@@ -108,38 +115,44 @@ class Sampler:
         self.backend, self.backend_reason = choose_backend(backend, self.device, self.dtype, compile)
         self._threads = threads = check_threads(threads, self.backend)
         self.plan = None if plan is None else check_plan(plan, self.config)
+        self._options: dict[str, Any] = {
+            **{"backend": backend, "device": self.device, "dtype": self.dtype, "solver": solver, "tol": tol},
+            **{"plan": self.plan, "compile": compile, "threads": threads},
+        }
         sizes = {"blocks": self.config.num_blocks, "tokens": self.config.num_patches}
         self._solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, **sizes)
         self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
-        self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
-        self._model.metadata = copy.deepcopy(model.metadata)
-        state = self._model.state_dict()
-        self._engines = make_engines(
-            self.backend,
-            (block_weights(state, self.config, k) for k in range(self.config.num_blocks)),
-            device=self.device,
-            dtype=self.dtype,
-            compile=compile,
-            threads=threads,
-        )
-        self._prior_std = self._model.var.sqrt()
+        with torch.inference_mode(False), torch.no_grad():  # a sampler outlives the mode that it is made in
+            self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
+            self._model.metadata = copy.deepcopy(model.metadata)
+            state = self._model.state_dict()
+            self._engines = make_engines(
+                self.backend,
+                (block_weights(state, self.config, k) for k in range(self.config.num_blocks)),
+                device=self.device,
+                dtype=self.dtype,
+                compile=compile,
+                threads=threads,
+            )
+            self._prior_std = self._model.var.sqrt()
 
+    @safe_in_forked_child()
     def sample(
         self,
-        n: int = 1,
+        n: Count = 1,
         labels: Labels = None,
         *,
-        seed: int = 0,
-        first: int = 0,
-        guidance: float = 0.0,
+        seed: Count = 0,
+        first: Count = 0,
+        guidance: Number = 0.0,
         guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        denoise: bool = False,
-        noise_std: float | None = None,
-        denoise_scale: float = 1.0,
-        trajectory: bool = False,
-        batch_size: int | None = None,
+        attn_temp: Number = 1.0,
+        annealed_guidance: Flag = False,
+        denoise: Flag = False,
+        noise_std: Number | None = None,
+        denoise_scale: Number = 1.0,
+        trajectory: Flag = False,
+        batch_size: Count | None = None,
         on_nonfinite: str = "raise",
         progress: bool = False,
     ) -> Samples:
@@ -147,15 +160,16 @@ class Sampler:
 
         Image i depends on (seed, i) and its label alone: batch size, device and order do not matter, up to rounding,
         and up to what `tol` allows where passes are parallel.
-        labels: None (no class), an int, or a sequence or tensor of which image i takes entry i mod its length;
-        negative for no class. guidance … annealed_guidance: see `Guidance`. denoise: Tweedie's step afterwards, with
-        σ = noise_std (default: what the checkpoint records) and the optimal step times denoise_scale.
+        labels: None (no class), one label, or a sequence, array or tensor of which image i takes entry i mod its
+        length; a label is an integer, negative for no class, or a name that the model records. guidance …
+        annealed_guidance: see `Guidance`. denoise: Tweedie's step afterwards, with σ = noise_std (default: what the
+        checkpoint records) and the optimal step times denoise_scale.
         batch_size: default what fits in memory. on_nonfinite: "raise" NonFiniteError, or "redraw" that image, at
         most three times. progress: show a bar.
         """
         n, seed, first = check_count("n", n), check_count("seed", seed, 0), check_count("first", first, 0)
         denoise, trajectory = check_flag("denoise", denoise), check_flag("trajectory", trajectory)
-        rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
         check_choice("on_nonfinite", on_nonfinite, ("raise", "redraw"))
         denoise_scale = check_number("denoise_scale", denoise_scale, 0)
         if denoise:
@@ -219,41 +233,54 @@ class Sampler:
             report.denoise_seconds = time.perf_counter() - started
         return Samples(images, log_prob, None if y is None else y.cpu(), report, sequence)
 
+    @safe_in_forked_child()
     def reverse(
         self,
         x: Tensor,
         y: Labels = None,
-        guidance: float = 0,
+        guidance: Number = 0,
         guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        return_sequence: bool = False,
-    ) -> Tensor | list[Tensor]:
+        attn_temp: Number = 1.0,
+        annealed_guidance: Flag = False,
+        return_sequence: Flag = False,
+        *,
+        return_log_det: Flag = False,
+        on_nonfinite: str = "raise",
+    ) -> Any:
         """Latents to images, with the signature and result of ml-tarflow's `Model.reverse`.
 
-        x: (B, T, D) float latents, not mutated. y: (B,) labels, or one int for all; negative for no class.
+        x: (B, T, D) float latents, not mutated. y: (B,) labels, or one for all; negative for no class.
+        on_nonfinite: "raise" NonFiniteError, or "return" such images as they are, beside the others.
         Returns images (B, in_channels, H, W) on x's device, or with return_sequence the list of K + 1 images: the
-        latents, then the images after each block. Raises NonFiniteError.
+        latents, then the images after each block. With return_log_det it returns these and log|det dx/dz| (B,), in
+        nats, the prior's scale included: log N(x; 0, 1) − log_det is the log-density of the images, if unguided.
         """
         config = self.config
         x = check_tensor("x", x, (config.num_patches, config.token_dim))
         labels = batch_labels(y, x.shape[0], config.num_classes, self.device, class_names=self._class_names)
-        rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
         return_sequence = check_flag("return_sequence", return_sequence)
+        return_log_det = check_flag("return_log_det", return_log_det)
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
         batch = self._batch_size(x.shape[0], rule.active, None)
         parts = []
         for start in range(0, x.shape[0], batch):
             rows = slice(start, start + batch)
             part = self._invert(x[rows], None if labels is None else labels[rows], rule, None, return_sequence)
             for row, (block, token) in sorted(part.failures.items()):
-                raise NonFiniteError(block, token, start + row)
+                if on_nonfinite == "raise":
+                    raise NonFiniteError(block, token, start + row)
             parts.append(part)
+        images: Any = torch.cat([part.images for part in parts]).to(x.device)
         if return_sequence:
             pieces = zip(*(part.sequence for part in parts), strict=True)
-            return [torch.cat(piece).to(x.device) for piece in pieces]
-        return torch.cat([part.images for part in parts]).to(x.device)
+            images = [torch.cat(piece).to(x.device) for piece in pieces]
+        return (images, torch.cat([part.log_det for part in parts]).to(x.device)) if return_log_det else images
 
-    def learn_plan(self, n: int = 256, labels: Labels = None, *, seed: int = 0, progress: bool = False) -> SolverPlan:
+    @safe_in_forked_child()
+    def learn_plan(
+        self, n: Count = 256, labels: Labels = None, *, seed: Count = 0, progress: bool = False
+    ) -> SolverPlan:
         """A plan for parallel passes, from n >= 2 images drawn without guidance by this sampler; see `SolverPlan`.
 
         labels, seed: as in `sample`; for a conditional model give the classes that will be drawn. The first 16 images,
@@ -280,6 +307,22 @@ class Sampler:
                 plan.evaluations[k, i] = max(solution.evaluations / z.shape[0], 1)
         return plan
 
+    # Copies. What the solvers have learnt of times is not handed on: another process, or machine, takes others.
+
+    def __reduce__(self) -> tuple[Callable[[TarFlow], Sampler], tuple[TarFlow]]:
+        """A pickle holds the weights and the options; the engines are made anew where it is read."""
+        return functools.partial(type(self), **self._options), (self._model,)
+
+    def __copy__(self) -> Sampler:
+        """Shares the weights and the engines, which keep nothing of a batch."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
+        return type(self)(self._model, **self._options)
+
+    @safe_in_forked_child()
     @torch.no_grad()
     def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any, trajectory: bool) -> _Inverse:
         """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var) for one batch; y: (B,) on the device."""
@@ -302,9 +345,12 @@ class Sampler:
             log_dets.append(state.log_det)
             tokens.append(serial.flipped(state.x) if k % 2 else state.x)
         images = model.unpatchify(tokens[-1])
-        log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - torch.stack(log_dets).sum(0)
+        blocks_log_det = torch.stack(log_dets).sum(0)
+        log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - blocks_log_det
+        log_det = blocks_log_det + self._prior_std.log().sum()
         sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
-        return _Inverse(images, log_prob, sequence, 0 if state is None else state.cache_bytes, failures, solutions)
+        cache_bytes = 0 if state is None else state.cache_bytes
+        return _Inverse(images, log_prob, log_det, sequence, cache_bytes, failures, solutions)
 
     def _served_by(self, sizes: list[int], guided: bool) -> tuple[str, str]:
         """Which backends served batches of these sizes, and why."""
@@ -339,7 +385,7 @@ class Sampler:
         total = n * self.config.num_blocks * (self.config.num_patches - 1)
         return tqdm(total=total, unit="token", unit_scale=True, desc="sampling", disable=not progress)
 
-    def _batch_size(self, n: int, guided: bool, batch_size: int | None) -> int:
+    def _batch_size(self, n: int, guided: bool, batch_size: Count | None) -> int:
         """Samples per batch: as asked for if it fits, else as many as do. Raises OutOfMemoryError."""
         if batch_size is not None:
             batch_size = check_count("batch_size", batch_size)
