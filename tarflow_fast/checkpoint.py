@@ -23,6 +23,7 @@ from .config import TarFlowConfig
 from .devices import check_device, check_dtype
 from .errors import ArgumentError, CheckpointError, TarFlowError
 from .files import check_path, replacing
+from .forking import safe_in_forked_child
 from .model import TarFlow
 
 HEADER = "tarflow_fast"  # our entry in a safetensors file's metadata: JSON of {"config": …, "metadata": …}
@@ -33,6 +34,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _ML_TARFLOW_NAME = re.compile(r"_model_(\d+)_(\d+)_(\d+)_(\d+)_(uniform|\d+(?:\.\d+)?)$")
 
 
+@safe_in_forked_child()
 def load(
     path: str | os.PathLike[str],
     *,
@@ -93,6 +95,7 @@ def load_pretrained(name: str = "fashion_mnist", *, device: str | torch.device =
     return load(Path(str(files("tarflow_fast") / "pretrained" / f"{name}.safetensors")), device=device)
 
 
+@safe_in_forked_child()
 def save(model: TarFlow, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
     """Write a model: `.safetensors` (weights, configuration, model.metadata) or `.pth` (ml-tarflow's state dict alone).
 
@@ -155,6 +158,7 @@ def infer_config(
     )
 
 
+@safe_in_forked_child()
 def build(
     state: Mapping[str, Tensor], config: TarFlowConfig, *, device: str | torch.device, dtype: torch.dtype
 ) -> TarFlow:

@@ -18,15 +18,12 @@ from torch.utils._device import DeviceContext
 
 from .devices import default_threads
 from .errors import BackendError
-from .flow_block import MLP, Attention, AttentionBlock, FlowBlock
+from .flow_block import Attention, unknown_arithmetic
 from .forking import safe_in_forked_child
 from .native import CPU_DTYPES, address, choose_instruction_set, load_native
 
 DENSITY_BACKENDS = ("auto", "cpu", "torch")
 MOST_BYTES = 2**30
-
-_PLAIN = (FlowBlock, AttentionBlock, Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential, nn.ModuleList)
-"""The modules whose arithmetic the C++ pass knows. A subclass may compute something else."""
 
 
 class CpuDensity(NamedTuple):
@@ -57,11 +54,10 @@ def cpu_density_missing(blocks: nn.ModuleList, x: Tensor, dtype: torch.dtype, *,
         return "autograd is to record the pass; use torch.no_grad(), or density 'torch'"
     if type(x) is not Tensor or _watched():
         return "a transform or mode of torch is active, which only PyTorch's own operations can follow"
+    unknown = unknown_arithmetic(blocks)
+    if unknown is not None:
+        return f"{unknown}; use density 'torch'"
     for module in blocks.modules():
-        if type(module) not in _PLAIN:
-            return f"it does not know what a {type(module).__name__} computes; use density 'torch'"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a {type(module).__name__} has forward hooks, which it would not call; use density 'torch'"
         if isinstance(module, Attention) and module.backend != "auto":
             return f"attention={module.backend!r} was asked for, which is PyTorch's; use set_attention('auto')"
     try:

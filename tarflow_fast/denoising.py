@@ -68,7 +68,7 @@ def denoise(
         for start in range(0, images.shape[0], size):
             x = _ordinary(images[start : start + size].detach()).to(model.device, stream)
             slope = gradient(x, None if labels is None else _ordinary(labels[start : start + size]))
-            out.append(serial.add_scaled(x, slope, scale * sigma**2))
+            out.append(serial.add_scaled(x.detach(), slope, scale * sigma**2))
         denoised = torch.cat(out).to(images.device)
     broken = (~serial.all_finite(denoised, 1)).nonzero().flatten().tolist()
     if broken:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import serial
+from .agreement import check_agreement
 from .checkpoint import build, infer_config, strip_wrappers
 from .checks import (
     Count,
@@ -43,7 +44,7 @@ from .engine import (
     make_engines,
 )
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
-from .flow_block import stream_dtype
+from .flow_block import stream_dtype, unknown_arithmetic
 from .forking import safe_in_forked_child
 from .model import TarFlow
 from .noise import latent_noise
@@ -89,7 +90,8 @@ class Sampler:
     compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
     as many as torch's, if there are cores for them (`devices.default_threads`). Images do not depend on it.
 
-    Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had.
+    Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had, and ArgumentError if
+    the model computes another thing than its weights say, as with hooks that change what they see.
     """
 
     @safe_in_forked_child()
@@ -125,6 +127,8 @@ class Sampler:
         with torch.inference_mode(False), torch.no_grad():  # a sampler outlives the mode that it is made in
             self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
             self._model.metadata = copy.deepcopy(model.metadata)
+            if _changed(model):
+                check_agreement(model, self._model)
             state = self._model.state_dict()
             self._engines = make_engines(
                 self.backend,
@@ -401,6 +405,13 @@ class Sampler:
         return min(wanted, fits)
 
 
+def _changed(model: TarFlow) -> bool:
+    """Whether something about the model may make it compute another thing than its weights say."""
+    overridden = type(model) is not TarFlow or model.__dict__.keys() & {"forward", "patchify"}
+    hooks = model._forward_hooks or model._forward_pre_hooks
+    return bool(overridden or hooks or unknown_arithmetic(model.blocks))
+
+
 def check_plan(plan: object, config: TarFlowConfig) -> SolverPlan:
     """Raises ArgumentError if this is no plan of a model of these sizes."""
     if not isinstance(plan, SolverPlan):
@@ -408,21 +419,24 @@ def check_plan(plan: object, config: TarFlowConfig) -> SolverPlan:
     return plan.check((config.num_blocks, config.num_patches, config.token_dim))
 
 
-def accelerate(model: nn.Module, **options: Any) -> Sampler:
+def accelerate(model: nn.Module, *, check: bool = True, **options: Any) -> Sampler:
     """A `Sampler` for any module with ml-tarflow's state dict, such as its `Model`: same `.reverse`, same result, fast.
 
     The module is read, not changed: its weights are copied. Its patch_size, and the number of attention heads of its
     first layer, are taken from its attributes where it has them, else as in `load`. options: see `Sampler`.
     One difference from ml-tarflow: a negative label means "no class" when sampling too.
+    check: hold a density pass over two images against the module's own, which tells of an order of tokens of its own,
+    of hooks and of overridden methods; see `agreement.py`. Raises ArgumentError if they differ.
     """
-    if isinstance(model, TarFlow):
-        return Sampler(model, **options)
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", "a torch module with ml-tarflow's state dict", type(model).__name__)
-    state = strip_wrappers(model.state_dict())
+    check = check_flag("check", check)
     inner: Any = model
     while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
         inner = inner.module if hasattr(inner, "module") else inner._orig_mod
+    if isinstance(inner, TarFlow):
+        return Sampler(inner, **options)
+    state = strip_wrappers(model.state_dict())
     width = state["blocks.0.proj_in.weight"].shape[0] if "blocks.0.proj_in.weight" in state else 0
     try:
         head_dim = width // inner.blocks[0].attn_blocks[0].attention.num_heads
@@ -430,4 +444,7 @@ def accelerate(model: nn.Module, **options: Any) -> Sampler:
         head_dim = None
     config = infer_config(state, patch_size=getattr(inner, "patch_size", None), head_dim=head_dim)
     weight = state["blocks.0.proj_in.weight"]
-    return Sampler(build(state, config, device=weight.device, dtype=weight.dtype), **options)
+    ours = build(state, config, device=weight.device, dtype=weight.dtype)
+    if check:
+        check_agreement(inner, ours)
+    return Sampler(ours, **options)
