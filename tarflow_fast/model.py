@@ -19,6 +19,7 @@ from .config import TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import Attention, FlowBlock
+from .gs_jacobi import check_iterations
 
 
 class TarFlow(nn.Module):
@@ -183,13 +184,16 @@ class TarFlow(nn.Module):
         *,
         return_log_det: Flag = False,
         on_nonfinite: str = "return",
+        **iterations: Any,
     ) -> Any:
         """The sampling pass, latents (B, T, D) to images (B, in_channels, H, W); ml-tarflow's signature.
 
         Images that overflow come back as they are, infinite or NaN, as from ml-tarflow: on_nonfinite="raise" tells
         which. return_log_det: see `Sampler.reverse`. Under autocast it runs in autocast's dtype. The weights are packed
-        anew at each call: to sample more than once, make a `Sampler`.
+        anew at each call: to sample more than once, make a `Sampler`. iterations: the lists of GS-Jacobi's scripts, see
+        `gs_jacobi.py`.
         """
+        check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
         from .sampler import Sampler  # the convenience of a method; everything else points downwards
 
         kind = self.device.type
