@@ -70,8 +70,10 @@ class Attention(_Closed):
         qkv: Tensor = self.qkv(_norm(self.norm, x, self.qkv.weight.dtype))
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temp: float = 1.0) -> Tensor:
+        """temp: divides the logits."""
         q, k, v = self._heads(x)
+        q = q if temp == 1.0 else q / temp
         out: Tensor = self.proj(causal_attention(q, k, v, self.backend).flatten(-2))
         return out
 
@@ -108,8 +110,8 @@ class AttentionBlock(_Closed):
         self.mlp = MLP(channels)
         self._closed = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(x)
+    def forward(self, x: Tensor, temp: float = 1.0) -> Tensor:
+        x = x + (self.attention(x) if temp == 1.0 else self.attention(x, temp))
         x = x + self.mlp(x)
         return x
 
@@ -173,17 +175,24 @@ class FlowBlock(_Closed):
         x: (B, T, D); y: (B,) int64 or None. Returns z (B, T, D) in x's token order and the log-det of each token,
         (B, T) in the block's order: −Σ_d xa in nats, 0 for the token that passes unchanged. Both fp32 or wider.
         """
+        x = x.to(stream_dtype(self.proj_in.weight.dtype))
+        return affine_density(self.transformer(x.flip(1) if self.flip else x, y), x, self.nvp, self.flip)
+
+    def transformer(self, x: Tensor, y: Tensor | None = None, attn_temp: float = 1.0) -> Tensor:
+        """(xa, xb) after each token, (B, T, 2D), or xb alone, (B, T, D), unless nvp.
+
+        x: (B, T, D) in the block's own order, in the stream's dtype; attn_temp: divides the attention logits.
+        """
         dtype = self.proj_in.weight.dtype
-        stream = stream_dtype(dtype)
-        x = x.to(stream)
-        tokens, pos = (x.flip(1), self.pos_embed.flip(0)) if self.flip else (x, self.pos_embed)
-        h = self.proj_in(tokens.to(dtype)).to(stream) + pos
+        pos = self.pos_embed.flip(0) if self.flip else self.pos_embed
+        h = self.proj_in(x.to(dtype)).to(x.dtype) + pos
         embedding = self._class_embedding(y)
         if embedding is not None:
             h = h + embedding
         for block in self.attn_blocks:
-            h = block(h)
-        return affine_density(self.proj_out(h.to(dtype)), x, self.nvp, self.flip)
+            h = block(h) if attn_temp == 1.0 else block(h, attn_temp)
+        out: Tensor = self.proj_out(h.to(dtype))
+        return out
 
     def reverse(
         self,

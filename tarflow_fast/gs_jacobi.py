@@ -17,8 +17,10 @@ LISTS = ("num_GS_list", "max_jacobi_list", "guess_list")
 
 
 def check_iterations(options: Mapping[str, Any], num_blocks: int) -> None:
-    """Raises TypeError for other names, and ArgumentError for what the scripts could not mean. Warns where iterations are
-    asked for: the result is that of as many as it takes."""
+    """Raises TypeError for other names, and ArgumentError for what the scripts could not mean.
+
+    Warns where iterations are asked for: the result is that of as many as it takes.
+    """
     for name, value in options.items():
         if name in LISTS:
             if not isinstance(value, (list, tuple)) or len(value) < num_blocks:

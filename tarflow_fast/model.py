@@ -20,6 +20,7 @@ from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import Attention, FlowBlock
 from .gs_jacobi import check_iterations
+from .scalars import check_flag, plain
 
 
 class TarFlow(nn.Module):
@@ -171,7 +172,6 @@ class TarFlow(nn.Module):
         values = math.prod(self.config.image_shape)
         return -self.log_prob(x, y) / (values * math.log(2)) + math.log2(128)
 
-    @torch.no_grad()
     def reverse(
         self,
         x: Tensor,
@@ -184,18 +184,26 @@ class TarFlow(nn.Module):
         *,
         return_log_det: Flag = False,
         on_nonfinite: str = "return",
+        differentiable: Flag = False,
         **iterations: Any,
     ) -> Any:
         """The sampling pass, latents (B, T, D) to images (B, in_channels, H, W); ml-tarflow's signature.
 
         Images that overflow come back as they are, infinite or NaN, as from ml-tarflow: on_nonfinite="raise" tells
         which. return_log_det: see `Sampler.reverse`. Under autocast it runs in autocast's dtype. The weights are packed
-        anew at each call: to sample more than once, make a `Sampler`. iterations: the lists of GS-Jacobi's scripts, see
-        `gs_jacobi.py`.
+        anew at each call: to sample more than once, make a `Sampler`.
+        differentiable: whether autograd records the pass, for gradients of x and the weights. It takes the memory of
+        2 K tensors (B, T, D), and while it goes backward that of one block's density pass at a time, which then takes
+        up to T − 1 backward passes (see `differentiable.py`). It runs in the model's own dtype.
+        iterations: the lists of GS-Jacobi's scripts, see `gs_jacobi.py`.
         """
         check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
         from .sampler import Sampler  # the convenience of a method; everything else points downwards
 
+        if check_flag("differentiable", differentiable) and torch.is_grad_enabled():
+            return self._differentiable_reverse(
+                x, y, guidance, guide_what, attn_temp, annealed_guidance, return_sequence, return_log_det, on_nonfinite
+            )
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return Sampler(self, dtype=dtype, solver="sequential").reverse(
@@ -209,6 +217,36 @@ class TarFlow(nn.Module):
             return_log_det=return_log_det,
             on_nonfinite=on_nonfinite,
         )
+
+    def _differentiable_reverse(
+        self,
+        x: Tensor,
+        y: Labels,
+        guidance: Number,
+        guide_what: str,
+        attn_temp: Number,
+        annealed_guidance: Flag,
+        return_sequence: Flag,
+        return_log_det: Flag,
+        on_nonfinite: str,
+    ) -> Any:
+        """`reverse`, which autograd records."""
+        from .differentiable import differentiable_reverse
+        from .engine import Guidance
+        from .sampler import Sampler
+
+        x = check_tensor("x", x, tuple(self.var.shape))
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
+        names = self.metadata.get("class_names")
+        labels = batch_labels(y, x.shape[0], self.config.num_classes, self.device, class_names=names)
+        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
+        sampler = Sampler(self, solver="sequential")
+        tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, rule, sampler)
+        if on_nonfinite == "raise" and not serial.all_finite(tokens[-1].detach()):
+            sampler.reverse(x.detach(), labels, plain(guidance), guide_what, plain(attn_temp), annealed_guidance)
+        sequence = [self.unpatchify(each).to(x.device) for each in tokens]
+        images: Any = sequence if check_flag("return_sequence", return_sequence) else sequence[-1]
+        return (images, log_det.to(x.device)) if check_flag("return_log_det", return_log_det) else images
 
 
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

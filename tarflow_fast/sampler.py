@@ -281,6 +281,13 @@ class Sampler:
             images = [torch.cat(piece).to(x.device) for piece in pieces]
         return (images, torch.cat([part.log_det for part in parts]).to(x.device)) if return_log_det else images
 
+    @torch.no_grad()
+    def invert_block(self, k: int, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) and its token log-dets (B, T) of block k, in its own token order, on this sampler's device."""
+        state = self._engines[k].begin(z, condition)
+        self._solvers[k](self._engines[k], state, None)
+        return state.x, state.token_log_det
+
     @safe_in_forked_child()
     def learn_plan(
         self, n: Count = 256, labels: Labels = None, *, seed: Count = 0, progress: bool = False
