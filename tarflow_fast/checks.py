@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,13 @@ def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool =
     if finite and not serial.all_finite(x.detach()):
         raise ArgumentError(name, "finite values", "a tensor with infinities or NaNs")
     return x
+
+
+def warn_range(name: str, x: Tensor, most: float, meant: str) -> None:
+    """Warns of finite values beyond ±most, which nobody who means `meant` gives."""
+    largest = float(x.detach().abs().max())
+    if largest > most:
+        warnings.warn(f"{name}: values of up to {largest:.3g}, where {meant} is meant", stacklevel=4)
 
 
 def check_number(

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from . import serial
 from .attention import ATTENTION_BACKENDS
-from .checks import Flag, Labels, Number, batch_labels, check_choice, check_count, check_tensor, short
+from .checks import Flag, Labels, Number, batch_labels, check_choice, check_count, check_tensor, short, warn_range
 from .config import TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import Attention, FlowBlock
 from .gs_jacobi import check_iterations
 from .scalars import check_flag, plain
+
+IMAGE_RANGE = 4.0  # beyond any image of −1 to 1 with the noise that models are trained with, or any sample
 
 
 class TarFlow(nn.Module):
@@ -153,6 +155,8 @@ class TarFlow(nn.Module):
         `forward`. Returns (B,). It is a density over the values of x: for 8-bit images see `bits_per_dim`.
         """
         x = check_tensor("x", x, self.config.image_shape)
+        if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # trained on 8-bit images
+            warn_range("x", x, IMAGE_RANGE, "an image of −1 to 1 (v / 127.5 − 1, for 8-bit values v) and some noise")
         z, _, mean_log_det = self.forward(x, y)
         return self.prior_log_prob(z) + mean_log_det * z[0].numel()
 

@@ -28,6 +28,7 @@ from .checks import (
     check_tensor,
     label_tensor,
     short,
+    warn_range,
 )
 from .config import TarFlowConfig
 from .denoising import denoise as tweedie
@@ -55,6 +56,7 @@ from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, make_solvers, wi
 MAX_REDRAWS = 3
 MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
 MEMORY_SHARE = 0.8  # of what is free, for one batch
+LATENT_RANGE = 20.0  # no number of latents has one beyond
 PACED = 16  # images whose passes are counted for a plan
 
 
@@ -261,6 +263,7 @@ class Sampler:
         """
         config = self.config
         x = check_tensor("x", x, (config.num_patches, config.token_dim))
+        warn_range("x", x, LATENT_RANGE, "noise of a standard normal distribution")
         labels = batch_labels(y, x.shape[0], config.num_classes, self.device, class_names=self._class_names)
         rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
         return_sequence = check_flag("return_sequence", return_sequence)

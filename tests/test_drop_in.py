@@ -77,6 +77,18 @@ def test_denoising_never_gives_infinities(backend: str) -> None:
         denoise(model, images, 0, noise_std=1.0, backend=backend)
 
 
+def test_what_is_far_out_of_range_is_said() -> None:
+    model, images = random_model(), random_images(random_model(), 2).clamp(-1, 1)
+    model.log_prob(127.5 * images)  # nothing is known of what it was trained on
+    model.metadata = {"noise_std": 0.3, "noise_type": "gaussian"}
+    with torch.no_grad():
+        model.log_prob(3 * images)
+        with pytest.warns(UserWarning, match=r"^x: values of up to 12\d"):
+            model.bits_per_dim(127.5 * images)
+        with pytest.warns(UserWarning, match=r"^x: values of up to \d+, where noise"):
+            model.reverse(50 * random_latents(model, 2))
+
+
 # Log-determinants
 
 
@@ -131,6 +143,7 @@ def test_inference_mode(backend: str) -> None:
     assert not any(tensor.requires_grad for tensor in after)
 
 
+@pytest.mark.slow
 def test_compiled_and_wrapped_models_are_models() -> None:
     model, x = random_model(num_classes=3), random_images(random_model(), 2)
     y = torch.tensor([0, -1])
