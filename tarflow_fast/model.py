@@ -54,7 +54,6 @@ class TarFlow(nn.Module):
             in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp, num_classes, head_dim
         )
         self.metadata: dict[str, Any] = {}
-        self.img_size, self.patch_size, self.num_patches = img_size, patch_size, config.num_patches
         self.blocks = nn.ModuleList([FlowBlock(config, flip=k % 2 == 1) for k in range(num_blocks)])
         # The prior's variance: ones in nvp models, learnt by update_prior in volume-preserving ones.
         self.register_buffer("var", torch.ones(config.num_patches, config.token_dim))
@@ -62,6 +61,20 @@ class TarFlow(nn.Module):
     @classmethod
     def from_config(cls, config: TarFlowConfig) -> TarFlow:
         return cls(**config.to_dict())
+
+    # The sizes may be read, as in ml-tarflow, and are those that the model was made with.
+
+    @property
+    def img_size(self) -> int:
+        return self.config.img_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.config.num_patches
 
     @property
     def device(self) -> torch.device:
