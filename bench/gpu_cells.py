@@ -139,7 +139,7 @@ def exact_images(cell: GpuCell, inputs: Inputs, device: torch.device) -> Tensor:
     """In fp32, by the torch backend, for which a block is a second of work even where ml-tarflow takes minutes. That
     this is not the torch backend checking itself is the baseline's part: it has to agree with these images too."""
     sampler = Sampler(inputs.model, backend="torch", device=device, dtype=torch.float32, solver="sequential")
-    return sampler.reverse(inputs.z, inputs.y, guidance=cell.guidance)  # type: ignore[return-value]
+    return sampler.reverse(inputs.z, inputs.y, guidance=cell.guidance)
 
 
 def samplers(
@@ -163,7 +163,7 @@ def samplers(
         sampler = Sampler(
             inputs.model, backend=backend, device=device, dtype=DTYPE, solver="sequential", compile=compile
         )
-        return functools.partial(sampler.reverse, inputs.z, inputs.y, guidance=cell.guidance)  # type: ignore[return-value]
+        return functools.partial(sampler.reverse, inputs.z, inputs.y, guidance=cell.guidance)
 
     found: dict[str, Contestant] = {
         BASELINE: theirs,

@@ -26,6 +26,7 @@ from .config import TarFlowConfig
 from .devices import check_device, check_dtype
 from .errors import ArgumentError, CheckpointError, TarFlowWarning
 from .files import check_path, replacing
+from .forking import safe_in_forked_child
 from .model import TarFlow
 from .settings import check_metadata, find_settings
 from .stored import INDEX, StoredTensor, open_content, read_json
@@ -51,6 +52,7 @@ class Origin:
     weights: str
 
 
+@safe_in_forked_child()
 def load(
     path: str | os.PathLike[str],
     *,
@@ -153,6 +155,7 @@ def load_pretrained(name: str = "fashion_mnist", *, device: str | torch.device =
     return load(Path(str(files("tarflow_fast") / "pretrained" / f"{name}.safetensors")), device=device)
 
 
+@safe_in_forked_child()
 def save(
     model: TarFlow, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, card: bool | str = False
 ) -> None:
@@ -262,6 +265,7 @@ def infer_config(
     )
 
 
+@safe_in_forked_child()
 def build(state: Weights, config: TarFlowConfig, *, device: str | torch.device, dtype: torch.dtype) -> TarFlow:
     """A model from a whole state dict: every key present, no other, right shapes, finite. Raises CheckpointError."""
     _check_keys(state, config)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import serial
-from .errors import ArgumentError
+from .errors import ArgumentError, TarFlowWarning
+from .scalars import plain
 
-Labels = int | Sequence[int] | Tensor | None
+Label = int | str | np.integer | np.ndarray | Tensor  # the last two without dimensions
+Labels = Label | Sequence[Label] | None
+Number = float | np.number | np.ndarray | Tensor
+Count = int | np.integer | np.ndarray | Tensor
+Flag = bool | int | np.bool_
+"""What is taken for labels, numbers and flags: Python's, numpy's and torch's, and the names of classes."""
 
 GUIDE_WHAT = ("a", "b", "ab")
 
@@ -37,6 +46,13 @@ def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool =
     return x
 
 
+def warn_range(name: str, x: Tensor, most: float, meant: str) -> None:
+    """Warns of finite values beyond ±most, which nobody who means `meant` gives."""
+    largest = float(x.detach().abs().max())
+    if largest > most:
+        warnings.warn(f"{name}: values of up to {largest:.3g}, where {meant} is meant", TarFlowWarning, stacklevel=4)
+
+
 def check_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> float:
@@ -44,18 +60,20 @@ def check_number(
     bound = f"a finite number {'>' if open_low else '>='} {low:g}" + ("" if math.isinf(high) else f" and <= {high:g}")
     if math.isinf(low):
         bound = "a finite number"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
         raise ArgumentError(name, bound, repr(value))
-    if value < low or value > high or (open_low and value == low):
+    if number < low or number > high or (open_low and number == low):
         raise ArgumentError(name, bound, repr(value))
-    return float(value)
+    return float(number)
 
 
 def check_count(name: str, value: object, low: int = 1, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    count = plain(value)
+    if isinstance(count, bool) or not isinstance(count, int) or count < low or (high is not None and count > high):
         bound = f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
         raise ArgumentError(name, bound, repr(value))
-    return value
+    return count
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
@@ -64,13 +82,18 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     return value
 
 
-def label_tensor(labels: Labels, num_classes: int, name: str = "labels") -> Tensor | None:
-    """One int, a sequence or a tensor of labels as (n,) int64, any negative value becoming -1, "no class".
+def label_tensor(
+    labels: Labels, num_classes: int, name: str = "labels", class_names: Sequence[str] | None = None
+) -> Tensor | None:
+    """One label, a sequence, an array or a tensor of labels as (n,) int64, any negative value becoming -1, "no class".
 
     None stays None. An unconditional model (num_classes = 0) takes only None and negative labels, and gives None.
+    class_names: of the model, by which labels may be called too.
     """
     if labels is None:
         return None
+    if isinstance(labels, np.ndarray):
+        labels = _from_array(name, labels)
     if isinstance(labels, Tensor):
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ArgumentError(name, "integers", f"a {short(labels.dtype)} tensor")
@@ -78,14 +101,16 @@ def label_tensor(labels: Labels, num_classes: int, name: str = "labels") -> Tens
             raise ArgumentError(name, "an int or a 1-D tensor", f"shape {tuple(labels.shape)}")
         out = labels.detach().reshape(-1).long()
     else:
-        values = [labels] if isinstance(labels, int) else labels
-        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-            raise ArgumentError(name, "an int, a sequence of ints, a 1-D integer tensor or None", repr(labels))
+        given = [labels] if isinstance(labels, (int, str, np.generic)) else labels
+        if isinstance(given, bytes) or not isinstance(given, Sequence):
+            expected = "an int, a class's name, a sequence of these, a 1-D integer tensor or array, or None"
+            raise ArgumentError(name, expected, repr(labels))
+        values = [_label_named(name, v, class_names) if isinstance(v, str) else plain(v) for v in given]
         if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
             raise ArgumentError(name, "integers", repr(labels))
         if any(abs(v) >= 2**63 for v in values):
             raise ArgumentError(name, f"integers below {num_classes}", repr(labels))
-        out = torch.tensor(list(values), dtype=torch.int64)
+        out = torch.tensor(values, dtype=torch.int64, device="cpu")
     if out.numel() == 0:
         raise ArgumentError(name, "at least one label", "none")
     highest = int(out.max())
@@ -98,13 +123,53 @@ def label_tensor(labels: Labels, num_classes: int, name: str = "labels") -> Tens
     return out.clamp(min=-1)
 
 
-def batch_labels(labels: Labels, batch: int, num_classes: int, device: torch.device, name: str = "y") -> Tensor | None:
+def _from_array(name: str, labels: np.ndarray) -> Any:
+    """A list, or a single label, of an array of integers or names."""
+    if labels.dtype.kind not in "iuUO" or labels.ndim > 1:
+        expected = "a 1-D array of integers or class names"
+        raise ArgumentError(name, expected, f"a {labels.dtype} array of shape {labels.shape}")
+    return labels.tolist()
+
+
+def find_class(name: str, names: Sequence[str], argument: str = "labels") -> int | None:
+    """The number of the class of that name, in any case where none is spelt exactly so; None if there is none.
+
+    Raises ArgumentError where several classes are called that.
+    """
+    for spelt in (str, str.casefold):
+        found = [i for i, known in enumerate(names) if spelt(known) == spelt(name)]
+        if len(found) > 1:
+            some = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
+            raise ArgumentError(argument, "the name of one class, or its number", f"{name!r}, as are {some}")
+        if found:
+            return found[0]
+    return None
+
+
+def _label_named(argument: str, label: str, class_names: Sequence[str] | None) -> int:
+    if not class_names:
+        raise ArgumentError(argument, "integers, as this model records no names of classes", repr(label))
+    found = find_class(label, class_names, argument)
+    if found is None:
+        some = ", ".join(map(repr, class_names[:20])) + (", …" if len(class_names) > 20 else "")
+        raise ArgumentError(argument, f"one of {some}", repr(label))
+    return found
+
+
+def batch_labels(
+    labels: Labels,
+    batch: int,
+    num_classes: int,
+    device: torch.device,
+    name: str = "y",
+    class_names: Sequence[str] | None = None,
+) -> Tensor | None:
     """Labels for a batch of given rows: (batch,) int64 on `device`, -1 for no class. One label serves all rows."""
-    out = label_tensor(labels, num_classes, name)
+    out = label_tensor(labels, num_classes, name, class_names)
     if out is None:
         return None
     if out.numel() != batch:
-        if not isinstance(labels, int):
+        if (isinstance(labels, Sequence) and not isinstance(labels, str)) or getattr(labels, "ndim", 0) > 0:
             raise ArgumentError(name, f"{batch} labels, one for each row", out.numel())
         out = out.expand(batch)
     return out.to(device)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import ArgumentError
+from .scalars import check_flag, plain
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class TarFlowConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            value = plain(getattr(self, field.name))
             if field.name == "nvp":
-                if not isinstance(value, bool):
-                    raise ArgumentError("nvp", "a bool", repr(value))
+                value = check_flag("nvp", value)
+            object.__setattr__(self, field.name, value)
+            if field.name == "nvp":
                 continue
             low = 0 if field.name == "num_classes" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < low:

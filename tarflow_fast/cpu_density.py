@@ -16,15 +16,14 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from .devices import default_threads
 from .errors import BackendError
-from .flow_block import MLP, Attention, AttentionBlock, FlowBlock
-from .native import CPU_DTYPES, choose_instruction_set, load_native
+from .flow_block import Attention, unknown_arithmetic
+from .forking import safe_in_forked_child
+from .native import CPU_DTYPES, address, choose_instruction_set, load_native
 
 DENSITY_BACKENDS = ("auto", "cpu", "torch")
 MOST_BYTES = 2**30
-
-_PLAIN = (FlowBlock, AttentionBlock, Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential, nn.ModuleList)
-"""The modules whose arithmetic the C++ pass knows. A subclass may compute something else."""
 
 
 class CpuDensity(NamedTuple):
@@ -55,11 +54,10 @@ def cpu_density_missing(blocks: nn.ModuleList, x: Tensor, dtype: torch.dtype, *,
         return "autograd is to record the pass; use torch.no_grad(), or density 'torch'"
     if type(x) is not Tensor or _watched():
         return "a transform or mode of torch is active, which only PyTorch's own operations can follow"
+    unknown = unknown_arithmetic(blocks)
+    if unknown is not None:
+        return f"{unknown}; use density 'torch'"
     for module in blocks.modules():
-        if type(module) not in _PLAIN:
-            return f"it does not know what a {type(module).__name__} computes; use density 'torch'"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a {type(module).__name__} has forward hooks, which it would not call; use density 'torch'"
         if isinstance(module, Attention) and module.backend != "auto":
             return f"attention={module.backend!r} was asked for, which is PyTorch's; use set_attention('auto')"
     try:
@@ -85,6 +83,8 @@ def _watched() -> bool:
     )
 
 
+@safe_in_forked_child()
+@torch.no_grad()
 def cpu_density(
     blocks: nn.ModuleList,
     tokens: Tensor,
@@ -97,7 +97,7 @@ def cpu_density(
     """z = f_K ∘ … ∘ f_1 (x) and log|det dz/dx|; with `gradient`, also d(log|det dz/dx| − ½ |z|²)/dx.
 
     tokens: (B, T, D) float on the CPU, x in the image's order; y: (B,) int64, negative for no class, or None; dtype: of
-    the linear layers' products, float32 or bfloat16, all else being fp32; threads: default torch.get_num_threads().
+    the linear layers' products, float32 or bfloat16, all else being fp32; threads: default `default_threads()`.
     Results do not depend on threads, nor on what else is in the batch. Beyond the result it needs up to 1 GiB, or what
     a single image needs if that is more: with a gradient, about 40 K L T C bytes. The caller has asked
     `cpu_density_missing`.
@@ -106,10 +106,9 @@ def cpu_density(
     B, T, D = x.shape
     kept: list[Tensor] = []  # copies live until the call is over
 
-    def address(tensor: Tensor) -> int:
-        plain = tensor.detach().to(torch.float32).contiguous()
-        kept.append(plain)
-        return plain.data_ptr()
+    def plain(tensor: Tensor) -> int:
+        kept.append(tensor.detach().to(torch.float32).contiguous())
+        return address("weights", kept[-1], torch.float32)
 
     first: Any = blocks[0]
     C = first.proj_in.weight.shape[0]
@@ -117,10 +116,10 @@ def cpu_density(
     block: Any
     for block in blocks:
         embedding = block._class_embedding(y)
-        rows = 0 if embedding is None else address(embedding.reshape(-1, C).expand(B, C))
+        rows = 0 if embedding is None else plain(embedding.reshape(-1, C).expand(B, C))
         ends = (block.proj_in.weight, block.proj_in.bias, block.pos_embed, block.proj_out.weight, block.proj_out.bias)
-        layers = [[address(tensor) for tensor in _layer(layer)] for layer in block.attn_blocks]
-        addresses.append(([*map(address, ends), rows], layers))
+        layers = [[plain(tensor) for tensor in _layer(layer)] for layer in block.attn_blocks]
+        addresses.append(([*map(plain, ends), rows], layers))
     outputs = torch.empty((len(addresses), B, T, D), dtype=torch.float32, device="cpu")
     log_det = torch.empty(B, dtype=torch.float64, device="cpu")
     slope = torch.empty_like(x) if gradient else None
@@ -132,13 +131,13 @@ def cpu_density(
         affine=first.nvp,
         blocks=addresses,
         samples=B,
-        x=x.data_ptr(),
-        outputs=outputs.data_ptr(),
-        log_det=log_det.data_ptr(),
-        gradient=0 if slope is None else slope.data_ptr(),
+        x=address("x", x, torch.float32),
+        outputs=address("outputs", outputs, torch.float32),
+        log_det=address("log_det", log_det, torch.float64),
+        gradient=0 if slope is None else address("gradient", slope, torch.float32),
         bf16=dtype == torch.bfloat16,
         instruction_set=choose_instruction_set(),
-        threads=threads or torch.get_num_threads(),
+        threads=threads or default_threads(),
         most_bytes=MOST_BYTES,
     )
     return CpuDensity(outputs, log_det, slope, workspace_bytes)

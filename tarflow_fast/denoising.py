@@ -8,25 +8,27 @@ import torch
 from torch import Tensor
 
 from . import serial
-from .checks import Labels, batch_labels, check_choice, check_count, check_number, check_tensor
+from .checks import Count, Labels, Number, batch_labels, check_choice, check_count, check_number, check_tensor
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
-from .errors import ArgumentError, BackendError
+from .errors import ArgumentError, BackendError, TarFlowError
 from .flow_block import stream_dtype
+from .forking import safe_in_forked_child
 from .limits import most_threads
 from .model import TarFlow
 
 
+@safe_in_forked_child()
 def denoise(
     model: TarFlow,
     images: Tensor,
     y: Labels = None,
     *,
-    noise_std: float | None = None,
-    scale: float = 1.0,
-    batch_size: int | None = None,
+    noise_std: Number | None = None,
+    scale: Number = 1.0,
+    batch_size: Count | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
-    threads: int | None = None,
+    threads: Count | None = None,
 ) -> Tensor:
     """x ← x + scale · σ² ∇_x log p(x | y), the posterior mean of the clean image (Tweedie; arXiv 2412.06329, 3.3).
 
@@ -35,20 +37,22 @@ def denoise(
     optimal step, >= 0. dtype: bfloat16 or float16 to run the products of the gradient in; default the model's own.
     backend: what computes the gradient, as in `TarFlow.set_density`: "cpu" (C++, for models on a CPU), "torch"
     (autograd), or "auto", the first that can be had. batch_size: images in one pass; default 16 with "torch", and with
-    "cpu" all, of which it holds as many at once as fit in 1 GiB. threads: of "cpu", default torch.get_num_threads().
+    "cpu" all, of which it holds as many at once as fit in 1 GiB. threads: of "cpu", default as in `Sampler`.
     One forward and one backward pass. p is the density of the training loss, whose prior is N(0, 1) also where a
     volume-preserving model has learnt another `var`; so does ml-tarflow. Returns new images, fp32 or wider; nothing
-    is mutated. Raises ArgumentError, and BackendError for a backend that cannot be had.
+    is mutated. Raises ArgumentError, BackendError for a backend that cannot be had, and TarFlowError for what would
+    come out infinite or NaN.
     """
     images = check_tensor("images", images, model.config.image_shape)
-    labels = batch_labels(y, images.shape[0], model.config.num_classes, model.device)
+    names = model.metadata.get("class_names")
+    labels = batch_labels(y, images.shape[0], model.config.num_classes, model.device, class_names=names)
     sigma = resolve_noise_std(model, noise_std)
-    check_number("scale", scale, 0)
+    scale = check_number("scale", scale, 0)
     check_choice("backend", backend, DENSITY_BACKENDS)
     if batch_size is not None:
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
     if threads is not None:
-        check_count("threads", threads, high=most_threads())
+        threads = check_count("threads", threads, high=most_threads())
     products = model.dtype if dtype is None else dtype
     missing = cpu_density_missing(model.blocks, images, products, gradients=False)
     if backend == "cpu" and missing is not None:
@@ -61,11 +65,25 @@ def denoise(
         gradient, size = functools.partial(_gradient_in_cpp, model, products, threads), batch_size or images.shape[0]
     stream = stream_dtype(model.dtype)
     out = []
-    for start in range(0, images.shape[0], size):
-        x = images[start : start + size].detach().to(model.device, stream)
-        slope = gradient(x, None if labels is None else labels[start : start + size])
-        out.append(serial.add_scaled(x, slope, scale * sigma**2))
-    return torch.cat(out).to(images.device)
+    with torch.inference_mode(False):  # in which autograd would record nothing
+        for start in range(0, images.shape[0], size):
+            x = _ordinary(images[start : start + size].detach()).to(model.device, stream)
+            slope = gradient(x, None if labels is None else _ordinary(labels[start : start + size]))
+            out.append(serial.add_scaled(x.detach(), slope, scale * sigma**2))
+        denoised = torch.cat(out).to(images.device)
+    broken = (~serial.all_finite(denoised, 1)).nonzero().flatten().tolist()
+    if broken:
+        which = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")
+        raise TarFlowError(
+            f"denoising gave infinities or NaNs for image {which}: the gradient of the log-density overflows there; "
+            "look at the images' range, use a wider dtype, or leave these images out"
+        )
+    return denoised
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """x, as a copy if it was made in inference mode: autograd keeps no such tensor for its backward pass."""
+    return x.clone() if x.is_inference() else x
 
 
 def _gradient_in_cpp(model: TarFlow, dtype: torch.dtype, threads: int | None, x: Tensor, y: Tensor | None) -> Tensor:
@@ -78,7 +96,7 @@ def _gradient_in_cpp(model: TarFlow, dtype: torch.dtype, threads: int | None, x:
 def _gradient_by_autograd(model: TarFlow, dtype: torch.dtype | None, x: Tensor, y: Tensor | None) -> Tensor:
     """∇_x log p(x | y) for images x, by PyTorch; dtype: of autocast, where it is half precision."""
     # Weights without gradients: only activations that lead back to x are kept.
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    weights = {name: _ordinary(value.detach()) for name, value in model.state_dict().items()}
     half = dtype in (torch.bfloat16, torch.float16)
     x = x.requires_grad_()
     with torch.enable_grad(), torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half):
@@ -88,7 +106,7 @@ def _gradient_by_autograd(model: TarFlow, dtype: torch.dtype | None, x: Tensor, 
     return gradient
 
 
-def resolve_noise_std(model: TarFlow, noise_std: float | None) -> float:
+def resolve_noise_std(model: TarFlow, noise_std: Number | None) -> float:
     """σ as given, or as the checkpoint records it. Raises ArgumentError when neither is known."""
     if noise_std is None:
         recorded = model.metadata.get("noise_std")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import psutil
 import torch
 
+from . import container
 from .checks import short
 from .errors import ArgumentError, BackendError
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -67,9 +78,51 @@ def check_dtype(dtype: object, device: torch.device) -> torch.dtype:
     return dtype
 
 
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Within it torch's defaults are fp32 and the CPU, whatever the process has set: modules are made by them."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation on this device could get."""
+    """Bytes that a new allocation on this device could get: what the machine has, and this process may have of it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    bounds = (int(psutil.virtual_memory().available), container.free_memory(), _free_addresses())
+    return min(bound for bound in bounds if bound is not None)
+
+
+def _free_addresses() -> int | None:
+    """Bytes left of the address space that `ulimit -v` allows, or None without such a limit."""
+    if resource is None or (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
+        return None
+    return max(0, limit - int(psutil.Process().memory_info().vms))
+
+
+def usable_cores() -> int | None:
+    """Cores that this process may use: those it is bound to, and what its container grants. None: not known."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    known = [each for each in (bound, _granted_cores()) if each is not None]
+    return min(known, default=None)
+
+
+@functools.cache
+def _granted_cores() -> int | None:
+    return container.cores()
+
+
+def default_threads() -> int:
+    """Threads of a native pass: as many as torch's, and no more than there are cores to run them.
+
+    They meet after every product, and where two share a core, or all wait for the container's next share of time, each
+    waits for the other.
+    """
+    cores = usable_cores()
+    return torch.get_num_threads() if cores is None else min(torch.get_num_threads(), cores)

@@ -17,6 +17,7 @@ from .checks import Labels, batch_labels, check_choice, check_count, check_numbe
 from .data import ImageData, matched
 from .errors import ArgumentError, TarFlowError
 from .model import TarFlow
+from .scalars import plain
 
 NOISES = ("uniform", "gaussian", "none")
 
@@ -36,7 +37,8 @@ class Noise:
 
     def __post_init__(self) -> None:
         check_choice("noise", self.kind, NOISES)
-        check_count("seed", self.seed, low=0)
+        object.__setattr__(self, "seed", check_count("seed", self.seed, low=0))
+        object.__setattr__(self, "std", plain(self.std))
         if self.kind == "gaussian":
             check_number("noise_std", self.std, 0, open_low=True)
         elif self.std != 0:
@@ -149,7 +151,7 @@ def bits_per_dim(
     images, labels = _unpacked(model, images, labels)
     n = len(images)
     y = batch_labels(labels, n, model.config.num_classes, model.device, "labels")
-    bits = torch.zeros(n, dtype=torch.float64)
+    bits = torch.zeros(n, dtype=torch.float64, device="cpu")
     with torch.no_grad(), _autocast(model, autocast):
         for rows, x in _batches(model, images, noise, draws, batch_size, progress, "bits/dim"):
             bits[rows] += model.bits_per_dim(x, None if y is None else y[rows]).cpu()
@@ -188,7 +190,7 @@ def bayes_accuracy(
     truth = batch_labels(labels, n, classes, torch.device("cpu"), "labels")
     if truth is None or bool((truth < 0).any()):
         raise ArgumentError("labels", "a class for every image", "None or a negative label")
-    log_p = torch.zeros(n, classes, dtype=torch.float64)
+    log_p = torch.zeros(n, classes, dtype=torch.float64, device="cpu")
     with torch.no_grad(), _autocast(model, autocast):
         for rows, x in _batches(model, images, noise, draws, batch_size, progress, "accuracy"):
             for c in range(classes):

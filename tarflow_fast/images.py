@@ -95,8 +95,7 @@ def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int = 
         raise ArgumentError("images", "shape (N, 1 or 3, H, W), none of them 0", tuple(pixels.shape))
     count = pixels.shape[0]
     columns = math.ceil(math.sqrt(count)) if columns is None else check_count("columns", columns)
-    check_count("pad", pad, low=0)
-    check_count("scale", scale)
+    pad, scale = check_count("pad", pad, low=0), check_count("scale", scale)
     pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
     _, ch, height, width = pixels.shape
     rows = math.ceil(count / columns)
@@ -183,8 +182,7 @@ def save_gif(
     seconds: how long each frame shows; hold: how long the last one does.
     """
     out = check_path("path", path, (".gif",))
-    check_number("seconds", seconds, 0.01)
-    check_number("hold", hold, 0.01)
+    seconds, hold = check_number("seconds", seconds, 0.01), check_number("hold", hold, 0.01)
     if not isinstance(frames, Sequence) or not frames:
         raise ArgumentError("frames", "a sequence of at least one batch of images", type(frames).__name__)
     if any(not isinstance(f, Tensor) or f.shape != frames[0].shape for f in frames):

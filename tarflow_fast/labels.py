@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Labels, label_tensor
-from .errors import ArgumentError
+from .checks import Label, Labels, label_tensor
 
-LabelsByNumber = Labels | str | Sequence[int | str] | Callable[[int], int | str]
+LabelsByNumber = Labels | Callable[[int], Label]
 """None, a label, a sequence or tensor of which image i takes entry i mod its length, or a function of i. A label is an
 int, negative for no class, or the name of a class."""
 
@@ -20,21 +19,6 @@ def known_names(metadata: dict[str, Any]) -> list[str]:
     """The class names that a checkpoint records, in the order of the classes; none if there are none."""
     names = metadata.get("class_names")
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
-
-
-def find_class(name: str, names: Sequence[str]) -> int | None:
-    """The number of the class of that name, in any case where none is spelt exactly so; None if there is none.
-
-    Raises ArgumentError where several classes are called that.
-    """
-    for spelt in (str, str.casefold):
-        found = [i for i, known in enumerate(names) if spelt(known) == spelt(name)]
-        if len(found) > 1:
-            some = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
-            raise ArgumentError("labels", "the name of one class, or its number", f"{name!r}, as are {some}")
-        if found:
-            return found[0]
-    return None
 
 
 class LabelRule:
@@ -59,19 +43,8 @@ class LabelRule:
         if self._table is None:
             return None
         period = self._table.numel()
-        return self._table[torch.tensor([number % period for number in numbers])]
+        return self._table[torch.tensor([number % period for number in numbers], device="cpu")]
 
     def _tensor(self, labels: Any) -> Tensor | None:
-        if isinstance(labels, str):
-            labels = self._number(labels)
-        elif isinstance(labels, (list, tuple)):
-            labels = [self._number(label) if isinstance(label, str) else label for label in labels]
-        table = label_tensor(labels, self._num_classes)
+        table = label_tensor(labels, self._num_classes, class_names=self._names)
         return None if table is None else table.cpu()
-
-    def _number(self, name: str) -> int:
-        found = find_class(name, self._names)
-        if found is None:
-            some = ", ".join(map(repr, self._names[:20])) + (", …" if len(self._names) > 20 else "")
-            raise ArgumentError("labels", f"the name of a class ({some or 'this model records none'})", repr(name))
-        return found

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 
 from . import serial
 from .attention import ATTENTION_BACKENDS
-from .checks import batch_labels, check_choice, check_count, check_tensor, short
+from .checks import Flag, Labels, Number, batch_labels, check_choice, check_count, check_tensor, short, warn_range
 from .config import TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import Attention, FlowBlock
+from .gs_jacobi import check_iterations
 from .limits import most_threads
+from .scalars import check_flag, plain
 
 if TYPE_CHECKING:
     from .checkpoint import Origin
 
+IMAGE_RANGE = 4.0  # beyond any image of −1 to 1 with the noise that models are trained with, or any sample
 NO_PICTURE = 16.0  # a value far beyond -1 to 1, with any noise
 
 
@@ -58,7 +61,6 @@ class TarFlow(nn.Module):
             in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp, num_classes, head_dim
         )
         self.metadata: dict[str, Any] = {}
-        self.img_size, self.patch_size, self.num_patches = img_size, patch_size, config.num_patches
         self.blocks = nn.ModuleList([FlowBlock(config, flip=k % 2 == 1) for k in range(num_blocks)])
         # The prior's variance: ones in nvp models, learnt by update_prior in volume-preserving ones.
         self.register_buffer("var", torch.ones(config.num_patches, config.token_dim))
@@ -66,6 +68,20 @@ class TarFlow(nn.Module):
     @classmethod
     def from_config(cls, config: TarFlowConfig) -> TarFlow:
         return cls(**config.to_dict())
+
+    # The sizes may be read, as in ml-tarflow, and are those that the model was made with.
+
+    @property
+    def img_size(self) -> int:
+        return self.config.img_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.config.num_patches
 
     @property
     def device(self) -> torch.device:
@@ -88,11 +104,11 @@ class TarFlow(nn.Module):
 
         "cpu" is the pass in C++, for models on a CPU where autograd does not record (`torch.no_grad()`); the pass
         raises BackendError where it cannot be had. "auto", the default, is "cpu" where that can be had, else "torch".
-        Their results agree up to rounding. threads: of "cpu", default torch.get_num_threads() at each call.
+        Their results agree up to rounding. threads: of "cpu", default as in `Sampler`.
         """
         check_choice("density", backend, DENSITY_BACKENDS)
         if threads is not None:
-            check_count("threads", threads, high=most_threads())
+            threads = check_count("threads", threads, high=most_threads())
             if backend == "torch":
                 raise BackendError("threads is for density 'cpu'; leave it out, and see torch.set_num_threads")
         self._density, self._density_threads = backend, threads
@@ -121,14 +137,14 @@ class TarFlow(nn.Module):
         B, ch, p, n = x.shape[0], self.config.in_channels, self.patch_size, self.img_size // self.patch_size
         return serial.rearranged(x, (B, n, n, ch, p, p), (0, 3, 1, 4, 2, 5), (B, ch, n * p, n * p))
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+    def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, list[Tensor], Tensor]:
         """The density pass, x to z, under ml-tarflow's conventions.
 
-        x: (B, in_channels, H, W) float; y: (B,) integer labels, negative for no class, or None.
+        x: (B, in_channels, H, W) float; y: (B,) labels, or one for all; negative for no class, or None.
         Returns z (B, T, D), the output of every block [(B, T, D)] * K, and the log-det (B,) as a *mean* over T·D.
         """
         x = self.patchify(x)
-        y = batch_labels(y, x.shape[0], self.config.num_classes, x.device)
+        y = batch_labels(y, x.shape[0], self.config.num_classes, x.device, class_names=self.metadata.get("class_names"))
         autocast = torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
         dtype = torch.get_autocast_dtype("cpu") if autocast else self.dtype
         if self._on_cpu(x, dtype, self._density):
@@ -136,7 +152,7 @@ class TarFlow(nn.Module):
             mean = (found.log_det / x[0].numel()).to(torch.float32)
             return found.outputs[-1], list(found.outputs), mean
         outputs: list[Tensor] = []
-        log_det = torch.zeros((), device=x.device)
+        log_det = torch.zeros((), dtype=torch.float32, device=x.device)
         for block in self.blocks:
             x, block_log_det = block(x, y)
             log_det = log_det + block_log_det
@@ -152,7 +168,7 @@ class TarFlow(nn.Module):
         z = check_tensor("z", z, tuple(self.var.shape))
         self.var.lerp_(z.detach().pow(2).mean(dim=0).to(self.var.dtype), weight=self.VAR_LR)
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, y: Labels = None) -> Tensor:
         """log p(x | y) = log N(z; 0, diag var) + log|det dz/dx|, in nats.
 
         x: (B, in_channels, H, W), finite, on the scale the model was trained on ([-1, 1] for images; 0 to 255 is an
@@ -164,6 +180,8 @@ class TarFlow(nn.Module):
         if low >= 0 and high > NO_PICTURE and self.metadata.get("values") != "raw":
             expected = "values of about -1 to 1 (v/127.5 - 1, or dequantize(v), of 8-bit values v)"
             raise ArgumentError("x", expected, f"{low:g} to {high:g}")
+        if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # trained on 8-bit images
+            warn_range("x", x, IMAGE_RANGE, "an image of −1 to 1 (v / 127.5 − 1, for 8-bit values v) and some noise")
         z, _, mean_log_det = self.forward(x, y)
         return self.prior_log_prob(z) + mean_log_det * z[0].numel()
 
@@ -171,7 +189,7 @@ class TarFlow(nn.Module):
         """log N(z; 0, diag var) in nats; z: (B, T, D). Returns (B,)."""
         return serial.gaussian_log_prob(z, self.var.to(z.dtype))
 
-    def bits_per_dim(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def bits_per_dim(self, x: Tensor, y: Labels = None) -> Tensor:
         """−log2 p(x | y) / N + log2(128), N = values per image: bits per 8-bit value.
 
         An 8-bit image v becomes x = (v + u)/128 − 1 with uniform dequantisation noise u in [0, 1)^N
@@ -183,29 +201,81 @@ class TarFlow(nn.Module):
         values = math.prod(self.config.image_shape)
         return -self.log_prob(x, y) / (values * math.log(2)) + math.log2(128)
 
-    @torch.no_grad()
     def reverse(
         self,
         x: Tensor,
-        y: Tensor | None = None,
-        guidance: float = 0,
+        y: Labels = None,
+        guidance: Number = 0,
         guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        return_sequence: bool = False,
-    ) -> Tensor | list[Tensor]:
+        attn_temp: Number = 1.0,
+        annealed_guidance: Flag = False,
+        return_sequence: Flag = False,
+        *,
+        return_log_det: Flag = False,
+        on_nonfinite: str = "return",
+        differentiable: Flag = False,
+        **iterations: Any,
+    ) -> Any:
         """The sampling pass, latents (B, T, D) to images (B, in_channels, H, W); ml-tarflow's signature.
 
-        Under autocast it runs in autocast's dtype. The weights are packed anew at each call: to sample more than
-        once, make a `Sampler`.
+        Images that overflow come back as they are, infinite or NaN, as from ml-tarflow: on_nonfinite="raise" tells
+        which. return_log_det: see `Sampler.reverse`. Under autocast it runs in autocast's dtype. The weights are packed
+        anew at each call: to sample more than once, make a `Sampler`.
+        differentiable: whether autograd records the pass, for gradients of x and the weights. It takes the memory of
+        2 K tensors (B, T, D), and while it goes backward that of one block's density pass at a time, which then takes
+        up to T − 1 backward passes (see `differentiable.py`). It runs in the model's own dtype.
+        iterations: the lists of GS-Jacobi's scripts, see `gs_jacobi.py`.
         """
+        check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
         from .sampler import Sampler  # the convenience of a method; everything else points downwards
 
+        if check_flag("differentiable", differentiable) and torch.is_grad_enabled():
+            return self._differentiable_reverse(
+                x, y, guidance, guide_what, attn_temp, annealed_guidance, return_sequence, return_log_det, on_nonfinite
+            )
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return Sampler(self, dtype=dtype, solver="sequential").reverse(
-            x, y, guidance, guide_what, attn_temp, annealed_guidance, return_sequence
+            x,
+            y,
+            guidance,
+            guide_what,
+            attn_temp,
+            annealed_guidance,
+            return_sequence,
+            return_log_det=return_log_det,
+            on_nonfinite=on_nonfinite,
         )
+
+    def _differentiable_reverse(
+        self,
+        x: Tensor,
+        y: Labels,
+        guidance: Number,
+        guide_what: str,
+        attn_temp: Number,
+        annealed_guidance: Flag,
+        return_sequence: Flag,
+        return_log_det: Flag,
+        on_nonfinite: str,
+    ) -> Any:
+        """`reverse`, which autograd records."""
+        from .differentiable import differentiable_reverse
+        from .engine import Guidance
+        from .sampler import Sampler
+
+        x = check_tensor("x", x, tuple(self.var.shape))
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
+        names = self.metadata.get("class_names")
+        labels = batch_labels(y, x.shape[0], self.config.num_classes, self.device, class_names=names)
+        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
+        sampler = Sampler(self, solver="sequential")
+        tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, rule, sampler)
+        if on_nonfinite == "raise" and not serial.all_finite(tokens[-1].detach()):
+            sampler.reverse(x.detach(), labels, plain(guidance), guide_what, plain(attn_temp), annealed_guidance)
+        sequence = [self.unpatchify(each).to(x.device) for each in tokens]
+        images: Any = sequence if check_flag("return_sequence", return_sequence) else sequence[-1]
+        return (images, log_det.to(x.device)) if check_flag("return_log_det", return_log_det) else images
 
 
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

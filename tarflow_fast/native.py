@@ -1,4 +1,5 @@
-"""The compiled module of the CPU (`csrc/cpu/`), and which of its instruction sets this machine has."""
+"""The compiled module of the CPU (`csrc/cpu/`), which of its instruction sets this machine has, and what native code
+is given of a tensor: its address."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from .errors import BackendError
+from .errors import ArgumentError, BackendError
 
 ISA_VARIABLE = "TARFLOW_FAST_CPU_ISA"
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -23,6 +25,26 @@ def load_native() -> ModuleType:
             "the native CPU engine was not built; install a C++17 compiler (g++ or clang++) and install tarflow_fast "
             f"again ({error})"
         ) from error
+
+
+def address(
+    name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu", count: int | None = None
+) -> int:
+    """Where a tensor's values begin, for native code, which takes what is there for `count` values of this dtype.
+
+    This is the one place where addresses are taken. The caller keeps the tensor alive. Raises ArgumentError if it is
+    of another dtype or kind of device, or has gaps or fewer than `count` values: native code would read other numbers,
+    or beyond the end.
+    """
+    wanted = f"a contiguous {dtype} tensor on {device}" + ("" if count is None else f" of {count} values")
+    if (
+        tensor.dtype != dtype
+        or tensor.device.type != torch.device(device).type
+        or not tensor.is_contiguous()
+        or (count is not None and tensor.numel() != count)
+    ):
+        raise ArgumentError(name, wanted, f"{tensor.dtype} on {tensor.device}, {tuple(tensor.shape)}")
+    return tensor.data_ptr()
 
 
 def instruction_sets() -> list[str]:

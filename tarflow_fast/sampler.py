@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from . import serial
+from .agreement import check_agreement
 from .checkpoint import build, infer_config
 from .checks import (
+    Count,
+    Flag,
     Labels,
+    Number,
     batch_labels,
     check_choice,
     check_count,
     check_number,
     check_tensor,
     short,
+    warn_range,
 )
 from .config import TarFlowConfig
 from .denoising import denoise as tweedie
@@ -39,7 +44,8 @@ from .engine import (
     make_engines,
 )
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
-from .flow_block import stream_dtype
+from .flow_block import stream_dtype, unknown_arithmetic
+from .forking import safe_in_forked_child
 from .labels import LabelRule, LabelsByNumber, known_names
 from .limits import (
     MOST_ATTN_TEMP,
@@ -55,19 +61,20 @@ from .model import TarFlow
 from .noise import latent_noise
 from .progress import Bar
 from .report import BlockReport, Report, Samples
-from .scalars import check_flag
+from .scalars import check_flag, plain
 from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, errors, make_solvers, widths
 from .weight_sets import split_prefix
 
 MAX_REDRAWS = 3
 MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
 MEMORY_SHARE = 0.8  # of what is free, for one batch
+LATENT_RANGE = 20.0  # no number of latents has one beyond
 PACED = 16  # images whose passes are counted for a plan
 
 
 @dataclass
 class _Inverse:
-    """One batch through all blocks. sequence: as `Samples.trajectory`, or empty.
+    """One batch through all blocks. log_det: log|det dx/dz|. sequence: as `Samples.trajectory`, or empty.
 
     failures: row to the (block, token) at which it first was not finite. solutions: by block. error: (B,), as in
     `Samples`.
@@ -75,6 +82,7 @@ class _Inverse:
 
     images: Tensor
     log_prob: Tensor | None
+    log_det: Tensor
     sequence: list[Tensor]
     cache_bytes: int
     failures: dict[int, tuple[int, int]]
@@ -96,11 +104,13 @@ class Sampler:
     model's own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is
     fp32.
     compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
-    torch.get_num_threads() at each call. Images do not depend on it.
+    as many as torch's, if there are cores for them (`devices.default_threads`). Images do not depend on it.
 
-    Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had.
+    Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had, and ArgumentError if
+    the model computes another thing than its weights say, as with hooks that change what they see.
     """
 
+    @safe_in_forked_child()
     def __init__(
         self,
         model: TarFlow,
@@ -123,40 +133,48 @@ class Sampler:
         self.backend, self.backend_reason = choose_backend(backend, self.device, self.dtype, compile)
         self._threads = threads = check_threads(threads, self.backend)
         self.plan = None if plan is None else check_plan(plan, self.config)
+        self._options: dict[str, Any] = {
+            **{"backend": backend, "device": self.device, "dtype": self.dtype, "solver": solver, "tol": tol},
+            **{"plan": self.plan, "compile": compile, "threads": threads},
+        }
         sizes = {"blocks": self.config.num_blocks, "tokens": self.config.num_patches}
         self._solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, **sizes)
         if tol is not None:
             check_number("tol", tol, 0, MOST_TOL)
-        self.solver, self._tol = solver, TOL[self.dtype] if tol is None else tol
-        self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
-        self._model.metadata = copy.deepcopy(model.metadata)
-        state = self._model.state_dict()
-        self._engines = make_engines(
-            self.backend,
-            (block_weights(state, self.config, k) for k in range(self.config.num_blocks)),
-            device=self.device,
-            dtype=self.dtype,
-            compile=compile,
-            threads=threads,
-        )
-        self._prior_std = self._model.var.sqrt()
+        self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
+        with torch.inference_mode(False), torch.no_grad():  # a sampler outlives the mode that it is made in
+            self._model = build(model.state_dict(), self.config, device=self.device, dtype=model.dtype)
+            self._model.metadata = copy.deepcopy(model.metadata)
+            if _changed(model):
+                check_agreement(model, self._model)
+            state = self._model.state_dict()
+            self._engines = make_engines(
+                self.backend,
+                (block_weights(state, self.config, k) for k in range(self.config.num_blocks)),
+                device=self.device,
+                dtype=self.dtype,
+                compile=compile,
+                threads=threads,
+            )
+            self._prior_std = self._model.var.sqrt()
 
+    @safe_in_forked_child()
     def sample(
         self,
-        n: int = 1,
+        n: Count = 1,
         labels: LabelsByNumber = None,
         *,
-        seed: int = 0,
-        first: int = 0,
-        guidance: float = 0.0,
+        seed: Count = 0,
+        first: Count = 0,
+        guidance: Number = 0.0,
         guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        denoise: bool = False,
-        noise_std: float | None = None,
-        denoise_scale: float = 1.0,
-        trajectory: bool = False,
-        batch_size: int | None = None,
+        attn_temp: Number = 1.0,
+        annealed_guidance: Flag = False,
+        denoise: Flag = False,
+        noise_std: Number | None = None,
+        denoise_scale: Number = 1.0,
+        trajectory: Flag = False,
+        batch_size: Count | None = None,
         on_nonfinite: str = "raise",
         progress: bool = False,
     ) -> Samples:
@@ -164,10 +182,11 @@ class Sampler:
 
         Image i depends on (seed, i) and its label alone: batch size, device and order do not matter, up to rounding,
         and up to what `tol` allows where passes are parallel.
-        labels: None (no class); an int or the name of a class; a sequence or tensor of them, of which image i takes
-        entry i mod its length; or a function from i to a label. Negative for no class. guidance … annealed_guidance:
-        see `Guidance`. denoise: Tweedie's step afterwards, with σ = noise_std (default: what the checkpoint records)
-        and the optimal step times denoise_scale. trajectory: return the images after each block too.
+        labels: None (no class), one label, a sequence, array or tensor of which image i takes entry i mod its length,
+        or a function from i to a label. A label is an integer, negative for no class, or the name of a class.
+        guidance … annealed_guidance: see `Guidance`. denoise: Tweedie's step afterwards, with σ = noise_std (default:
+        what the checkpoint records) and the optimal step times denoise_scale. trajectory: return the images after each
+        block too.
         batch_size: default what fits in memory. on_nonfinite: "raise" NonFiniteError, or "redraw" that image, at
         most three times. progress: show a bar. Raises ArgumentError also for an option that would have no effect.
         """
@@ -188,25 +207,25 @@ class Sampler:
             on_nonfinite=on_nonfinite,
             progress=progress,
         )
-        self._check_room(n, self.config.num_blocks + 2 if trajectory else 1)
-        return Samples.collect(n, parts)
+        self._check_room(check_count("n", n), self.config.num_blocks + 2 if trajectory else 1)
+        return Samples.collect(check_count("n", n), parts)
 
     def stream(
         self,
-        n: int = 1,
+        n: Count = 1,
         labels: LabelsByNumber = None,
         *,
-        seed: int = 0,
-        first: int = 0,
-        guidance: float = 0.0,
+        seed: Count = 0,
+        first: Count = 0,
+        guidance: Number = 0.0,
         guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        denoise: bool = False,
-        noise_std: float | None = None,
-        denoise_scale: float = 1.0,
-        trajectory: bool = False,
-        batch_size: int | None = None,
+        attn_temp: Number = 1.0,
+        annealed_guidance: Flag = False,
+        denoise: Flag = False,
+        noise_std: Number | None = None,
+        denoise_scale: Number = 1.0,
+        trajectory: Flag = False,
+        batch_size: Count | None = None,
         on_nonfinite: str = "raise",
         progress: bool = False,
     ) -> Generator[Samples, None, None]:
@@ -214,14 +233,13 @@ class Sampler:
 
         However large n is, no more than a batch is held. Arguments are checked before the first batch is asked for.
         """
-        check_count("n", n, high=MOST_NUMBER)
-        check_count("seed", seed, 0, MOST_SEED)
-        check_count("first", first, 0, MOST_NUMBER - n)
-        rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
+        n, seed = check_count("n", n, high=MOST_NUMBER), check_count("seed", seed, 0, MOST_SEED)
+        first = check_count("first", first, 0, MOST_NUMBER - n)
+        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
         check_number("guidance", guidance, 0, MOST_GUIDANCE)
         check_number("attn_temp", attn_temp, 0, MOST_ATTN_TEMP, open_low=True)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "redraw"))
-        check_number("denoise_scale", denoise_scale, 0, MOST_SCALE)
+        denoise_scale = check_number("denoise_scale", denoise_scale, 0, MOST_SCALE)
         trajectory, progress = check_flag("trajectory", trajectory), check_flag("progress", progress)
         if check_flag("denoise", denoise):
             noise_std = resolve_noise_std(self._model, noise_std)
@@ -263,7 +281,7 @@ class Sampler:
         y = None if labels is None else labels.to(self.device)
         images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=stream_dtype(self.dtype))
         log_prob = None if rule.active else images.new_empty(n)
-        error = torch.empty(n)
+        error = torch.empty(n, device="cpu")
         sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
         sizes: list[int] = []  # of the batches
         rows = list(range(n))  # those that still have to be drawn
@@ -310,48 +328,68 @@ class Sampler:
         )
         part.report.denoise_seconds = time.perf_counter() - started
 
+    @safe_in_forked_child()
     def reverse(
         self,
         x: Tensor,
         y: Labels = None,
-        guidance: float = 0,
+        guidance: Number = 0,
         guide_what: str = "ab",
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        return_sequence: bool = False,
-    ) -> Tensor | list[Tensor]:
+        attn_temp: Number = 1.0,
+        annealed_guidance: Flag = False,
+        return_sequence: Flag = False,
+        *,
+        return_log_det: Flag = False,
+        on_nonfinite: str = "raise",
+    ) -> Any:
         """Latents to images, with the signature and result of ml-tarflow's `Model.reverse`.
 
-        x: (B, T, D) float latents, not mutated. y: (B,) labels, or one int for all; negative for no class.
+        x: (B, T, D) float latents, not mutated. y: (B,) labels, or one for all; negative for no class.
+        on_nonfinite: "raise" NonFiniteError, or "return" such images as they are, beside the others.
         Returns images (B, in_channels, H, W) on x's device, or with return_sequence the list of K + 1 images: the
-        latents, then the images after each block. Raises NonFiniteError.
+        latents, then the images after each block. With return_log_det it returns these and log|det dx/dz| (B,), in
+        nats, the prior's scale included: log N(x; 0, 1) − log_det is the log-density of the images, if unguided.
         """
         config = self.config
         x = check_tensor("x", x, (config.num_patches, config.token_dim))
-        labels = batch_labels(y, x.shape[0], config.num_classes, self.device)
-        rule = Guidance(guidance, guide_what, attn_temp, annealed_guidance)
-        if not isinstance(return_sequence, bool):
-            raise ArgumentError("return_sequence", "a bool", repr(return_sequence))
+        warn_range("x", x, LATENT_RANGE, "noise of a standard normal distribution")
+        labels = batch_labels(y, x.shape[0], config.num_classes, self.device, class_names=self._class_names)
+        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
+        return_sequence = check_flag("return_sequence", return_sequence)
+        return_log_det = check_flag("return_log_det", return_log_det)
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
         batch = self._batch_size(x.shape[0], rule.active, None)
         parts = []
         for start in range(0, x.shape[0], batch):
             rows = slice(start, start + batch)
             part = self._invert(x[rows], None if labels is None else labels[rows], rule, None, return_sequence)
             for row, (block, token) in sorted(part.failures.items()):
-                raise NonFiniteError(block, token, start + row)
+                if on_nonfinite == "raise":
+                    raise NonFiniteError(block, token, start + row)
             parts.append(part)
+        images: Any = torch.cat([part.images for part in parts]).to(x.device)
         if return_sequence:
             pieces = zip(*(part.sequence for part in parts), strict=True)
-            return [torch.cat(piece).to(x.device) for piece in pieces]
-        return torch.cat([part.images for part in parts]).to(x.device)
+            images = [torch.cat(piece).to(x.device) for piece in pieces]
+        return (images, torch.cat([part.log_det for part in parts]).to(x.device)) if return_log_det else images
 
-    def learn_plan(self, n: int = 256, labels: Labels = None, *, seed: int = 0, progress: bool = False) -> SolverPlan:
+    @torch.no_grad()
+    def invert_block(self, k: int, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) and its token log-dets (B, T) of block k, in its own token order, on this sampler's device."""
+        state = self._engines[k].begin(z, condition)
+        self._solvers[k](self._engines[k], state, None)
+        return state.x, state.token_log_det
+
+    @safe_in_forked_child()
+    def learn_plan(
+        self, n: Count = 256, labels: Labels = None, *, seed: Count = 0, progress: bool = False
+    ) -> SolverPlan:
         """A plan for parallel passes, from n >= 2 images drawn without guidance by this sampler; see `SolverPlan`.
 
         labels, seed: as in `sample`; for a conditional model give the classes that will be drawn. The first 16 images,
         or fewer, are drawn again with each window, at this sampler's tol, to count passes.
         """
-        check_count("n", n, 2)
+        n = check_count("n", n, 2)
         samples = self.sample(n, labels, seed=seed, trajectory=True, progress=progress)
         assert samples.trajectory is not None
         tokens = [self._model.patchify(images) for images in samples.trajectory]
@@ -372,6 +410,22 @@ class Sampler:
                 plan.evaluations[k, i] = max(solution.evaluations / z.shape[0], 1)
         return plan
 
+    # Copies. What the solvers have learnt of times is not handed on: another process, or machine, takes others.
+
+    def __reduce__(self) -> tuple[Callable[[TarFlow], Sampler], tuple[TarFlow]]:
+        """A pickle holds the weights and the options; the engines are made anew where it is read."""
+        return functools.partial(type(self), **self._options), (self._model,)
+
+    def __copy__(self) -> Sampler:
+        """Shares the weights and the engines, which keep nothing of a batch."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
+        return type(self)(self._model, **self._options)
+
+    @safe_in_forked_child()
     @torch.no_grad()
     def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any, trajectory: bool) -> _Inverse:
         """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var) for one batch; y: (B,) on the device."""
@@ -395,11 +449,13 @@ class Sampler:
             error = _in_order(k, errors(self._engines[k], state, solutions[k].trail, _in_order(k, error)))
             tokens.append(serial.flipped(state.x) if k % 2 else state.x)
         images = model.unpatchify(tokens[-1])
-        log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - torch.stack(log_dets).sum(0)
+        blocks_log_det = torch.stack(log_dets).sum(0)
+        log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - blocks_log_det
+        log_det = blocks_log_det + self._prior_std.log().sum()
         sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
-        worst = torch.zeros(z.shape[0]) if error is None else error.amax(1)
+        worst = torch.zeros(z.shape[0], device="cpu") if error is None else error.amax(1)
         cache_bytes = 0 if state is None else state.cache_bytes
-        return _Inverse(images, log_prob, sequence, cache_bytes, failures, solutions, worst)
+        return _Inverse(images, log_prob, log_det, sequence, cache_bytes, failures, solutions, worst)
 
     def _served_by(self, sizes: list[int], guided: bool) -> tuple[str, str]:
         """Which backends served batches of these sizes, and why."""
@@ -426,6 +482,10 @@ class Sampler:
             blocks=[BlockReport() for _ in range(self.config.num_blocks)],
         )
 
+    @property
+    def _class_names(self) -> Any:
+        return self._model.metadata.get("class_names")
+
     def _bar(self, n: int, progress: bool) -> Any:
         total = n * self.config.num_blocks * (self.config.num_patches - 1)
         return Bar(total=total, unit="token", unit_scale=True, desc="sampling", disable=not progress)
@@ -439,10 +499,10 @@ class Sampler:
                 f"n: {n} images need {n * each / 2**20:.0f} MiB, {free / 2**20:.0f} are free; stream() holds one batch"
             )
 
-    def _batch_size(self, n: int, guided: bool, batch_size: int | None) -> int:
+    def _batch_size(self, n: int, guided: bool, batch_size: Count | None) -> int:
         """Samples per batch: as asked for if it fits, else as many as do. Raises OutOfMemoryError."""
         if batch_size is not None:
-            check_count("batch_size", batch_size, high=MOST_BATCH)
+            batch_size = check_count("batch_size", batch_size, high=MOST_BATCH)
         first = self._engines[-1]  # that a batch comes to
         each = first.bytes_per_sample(guided)
         free = free_memory(self.device) + first.idle_bytes
@@ -476,6 +536,13 @@ def _in_order(k: int, tokens: Tensor | None) -> Tensor | None:
     return tokens.flip(1) if k % 2 and tokens is not None else tokens
 
 
+def _changed(model: TarFlow) -> bool:
+    """Whether something about the model may make it compute another thing than its weights say."""
+    overridden = type(model) is not TarFlow or model.__dict__.keys() & {"forward", "patchify"}
+    hooks = model._forward_hooks or model._forward_pre_hooks
+    return bool(overridden or hooks or unknown_arithmetic(model.blocks))
+
+
 def check_plan(plan: object, config: TarFlowConfig) -> SolverPlan:
     """Raises ArgumentError if this is no plan of a model of these sizes."""
     if not isinstance(plan, SolverPlan):
@@ -483,19 +550,22 @@ def check_plan(plan: object, config: TarFlowConfig) -> SolverPlan:
     return plan.check((config.num_blocks, config.num_patches, config.token_dim))
 
 
-def accelerate(model: nn.Module, **options: Any) -> Sampler:
+def accelerate(model: nn.Module, *, check: bool = True, **options: Any) -> Sampler:
     """A `Sampler` for any module with ml-tarflow's state dict, such as its `Model`: same `.reverse`, same result, fast.
 
     The module is read, not changed: its weights are copied. Its patch_size, and the number of attention heads of its
     first layer, are taken from its attributes where it has them, else as in `load`. options: see `Sampler`.
     One difference from ml-tarflow: a negative label means "no class" when sampling too.
+    check: hold a density pass over two images against the module's own, which tells of an order of tokens of its own,
+    of hooks and of overridden methods; see `agreement.py`. Raises ArgumentError if they differ.
     """
-    if isinstance(model, TarFlow):
-        return Sampler(model, **options)
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", "a torch module with ml-tarflow's state dict", type(model).__name__)
+    check = check_flag("check", check)
     prefix, state = split_prefix(model.state_dict())
     inner: Any = model.get_submodule(prefix.rstrip("."))
+    if isinstance(inner, TarFlow):
+        return Sampler(inner, **options)
     width = state["blocks.0.proj_in.weight"].shape[0] if "blocks.0.proj_in.weight" in state else 0
     try:
         head_dim = width // inner.blocks[0].attn_blocks[0].attention.num_heads
@@ -503,4 +573,7 @@ def accelerate(model: nn.Module, **options: Any) -> Sampler:
         head_dim = None
     config = infer_config(state, patch_size=getattr(inner, "patch_size", None), head_dim=head_dim)
     weight = state["blocks.0.proj_in.weight"]
-    return Sampler(build(state, config, device=weight.device, dtype=weight.dtype), **options)
+    ours = build(state, config, device=weight.device, dtype=weight.dtype)
+    if check:
+        check_agreement(inner, ours)
+    return Sampler(ours, **options)

@@ -60,12 +60,14 @@ def converted(x: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tens
     return torch.from_numpy(values.copy(order="K"))
 
 
+@np.errstate(all="ignore")  # as torch, which says nothing of overflow
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x · factor, of one dtype and device."""
     values, factors = _numpy(x), _numpy(factor)
     return x * factor if values is None or factors is None else torch.from_numpy(values * factors)
 
 
+@np.errstate(all="ignore")
 def add_scaled(x: Tensor, direction: Tensor, factor: float) -> Tensor:
     """x + factor · direction, of one dtype and device."""
     values, steps = _numpy(x), _numpy(direction)
@@ -101,6 +103,7 @@ def put_rows(target: Tensor, rows: Sequence[int], values: Tensor) -> None:
         to[rows] = new
 
 
+@np.errstate(all="ignore")
 def gaussian_log_prob(z: Tensor, var: Tensor) -> Tensor:
     """log N(z; 0, diag var) in nats, (B,), which autograd records.
 

@@ -48,7 +48,7 @@ class TestLabels:
             (torch.tensor([0, 1, 2]), "2 labels"),
             (torch.tensor([[0], [1]]), "1-D tensor"),
             (torch.tensor([], dtype=torch.int64), "at least one label"),
-            ("01", "integer tensor or None"),
+            ("01", "records no names of classes"),
             ([0, 1.5], "integers"),
         ],
     )
@@ -110,7 +110,7 @@ def test_bad_tokens(shape: tuple[int, ...]) -> None:
         ({"num_blocks": 0}, "num_blocks: expected an integer >= 1, got 0"),
         ({"layers_per_block": 1.5}, "layers_per_block: expected an integer >= 1, got 1.5"),
         ({"num_classes": -1}, "num_classes: expected an integer >= 0, got -1"),
-        ({"nvp": 1}, "nvp: expected a bool, got 1"),
+        ({"nvp": 2}, "nvp: expected a bool, got 2"),
         ({"in_channels": True}, "in_channels: expected an integer >= 1, got True"),
     ],
 )

@@ -211,7 +211,7 @@ def test_learning_rate() -> None:
         ("seed", -1),
         ("img_size", 0),
         ("in_channels", 2),
-        ("nvp", 1),
+        ("nvp", 2),
         ("class_names", ["a"]),
         ("class_names", ()),
         ("class_names", ("a", "")),

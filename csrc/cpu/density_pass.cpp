@@ -164,6 +164,7 @@ Division divide(const DensityGroup& g, int64_t samples, int threads, int64_t mos
 bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16,
                   const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes, const Caller::Hook& hook) {
   const int64_t B = batch.samples, K = static_cast<int64_t>(blocks.size()), values = sizes.tokens * sizes.token_dim;
+  threads = Pool::at_hand(threads);
   bytes = 0;
   std::fill_n(batch.log_det, B, 0.0);
   if (sizes.tokens == 1) {  // it passes unchanged

@@ -137,6 +137,7 @@ int64_t Engine::cache_elements() const {
 }
 
 bool Engine::run(const Batch& batch, bool sequential, int threads, const Caller::Hook& hook) const {
+  threads = Pool::at_hand(threads);
   const Plan plan(block_, batch, sequential);
   const int64_t branches = batch.guidance ? 2 : 1, steps = plan.steps;
   // Where the weights fit in the cache but the keys and values do not, fewer rows go through all tokens at a time.

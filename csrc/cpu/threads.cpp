@@ -66,6 +66,8 @@ void wake_all(const std::atomic<uint32_t>& word) {
 constexpr std::chrono::microseconds PATIENCE{50};
 constexpr std::chrono::microseconds LINGER{200};  // between two flow blocks a sampler needs about this long
 
+thread_local bool running = false;  // whether this thread is inside Pool::run, or waits there for its turn
+
 }  // namespace
 
 void Barrier::wait() {
@@ -104,11 +106,17 @@ Pool& Pool::instance() {
   return *pool;
 }
 
+int Pool::at_hand(int threads) { return running ? 1 : threads; }
+
 void Pool::run(int threads, const Job& job, const Idle& idle) {
   if (threads == 1) {
     job(0);
     return;
   }
+  struct Inside {
+    Inside() { running = true; }
+    ~Inside() { running = false; }
+  } inside;
   std::unique_lock<std::timed_mutex> turn(turn_, std::defer_lock);
   while (!turn.try_lock_for(std::chrono::milliseconds(20)))
     if (!idle()) return;

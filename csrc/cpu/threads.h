@@ -35,7 +35,11 @@ class Pool {
   // The process's pool; a forked child has lost its parent's threads and gets a new one.
   static Pool& instance();
 
-  // Runs job(0) on this thread and job(1) … job(threads − 1) on workers. Callers on several threads take turns. idle() is
+  // How many of `threads` a job of this thread may have: one alone inside another job, whose idle() or hook began it (a
+  // signal's handler, a progress bar). That job has the workers, and waits for this one.
+  static int at_hand(int threads);
+
+  // threads: at hand. Runs job(0) on this thread and job(1) … job(threads − 1) on workers. Callers on several threads take turns. idle() is
   // called every few milliseconds while this thread waits; if it returns false before the job has begun, nothing is run.
   void run(int threads, const Job& job, const Idle& idle);
 

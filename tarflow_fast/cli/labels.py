@@ -36,7 +36,8 @@ class Chosen:
 def choose(text: str | None, model: TarFlow, seed: int) -> Chosen:
     """The labels that --labels asks for; without it all classes in turn. An unknown class is wrong usage, a number that
     the model does not have an ArgumentError."""
-    from ..labels import find_class, known_names
+    from ..checks import find_class
+    from ..labels import known_names
     from ..noise import random_label
 
     names, classes = known_names(model.metadata), model.config.num_classes
@@ -108,8 +109,8 @@ def _split(text: str, names: Sequence[str]) -> list[str]:
 
 def _labels(word: str, names: Sequence[str], classes: int) -> list[int]:
     """What one word of a list stands for: a class name, a number, or a range of numbers."""
+    from ..checks import find_class
     from ..errors import ArgumentError
-    from ..labels import find_class
 
     named = find_class(word, names)
     if named is not None:

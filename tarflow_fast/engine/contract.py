@@ -20,6 +20,7 @@ from .. import serial
 from ..checks import GUIDE_WHAT, check_choice, check_number
 from ..config import TarFlowConfig
 from ..errors import ArgumentError
+from ..scalars import check_flag
 from .windows import Bounds
 
 Progress = Callable[[int], None]
@@ -40,11 +41,14 @@ class Guidance:
     annealed: bool = False
 
     def __post_init__(self) -> None:
-        check_number("guidance", self.scale, 0)
-        check_choice("guide_what", self.what, GUIDE_WHAT)
-        check_number("attn_temp", self.attn_temp, 0, open_low=True)
-        if not isinstance(self.annealed, bool):
-            raise ArgumentError("annealed_guidance", "a bool", repr(self.annealed))
+        checked = {
+            "scale": check_number("guidance", self.scale, 0),
+            "what": check_choice("guide_what", "ab" if self.what == "ba" else self.what, GUIDE_WHAT),
+            "attn_temp": check_number("attn_temp", self.attn_temp, 0, open_low=True),
+            "annealed": check_flag("annealed_guidance", self.annealed),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def active(self) -> bool:

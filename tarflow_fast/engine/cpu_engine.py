@@ -1,7 +1,8 @@
 """The `cpu` backend: a flow block's whole token loop in C++ (`csrc/cpu/`), without Python, torch or the GIL.
 
-Its threads are its own, as many as `torch.get_num_threads()`; results do not depend on their number, nor on what else
-is in the batch. Linear layers and the KV cache have the chosen dtype, the first and last layer are fp32 in both.
+Its threads are its own, by default as many as torch's, if there are cores for them; results do not depend on their
+number, nor on what else is in the batch. Linear layers and the KV cache have the chosen dtype, the first and last layer
+are fp32 in both.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from .. import serial
 from ..checks import check_count, short
+from ..devices import default_threads
 from ..errors import BackendError
 from ..limits import most_threads
-from ..native import CPU_DTYPES, choose_instruction_set, load_native
+from ..native import CPU_DTYPES, address, choose_instruction_set, load_native
 from .contract import BlockState, Condition, Moved, Progress, check_latents, check_plain, embedding_rows
 from .weights import BlockWeights, LayerWeights
 from .windows import Bounds, check_part, check_window, check_windows
@@ -56,7 +58,7 @@ def _plain(*tensors: Tensor) -> list[Tensor]:
 
 
 class CpuEngine:
-    """BlockEngine in C++. dtype: float32 or bfloat16. threads: default torch.get_num_threads() at each call.
+    """BlockEngine in C++. dtype: float32 or bfloat16. threads: default `default_threads()` at each call.
 
     instruction_set: one of `native.instruction_sets()`; default see `native.choose_instruction_set`.
     """
@@ -89,7 +91,7 @@ class CpuEngine:
         def layer_addresses(i: int) -> list[int]:
             layer.clear()  # a bf16 model's fp32 copy is of one layer at a time
             layer.extend(_plain(*(getattr(weights.layers[i], field.name) for field in fields(LayerWeights))))
-            return [tensor.data_ptr() for tensor in layer]
+            return [address(f"layer {i}", tensor, torch.float32) for tensor in layer]
 
         self._native: Any = load_native().Engine(
             config.channels,
@@ -98,7 +100,7 @@ class CpuEngine:
             config.token_dim,
             config.layers_per_block,
             config.nvp,
-            [tensor.data_ptr() for tensor in ends],
+            [address("weights", tensor, torch.float32) for tensor in ends],
             layer_addresses,
             dtype == torch.bfloat16,
             self.instruction_set,
@@ -122,16 +124,16 @@ class CpuEngine:
         embedding = guidance = None
         if self._classes is not None:
             rows = embedding_rows(condition, B, config.num_classes, torch.device("cpu"))
-            embedding = torch.zeros(R, self._native.channel_stride)
+            embedding = torch.zeros(R, self._native.channel_stride, dtype=torch.float32, device="cpu")
             embedding[:, : config.channels] = serial.rows_of(self._classes, rows)
         if condition.guidance.active:
-            guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32)
+            guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32, device="cpu")
         elements = R * self._native.cache_elements
         if spent is not None and spent.cache.keys_values.numel() == elements:
             keys_values = spent.cache.keys_values
         else:
-            keys_values = torch.empty(elements, dtype=self.dtype)
-            load_native().prefer_huge_pages(keys_values.data_ptr(), keys_values.nbytes)
+            keys_values = torch.empty(elements, dtype=self.dtype, device="cpu")
+            load_native().prefer_huge_pages(address("cache", keys_values, self.dtype), keys_values.nbytes)
         return BlockState(
             z=z,
             x=serial.copy(z),
@@ -177,22 +179,29 @@ class CpuEngine:
         check_plain(state)
         if starts == stops:  # a single token passes unchanged
             return
+        (B, T, D), R, fp32 = state.x.shape, cache.rows, torch.float32
+
+        def optional(name: str, tensor: Tensor | None, count: int) -> int:
+            return 0 if tensor is None else address(name, tensor, fp32, count=count)
+
+        change, residual = (None, None) if moved is None else moved
+        widest = 0 if moved is None else moved.change.shape[1]
         self._native.run(
-            state.z.data_ptr(),
-            state.x.data_ptr(),
-            state.token_log_det.data_ptr(),
+            address("state.z", state.z, fp32, count=B * T * D),
+            address("state.x", state.x, fp32, count=B * T * D),
+            address("state.token_log_det", state.token_log_det, fp32, count=B * T),
             starts,
             stops,
-            0 if moved is None else moved.change.data_ptr(),
-            0 if moved is None else moved.residual.data_ptr(),
-            0 if moved is None else moved.change.shape[1],
-            cache.keys_values.data_ptr(),
-            0 if cache.embedding is None else cache.embedding.data_ptr(),
-            0 if cache.guidance is None else cache.guidance.data_ptr(),
+            optional("change", change, B * widest),
+            optional("residual", residual, B * widest),
+            widest,
+            address("cache", cache.keys_values, self.dtype, count=R * self._native.cache_elements),
+            optional("embedding", cache.embedding, R * self._native.channel_stride),
+            optional("guidance", cache.guidance, T - 1),
             "a" in rule.what,
             "b" in rule.what,
             1 / rule.attn_temp,
             moved is None,
-            self.threads or torch.get_num_threads(),
+            self.threads or default_threads(),
             progress,
         )

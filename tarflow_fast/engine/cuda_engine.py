@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checks import short
 from ..errors import ArgumentError, BackendError
+from ..native import address
 from .contract import (
     BlockState,
     Condition,
@@ -36,6 +37,8 @@ from .windows import Bounds, check_part, check_window, check_windows
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
+WEIGHT_BUFFERS = ("weights", "hidden", "keys_values")  # in the weights' dtype; all others are fp32, or
+INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # see params.h
 Positions = list[tuple[int, int, int]]  # of each row of a branch: sample, token that is evaluated, column of `Moved`
 
 
@@ -228,8 +231,8 @@ class CudaEngine:
         if tuple(trail.shape) != (4, *state.x.shape[:2]) or trail.dtype != torch.float32 or not trail.is_contiguous():
             raise ArgumentError("trail", f"a contiguous float32 tensor {(4, *state.x.shape[:2])}", tuple(trail.shape))
         groups = list(self._groups(list(range(B)), self._most_rows(state) // window))
-        numbers = torch.zeros(2 * B + len(groups), dtype=torch.int32)
-        numbers[:B] = torch.tensor(reached, dtype=torch.int32)
+        numbers = torch.zeros(2 * B + len(groups), dtype=torch.int32, device="cpu")
+        numbers[:B] = torch.tensor(reached, dtype=torch.int32, device="cpu")
         numbers = numbers.to(self.device)
         fronts, evaluations, passes = numbers.split([B, B, len(groups)])
         residual = state.x.new_zeros(B)
@@ -284,14 +287,14 @@ class CudaEngine:
             return torch.empty(sizes, dtype=dtype, device=self.device)
 
         branches = 2 if guidance.active else 1
-        scale = torch.full((branches,), d**-0.5 * math.log2(math.e))
+        scale = torch.full((branches,), d**-0.5 * math.log2(math.e), dtype=torch.float32, device="cpu")
         if guidance.active:
             scale[1] /= guidance.attn_temp
         classes = schedule = None
         if self._classes is not None:
             classes = self._classes[embedding_rows(condition, batch, config.num_classes, self.device)]
         if guidance.active:
-            schedule = torch.tensor(guidance.schedule(T), dtype=torch.float32).to(self.device)
+            schedule = torch.tensor(guidance.schedule(T), dtype=torch.float32, device=self.device)
         C, out = whole(config.channels, TILE), whole((2 if config.nvp else 1) * config.token_dim, TILE)
         workspace = _Workspace(
             {
@@ -340,12 +343,12 @@ class CudaEngine:
         self._set_buffers(launch, {**buffers, **workspace.buffers})
         return launch
 
-    @staticmethod
-    def _set_buffers(launch: Any, buffers: Mapping[str, Tensor | None]) -> None:
+    def _set_buffers(self, launch: Any, buffers: Mapping[str, Tensor | None]) -> None:
         for name, tensor in buffers.items():
             if tensor is not None:
-                assert tensor.is_contiguous(), name
-                launch.set_buffer(name, tensor.data_ptr(), tensor.numel())
+                dtype = torch.int32 if name in INT32_BUFFERS else torch.float32
+                dtype = self.dtype if name in WEIGHT_BUFFERS else dtype
+                launch.set_buffer(name, address(name, tensor, dtype, self.device), tensor.numel())
 
     def _run(self, state: BlockState, positions: Positions, buffers: Mapping[str, Tensor | None], **sizes: int) -> None:
         check_plain(state)

@@ -58,7 +58,7 @@ def pack(weights: BlockWeights, device: torch.device, dtype: torch.dtype) -> tup
     """(weights, biases) of all packed layers: 1-D, in `dtype` and in fp32."""
     sizes = linear_sizes(weights.config)
     packed = torch.empty(sum(n * k for n, k in sizes), TILE * TILE, dtype=dtype, device=device)
-    biases = torch.zeros(sum(n for n, _ in sizes) * TILE, device=device)
+    biases = torch.zeros(sum(n for n, _ in sizes) * TILE, dtype=torch.float32, device=device)
     at = bias_at = 0
     for (weight, bias), (tiles, k_tiles) in zip(_linears(weights, device), sizes, strict=True):
         packed[at : at + tiles * k_tiles] = pack_linear(weight, dtype).flatten(0, 1)

@@ -55,10 +55,10 @@ def share(sizes: list[LinearSize], blocks: int) -> Tensor:
 
     In each layer the blocks' numbers differ by one at most; those with one more are those that have the least so far.
     """
-    load = torch.zeros(blocks, dtype=torch.int64)
-    work = torch.empty(len(sizes), blocks, 2, dtype=torch.int32)
+    load = torch.zeros(blocks, dtype=torch.int64, device="cpu")
+    work = torch.empty(len(sizes), blocks, 2, dtype=torch.int32, device="cpu")
     for layer, (tiles, k_tiles) in enumerate(sizes):
-        count = torch.full((blocks,), tiles // blocks, dtype=torch.int64)
+        count = torch.full((blocks,), tiles // blocks, dtype=torch.int64, device="cpu")
         count[load.argsort(stable=True)[: tiles % blocks]] += 1
         load += count * k_tiles
         work[layer, :, 0] = count.cumsum(0) - count
@@ -79,10 +79,10 @@ def fetches(sizes: list[LinearSize], work: Tensor, slot_k: int) -> Tensor:
                 for k in range(0, k_tiles, most_tiles)
             ]
         begin += tiles * k_tiles
-    table = torch.zeros(len(jobs), max(map(len, jobs)), 2, dtype=torch.int32)
+    table = torch.zeros(len(jobs), max(map(len, jobs)), 2, dtype=torch.int32, device="cpu")
     for block, of_block in enumerate(jobs):
         if of_block:
-            table[block, : len(of_block)] = torch.tensor(of_block, dtype=torch.int32)
+            table[block, : len(of_block)] = torch.tensor(of_block, dtype=torch.int32, device="cpu")
     return table
 
 

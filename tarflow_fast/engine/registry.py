@@ -16,9 +16,10 @@ import torch
 from .. import devices
 from ..checks import check_choice, check_count
 from ..devices import device_missing
-from ..errors import ArgumentError, BackendError
+from ..errors import BackendError
 from ..limits import most_threads
 from ..native import choose_instruction_set
+from ..scalars import check_flag
 from .contract import BlockEngine
 from .cpu_engine import CpuEngine, cpu_missing
 from .cuda_engine import CudaEngine, cuda_missing, native_missing
@@ -70,7 +71,7 @@ def _cpu_status() -> BackendStatus:
         missing = str(error)
     if missing is not None:
         return BackendStatus("cpu", "cpu", False, missing)
-    why = f"native engine, {choose_instruction_set()}, {torch.get_num_threads()} threads; float32 and bfloat16"
+    why = f"native engine, {choose_instruction_set()}, {devices.default_threads()} threads; float32 and bfloat16"
     return BackendStatus("cpu", "cpu", True, why)
 
 
@@ -99,8 +100,7 @@ def triton_missing(device: torch.device, dtype: torch.dtype = torch.float32, com
 
 def check_compile(compile: object, device: torch.device) -> bool:
     """Whether to compile, if that can be had. Raises ArgumentError, or BackendError without a compiler."""
-    if not isinstance(compile, bool):
-        raise ArgumentError("compile", "a bool", repr(compile))
+    compile = check_flag("compile", compile)
     if compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise BackendError("compile=True cannot be had: torch.compile needs a C++ compiler; install g++ or set CXX")
     return compile

@@ -185,7 +185,7 @@ class TorchEngine:
     def _schedule(self, state: BlockState) -> Tensor:
         """g_i, (T − 1, 1)."""
         schedule = state.condition.guidance.schedule(state.x.shape[1])
-        return torch.tensor(schedule, dtype=self.stream).to(self.device).unsqueeze(1)
+        return torch.tensor(schedule, dtype=self.stream, device="cpu").to(self.device).unsqueeze(1)
 
     def _evaluate(self, state: BlockState, i: int) -> Tensor:
         window = slice(i, i + 1)

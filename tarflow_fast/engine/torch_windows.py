@@ -18,12 +18,12 @@ class Windows:
 
     def __init__(self, start: Sequence[int], stop: Sequence[int], branches: int, device: torch.device):
         B = len(start)
-        first, last = torch.tensor(start), torch.tensor(stop)
+        first, last = torch.tensor([list(start), list(stop)], device="cpu")
         widths = last - first
         taken = widths.nonzero().flatten()  # the A samples that have a window
-        pair = torch.arange(len(taken)).repeat_interleave(widths[taken])
+        pair = torch.arange(len(taken), device="cpu").repeat_interleave(widths[taken])
         samples = taken[pair]
-        columns = torch.arange(len(samples)) - (widths.cumsum(0) - widths)[samples]
+        columns = torch.arange(len(samples), device="cpu") - (widths.cumsum(0) - widths)[samples]
         indices = torch.stack([samples, first[samples] + columns, columns, pair]).to(device)  # in one copy
         self.samples, self.tokens, self.columns, pair = indices
         self.width = int(widths.max())

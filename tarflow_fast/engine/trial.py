@@ -45,7 +45,7 @@ def difference(pieces: list[Tensor], trusted: list[Tensor]) -> float:
     """How far pieces are off the trusted ones, of the piece and sample where it is most: the root mean square of the
     tokens' differences in units of the tokens' own, or of the log-dets' in nats for each value of a token. What is not
     finite in a trusted piece does not count; where the other alone is not, the result is infinite or NaN."""
-    most = torch.zeros((), dtype=torch.float64, device=trusted[0].device if trusted else None)
+    most = torch.zeros((), dtype=torch.float64, device=trusted[0].device if trusted else "cpu")
     for piece, sure in zip(pieces, trusted, strict=True):
         sure = sure.double()
         gap = torch.where(sure.isfinite(), piece - sure, 0)

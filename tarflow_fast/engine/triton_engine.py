@@ -106,7 +106,7 @@ class TritonEngine:
             workspace.scale.fill_(config.head_dim**-0.5)
             if guidance.active:
                 workspace.scale[B:] = config.head_dim**-0.5 / guidance.attn_temp
-                workspace.guidance.copy_(torch.tensor(guidance.schedule(z.shape[1]), dtype=torch.float32))
+                workspace.guidance.copy_(torch.tensor(guidance.schedule(z.shape[1]), dtype=torch.float32, device="cpu"))
             if workspace.classes is not None and self.chain.classes is not None:
                 rows = embedding_rows(condition, B, config.num_classes, self.device)
                 torch.index_select(self.chain.classes, 0, rows, out=workspace.classes)

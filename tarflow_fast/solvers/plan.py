@@ -48,7 +48,9 @@ class SolverPlan:
             slope = ((z - mean_z) * (x - mean_x)).mean(0) / (z - mean_z).square().mean(0)
             slopes.append(slope)
             shifts.append(mean_x - slope * mean_z)
-        unknown = torch.full((len(pairs), len(widths(pairs[0][0].shape[1]))), torch.nan)
+        unknown = torch.full(
+            (len(pairs), len(widths(pairs[0][0].shape[1]))), torch.nan, dtype=torch.float32, device="cpu"
+        )
         return cls(torch.stack(slopes).float().cpu(), torch.stack(shifts).float().cpu(), unknown, unknown.clone())
 
     def guess(self, k: int, z: Tensor) -> Tensor:

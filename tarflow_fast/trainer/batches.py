@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def add_noise(v: Tensor, noise_type: str, noise_std: float, noise: Tensor) -> Te
         return (v + noise) / 128 - 1
     if v.is_floating_point():
         return v + noise_std * noise
-    return v / 127.5 - 1 + noise_std * noise
+    return v.to(torch.float32) / 127.5 - 1 + noise_std * noise
 
 
 class Batches:
@@ -51,7 +52,7 @@ class Batches:
         self.labels = data.labels if config.conditional else None
         if config.conditional and data.labels is None:
             raise ArgumentError("conditional", "False, as the data has no labels", True)
-        self._epoch, self._order = -1, torch.empty(0)
+        self._epoch, self._order = -1, torch.empty(0, device="cpu")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,15 +64,16 @@ class Batches:
         config, B = self.config, self.config.batch_size
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = torch.randperm(len(self.data), generator=stream(config.seed, "order", epoch))
+            self._order = torch.randperm(len(self.data), generator=stream(config.seed, "order", epoch), device="cpu")
             self._epoch = epoch
         picked = self._order[position * B : (position + 1) * B][self.rows]
         v = self.data.images[picked].to(self.device)
         random = stream(config.seed, "noise", step, self.device)
         draw = torch.rand if config.noise_type == "uniform" else torch.randn
-        noise = draw((B, *v.shape[1:]), generator=random, device=self.device)[self.rows]
-        dropped = torch.rand(B, generator=random, device=self.device)[self.rows] < config.drop_label
-        mirrored = torch.rand(B, generator=random, device=self.device)[self.rows] < 0.5
+        how: dict[str, Any] = {"generator": random, "device": self.device, "dtype": torch.float32}
+        noise = draw((B, *v.shape[1:]), **how)[self.rows]
+        dropped = torch.rand(B, **how)[self.rows] < config.drop_label
+        mirrored = torch.rand(B, **how)[self.rows] < 0.5
         if config.flip:
             v = torch.where(mirrored[:, None, None, None], v.flip(-1), v)
         x = add_noise(v, config.noise_type, config.noise_std, noise)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..checks import check_choice, check_count, check_number
 from ..data import LAYOUTS, VALUES
 from ..errors import ArgumentError
+from ..scalars import check_flag, plain
 
 NOISE_TYPES = ("gaussian", "uniform")
 DTYPES = ("float32", "bfloat16")
@@ -118,6 +119,8 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("data", "out"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ArgumentError(name, "a path", repr(getattr(self, name)))
@@ -127,8 +130,7 @@ class TrainConfig:
             if "\0" in (getattr(self, name) or ""):
                 raise ArgumentError(name, "a path", repr(getattr(self, name)))
         for name in ("nvp", "conditional", "flip", "compile", "tensorboard"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(name, "a bool", repr(getattr(self, name)))
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         for name in COUNTS:
             check_count(name, getattr(self, name))
         for name in COUNTS_OR_ZERO:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import load, save
 from ..config import TarFlowConfig
 from ..data import ImageData, matched, renamed
+from ..devices import own_defaults
 from ..engine import check_compile
 from ..errors import (
     ArgumentError,
@@ -183,12 +184,13 @@ class _Run:
             raise ArgumentError("epochs", f"at most {most}, which are {MOST_STEPS:,} steps", config.epochs)
         self.held_out = self._named(lambda: self._load_held_out(data, own))
         self._check_grid(sizes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = TarFlow.from_config(sizes).to(group.device)
-        if source is not None:
-            model.load_state_dict(source.state_dict())
-        self.state = TrainState(model, config)
+        with own_defaults():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = TarFlow.from_config(sizes).to(group.device)
+            if source is not None:
+                model.load_state_dict(source.state_dict())
+            self.state = TrainState(model, config)
         self.fingerprint = data.fingerprint
         self.state.average.metadata = run_metadata(config, data) | ({} if start is None else {"init": start.name})
         if resume:

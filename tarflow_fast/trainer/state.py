@@ -44,7 +44,7 @@ class TrainState:
         )
         self.step = 0
         self.seconds = 0.0
-        self.sums = torch.zeros(len(SUMS), device=model.device)
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float32, device=model.device)
         self.summed = 0
 
     @property
