@@ -22,7 +22,7 @@ from .flow_block import Attention, FlowBlock
 from .gs_jacobi import check_iterations
 from .scalars import check_flag, plain
 
-IMAGE_RANGE = 4.0  # beyond any image of −1 to 1 with the noise that models are trained with, or any sample
+IMAGE_RANGE = 16.0  # beyond any image of −1 to 1 with noise, or any sample; 8-bit values as they are go to 255
 
 
 class TarFlow(nn.Module):
