@@ -26,8 +26,7 @@ from .scalars import check_flag, plain
 if TYPE_CHECKING:
     from .checkpoint import Origin
 
-IMAGE_RANGE = 4.0  # beyond any image of −1 to 1 with the noise that models are trained with, or any sample
-NO_PICTURE = 16.0  # a value far beyond -1 to 1, with any noise
+IMAGE_RANGE = 16.0  # beyond any image of −1 to 1 with noise, or any sample; 8-bit values as they are go to 255
 
 
 class TarFlow(nn.Module):
@@ -177,7 +176,7 @@ class TarFlow(nn.Module):
         """
         x = check_tensor("x", x, self.config.image_shape)
         low, high = serial.span(x.detach())
-        if low >= 0 and high > NO_PICTURE and self.metadata.get("values") != "raw":
+        if low >= 0 and high > IMAGE_RANGE and self.metadata.get("values") != "raw":
             expected = "values of about -1 to 1 (v/127.5 - 1, or dequantize(v), of 8-bit values v)"
             raise ArgumentError("x", expected, f"{low:g} to {high:g}")
         if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # trained on 8-bit images

@@ -617,7 +617,7 @@ def test_samples_and_their_likelihood_are_those_of_the_torch_backend(backend: st
         ({"what": ""}, "guide_what"),
         ({"attn_temp": 0.0}, "attn_temp"),
         ({"attn_temp": -1}, "attn_temp"),
-        ({"annealed": 1}, "annealed_guidance"),
+        ({"annealed": 2}, "annealed_guidance"),
     ],
 )
 def test_guidance_that_cannot_be_is_refused(arguments: dict[str, object], name: str) -> None:
