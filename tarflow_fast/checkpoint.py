@@ -101,7 +101,7 @@ def load(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if notes:
-        warnings.warn(f"{path}: {'; '.join(notes)}", TarFlowWarning, stacklevel=2)
+        warnings.warn(f"{path}: {'; '.join(notes)}", TarFlowWarning, stacklevel=3)  # the decorator is between
     return model
 
 
@@ -189,7 +189,7 @@ def save(
     if lost:
         needed = ", ".join(f"{name}={value}" for name, value in lost.items())
         said = f"{path}: a .pth holds weights alone; load it with {needed}, or save as .safetensors, which records that"
-        warnings.warn(said, TarFlowWarning, stacklevel=2)
+        warnings.warn(said, TarFlowWarning, stacklevel=3)
     with replacing(path) as partial:
         if path.suffix.lower() == ".pth":
             save_torch(state, partial)

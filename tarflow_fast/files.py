@@ -20,7 +20,7 @@ if sys.platform != "win32":
 PathLike = str | os.PathLike[str]
 
 _UNFINISHED = re.compile(r"\.tarflow-[0-9a-f]{16}(\.[^.]+)?")
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust's libraries tell errno
+_OS_ERROR = re.compile(r"(?:\(os error |\bcode: )(\d+)")  # how Rust's libraries tell errno
 
 
 def check_path(argument: str, path: PathLike, suffixes: Sequence[str] = ()) -> Path:

@@ -281,7 +281,7 @@ class Sampler:
         y = None if labels is None else labels.to(self.device)
         images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=stream_dtype(self.dtype))
         log_prob = None if rule.active else images.new_empty(n)
-        error = torch.empty(n, device="cpu")
+        error = torch.empty(n, device="cpu", dtype=torch.float32)
         sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
         sizes: list[int] = []  # of the batches
         rows = list(range(n))  # those that still have to be drawn
@@ -453,7 +453,7 @@ class Sampler:
         log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - blocks_log_det
         log_det = blocks_log_det + self._prior_std.log().sum()
         sequence = [model.unpatchify(x) for x in (z, *tokens[2:])] if trajectory else []
-        worst = torch.zeros(z.shape[0], device="cpu") if error is None else error.amax(1)
+        worst = torch.zeros(len(z), device="cpu", dtype=torch.float32) if error is None else error.amax(1)
         cache_bytes = 0 if state is None else state.cache_bytes
         return _Inverse(images, log_prob, log_det, sequence, cache_bytes, failures, solutions, worst)
 

@@ -632,8 +632,8 @@ class TestEval:
         assert (log.level, log.handlers) == (logging.NOTSET, [])  # as it was for the process that goes on
 
     def test_noise_that_is_not_recorded_is_said_once(self, run: Run, data: tuple[torch.Tensor, list[int]]) -> None:
-        tff.save(random_model(), "one.pth")
-        command = ("eval", "-m", "one.pth", "--data", "d.npz")
+        tff.save(random_model(), "one.safetensors")
+        command = ("eval", "-m", "one.safetensors", "--data", "d.npz")
         assert run(*command).stderr.count("does not record the noise") == 1
         assert run(*command, "--noise", "uniform").stderr == ""
 

@@ -22,8 +22,10 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import tarflow_fast as tff
+from tarflow_fast.checkpoint import HEADER
 from tarflow_fast.cli import main
 
 EXIT_CODES = (0, 1, 2, 130, 143)
@@ -119,8 +121,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tff.save(random_model(in_channels=4, **TINY), folder / "latent.safetensors")
     model.metadata = {TITLE: TITLE, "class_names": [TITLE, "b", "c"], "license": TITLE}
     tff.save(model, folder / "evil.safetensors")
-    model.metadata = {"noise_std": "much", "class_names": {"a": 1}, "noise_type": [TITLE]}
-    tff.save(model, folder / "odd.safetensors")
+    metadata = {"noise_std": "much", "class_names": {"a": 1}, "noise_type": [TITLE]}
+    header = {HEADER: json.dumps({"config": model.config.to_dict(), "metadata": metadata})}
+    weights = {key: value for key, value in model.state_dict().items() if not key.endswith("attn_mask")}
+    save_file(weights, folder / "odd.safetensors", header)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4), dtype=np.uint8)
     np.savez(folder / "d.npz", images=pixels, labels=np.arange(6) % 3)
     np.savez(folder / "floats.npz", images=pixels / 255, labels=np.arange(6.0))
@@ -133,8 +137,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.fromarray(pixels[i]).save(path)
     (folder / "mixed" / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     Image.fromarray(pixels[0]).save(folder / "one.png")
-    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in pixels.shape)
-    (folder / "t10k-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    begin = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in pixels.shape)
+    (folder / "t10k-images-idx3-ubyte").write_bytes(begin + pixels.tobytes())
     (folder / "names.txt").write_text("cat\na, b\n0-1\n#2\n", encoding="utf-8")
     (folder / "empty.pth").touch()
     return folder

@@ -84,7 +84,7 @@ def test_labels_of_every_kind(labels: Any, wanted: list[int]) -> None:
 @pytest.mark.parametrize(
     "labels",
     [
-        *("Dog", b"dog", ["cat", "cow"], np.array([1.0]), np.array([True]), np.eye(2, dtype=int), [1.0], [True], 3),
+        *("wolf", b"dog", ["cat", "cow"], np.array([1.0]), np.array([True]), np.eye(2, dtype=int), [1.0], [True], 3),
         *({1: 2}, np.array([3]), [None], np.array([], dtype=int), 2**70, [[1]], np.datetime64("2020")),
     ],
     ids=repr,
