@@ -115,9 +115,8 @@ def probe(engine: BlockEngine, state: BlockState) -> Trail:
     trail, generator = Trail(state), torch.Generator("cpu").manual_seed(0)
     for _ in range(PROBES if T > 1 else 0):
         step = PROBE * x.abs().amax(-1, keepdim=True).clamp(min=1)
-        state.x += step * torch.randint(2, x.shape, generator=generator, device="cpu").mul_(2).sub_(1).to(
-            x.device, x.dtype
-        )
+        signs = 2 * torch.randint(2, x.shape, generator=generator, device="cpu") - 1
+        state.x += step * signs.to(x.device, x.dtype)
         change, residual = engine.fixed_point(state, 1, T)
         reach = step.squeeze(-1).cummax(1).values[:, :-1]
         moved = (state.x - x).abs().amax(-1)[:, 1:]
