@@ -63,7 +63,7 @@ def load_images(
     system's temporary folder): they are mapped from a file, which goes with this process. progress: a bar while
     pictures are read.
 
-    What was decided, as which files were skipped, goes to the log, one line each. Raises ArgumentError, and DataError
+    What was decided, as which files were skipped, is said by a `TarFlowWarning` each. Raises ArgumentError, and DataError
     for files that are truncated, foreign or at odds with each other.
     """
     check_choice("split", split, SPLITS)
@@ -106,7 +106,7 @@ def load_into(
     if size is not None and data.images.shape[-1] != size:
         raise DataError(f"{where}: its images are {data.images.shape[-1]} pixels wide, not {size}")
     for note in [*store.notes, *notes]:
-        warnings.warn(note, TarFlowWarning, stacklevel=2)
+        warnings.warn(note, TarFlowWarning, stacklevel=3)
     return data
 
 
