@@ -63,8 +63,8 @@ def load_images(
     system's temporary folder): they are mapped from a file, which goes with this process. progress: a bar while
     pictures are read.
 
-    What was decided, as which files were skipped, is said by a `TarFlowWarning` each. Raises ArgumentError, and DataError
-    for files that are truncated, foreign or at odds with each other.
+    What was decided, as which files were skipped, is said by a `TarFlowWarning` each. Raises ArgumentError, and
+    DataError for files that are truncated, foreign or at odds with each other.
     """
     check_choice("split", split, SPLITS)
     check_choice("layout", layout, LAYOUTS)
