@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -98,7 +99,7 @@ def _gradient_by_autograd(model: TarFlow, dtype: torch.dtype | None, x: Tensor, 
     # Weights without gradients: only activations that lead back to x are kept.
     weights = {name: _ordinary(value.detach()) for name, value in model.state_dict().items()}
     half = dtype in (torch.bfloat16, torch.float16)
-    x = x.requires_grad_()
+    x, model = x.requires_grad_(), copy.copy(model).set_density("torch")  # whatever the model's own passes run in
     with torch.enable_grad(), torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half):
         z, _, mean_log_det = torch.func.functional_call(model, weights, (x, y))
         log_prob = (mean_log_det * x[0].numel() - 0.5 * z.to(x.dtype).square().sum(dim=(1, 2))).sum()

@@ -407,6 +407,16 @@ def test_set_density_refuses(arguments: tuple[Any, ...], error: type[Exception],
         model.set_density(*arguments)
 
 
+def test_denoise_takes_its_own_backend_whatever_the_models_is() -> None:
+    model, images = random_model(), random_images(random_model(), 3)
+    wanted = denoise(model, images, noise_std=0.1, backend="torch")
+    model.set_density("cpu", 1)
+    assert torch.equal(denoise(model, images, noise_std=0.1, backend="torch"), wanted)
+    with torch.no_grad():
+        model.log_prob(images)
+    assert (model._density, model._density_threads) == ("cpu", 1)
+
+
 def test_batches_of_images_do_not_matter() -> None:
     model = random_model(num_classes=3)
     images, y = random_images(model, 5), torch.tensor([0, 1, 2, -1, 0])
