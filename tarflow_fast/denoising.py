@@ -96,14 +96,17 @@ def _gradient_in_cpp(model: TarFlow, dtype: torch.dtype, threads: int | None, x:
 
 def _gradient_by_autograd(model: TarFlow, dtype: torch.dtype | None, x: Tensor, y: Tensor | None) -> Tensor:
     """∇_x log p(x | y) for images x, by PyTorch; dtype: of autocast, where it is half precision."""
-    # Weights without gradients: only activations that lead back to x are kept.
-    weights = {name: _ordinary(value.detach()) for name, value in model.state_dict().items()}
+    # Modules of our own, as others may be using the model's, around its weights. These without gradients: only
+    # activations that lead back to x are kept.
+    weights = {id(value): _ordinary(value.detach()) for value in (*model.parameters(), *model.buffers())}
+    ours = copy.deepcopy(model, weights).set_density("torch")
     half = dtype in (torch.bfloat16, torch.float16)
-    x, model = x.requires_grad_(), copy.copy(model).set_density("torch")  # whatever the model's own passes run in
+    x = x.requires_grad_()
     with torch.enable_grad(), torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half):
-        z, _, mean_log_det = torch.func.functional_call(model, weights, (x, y))
+        z, _, mean_log_det = ours(x, y)
         log_prob = (mean_log_det * x[0].numel() - 0.5 * z.to(x.dtype).square().sum(dim=(1, 2))).sum()
-    (gradient,) = torch.autograd.grad(log_prob, x)
+    with torch.autocast(model.device.type, enabled=False):  # the caller's
+        (gradient,) = torch.autograd.grad(log_prob, x)
     return gradient
 
 

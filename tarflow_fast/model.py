@@ -176,7 +176,7 @@ class TarFlow(nn.Module):
         """
         x = check_tensor("x", x, self.config.image_shape)
         low, high = serial.span(x.detach())
-        if low >= 0 and high > IMAGE_RANGE and self.metadata.get("values") != "raw":
+        if low > -1 and high > IMAGE_RANGE and self.metadata.get("values") != "raw":
             expected = "values of about -1 to 1 (v/127.5 - 1, or dequantize(v), of 8-bit values v)"
             raise ArgumentError("x", expected, f"{low:g} to {high:g}")
         if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # trained on 8-bit images

@@ -157,7 +157,7 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Content:
         shape, name = tuple(part.get_shape()), part.get_dtype()
         dtype = _SAFETENSORS_DTYPES.get(name, name)
         nbytes = math.prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
-        tree[key] = StoredTensor(shape, dtype, (path.name, key), nbytes, partial(file.get_tensor, key))
+        tree[key] = StoredTensor(shape, dtype, (path.name, key), nbytes, partial(_tensor_of, file, key))
     return Content(tree, dict(file.metadata() or {}))
 
 
@@ -171,6 +171,12 @@ class _Place:
     start: int
     nbytes: int
     crc: int = 0
+
+
+def _tensor_of(file: Any, key: str) -> Tensor:
+    with torch.device("cpu"):  # older versions put it on torch's default device
+        tensor: Tensor = file.get_tensor(key)
+    return tensor
 
 
 def _read_zip(file: IO[bytes], size: int) -> Any:
@@ -299,7 +305,7 @@ def _stored(view: View, file: IO[bytes], place: Callable[[Storage], _Place]) -> 
 
     def read() -> Tensor:
         if not numel:
-            return torch.empty(view.shape, dtype=view.dtype)
+            return torch.empty(view.shape, dtype=view.dtype, device="cpu")
         first, nbytes = view.offset * view.dtype.itemsize, (last + 1 - view.offset) * view.dtype.itemsize
         crc = found.crc if nbytes == found.nbytes else 0  # a part of a storage has none of its own
         data = _read(file, _Place(found.start + first, nbytes, crc))

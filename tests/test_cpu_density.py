@@ -464,3 +464,16 @@ def test_a_signal_ends_the_pass(threads: int) -> None:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
     density(model, images[:1], threads=threads)  # and the threads serve on
+
+
+def test_denoising_by_torch_leaves_the_model_to_others() -> None:
+    """Several callers at once, and a caller's autocast: neither is in the result, or in the model."""
+    model, images = random_model(), random_images(random_model(), 3)
+    before, wanted = dict(model.named_parameters()), denoise(model, images, noise_std=0.1, backend="torch")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: denoise(model, images, noise_std=0.1, backend="torch"), range(12)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(denoise(model, images, noise_std=0.1, backend="torch"))
+    assert all(torch.equal(each, wanted) for each in found)
+    after = dict(model.named_parameters())
+    assert all(after[name] is value and value.requires_grad for name, value in before.items())

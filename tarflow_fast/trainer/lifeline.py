@@ -17,6 +17,7 @@ from typing import Any
 KEY = "tarflow_fast/lifeline"  # in the store: "port token"
 CONNECT_SECONDS = 30.0
 GRACE_SECONDS = 20.0  # in which a process that has lost another may end by itself
+PART_SECONDS = 2.0  # in which a process hears that another one leaves
 MOST_BYTES = 4096  # of a message
 BYE, LOST, HELLO = "bye", "lost ", "hello "
 # (option, seconds or number): a silent machine is taken for dead after 10 + 4 · 5 s.
@@ -37,6 +38,16 @@ class _Peer:
     def send(self, message: str) -> None:
         with contextlib.suppress(OSError):
             self.connection.sendall(message.encode() + b"\n")
+
+    def part(self) -> None:
+        """Says goodbye, and waits until that was heard: what is closed with something unread takes it back."""
+        self.send(BYE)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(PART_SECONDS)
+            while self.connection.recv(MOST_BYTES):
+                pass
+        self.connection.close()
 
 
 class Lifeline:
@@ -86,11 +97,14 @@ class Lifeline:
         self._closed.set()
         self._wake.close()
         self._thread.join()
-        for peer in self._peers:
-            peer.send(BYE)
-            peer.connection.close()
         if self._server is not None:
+            self._server.setblocking(False)
+            with contextlib.suppress(OSError):  # there are no more
+                while True:
+                    self._peers.append(_Peer(self._server.accept()[0], None))
             self._server.close()
+        for peer in self._peers:
+            peer.part()
         self._waker.close()
         self._selector.close()
 
