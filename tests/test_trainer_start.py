@@ -327,3 +327,29 @@ def test_paths_are_recorded_whole(data: str, tmp_path: Path, monkeypatch: pytest
     train(tiny(data, Path("run"), epochs=1, eval_data=data), progress=False)
     recorded = checkpoint(Path("run"))["config"]
     assert (recorded["data"], recorded["eval_data"], recorded["out"]) == (data, data, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_labels_of_a_started_run_are_the_models_and_it_goes_on(
+    tmp_path: Path, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of data that has some of the model's classes alone, in numbers: here 1 and 2 of three."""
+    model = some_model()
+    model.metadata = {"class_names": NAMES} if named else {}
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "some.npz", images=pixels, labels=np.arange(12) % 2 + 1)
+    seen = []
+
+    class Seen(_Run):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
+            assert self.held_out is not None
+            seen.append((self.batches.data.labels.tolist(), self.held_out.labels.tolist()))
+
+    monkeypatch.setattr("tarflow_fast.trainer.loop._Run", Seen)
+    path, out = str(tmp_path / "some.npz"), tmp_path / "run"
+    train(plain(path, out, eval_data=path, batch_size=12, epochs=1), init=model, progress=False)
+    again = train(continued(out, {"epochs": 2}), resume=True, progress=False)
+    assert seen == [([1, 2] * 6, [1, 2] * 6)] * 2
+    assert again.config == model.config
+    assert again.metadata.get("class_names") == model.metadata.get("class_names")

@@ -44,7 +44,7 @@ from .processes import Processes, processes
 from .progress import Progress, progress_kind
 from .shared import load_once
 from .start import Init, Start, given_options, read_init, sizes_of, with_classes_of
-from .state import CHECKPOINT, SUMS, TrainState
+from .state import CHECKPOINT, SUMS, TrainState, begun_with
 
 MODEL = "model.safetensors"
 OURS = (CHECKPOINT, MODEL, "train.csv", "eval.csv")
@@ -171,9 +171,13 @@ class _Run:
 
         own = self._named(lambda: self._load(config.data, "train"))
         data = own if config.class_names is None else renamed(own, config.class_names)
+        begun = begun_with(self.out / CHECKPOINT) if resume else None
         if source is not None:
-            data = with_classes_of(source, data)
-        sizes = model_config(config, data) if source is None else source.config
+            begun = source.config, source.metadata.get("class_names")
+        if begun is not None:
+            data = with_classes_of(begun[0].num_classes, begun[1], data)
+            own = own if own.numbers is None else replace(data, class_names=None)  # numbers are the model's labels
+        sizes = model_config(config, data) if begun is None else begun[0]
         if tuple(data.images.shape[1:]) != sizes.image_shape:
             raise ArgumentError("init", f"a model of images of shape {tuple(data.images.shape[1:])}", sizes.image_shape)
         check_fits(sizes, rows, group.device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..checkpoint import load
 from ..data import ImageData
@@ -58,15 +60,20 @@ def sizes_of(model: TarFlow, given: Mapping[str, Any]) -> dict[str, Any]:
     return sizes
 
 
-def with_classes_of(model: TarFlow, data: ImageData) -> ImageData:
-    """The data under the model's class names, if it has none of its own. Raises ArgumentError where they disagree."""
-    names, classes = model.metadata.get("class_names"), model.config.num_classes
+def with_classes_of(classes: int, names: Sequence[str] | None, data: ImageData) -> ImageData:
+    """The data with the labels and class names of a model of so many classes that a run starts from.
+
+    Labels that are numbers are the model's own, whichever of them the data has. Raises ArgumentError where the data has
+    names and they are not the model's, and for labels that the model does not know.
+    """
     if classes == 0:
         return data
     if names and data.class_names and list(names) != list(data.class_names):
         raise ArgumentError(
             "init", f"a model of the data's classes {list(data.class_names)!r}", f"one of {list(names)!r}"
         )
+    if data.labels is not None and data.numbers is not None:
+        data = replace(data, labels=torch.tensor(data.numbers, device="cpu")[data.labels], numbers=None)
     if data.class_names is None and names and data.labels is not None and data.num_classes <= classes == len(names):
         data = replace(data, class_names=tuple(names))
     if data.num_classes > classes or (data.class_names is not None and data.num_classes != classes):

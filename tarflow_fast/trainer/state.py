@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..config import TarFlowConfig
 from ..errors import ArgumentError, CheckpointError, TrainingDiverged
 from ..files import replacing
 from ..model import TarFlow
@@ -143,6 +144,15 @@ def _read(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, 
     ):
         raise CheckpointError(f"{path}: not a whole training checkpoint (a wrong step, sums or metadata)")
     return content
+
+
+def begun_with(path: Path) -> tuple[TarFlowConfig, list[str] | None] | None:
+    """Sizes and class names of the model that the run of this checkpoint started from; None if it started from none."""
+    content = _read(path, torch.device("cpu"), mmap=True)
+    metadata = content.get("metadata", {})
+    if "init" not in metadata or "sizes" not in content:
+        return None
+    return TarFlowConfig(**content["sizes"]), metadata.get("class_names")
 
 
 def _recorded(path: Path, content: Mapping[str, Any]) -> TrainConfig:
