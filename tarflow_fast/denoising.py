@@ -11,6 +11,7 @@ from torch import Tensor
 from . import serial
 from .checks import Count, Labels, Number, batch_labels, check_choice, check_count, check_number, check_tensor
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
+from .devices import check_dtype
 from .errors import ArgumentError, BackendError, TarFlowError
 from .flow_block import stream_dtype
 from .forking import safe_in_forked_child
@@ -54,7 +55,7 @@ def denoise(
         batch_size = check_count("batch_size", batch_size)
     if threads is not None:
         threads = check_count("threads", threads, high=most_threads())
-    products = model.dtype if dtype is None else dtype
+    products = model.dtype if dtype is None else check_dtype(dtype, model.device)
     missing = cpu_density_missing(model.blocks, images, products, gradients=False)
     if backend == "cpu" and missing is not None:
         raise BackendError(f"backend 'cpu' cannot be had: {missing}")

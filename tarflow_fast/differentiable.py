@@ -56,25 +56,31 @@ class _Invert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> Any:
-        x, z, *parameters = ctx.saved_tensors  # raises if a parameter has been changed meanwhile
-        x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            new, log_det = parallel_pass(ctx.block, x, z, ctx.condition)
-        term = grad_x
-        if log_det.requires_grad:
-            (through,) = torch.autograd.grad(log_det, x, grad_log_det, retain_graph=True)
-            term = term + through
-        adjoint, eps = term, torch.finfo(x.dtype).eps
-        for _ in range(x.shape[1] - 1):
-            (term,) = torch.autograd.grad(new, x, term, retain_graph=True)
-            adjoint = adjoint + term
-            if bool(term.abs().amax() <= eps * adjoint.abs().amax()):
-                break
-        wanted = [z, *(p for p in parameters if p.requires_grad)]
-        outputs = ([new, log_det], [adjoint, grad_log_det]) if log_det.requires_grad else ([new], [adjoint])
-        found = iter(torch.autograd.grad(*outputs[:1], wanted, outputs[1], allow_unused=True))
-        grad_z = next(found)
-        return None, None, None, grad_z, *(next(found) if p.requires_grad else None for p in parameters)
+        with torch.autocast(grad_x.device.type, enabled=False):  # the caller's
+            return _gradients(ctx, grad_x, grad_log_det)
+
+
+def _gradients(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> Any:
+    """By z and the parameters, in the places of `_Invert.forward`'s arguments."""
+    x, z, *parameters = ctx.saved_tensors  # raises if a parameter has been changed meanwhile
+    x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
+    with torch.enable_grad():
+        new, log_det = parallel_pass(ctx.block, x, z, ctx.condition)
+    term = grad_x
+    if log_det.requires_grad:
+        (through,) = torch.autograd.grad(log_det, x, grad_log_det, retain_graph=True)
+        term = term + through
+    adjoint, eps = term, torch.finfo(x.dtype).eps
+    for _ in range(x.shape[1] - 1):
+        (term,) = torch.autograd.grad(new, x, term, retain_graph=True)
+        adjoint = adjoint + term
+        if bool(term.abs().amax() <= eps * adjoint.abs().amax()):
+            break
+    wanted = [z, *(p for p in parameters if p.requires_grad)]
+    outputs = ([new, log_det], [adjoint, grad_log_det]) if log_det.requires_grad else ([new], [adjoint])
+    found = iter(torch.autograd.grad(*outputs[:1], wanted, outputs[1], allow_unused=True))
+    grad_z = next(found)
+    return None, None, None, grad_z, *(next(found) if p.requires_grad else None for p in parameters)
 
 
 def differentiable_reverse(

@@ -62,11 +62,15 @@ def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> I
     path = Path(path)
     try:
         old = os.lstat(path)
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            yield path
-            return
+        special = not stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
-        old = None
+        old, special = None, False
+    if special:
+        try:
+            yield path
+        except OSError as error:
+            raise (_about(path, error) if error.filename is None else error) from error
+        return
     if sweep:
         _remove_unfinished(path.parent)
     try:

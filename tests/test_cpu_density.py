@@ -385,6 +385,8 @@ def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"backend": "torch", "threads": 2}, BackendError, "threads"),
         ({"threads": 0}, ArgumentError, "threads"),
         ({"batch_size": 0}, ArgumentError, "batch_size"),
+        ({"dtype": "bf16"}, ArgumentError, "dtype"),
+        ({"dtype": torch.int8}, ArgumentError, "dtype"),
     ],
 )
 def test_denoise_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:

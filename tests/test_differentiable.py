@@ -121,3 +121,16 @@ def test_memory_is_that_of_the_tokens_until_backward() -> None:
     activations = sum(t.numel() for t in kept if id(t) not in parameters and not isinstance(t, nn.Parameter))
     config: TarFlowConfig = model.config
     assert activations <= (2 * config.num_blocks + 4) * z.numel() + sum(p.numel() for p in model.parameters())
+
+
+def test_the_callers_autocast_is_in_no_gradient() -> None:
+    model = random_model(img_size=6)
+    z, found = random_latents(model, 2), []
+    for enabled in (False, True):
+        leaf = z.clone().requires_grad_()
+        images = model.reverse(leaf, differentiable=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            images.float().square().sum().backward()
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+    assert torch.equal(*found)

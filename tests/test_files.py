@@ -81,6 +81,11 @@ def test_links_are_replaced_and_devices_written_to(tmp_path: Path) -> None:
     with replacing("/dev/null") as direct:
         assert direct == Path("/dev/null")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    full = Path("/dev/full")
+    if full.exists():
+        with pytest.raises(OSError, match="No space left") as raised, replacing(full) as direct:
+            direct.write_text("x")
+        assert raised.value.filename == "/dev/full"
 
 
 @POSIX
