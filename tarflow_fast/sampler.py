@@ -190,6 +190,7 @@ class Sampler:
         batch_size: default what fits in memory. on_nonfinite: "raise" NonFiniteError, or "redraw" that image, at
         most three times. progress: show a bar. Raises ArgumentError also for an option that would have no effect.
         """
+        n = check_count("n", n, high=MOST_NUMBER)
         parts = self.stream(
             n,
             labels,
@@ -207,8 +208,8 @@ class Sampler:
             on_nonfinite=on_nonfinite,
             progress=progress,
         )
-        self._check_room(check_count("n", n), self.config.num_blocks + 2 if trajectory else 1)
-        return Samples.collect(check_count("n", n), parts)
+        self._check_room(n, self.config.num_blocks + 2 if trajectory else 1)
+        return Samples.collect(n, parts)
 
     def stream(
         self,
@@ -247,7 +248,7 @@ class Sampler:
         elif noise_std is not None or denoise_scale != 1:
             name, value = ("denoise_scale", denoise_scale) if noise_std is None else ("noise_std", noise_std)
             raise ArgumentError(name, "the default where denoise is off, as it has no effect", repr(value))
-        label_of = LabelRule(labels, self.config.num_classes, known_names(self._model.metadata))
+        label_of = LabelRule(labels, self.config.num_classes, self._class_names)
         check_effect(rule, unlabelled=label_of.none)
         batch = self._batch_size(n, rule.active, batch_size)
 
@@ -483,8 +484,8 @@ class Sampler:
         )
 
     @property
-    def _class_names(self) -> Any:
-        return self._model.metadata.get("class_names")
+    def _class_names(self) -> list[str]:
+        return known_names(self._model.metadata)
 
     def _bar(self, n: int, progress: bool) -> Any:
         total = n * self.config.num_blocks * (self.config.num_patches - 1)

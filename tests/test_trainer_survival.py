@@ -229,14 +229,14 @@ def test_full_disk_is_told_as_such(data: str, tmp_path: Path, monkeypatch: pytes
         saved.append(state.step)
         with monkeypatch.context() as patch:
             if len(saved) == 2:
-                patch.setattr("tarflow_fast.trainer.state._Sink.write", full)
+                patch.setattr("tarflow_fast.torch_files._Sink.write", full)
             plain(state, path, *rest)
 
     def full(sink: Any, data: bytes) -> int:
-        if sink._file.tell() > 300_000 and sink._error is None:
-            sink._error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        elif sink._error is None:
-            sink._file.write(data)
+        if sink.file.tell() > 300_000 and sink.error is None:
+            sink.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif sink.error is None:
+            sink.file.write(data)
         return len(data)
 
     monkeypatch.setattr(TrainState, "save", save)

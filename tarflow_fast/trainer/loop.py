@@ -208,9 +208,8 @@ class _Run:
         if group.world > 1:
             ids = [group.device] if group.device.type == "cuda" else None
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", FutureWarning
-                )  # of broadcast_buffers, which torch 2.10 has no other for
+                # of broadcast_buffers, for which torch 2.10 has no other name
+                warnings.simplefilter("ignore", FutureWarning)
                 self.forward = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
             total = int(group.sum(torch.tensor(self.state.step, device=group.device)))
             if total != group.world * self.state.step:

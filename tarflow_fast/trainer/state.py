@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..config import TarFlowConfig
 from ..errors import ArgumentError, CheckpointError, TrainingDiverged
 from ..files import replacing
 from ..model import TarFlow
+from ..torch_files import save_torch
 from .config import FREE_ON_RESUME, PATHS, TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
@@ -75,10 +76,8 @@ class TrainState:
             "sums": self.sums,
             "summed": self.summed,
         }
-        with replacing(path, durable=True) as partial, partial.open("wb") as file:
-            sink = _Sink(file)
-            torch.save(content, cast(IO[bytes], sink))
-            sink.finish()
+        with replacing(path, durable=True) as partial:
+            save_torch(content, partial)
 
     def restore(self, path: Path, config: TrainConfig, fingerprint: int) -> None:
         """Takes over what `save` wrote. CheckpointError: a broken file; ArgumentError: another run's."""
@@ -176,28 +175,3 @@ def _check_weights(module: nn.Module, weights: Mapping[str, Any]) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class _Sink:
-    """A file for torch.save, whose zip writer would hide an OSError behind another error or abort: it hears of none."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        self._error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        if self._error is None:
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self._error = error
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        """Raises what has gone wrong, if anything has."""
-        if self._error is not None:
-            raise self._error
-        self._file.flush()
