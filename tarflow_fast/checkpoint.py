@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from .errors import ArgumentError, CheckpointError, TarFlowWarning
 from .files import check_path, replacing
 from .forking import safe_in_forked_child
 from .model import TarFlow
+from .safetensors_files import save_safetensors
 from .settings import check_metadata, find_settings
 from .stored import INDEX, StoredTensor, open_content, read_json
 from .torch_files import save_torch
@@ -195,7 +195,7 @@ def save(
             save_torch(state, partial)
         else:
             weights = {key: value for key, value in state.items() if not is_mask(key)}
-            safetensors.torch.save_file(weights, partial, {"format": "pt", HEADER: header})
+            save_safetensors(weights, {"format": "pt", HEADER: header}, partial)
     if beside is not None:
         with replacing(beside) as partial:
             partial.write_text(card if isinstance(card, str) else model_card(model), encoding="utf-8")
