@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tarflow_fast.engine import Condition, block_weights
+from tarflow_fast.engine import Condition
 from tarflow_fast.engine.cpu_engine import CpuEngine
 from tarflow_fast.native import instruction_sets
 
@@ -25,7 +25,7 @@ from .cpu import MODELS
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_small_block(benchmark: Callable[..., Any], isa: str, dtype: torch.dtype, batch: int) -> None:
     config = MODELS["small"]
-    weights = block_weights(random_model(config, 0).state_dict(), config, 0)
+    weights = random_model(config, 0).block_weights(0)
     engine = CpuEngine(weights, dtype=dtype, instruction_set=isa)
     z = torch.randn(batch, config.num_patches, config.token_dim, generator=torch.Generator().manual_seed(0))
     state = engine.begin(z, Condition())

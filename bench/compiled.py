@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tarflow_fast import TarFlow, TarFlowConfig
-from tarflow_fast.engine import Condition, Guidance, block_weights
+from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.engine.triton_engine import TritonEngine
 from tarflow_fast.kernels.affine_density import density_backward, density_forward
 from tarflow_fast.kernels.launch import Launch, recording
@@ -54,8 +54,8 @@ class Case:
         """Of one pass; every: under all tiles that there are to choose from, not the first choice alone."""
         config = MODELS[self.model]
         with torch.device("meta"):
-            weights = TarFlow.from_config(config).state_dict()
-        engine = TritonEngine(block_weights(weights, config, 0), device=torch.device("meta"), dtype=self.dtype, pdl=pdl)
+            weights = TarFlow.from_config(config).block_weights(0)
+        engine = TritonEngine(weights, device=torch.device("meta"), dtype=self.dtype, pdl=pdl)
         z = torch.empty(self.batch, config.num_patches, config.token_dim, device="meta")
         state = engine.begin(z, Condition(None, Guidance(2.0 if self.guided else 0.0)))
         return engine.possible_launches(state, self.window, every=every)

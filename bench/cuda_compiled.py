@@ -68,14 +68,15 @@ def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
 
 def dynamic_bytes(model: str, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
     """Of shared memory, that a launch of this instance asks for."""
-    config, limit = MODELS[model], SHARED_LIMIT[architecture]
+    shape, limit = MODELS[model].block_shape, SHARED_LIMIT[architecture]
     jobs, blocks = _division(model, architecture)
     sizes = {"rows": rows, "most_rows": rows, "warps": warps, "jobs": jobs, "blocks": blocks, "shared_bytes": limit}
-    return make_plan(config, dtype, **sizes).shared_bytes
+    return make_plan(shape, dtype, **sizes).shared_bytes
 
 
 @cache
 def _division(model: str, architecture: int) -> tuple[int, int]:
     """The most that a block fetches, and blocks."""
-    sizes, blocks = linear_sizes(MODELS[model]), grid_blocks(MODELS[model], MULTIPROCESSORS[architecture])
-    return fetches(sizes, share(sizes, blocks), slot_inputs(MODELS[model])).shape[1], blocks
+    shape = MODELS[model].block_shape
+    sizes, blocks = linear_sizes(shape), grid_blocks(shape, MULTIPROCESSORS[architecture])
+    return fetches(sizes, share(sizes, blocks), slot_inputs(shape)).shape[1], blocks

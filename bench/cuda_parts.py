@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_fast.engine import Condition, Guidance, block_weights
+from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.engine.cuda_engine import CudaEngine
 from tarflow_fast.engine.cuda_plan import MOST_ROWS
 
@@ -45,7 +45,7 @@ def measure_cuda(
     guidance = Guidance(cell.guidance)
     rows = (2 if guidance.active else 1) * cell.batch
     launches = math.ceil(rows / MOST_ROWS)
-    weights = block_weights(inputs.model.state_dict(), inputs.model.config, 0)
+    weights = inputs.model.block_weights(0)
     engine = CudaEngine(weights, device=device, dtype=DTYPE)
     state = engine.begin(inputs.z, Condition(inputs.y, guidance))
     engine.reverse(state)

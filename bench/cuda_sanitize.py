@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tarflow_fast import TarFlowConfig
-from tarflow_fast.engine import Condition, Guidance, block_weights
+from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.engine.cuda_engine import CudaEngine
 from tarflow_fast.noise import latent_noise
 from tarflow_fast.solvers.trail import Trail
@@ -44,7 +44,7 @@ def small_run(device: torch.device) -> None:
     """All of the kernel's modes, each twice, for few and many rows. Raises RuntimeError unless all is finite and the
     second time gives the same bits."""
     for name, sizes in SIZES.items():
-        weights = block_weights(random_model(sizes, 0).state_dict(), sizes, 0)
+        weights = random_model(sizes, 0).block_weights(0)
         for dtype in DTYPES:
             engine = CudaEngine(weights, device=device, dtype=dtype)
             for batch in BATCHES:

@@ -82,7 +82,7 @@ class Problem:
     def of(cls, cell: DensityCell, seed: int) -> Problem:
         """Images of noise about a grey image: nothing here takes longer for better ones."""
         classes, generator = cell.sizes.num_classes, torch.Generator().manual_seed(seed)
-        images = 0.5 * torch.randn(cell.batch, *cell.sizes.image_shape, generator=generator)
+        images = 0.5 * torch.randn(cell.batch, *cell.sizes.data_shape, generator=generator)
         return cls(model_of(cell.config, seed), images, torch.arange(cell.batch) % classes if classes else None)
 
     def run(self, backend: str, operation: str, dtype: str, threads: int) -> Callable[[], Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_fast.engine import BlockEngine, Condition, Guidance, block_weights
+from tarflow_fast.engine import BlockEngine, Condition, Guidance
 from tarflow_fast.kernels.launch import dependent_launch
 
 from .gpu_cells import BACKEND, DTYPE, GpuCell, Inputs
@@ -30,7 +30,7 @@ LAUNCHES = 64  # of one operation in a graph
 def block_engine(inputs: Inputs, device: torch.device, **options: Any) -> BlockEngine:
     """BACKEND's engine of the only block; by the rule that NAME's is class NameEngine in engine/NAME_engine.py."""
     module = importlib.import_module(f"tarflow_fast.engine.{BACKEND}_engine")
-    weights = block_weights(inputs.model.state_dict(), inputs.model.config, 0)
+    weights = inputs.model.block_weights(0)
     engine: BlockEngine = getattr(module, f"{BACKEND.title()}Engine")(weights, device=device, dtype=DTYPE, **options)
     return engine
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import TarFlow
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
 from tarflow_fast.noise import latent_noise
 from tarflow_fast.solvers import Solution, Solver, adaptive, sequential
 
@@ -104,8 +104,7 @@ def problems(
     Labels go round the classes and "no class".
     """
     config = model.config
-    state = model.state_dict()
-    weights = (block_weights(state, config, k) for k in range(config.num_blocks))
+    weights = map(model.block_weights, range(config.num_blocks))
     engines = make_engines(backend, weights, device=device, dtype=torch.float32, compile=False)
     labels = None
     if config.num_classes:
@@ -114,9 +113,10 @@ def problems(
     condition = Condition(labels, Guidance(guidance))
     x = latent_noise(seed, range(batch), config.num_patches, config.token_dim).to(device) * model.var.to(device).sqrt()
     for k in reversed(range(config.num_blocks)):
-        problem = Problem(k, engines[k], x.flip(1) if k % 2 else x, condition)
+        order = config.permutation(k)
+        problem = Problem(k, engines[k], order.enter(x), condition)
         yield problem
-        x = problem.wanted.flip(1) if k % 2 else problem.wanted
+        x = order.leave(problem.wanted)
 
 
 def examine(problem: Problem, policy: Policy) -> dict[str, Any]:

@@ -75,11 +75,12 @@ def _first_line(error: Exception) -> str:
 
 def _images(model: TarFlow) -> Tensor:
     """Two images as a model may know them: smooth, and a little noise. No random generator of torch is drawn from."""
-    ch, size, _ = model.config.image_shape
+    shape = model.config.data_shape
     draw = np.random.Generator(np.random.Philox(0))
-    coarse, noise = (torch.from_numpy(draw.standard_normal((2, ch, n, n))) for n in (2, size))
-    smooth = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
-    return (0.4 * smooth + 0.1 * noise).to(model.device, model.dtype)
+    ch, *size = shape if len(shape) == 3 else (1, *shape)
+    coarse, noise = (torch.from_numpy(draw.standard_normal((2, ch, *sides))) for sides in ((2, 2), size))
+    smooth = F.interpolate(coarse, size=tuple(size), mode="bilinear", align_corners=True)
+    return (0.4 * smooth + 0.1 * noise).reshape(2, *shape).to(model.device, model.dtype)
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import serial
 from .checks import Flag, Labels, Number, batch_labels, check_tensor
-from .engine import Condition, Guidance, block_weights, choose_backend, make_engines
-from .flow_block import FlowBlock, stream_dtype
+from .dtypes import residual_dtype
+from .engine import Condition, Guidance, choose_backend, make_engines
+from .flow_block import FlowBlock
 from .scalars import plain
 from .solvers import sequential
 
@@ -24,18 +24,17 @@ def invert_block(
     annealed_guidance: Flag,
 ) -> Tensor:
     """See `FlowBlock.reverse`."""
-    config, k = block.config, int(block.flip)
-    x = check_tensor("x", x, (config.num_patches, config.token_dim), finite=False)
+    shape, order = block.shape, block.permutation
+    x = check_tensor("x", x, (shape.tokens, shape.token_dim), finite=False)
     weight = block.proj_in.weight
     kind, dtype = weight.device.type, weight.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
-    condition = Condition(batch_labels(y, x.shape[0], config.num_classes, weight.device), rule)
-    weights = block_weights({f"blocks.{k}.{key}": value for key, value in block.state_dict().items()}, config, k)
+    condition = Condition(batch_labels(y, x.shape[0], shape.classes, weight.device), rule)
     backend, _ = choose_backend("auto", weight.device, dtype, False)
-    (engine,) = make_engines(backend, [weights], device=weight.device, dtype=dtype, compile=False)
-    z = x.detach().to(weight.device, stream_dtype(dtype))
-    state = engine.begin(serial.flipped(z) if block.flip else z, condition)
+    (engine,) = make_engines(backend, [block.weights()], device=weight.device, dtype=dtype, compile=False)
+    z = x.detach().to(weight.device, residual_dtype(dtype))
+    state = engine.begin(order.enter(z), condition)
     sequential(engine, state, None)
-    return (serial.flipped(state.x) if block.flip else state.x).to(x.device)
+    return order.leave(state.x).to(x.device)

@@ -2,68 +2,152 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from .checks import check_choice
+from .engine.shape import BlockShape
 from .errors import ArgumentError
+from .permutation import Permutation
 from .scalars import check_flag, plain
+
+EXPANSION = 4  # of the MLP's width over the stream's
+LAYOUTS = ("image", "tokens")
+
+Size = int | tuple[int, int]  # of a square, or (height, width)
 
 
 @dataclass(frozen=True)
 class TarFlowConfig:
-    """Sizes of a TarFlow, under the names of ml-tarflow's constructor.
+    """The sizes of a TarFlow, under the names of ml-tarflow's constructor.
 
-    in_channels: image channels; img_size: height = width in pixels; patch_size: pixels along a patch's side;
-    channels: width C of the transformers; num_blocks: flow blocks K; layers_per_block: transformer layers L;
-    nvp: True for affine blocks, False for volume-preserving ones (shift only);
-    num_classes: 0 for an unconditional model; head_dim: channels of one attention head.
+    in_channels: image channels. img_size: height and width of an image in pixels, one number where it is a square.
+    patch_size: height and width of a patch, one number where it is a square. channels: width C of the transformers.
+    num_blocks: flow blocks K. layers_per_block: transformer layers L. nvp: True for affine blocks, False for
+    volume-preserving ones, which shift alone. num_classes: 0 for an unconditional model. head_dim: channels of one
+    attention head. layout: what the data are, "image", (B, in_channels, H, W), or "tokens", sequences of T tokens of D
+    values, (B, T, D), for which in_channels is D, img_size is (T, 1) and patch_size is 1; see `for_tokens`.
 
     Raises ArgumentError for sizes that no model can have.
     """
 
     in_channels: int
-    img_size: int
-    patch_size: int
+    img_size: Size
+    patch_size: Size
     channels: int
     num_blocks: int
     layers_per_block: int
     nvp: bool = True
     num_classes: int = 0
     head_dim: int = 64
+    layout: str = "image"
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = plain(getattr(self, field.name))
-            if field.name == "nvp":
+            name, value = field.name, plain(getattr(self, field.name))
+            if name == "nvp":
                 value = check_flag("nvp", value)
-            object.__setattr__(self, field.name, value)
-            if field.name == "nvp":
-                continue
-            low = 0 if field.name == "num_classes" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ArgumentError(field.name, f"an integer >= {low}", repr(value))
-        if self.img_size % self.patch_size:
-            raise ArgumentError("img_size", f"a multiple of patch_size = {self.patch_size}", self.img_size)
+            elif name == "layout":
+                check_choice("layout", value, LAYOUTS)
+            elif name in ("img_size", "patch_size"):
+                value = _size(name, value)
+            else:
+                _check_count(name, value, 0 if name == "num_classes" else 1)
+            object.__setattr__(self, name, value)
+        for side, patch in zip(self.image_size, self.patch_shape, strict=True):
+            if side % patch:
+                raise ArgumentError("img_size", f"a multiple of patch_size = {self.patch_size}", self.img_size)
         if self.channels % self.head_dim:
             raise ArgumentError("channels", f"a multiple of head_dim = {self.head_dim}", self.channels)
+        if self.layout == "tokens" and (self.patch_size != 1 or self.image_size[1] != 1):
+            got = f"img_size = {self.img_size}, patch_size = {self.patch_size}"
+            raise ArgumentError("layout", "'image' unless img_size is (T, 1) and patch_size 1", got)
+
+    @classmethod
+    def for_tokens(cls, tokens: int, token_dim: int, *sizes: Any, **named: Any) -> TarFlowConfig:
+        """The sizes of a model of sequences, (B, tokens, token_dim); the other sizes as above, from `channels` on."""
+        _check_count("tokens", tokens, 1)
+        _check_count("token_dim", token_dim, 1)
+        return cls(token_dim, (tokens, 1), 1, *sizes, **named, layout="tokens")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return _pair(self.img_size)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in an image."""
+        (height, width), (rows, columns) = self.image_size, self.patch_shape
+        return height // rows, width // columns
 
     @property
     def num_patches(self) -> int:
-        """T, tokens per image."""
-        return (self.img_size // self.patch_size) ** 2
+        """T, tokens of an image."""
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def token_dim(self) -> int:
-        """D, values per token."""
-        return self.in_channels * self.patch_size**2
+        """D, values of a token."""
+        rows, columns = self.patch_shape
+        return self.in_channels * rows * columns
 
     @property
-    def num_heads(self) -> int:
-        return self.channels // self.head_dim
+    def block_shape(self) -> BlockShape:
+        """The sizes of each flow block."""
+        return BlockShape(
+            tokens=self.num_patches,
+            token_dim=self.token_dim,
+            channels=self.channels,
+            layers=self.layers_per_block,
+            heads=self.channels // self.head_dim,
+            head_dim=self.head_dim,
+            hidden=EXPANSION * self.channels,
+            classes=self.num_classes,
+            transform="affine" if self.nvp else "shift",
+        )
+
+    def permutation(self, k: int) -> Permutation:
+        """The order in which block k reads the tokens: every other one from the last to the first."""
+        return Permutation.reverse(self.num_patches) if k % 2 else Permutation.identity(self.num_patches)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return (self.in_channels, self.img_size, self.img_size)
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of one of the data: (in_channels, H, W), or (T, D) of a sequence."""
+        if self.layout == "tokens":
+            return (self.num_patches, self.token_dim)
+        return (self.in_channels, *self.image_size)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The sizes by name, as a checkpoint records them; the layout only where it is not that of images."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.layout == "image":
+            del values["layout"]
+        return values
+
+
+def _check_count(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ArgumentError(name, f"an integer >= {low}", repr(value))
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _size(name: str, value: Any) -> Size:
+    """One number for a square, else (height, width)."""
+    if not isinstance(value, (tuple, list)):
+        _check_count(name, value, 1)
+        size: int = value
+        return size
+    sides = tuple(plain(side) for side in value)
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise ArgumentError(name, "an integer >= 1, or (height, width)", repr(value))
+    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])

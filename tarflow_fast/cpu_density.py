@@ -18,7 +18,7 @@ from torch.utils._device import DeviceContext
 
 from .devices import default_threads
 from .errors import BackendError
-from .flow_block import Attention, unknown_arithmetic
+from .flow_block import Attention, layer_weights, unknown_arithmetic
 from .forking import safe_in_forked_child
 from .native import CPU_DTYPES, address, choose_instruction_set, load_native
 
@@ -110,26 +110,35 @@ def cpu_density(
         kept.append(tensor.detach().to(torch.float32).contiguous())
         return address("weights", kept[-1], torch.float32)
 
-    first: Any = blocks[0]
-    C = first.proj_in.weight.shape[0]
-    addresses: list[Any] = []
-    block: Any
-    for block in blocks:
-        embedding = block._class_embedding(y)
-        rows = 0 if embedding is None else plain(embedding.reshape(-1, C).expand(B, C))
-        ends = (block.proj_in.weight, block.proj_in.bias, block.pos_embed, block.proj_out.weight, block.proj_out.bias)
-        layers = [[plain(tensor) for tensor in _layer(layer)] for layer in block.attn_blocks]
-        addresses.append(([*map(plain, ends), rows], layers))
-    outputs = torch.empty((len(addresses), B, T, D), dtype=torch.float32, device="cpu")
+    def addresses(block: Any) -> dict[str, Any]:
+        embedding, order, C = block._class_embedding(y), block.permutation, block.shape.channels
+        tensors = {
+            "proj_in_weight": block.proj_in.weight,
+            "proj_in_bias": block.proj_in.bias,
+            "position": block.pos_embed,
+            "proj_out_weight": block.proj_out.weight,
+            "proj_out_bias": block.proj_out.bias,
+        }
+        if embedding is not None:
+            tensors["embedding"] = embedding.reshape(-1, C).expand(B, C)
+        places = None if order.is_identity else torch.tensor(order.indices, dtype=torch.int64, device="cpu")
+        if places is not None:
+            kept.append(places)
+        return {
+            "sizes": block.shape.native,
+            "weights": {"embedding": 0, **{name: plain(tensor) for name, tensor in tensors.items()}},
+            "layers": [
+                {name: plain(tensor) for name, tensor in vars(layer_weights(layer)).items()}
+                for layer in block.attn_blocks
+            ],
+            "order": 0 if places is None else address("order", places, torch.int64),
+        }
+
+    outputs = torch.empty((len(blocks), B, T, D), dtype=torch.float32, device="cpu")
     log_det = torch.empty(B, dtype=torch.float64, device="cpu")
     slope = torch.empty_like(x) if gradient else None
     workspace_bytes = load_native().density(
-        channels=C,
-        head_dim=C // first.attn_blocks[0].attention.num_heads,
-        tokens=T,
-        token_dim=D,
-        affine=first.nvp,
-        blocks=addresses,
+        blocks=[addresses(block) for block in blocks],
         samples=B,
         x=address("x", x, torch.float32),
         outputs=address("outputs", outputs, torch.float32),
@@ -141,10 +150,3 @@ def cpu_density(
         most_bytes=MOST_BYTES,
     )
     return CpuDensity(outputs, log_det, slope, workspace_bytes)
-
-
-def _layer(layer: Any) -> tuple[Tensor, ...]:
-    """The twelve tensors of a transformer layer, in the order of `LayerSource` in csrc/cpu/kernels.h."""
-    attention, mlp = layer.attention, layer.mlp
-    modules: tuple[Any, ...] = (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
-    return tuple(tensor for module in modules for tensor in (module.weight, module.bias))

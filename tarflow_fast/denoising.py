@@ -12,8 +12,8 @@ from . import serial
 from .checks import Count, Labels, Number, batch_labels, check_choice, check_count, check_number, check_tensor
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .devices import check_dtype
+from .dtypes import residual_dtype
 from .errors import ArgumentError, BackendError, TarFlowError
-from .flow_block import stream_dtype
 from .forking import safe_in_forked_child
 from .limits import most_threads
 from .model import TarFlow
@@ -45,7 +45,7 @@ def denoise(
     is mutated. Raises ArgumentError, BackendError for a backend that cannot be had, and TarFlowError for what would
     come out infinite or NaN.
     """
-    images = check_tensor("images", images, model.config.image_shape)
+    images = check_tensor("images", images, model.config.data_shape)
     names = model.metadata.get("class_names")
     labels = batch_labels(y, images.shape[0], model.config.num_classes, model.device, class_names=names)
     sigma = resolve_noise_std(model, noise_std)
@@ -65,7 +65,7 @@ def denoise(
         gradient, size = functools.partial(_gradient_by_autograd, model, dtype), batch_size or 16
     else:
         gradient, size = functools.partial(_gradient_in_cpp, model, products, threads), batch_size or images.shape[0]
-    stream = stream_dtype(model.dtype)
+    stream = residual_dtype(model.dtype)
     out = []
     with torch.inference_mode(False):  # in which autograd would record nothing
         for start in range(0, images.shape[0], size):

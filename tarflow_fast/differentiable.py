@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dtypes import residual_dtype
 from .engine import Condition, Guidance
-from .flow_block import FlowBlock, stream_dtype
+from .flow_block import FlowBlock
 from .sampler import Sampler
 
 
@@ -91,17 +92,17 @@ def differentiable_reverse(
     model: a TarFlow; sampler: made of it. x: (B, T, D) latents on the model's device.
     """
     condition = Condition(labels, rule)
-    std = model.var.to(stream_dtype(model.dtype)).sqrt()
+    std = model.var.to(residual_dtype(model.dtype)).sqrt()
     tokens = [x.to(std.dtype), x.to(std.dtype) * std]
     log_det = std.log().sum().expand(x.shape[0])
     for k in reversed(range(len(model.blocks))):
         block: FlowBlock = model.blocks[k]
-        z = tokens[-1].flip(1) if block.flip else tokens[-1]
+        z = block.permutation(tokens[-1])
 
         def invert(z: Tensor, condition: Condition, k: int = k) -> tuple[Tensor, Tensor]:
             return sampler.invert_block(k, z, condition)
 
         out, token_log_det = _Invert.apply(invert, block, condition, z, *block.parameters())
-        tokens.append(out.flip(1) if block.flip else out)
+        tokens.append(block.permutation(out, inverse=True))
         log_det = log_det + token_log_det.sum(1)
     return [tokens[0], *tokens[2:]], log_det

@@ -234,7 +234,7 @@ def _unpacked(model: TarFlow, images: Tensor | ImageData, labels: Labels) -> tup
     elif not isinstance(images, Tensor) or images.dtype != torch.uint8:
         got = short(images.dtype) if isinstance(images, Tensor) else type(images).__name__
         raise ArgumentError("images", "a uint8 tensor, or ImageData(images) for data that are no pictures", got)
-    shape = model.config.image_shape
+    shape = model.config.data_shape
     if images.dim() != 4 or tuple(images.shape[1:]) != shape or images.shape[0] == 0:
         raise ArgumentError("images", f"shape (n >= 1, {', '.join(map(str, shape))})", tuple(images.shape))
     return images, labels

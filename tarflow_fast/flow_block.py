@@ -6,6 +6,7 @@ block; its inverse lives in `engine/`.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -14,17 +15,12 @@ from torch import Tensor, nn
 
 from .attention import causal_attention
 from .checks import Flag, Labels, Number
-from .config import TarFlowConfig
+from .dtypes import residual_dtype
+from .engine.shape import BlockShape
+from .engine.weights import BlockWeights, LayerWeights
 from .errors import ArgumentError
 from .ops import affine_density
 from .permutation import Permutation, check_permutation
-
-EXPANSION = 4
-
-
-def stream_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """dtype of the residual stream, the norms, exp and log-det: fp32, or fp64 for a float64 model."""
-    return torch.float64 if weight_dtype == torch.float64 else torch.float32
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,11 +84,10 @@ class Attention(_Closed):
 
 
 class MLP(_Closed):
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        up = nn.Linear(channels, channels * EXPANSION)
-        self.main = nn.Sequential(up, nn.GELU(), nn.Linear(channels * EXPANSION, channels))
+        self.main = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
         self._closed = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,10 +99,10 @@ class MLP(_Closed):
 class AttentionBlock(_Closed):
     """One pre-norm transformer layer on a residual stream in fp32."""
 
-    def __init__(self, channels: int, head_dim: int):
+    def __init__(self, channels: int, head_dim: int, hidden: int):
         super().__init__()
         self.attention = Attention(channels, head_dim)
-        self.mlp = MLP(channels)
+        self.mlp = MLP(channels, hidden)
         self._closed = True
 
     def forward(self, x: Tensor, temp: float = 1.0) -> Tensor:
@@ -119,22 +114,24 @@ class AttentionBlock(_Closed):
 class FlowBlock(_Closed):
     """One flow block: permute, then transform token i+1 by what a causal transformer says after token i.
 
+    shape: its sizes. permutation: the order in which it reads the tokens.
+
     The attributes and methods are those of ml-tarflow's `MetaBlock`. The order of tokens is fixed: assigning another
     `permutation` raises ArgumentError, as does an attribute that the block would not look at.
     """
 
     attn_mask: Tensor
-    fixed = ("flip", "nvp", "config")
+    fixed = ("shape", "nvp")
 
-    def __init__(self, config: TarFlowConfig, flip: bool):
+    def __init__(self, shape: BlockShape, permutation: Permutation):
         super().__init__()
-        C, T, D = config.channels, config.num_patches, config.token_dim
-        self.config, self.flip, self.nvp = config, flip, config.nvp
+        C, T, D = shape.channels, shape.tokens, shape.token_dim
+        self.shape, self.nvp, self._permutation = shape, shape.affine, permutation
         self.proj_in = nn.Linear(D, C)
         self.pos_embed = nn.Parameter(torch.empty(T, C))
-        self.class_embed = nn.Parameter(torch.empty(config.num_classes, 1, C)) if config.num_classes else None
-        self.attn_blocks = nn.ModuleList([AttentionBlock(C, config.head_dim) for _ in range(config.layers_per_block)])
-        self.proj_out = nn.Linear(C, 2 * D if config.nvp else D)
+        self.class_embed = nn.Parameter(torch.empty(shape.classes, 1, C)) if shape.classes else None
+        self.attn_blocks = nn.ModuleList([AttentionBlock(C, shape.head_dim, shape.hidden) for _ in range(shape.layers)])
+        self.proj_out = nn.Linear(C, shape.parameters)
         # Unused here (attention is causal by flag); kept so that the state dict is ml-tarflow's.
         self.register_buffer("attn_mask", torch.ones(T, T))
         if not self.pos_embed.is_meta:  # a model without storage, for its shapes alone, needs no values
@@ -144,14 +141,31 @@ class FlowBlock(_Closed):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "permutation":
-            check_permutation(value, self.permutation)
+            check_permutation(value, self._permutation)
         else:
             super().__setattr__(name, value)
 
     @property
     def permutation(self) -> Permutation:
         """The block's token order, as a function (x, dim=1, inverse=False) that puts that dimension of x in it."""
-        return Permutation(self.config.num_patches, self.flip)
+        return self._permutation
+
+    def weights(self) -> BlockWeights:
+        """The block as engines take it. Tensors are shared with it where no reordering or mean is needed."""
+        position, classes = self.pos_embed.detach(), None
+        if self.class_embed is not None:
+            embedding = self.class_embed.detach().squeeze(1)
+            classes = torch.cat([embedding, embedding.mean(dim=0, keepdim=True)])
+        return BlockWeights(
+            shape=self.shape,
+            proj_in_weight=self.proj_in.weight.detach(),
+            proj_in_bias=self.proj_in.bias.detach(),
+            position=self._permutation(position, dim=0),
+            classes=classes,
+            layers=tuple(layer_weights(layer) for layer in self.attn_blocks),
+            proj_out_weight=self.proj_out.weight.detach(),
+            proj_out_bias=self.proj_out.bias.detach(),
+        )
 
     def _initialise(self) -> None:
         for embedding in (self.pos_embed, self.class_embed):
@@ -175,8 +189,13 @@ class FlowBlock(_Closed):
         x: (B, T, D); y: (B,) int64 or None. Returns z (B, T, D) in x's token order and the log-det of each token,
         (B, T) in the block's order: −Σ_d xa in nats, 0 for the token that passes unchanged. Both fp32 or wider.
         """
-        x = x.to(stream_dtype(self.proj_in.weight.dtype))
-        return affine_density(self.transformer(x.flip(1) if self.flip else x, y), x, self.nvp, self.flip)
+        x = x.to(residual_dtype(self.proj_in.weight.dtype))
+        order = self._permutation
+        out = self.transformer(order(x), y)
+        if order.is_identity or order.is_reverse:  # the kernel reads such an order by itself
+            return affine_density(out, x, self.nvp, order.is_reverse)
+        z, log_det = affine_density(out, order(x), self.nvp)
+        return order(z, inverse=True), log_det
 
     def transformer(self, x: Tensor, y: Tensor | None = None, attn_temp: float = 1.0) -> Tensor:
         """(xa, xb) after each token, (B, T, 2D), or xb alone, (B, T, D), unless nvp.
@@ -184,8 +203,7 @@ class FlowBlock(_Closed):
         x: (B, T, D) in the block's own order, in the stream's dtype; attn_temp: divides the attention logits.
         """
         dtype = self.proj_in.weight.dtype
-        pos = self.pos_embed.flip(0) if self.flip else self.pos_embed
-        h = self.proj_in(x.to(dtype)).to(x.dtype) + pos
+        h = self.proj_in(x.to(dtype)).to(x.dtype) + self._permutation(self.pos_embed, dim=0)
         embedding = self._class_embedding(y)
         if embedding is not None:
             h = h + embedding
@@ -235,7 +253,7 @@ class FlowBlock(_Closed):
         if self._steps is None or which_cache not in self._steps:
             raise ArgumentError("which_cache", "'cond' or 'uncond', after set_sample_mode(True)", repr(which_cache))
         dtype = self.proj_in.weight.dtype
-        stream = stream_dtype(dtype)
+        stream = residual_dtype(dtype)
         h = self.proj_in(x[:, i : i + 1].to(dtype)).to(stream) + pos_embed[i : i + 1]
         embedding = self._class_embedding(y)
         if embedding is not None:
@@ -256,6 +274,14 @@ class FlowBlock(_Closed):
         return z, log_det.sum(1) / (x.shape[1] * x.shape[2])
 
 
+def layer_weights(layer: Any) -> LayerWeights:
+    """The twelve tensors of an `AttentionBlock`, which are shared with it."""
+    attention, mlp = layer.attention, layer.mlp
+    modules = (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
+    tensors = (tensor.detach() for module in modules for tensor in (module.weight, module.bias))
+    return LayerWeights(**dict(zip((field.name for field in fields(LayerWeights)), tensors, strict=True)))
+
+
 PLAIN = (FlowBlock, AttentionBlock, Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential, nn.ModuleList)
 """The modules whose arithmetic the passes in C++ and of the engines know. A subclass may compute something else."""
 
@@ -270,7 +296,4 @@ def unknown_arithmetic(blocks: nn.ModuleList) -> str | None:
             return f"a {name} has forward hooks, which it would not call"
         if "forward" in module.__dict__ or "transform" in module.__dict__:
             return f"a {name} has another forward pass than its class"
-    for k, block in enumerate(blocks):
-        if isinstance(block, FlowBlock) and block.flip != (k % 2 == 1):
-            return f"block {k} reads the tokens in the order of another block"
     return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import serial
 from .attention import ATTENTION_BACKENDS
 from .checks import Flag, Labels, Number, batch_labels, check_choice, check_count, check_tensor, short, warn_range
-from .config import TarFlowConfig
+from .config import Size, TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
 from .flow_block import Attention, FlowBlock
@@ -25,6 +25,7 @@ from .scalars import check_flag, plain
 
 if TYPE_CHECKING:
     from .checkpoint import Origin
+    from .engine import BlockWeights
 
 IMAGE_RANGE = 16.0  # beyond any image of −1 to 1 with noise, or any sample; 8-bit values as they are go to 255
 
@@ -46,21 +47,33 @@ class TarFlow(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        img_size: int,
-        patch_size: int,
+        img_size: Size,
+        patch_size: Size,
         channels: int,
         num_blocks: int,
         layers_per_block: int,
         nvp: bool = True,
         num_classes: int = 0,
         head_dim: int = 64,
+        layout: str = "image",
     ):
         super().__init__()
         self.config = config = TarFlowConfig(
-            in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, nvp, num_classes, head_dim
+            in_channels,
+            img_size,
+            patch_size,
+            channels,
+            num_blocks,
+            layers_per_block,
+            nvp,
+            num_classes,
+            head_dim,
+            layout,
         )
         self.metadata: dict[str, Any] = {}
-        self.blocks = nn.ModuleList([FlowBlock(config, flip=k % 2 == 1) for k in range(num_blocks)])
+        self.blocks = nn.ModuleList(
+            [FlowBlock(config.block_shape, config.permutation(k)) for k in range(config.num_blocks)]
+        )
         # The prior's variance: ones in nvp models, learnt by update_prior in volume-preserving ones.
         self.register_buffer("var", torch.ones(config.num_patches, config.token_dim))
 
@@ -68,14 +81,22 @@ class TarFlow(nn.Module):
     def from_config(cls, config: TarFlowConfig) -> TarFlow:
         return cls(**config.to_dict())
 
+    @classmethod
+    def for_tokens(cls, tokens: int, token_dim: int, *sizes: Any, **named: Any) -> TarFlow:
+        """A model of sequences, (B, tokens, token_dim); the other sizes are those of `TarFlow`, from `channels` on.
+
+        All that takes or gives images of other models takes and gives (B, T, D) here.
+        """
+        return cls.from_config(TarFlowConfig.for_tokens(tokens, token_dim, *sizes, **named))
+
     # The sizes may be read, as in ml-tarflow, and are those that the model was made with.
 
     @property
-    def img_size(self) -> int:
+    def img_size(self) -> Size:
         return self.config.img_size
 
     @property
-    def patch_size(self) -> int:
+    def patch_size(self) -> Size:
         return self.config.patch_size
 
     @property
@@ -89,6 +110,12 @@ class TarFlow(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    def block_weights(self, k: int) -> BlockWeights:
+        """Block k as engines take it; tensors are shared with the model where nothing has to be reordered."""
+        block: Any = self.blocks[k]
+        found: BlockWeights = block.weights()
+        return found
 
     def set_attention(self, backend: str) -> TarFlow:
         """Attention of the density pass: "auto", "sdpa" or "flash" (see `causal_attention`). Returns self."""
@@ -124,17 +151,21 @@ class TarFlow(nn.Module):
 
     def patchify(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) to tokens (B, T, D), D ordered (channel, row, column)."""
-        x = check_tensor("x", x, self.config.image_shape, finite=False)
-        B, ch, H, W = x.shape
-        p = self.patch_size
-        split = (B, ch, H // p, p, W // p, p)
-        return serial.rearranged(x, split, (0, 2, 4, 1, 3, 5), (B, self.num_patches, ch * p * p))
+        x = check_tensor("x", x, self.config.data_shape, finite=False)
+        if self.config.layout == "tokens":
+            return x
+        (rows, columns), (height, width) = self.config.grid, self.config.patch_shape
+        split = (len(x), self.config.in_channels, rows, height, columns, width)
+        return serial.rearranged(x, split, (0, 2, 4, 1, 3, 5), (len(x), *self.var.shape))
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) to images (B, in_channels, H, W); the inverse of patchify."""
         x = check_tensor("x", x, tuple(self.var.shape), finite=False)
-        B, ch, p, n = x.shape[0], self.config.in_channels, self.patch_size, self.img_size // self.patch_size
-        return serial.rearranged(x, (B, n, n, ch, p, p), (0, 3, 1, 4, 2, 5), (B, ch, n * p, n * p))
+        if self.config.layout == "tokens":
+            return x
+        (rows, columns), (height, width) = self.config.grid, self.config.patch_shape
+        split = (len(x), rows, columns, self.config.in_channels, height, width)
+        return serial.rearranged(x, split, (0, 3, 1, 4, 2, 5), (len(x), *self.config.data_shape))
 
     def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, list[Tensor], Tensor]:
         """The density pass, x to z, under ml-tarflow's conventions.
@@ -174,7 +205,7 @@ class TarFlow(nn.Module):
         error unless metadata["values"] is "raw": a model of data that are no pictures); y as in `forward`.
         Returns (B,). It is a density over the values of x: for 8-bit images see `bits_per_dim`.
         """
-        x = check_tensor("x", x, self.config.image_shape)
+        x = check_tensor("x", x, self.config.data_shape)
         low, high = serial.span(x.detach())
         if low > -1 and high > IMAGE_RANGE and self.metadata.get("values") != "raw":
             expected = "values of about -1 to 1 (v/127.5 - 1, or dequantize(v), of 8-bit values v)"
@@ -197,7 +228,7 @@ class TarFlow(nn.Module):
         is the density of noisy images on the 256-level scale: comparable between models of one noise level only.
         Returns (B,).
         """
-        values = math.prod(self.config.image_shape)
+        values = math.prod(self.config.data_shape)
         return -self.log_prob(x, y) / (values * math.log(2)) + math.log2(128)
 
     def reverse(

@@ -33,18 +33,18 @@ from .config import TarFlowConfig
 from .denoising import denoise as tweedie
 from .denoising import resolve_noise_std
 from .devices import check_device, check_dtype, free_memory
+from .dtypes import residual_dtype
 from .engine import (
     Condition,
     FastestEngine,
     Guidance,
-    block_weights,
     check_compile,
     check_threads,
     choose_backend,
     make_engines,
 )
 from .errors import ArgumentError, NonFiniteError, OutOfMemoryError
-from .flow_block import stream_dtype, unknown_arithmetic
+from .flow_block import unknown_arithmetic
 from .forking import safe_in_forked_child
 from .labels import LabelRule, LabelsByNumber, known_names
 from .limits import (
@@ -147,10 +147,9 @@ class Sampler:
             self._model.metadata = copy.deepcopy(model.metadata)
             if _changed(model):
                 check_agreement(model, self._model)
-            state = self._model.state_dict()
             self._engines = make_engines(
                 self.backend,
-                (block_weights(state, self.config, k) for k in range(self.config.num_blocks)),
+                map(self._model.block_weights, range(self.config.num_blocks)),
                 device=self.device,
                 dtype=self.dtype,
                 compile=compile,
@@ -280,7 +279,7 @@ class Sampler:
         report = self._report(batch)
         n, T, D = len(numbers), self.config.num_patches, self.config.token_dim
         y = None if labels is None else labels.to(self.device)
-        images = torch.empty((n, *self.config.image_shape), device=self.device, dtype=stream_dtype(self.dtype))
+        images = torch.empty((n, *self.config.data_shape), device=self.device, dtype=residual_dtype(self.dtype))
         log_prob = None if rule.active else images.new_empty(n)
         error = torch.empty(n, device="cpu", dtype=torch.float32)
         sequence = [torch.empty_like(images) for _ in range(self.config.num_blocks + 1)] if trajectory else None
@@ -396,13 +395,14 @@ class Sampler:
         tokens = [self._model.patchify(images) for images in samples.trajectory]
         tokens[0] = tokens[0] * self._prior_std.cpu()
         pairs = [(tokens[-2 - k], tokens[-1 - k]) for k in range(self.config.num_blocks)]  # block 0 came last
-        pairs = [(z.flip(1), x.flip(1)) if k % 2 else (z, x) for k, (z, x) in enumerate(pairs)]
+        orders = [block.permutation for block in self._blocks]
+        pairs = [(order.enter(z), order.enter(x)) for order, (z, x) in zip(orders, pairs, strict=True)]
         plan = SolverPlan.fit(pairs)
         some = slice(0, min(PACED, samples.report.batch_size))
         condition = Condition(None if samples.labels is None else samples.labels[some].to(self.device))
         state = None
         for k, (z, _) in enumerate(pairs):
-            engine, z = self._engines[k], z[some].to(self.device, stream_dtype(self.dtype))
+            engine, z = self._engines[k], z[some].to(self.device, residual_dtype(self.dtype))
             for i, window in enumerate(widths(self.config.num_patches)):
                 state = engine.begin(z, condition, spent=state)
                 guess = functools.partial(plan.guess, k)
@@ -432,23 +432,25 @@ class Sampler:
         """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var) for one batch; y: (B,) on the device."""
         model = self._model
         condition = Condition(y, rule)
-        z = z.detach().to(self.device, stream_dtype(self.dtype))
+        z = z.detach().to(self.device, residual_dtype(self.dtype))
         tokens = [z, serial.scaled(z, self._prior_std)]  # then after each block
         log_dets = []
         failures: dict[int, tuple[int, int]] = {}
         solutions: dict[int, Solution] = {}
         state, error = None, None  # error: (B, T), of the tokens
         for k in reversed(range(self.config.num_blocks)):
-            x = tokens[-1]
-            state = self._engines[k].begin(serial.flipped(x) if k % 2 else x, condition, spent=state)
+            order = self._blocks[k].permutation
+            state = self._engines[k].begin(order.enter(tokens[-1]), condition, spent=state)
             advance = None if bar is None else lambda n: bar.update(n * z.shape[0])
             solutions[k] = self._solvers[k](self._engines[k], state, advance)
             first = state.first_nonfinite().tolist()  # the block's one synchronisation
             for row in (row for row, token in enumerate(first) if token < z.shape[1]):
                 failures.setdefault(row, (k, first[row]))
             log_dets.append(state.log_det)
-            error = _in_order(k, errors(self._engines[k], state, solutions[k].trail, _in_order(k, error)))
-            tokens.append(serial.flipped(state.x) if k % 2 else state.x)
+            earlier: Tensor | None = None if error is None else order(error)
+            found = errors(self._engines[k], state, solutions[k].trail, earlier)
+            error = None if found is None else order(found, inverse=True)
+            tokens.append(order.leave(state.x))
         images = model.unpatchify(tokens[-1])
         blocks_log_det = torch.stack(log_dets).sum(0)
         log_prob = None if rule.active else model.prior_log_prob(tokens[1]) - blocks_log_det
@@ -484,6 +486,10 @@ class Sampler:
         )
 
     @property
+    def _blocks(self) -> list[Any]:
+        return list(self._model.blocks)
+
+    @property
     def _class_names(self) -> list[str]:
         return known_names(self._model.metadata)
 
@@ -493,7 +499,7 @@ class Sampler:
 
     def _check_room(self, n: int, copies: int) -> None:
         """Raises OutOfMemoryError where memory cannot hold n images so many times."""
-        each = copies * math.prod(self.config.image_shape) * stream_dtype(self.dtype).itemsize
+        each = copies * math.prod(self.config.data_shape) * residual_dtype(self.dtype).itemsize
         free = free_memory(torch.device("cpu"))
         if n * each > free:
             raise OutOfMemoryError(
@@ -530,11 +536,6 @@ def check_effect(rule: Guidance, unlabelled: bool) -> None:
     elif unlabelled and rule.attn_temp == 1:
         expected = "0 without labels, where it has no effect unless attn_temp differs from 1"
         raise ArgumentError("guidance", expected, repr(rule.scale))
-
-
-def _in_order(k: int, tokens: Tensor | None) -> Tensor | None:
-    """From the order of the data to that of block k, and back."""
-    return tokens.flip(1) if k % 2 and tokens is not None else tokens
 
 
 def _changed(model: TarFlow) -> bool:

@@ -74,10 +74,12 @@ def add_scaled(x: Tensor, direction: Tensor, factor: float) -> Tensor:
     return x + factor * direction if values is None or steps is None else torch.from_numpy(values + factor * steps)
 
 
-def flipped(x: Tensor) -> Tensor:
-    """x (B, T, …) with its tokens in reverse order, as a copy."""
+def reordered(x: Tensor, indices: Sequence[int]) -> Tensor:
+    """x (B, T, …) with the tokens of these indices, one after the other, as a contiguous copy."""
     values = _numpy(x)
-    return x.flip(1).contiguous() if values is None else torch.from_numpy(values[:, ::-1].copy(order="C"))
+    if values is None:
+        return x.index_select(1, torch.tensor(indices, device="cpu").to(x.device))
+    return torch.from_numpy(values.take(indices, axis=1))
 
 
 def rearranged(x: Tensor, split: Sequence[int], order: Sequence[int], shape: Sequence[int]) -> Tensor:

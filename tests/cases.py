@@ -84,7 +84,7 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any
 def random_images(model: TarFlow, batch: int, seed: int = 0) -> Tensor:
     """(batch, in_channels, H, W) standard normal, in the model's dtype."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, *model.config.image_shape)
+    shape = (batch, *model.config.data_shape)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
 

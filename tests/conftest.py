@@ -100,7 +100,7 @@ def _first_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         from tarflow_fast.engine import triton_engine, triton_plan
 
-        def first(engine: object, workspace: object, shape: triton_plan.Shape) -> triton_plan.Plan:
+        def first(engine: object, workspace: object, shape: triton_plan.PassShape) -> triton_plan.Plan:
             return triton_plan.first(triton_plan.candidates(shape))
 
         monkeypatch.setattr(triton_engine.TritonEngine, "_tuned", first)

@@ -217,7 +217,7 @@ def test_permutation() -> None:
         (lambda m: m.blocks[0], "flip", True),
         (lambda m: m.blocks[0], "nvp", False),
         (lambda m: m.blocks[0], "reversed", True),
-        (lambda m: m.blocks[0], "config", TarFlowConfig(1, 8, 4, 64, 1, 1)),
+        (lambda m: m.blocks[0], "shape", TarFlowConfig(1, 8, 4, 64, 1, 1).block_shape),
         (lambda m: m.blocks[0].attn_blocks[0], "attn_temp", 2.0),
         (lambda m: m.blocks[0].attn_blocks[0].attention, "num_heads", 2),
         (lambda m: m.blocks[0].attn_blocks[0].attention, "sqrt_scale", 0.5),
@@ -239,7 +239,7 @@ def test_what_a_block_has_may_be_set() -> None:
     class Mine(type(block)):  # type: ignore[misc]
         pass
 
-    mine = Mine(model.config, flip=False)
+    mine = Mine(model.config.block_shape, model.config.permutation(0))
     mine.whatever = 1
 
 

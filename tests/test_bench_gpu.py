@@ -51,7 +51,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_tests, "FILES", (str(made_up_tests(tmp_path, "def test_a(): pass")),))
 
     def engine(inputs: Inputs, device: torch.device, **options: Any) -> KernelEngine:
-        weights = engine_parts.block_weights(inputs.model.state_dict(), inputs.model.config, 0)
+        weights = engine_parts.inputs.model.block_weights(0)
         return KernelEngine(weights, device=device, dtype=torch.bfloat16, **options)
 
     def no_native() -> Any:

@@ -24,7 +24,7 @@ from bench.policies import CLAMP, gs_jacobi, jacobi, windows
 from bench.solver import passes_failure
 from bench.solver_cells import BOUND, Problem, check, examine, jacobi_errors, measure, policies, problems
 from bench.timing import timer_of
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
 from tarflow_fast.solvers import Solution, Solver, adaptive
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ NAMES += ["all-Jacobi 0.5", "all-Jacobi 0.01", "all-Jacobi 0.001", "all-Jacobi 0
 def problem_of(scale: float = 1.0, condition: Condition = Condition()) -> Problem:  # noqa: B008
     """T = 16, in float64. scale: of the latents."""
     model = random_model(3, torch.float64, num_classes=2)
-    weights = block_weights(model.state_dict(), model.config, 1)
+    weights = model.block_weights(1)
     engine = make_engines("torch", [weights], device=CPU, dtype=torch.float64, compile=False)[0]
     return Problem(1, engine, scale * random_latents(model, 3), condition)
 

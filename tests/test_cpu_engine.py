@@ -28,7 +28,7 @@ from tolerances import BF16_BIAS, BF16_BITS, BF16_IMAGE, GOLDEN, assert_close, e
 from torch import Tensor
 
 from tarflow_fast.checkpoint import load_pretrained
-from tarflow_fast.engine import BlockState, Condition, Guidance, backends, block_weights, choose_backend
+from tarflow_fast.engine import BlockState, Condition, Guidance, backends, choose_backend
 from tarflow_fast.engine.cpu_engine import CpuEngine, cpu_missing
 from tarflow_fast.errors import ArgumentError, BackendError
 from tarflow_fast.model import TarFlow
@@ -45,7 +45,7 @@ every_set = pytest.mark.parametrize("isa", SETS)
 
 
 def engine_of(model: TarFlow, k: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> CpuEngine:
-    return CpuEngine(block_weights(model.state_dict(), model.config, k), dtype=dtype, **options)
+    return CpuEngine(model.block_weights(k), dtype=dtype, **options)
 
 
 def inverse(engine: CpuEngine, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
@@ -487,9 +487,7 @@ def test_without_the_compiled_module_torch_takes_over(monkeypatch: pytest.Monkey
 
 def test_packed_weights_take_no_more_than_the_weights() -> None:
     model = random_model(channels=128, img_size=14, layers_per_block=2)
-    count = sum(
-        value.numel() for name, value in block_weights(model.state_dict(), model.config, 0).layers[0].__dict__.items()
-    )
+    count = sum(value.numel() for name, value in model.block_weights(0).layers[0].__dict__.items())
     for dtype in (torch.float32, torch.bfloat16):
         assert engine_of(model, 0, dtype).packed_bytes <= 1.1 * 2 * count * dtype.itemsize + 2**16
 
@@ -551,9 +549,9 @@ def test_the_sampler_hands_on_the_number_of_threads(monkeypatch: pytest.MonkeyPa
         def __getattr__(self, name: str) -> Any:
             return getattr(self.native, name)
 
-        def run(self, *arguments: Any) -> None:
-            asked.append(arguments[-2])
-            self.native.run(*arguments)
+        def run(self, **arguments: Any) -> None:
+            asked.append(arguments["threads"])
+            self.native.run(**arguments)
 
     model = random_model(2)
     images = []

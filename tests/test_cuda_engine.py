@@ -15,7 +15,7 @@ from tolerances import BATCH, GOLDEN, assert_close, error_budget, max_error
 from torch import Tensor
 
 from tarflow_fast import BackendError, NonFiniteError, Sampler, reference
-from tarflow_fast.engine import Condition, Guidance, backends, block_weights, choose_backend, cuda_engine, cuda_plan
+from tarflow_fast.engine import Condition, Guidance, backends, choose_backend, cuda_engine, cuda_plan
 from tarflow_fast.engine.cuda_engine import CudaEngine, cuda_missing, head_dim_missing, load_native
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.model import TarFlow
@@ -31,7 +31,7 @@ if cuda_kernel_missing() is not None:
 
 
 def engine_of(model: TarFlow, k: int = 0, dtype: torch.dtype = torch.float32) -> CudaEngine:
-    return CudaEngine(block_weights(model.state_dict(), model.config, k), device=KERNEL_DEVICE, dtype=dtype)
+    return CudaEngine(model.block_weights(k), device=KERNEL_DEVICE, dtype=dtype)
 
 
 def inverse(engine: CudaEngine, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from cases import KERNEL_DEVICE, random_latents, random_model
 from cuda_emulation import SOURCES, compiler_missing, emulated
 from test_engine import GUIDED
 
-from tarflow_fast.engine import Condition, block_weights, cuda_engine
+from tarflow_fast.engine import Condition, cuda_engine
 from tarflow_fast.engine.cuda_engine import CudaEngine
 
 pytestmark = [
@@ -84,7 +84,7 @@ def test_is_caught(
     (folder / file).write_text(source.replace(text, instead))
     monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(2, folder))
     model = random_model(6, num_classes=2, img_size=6, layers_per_block=2)
-    engine = CudaEngine(block_weights(model.state_dict(), model.config, 0), device=KERNEL_DEVICE, dtype=torch.bfloat16)
+    engine = CudaEngine(model.block_weights(0), device=KERNEL_DEVICE, dtype=torch.bfloat16)
     state = engine.begin(random_latents(model, 3), Condition(torch.tensor([0, 1, -1]), GUIDED))
     with pytest.raises(RuntimeError, match=found):
         engine.reverse(state)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tarflow_fast import BackendError
 from tarflow_fast.config import TarFlowConfig
-from tarflow_fast.engine import block_weights
+from tarflow_fast.engine import BlockShape
 from tarflow_fast.engine.cuda_pack import TILE, LinearSize, linear_sizes, pack, pack_linear
 from tarflow_fast.engine.cuda_plan import (
     MOST_SLOTS,
@@ -23,8 +23,8 @@ from tarflow_fast.engine.cuda_plan import (
     slot_inputs,
 )
 
-AFHQ = TarFlowConfig(3, 256, 8, 768, 8, 8, num_classes=3)
-IMAGENET64 = TarFlowConfig(3, 64, 2, 768, 8, 8, num_classes=1000)
+AFHQ = TarFlowConfig(3, 256, 8, 768, 8, 8, num_classes=3).block_shape
+IMAGENET64 = TarFlowConfig(3, 64, 2, 768, 8, 8, num_classes=1000).block_shape
 H200, A100 = 232448, 166912  # bytes of shared memory that a block can have
 
 some_sizes = st.lists(st.builds(LinearSize, st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=12)
@@ -59,11 +59,11 @@ def test_blocks_fetch_their_tiles_in_order(sizes: list[LinearSize], blocks: int,
         assert not counts[int((counts > 0).sum()) :].any()  # a 0 ends the list
 
 
-@pytest.mark.parametrize("config", [AFHQ, IMAGENET64], ids=["AFHQ", "ImageNet"])
+@pytest.mark.parametrize("shape", [AFHQ, IMAGENET64], ids=["AFHQ", "ImageNet"])
 @pytest.mark.parametrize("blocks", [108, 132, 148])
-def test_blocks_fetch_about_as_much(config: TarFlowConfig, blocks: int) -> None:
-    sizes = linear_sizes(config)
-    tiles = fetches(sizes, share(sizes, blocks), slot_inputs(config))[:, :, 1].sum(1)
+def test_blocks_fetch_about_as_much(shape: BlockShape, blocks: int) -> None:
+    sizes = linear_sizes(shape)
+    tiles = fetches(sizes, share(sizes, blocks), slot_inputs(shape))[:, :, 1].sum(1)
     assert tiles.sum() == sum(n * k for n, k in sizes)
     assert tiles.max() <= 1.06 * tiles.double().mean()
 
@@ -92,9 +92,9 @@ def test_packed_tiles_are_those_of_tensor_cores(dtype: torch.dtype, shape: tuple
 def test_layer_norms_are_folded_in() -> None:
     """W (γ·y + β) + b, for the two layers after a LayerNorm, and the others as they are."""
     model = random_model(3, channels=32, head_dim=16, layers_per_block=2)
-    weights = block_weights(model.state_dict(), model.config, 0)
+    weights = model.block_weights(0)
     packed, biases = pack(weights, torch.device("cpu"), torch.float32)
-    sizes = linear_sizes(model.config)
+    sizes = linear_sizes(model.config.block_shape)
     y = torch.randn(32)
     layer = weights.layers[1]
     plain = [
@@ -145,7 +145,7 @@ def test_a_plan_fits(dtype: torch.dtype, shared_bytes: int, rows: int) -> None:
 
 
 def test_a_model_too_wide_is_refused() -> None:
-    wide = TarFlowConfig(3, 64, 8, 8192, 1, 1)
+    wide = TarFlowConfig(3, 64, 8, 8192, 1, 1).block_shape
     with pytest.raises(BackendError, match=r"needs \d+ bytes of shared memory for a model of 8192 channels in float32"):
         make_plan(wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, blocks=132, shared_bytes=H200)
 
@@ -162,5 +162,5 @@ def test_keys_are_split_no_further_than_pays(pairs: int, tokens: int, blocks: in
 
 def test_the_grid_has_a_block_for_each_multiprocessor_that_has_work() -> None:
     assert grid_blocks(AFHQ, 132) == 132
-    small = TarFlowConfig(1, 8, 2, 64, 2, 1)
+    small = TarFlowConfig(1, 8, 2, 64, 2, 1).block_shape
     assert grid_blocks(small, 132) == 16  # tiles of fc1

@@ -14,7 +14,7 @@ from cases import KERNEL_DEVICE, cuda_kernel_missing, random_images, random_late
 from torch import Tensor
 
 from tarflow_fast import Sampler, TarFlow, denoise, dequantize, load, reference, save
-from tarflow_fast.engine import block_weights, make_engines
+from tarflow_fast.engine import make_engines
 from tarflow_fast.engine.contract import Condition, Guidance
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
@@ -90,7 +90,7 @@ def test_an_engine(backend: str, dtype: torch.dtype | None, device: str | None) 
     condition = Condition(torch.tensor([0, -1]), Guidance(1.5, "ab", 0.7, True))
 
     def make() -> Any:
-        weights = block_weights(model.state_dict(), model.config, 1)
+        weights = model.block_weights(1)
         engine = make_engines(backend, [weights], device=on, dtype=torch.float32, compile=False)[0]
         state = engine.begin(z, condition)
         engine.reverse(state, None, 1, 6)

@@ -16,7 +16,7 @@ from tolerances import GOLDEN, INVERSE_F64, SAME_F64, assert_close, error_budget
 from torch import Tensor
 
 from tarflow_fast import Sampler, reference
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.model import TarFlow
@@ -32,7 +32,7 @@ RAGGED = ["torch", NATIVE, CUDA]
 
 
 def engine_of(model: TarFlow, k: int = 0, backend: str = "torch", dtype: torch.dtype = torch.float32) -> BlockEngine:
-    weights = block_weights(model.state_dict(), model.config, k)
+    weights = model.block_weights(k)
     device = KERNEL_DEVICE if backend in ("triton", "cuda") else CPU
     return make_engines(backend, [weights], device=device, dtype=dtype, compile=False)[0]
 
@@ -504,7 +504,7 @@ def test_compiled_step_equals_eager(compiler: str, guidance: Guidance, monkeypat
             torch, "compile", lambda step, dynamic, mode: plain(step, dynamic=dynamic, backend=compiler)
         )
     model = random_model(2, num_classes=2)
-    weights = block_weights(model.state_dict(), model.config, 0)
+    weights = model.block_weights(0)
     condition = Condition(torch.tensor([0, -1], device=KERNEL_DEVICE), guidance)
     latents = [random_latents(model, 2, seed).to(KERNEL_DEVICE) for seed in (0, 1)]
     passes = []

@@ -227,7 +227,7 @@ def assert_trained(text: str, out: Path, steps: list[int], names: list[str], cha
     model = tff.load(folder / "model.safetensors")
     assert model.metadata["class_names"] == names
     assert model.metadata["steps"] == steps[-1]
-    assert model.config.image_shape == (channels, side, side)
+    assert model.config.data_shape == (channels, side, side)
     first, last = (cells(folder / name, 5, len(names), side) for name in ("samples.png", "samples_later.png"))
     assert first.ndim == (4 if channels == 1 else 5)
     assert abs(first - last).max() > 1

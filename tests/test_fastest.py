@@ -28,7 +28,6 @@ from tarflow_fast.engine import (
     Condition,
     FastestEngine,
     Guidance,
-    block_weights,
     fastest,
     make_engines,
     registry,
@@ -105,7 +104,7 @@ class Race:
         if isinstance(options, Exception):
             raise options
         self.made.append((k, name))
-        weights = block_weights(self.model.state_dict(), self.model.config, k)
+        weights = self.model.block_weights(k)
         inner = make_engines("torch", [weights], device=CPU, dtype=torch.float32, compile=False)[0]
         entrant = self.entrants[k, name] = Entrant(inner, **options)
         return entrant
@@ -533,7 +532,7 @@ def test_triton_engines_share_a_pool_that_goes_with_the_last(monkeypatch: pytest
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "triton"))
     monkeypatch.setattr(trial, "seconds", lambda engine, run: 1.0 if hasattr(engine, "pool") else 2.0)
     model = random_model(img_size=4)
-    weights = [block_weights(model.state_dict(), model.config, k) for k in range(2)]
+    weights = [model.block_weights(k) for k in range(2)]
     engines: Any = make_engines("auto", weights, device=KERNEL_DEVICE, dtype=torch.float32, compile=False)
     z = random_latents(model, 2).to(KERNEL_DEVICE)
     states = [engine.begin(z, PLAIN) for engine in engines]

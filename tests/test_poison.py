@@ -16,7 +16,7 @@ import torch
 from cases import KERNEL_DEVICE, cuda_kernel_missing, random_latents, random_model
 from torch import Tensor
 
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.model import TarFlow
 
@@ -83,7 +83,7 @@ def test_what_buffers_held_changes_nothing(backend: str, rule: Guidance, dtype: 
     )  # its interpreter is slow
     model = random_model(num_classes=3, **size)
     device = KERNEL_DEVICE if backend in ("triton", "cuda") else torch.device("cpu")
-    weights = block_weights(model.state_dict(), model.config, 1)
+    weights = model.block_weights(1)
     engine = make_engines(backend, [weights], device=device, dtype=dtype, compile=False)[0]
     condition = Condition(torch.tensor([2, -1]), rule)
     wanted = passes(engine, model, condition, 0.0)

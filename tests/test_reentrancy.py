@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tarflow_fast import Sampler
 from tarflow_fast.cpu_density import cpu_density
-from tarflow_fast.engine import Condition, block_weights
+from tarflow_fast.engine import Condition
 from tarflow_fast.engine.cpu_engine import CpuEngine, cpu_missing
 
 if cpu_missing() is not None:
@@ -34,7 +34,7 @@ def density() -> Tensor:
 
 
 def test_from_a_progress_callback() -> None:
-    engine = CpuEngine(block_weights(LARGE.state_dict(), LARGE.config, 0), dtype=torch.float32, threads=2)
+    engine = CpuEngine(LARGE.block_weights(0), dtype=torch.float32, threads=2)
     z, alone, within = random_latents(LARGE, 150), (sampled(), density()), []
     plain = engine.begin(z, Condition())
     engine.reverse(plain)

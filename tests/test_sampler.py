@@ -105,7 +105,7 @@ def test_accelerate_refuses_what_is_no_tarflow(model: Any) -> None:
 @pytest.mark.parametrize("sizes", [{}, {"num_classes": 3}, {"nvp": False, "num_classes": 3}], ids=str)
 def test_reverse_inverts_forward_in_float64(sizes: dict[str, Any]) -> None:
     model = random_model(1, torch.float64, num_blocks=3, **sizes)
-    x = torch.randn(4, *model.config.image_shape, dtype=torch.float64)
+    x = torch.randn(4, *model.config.data_shape, dtype=torch.float64)
     y = torch.tensor([0, 2, -1, 1]) if sizes else None
     with torch.no_grad():
         z = model(x, y)[0] / model.var.sqrt()
@@ -447,7 +447,7 @@ def test_fuzzed_reverse_gives_images_or_a_named_error(
     except (ArgumentError, NonFiniteError):
         return
     images: Tensor = out[-1] if isinstance(out, list) else out
-    assert images.shape == (2, *s.config.image_shape)
+    assert images.shape == (2, *s.config.data_shape)
     assert torch.isfinite(images).all()
 
 

@@ -16,7 +16,7 @@ from tolerances import GOLDEN, INVERSE_F64, assert_close
 from torch import Tensor
 
 from tarflow_fast import CheckpointError, NonFiniteError, Sampler, SolverPlan, load_pretrained, reference
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, block_weights, make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
 from tarflow_fast.engine.contract import Moved
 from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
@@ -31,7 +31,7 @@ NATIVE = pytest.param(
 
 
 def engine_of(model: TarFlow, backend: str = "torch", dtype: torch.dtype = torch.float64) -> BlockEngine:
-    weights = block_weights(model.state_dict(), model.config, 0)
+    weights = model.block_weights(0)
     return make_engines(backend, [weights], device=torch.device("cpu"), dtype=dtype, compile=False)[0]
 
 
@@ -328,7 +328,7 @@ def test_a_guess_is_in_the_order_of_its_block(k: int) -> None:
     sampler = Sampler(model, backend="torch")
     plan = sampler.learn_plan(64)
     engine = make_engines(
-        "torch", [block_weights(model.state_dict(), model.config, k)], device=torch.device("cpu"),
+        "torch", [model.block_weights(k)], device=torch.device("cpu"),
         dtype=torch.float32, compile=False,
     )[0]  # fmt: skip
     z = random_latents(model, 4)

@@ -11,7 +11,7 @@ from cases import random_latents, random_model
 from test_engine import CPU, GUIDED, engine_of
 from torch import Tensor
 
-from tarflow_fast.engine import BlockState, Condition, block_weights, make_engines, timing, trial
+from tarflow_fast.engine import BlockState, Condition, make_engines, timing, trial
 
 
 class Off:
@@ -87,7 +87,7 @@ def test_differences_are_of_the_worst_sample_and_piece_and_of_log_dets_too() -> 
 def test_rounding_is_no_disagreement(dtype: torch.dtype) -> None:
     """Another dtype's engine, which is as far off as an engine that rounds otherwise."""
     model = random_model(7, num_classes=3, layers_per_block=2, img_size=12)
-    weights = block_weights(model.state_dict(), model.config, 0)
+    weights = model.block_weights(0)
     make = functools.partial(make_engines, blocks=[weights], device=CPU, compile=False)
     condition = Condition(torch.tensor([0, 1, -1]), GUIDED)
     half, full = (make("torch", dtype=each)[0] for each in (dtype, torch.float32))

@@ -16,7 +16,7 @@ from cases import KERNEL_DEVICE, random_latents, random_model
 from tolerances import GOLDEN, assert_close
 
 from tarflow_fast import BackendError, NonFiniteError, OutOfMemoryError, Sampler
-from tarflow_fast.engine import Condition, Guidance, block_weights, choose_backend, triton_engine, triton_plan
+from tarflow_fast.engine import Condition, Guidance, choose_backend, triton_engine, triton_plan
 from tarflow_fast.engine.contract import BlockState
 from tarflow_fast.engine.torch_engine import TorchEngine
 from tarflow_fast.engine.triton_engine import TOKENS_PER_GRAPH, TritonEngine
@@ -32,7 +32,7 @@ ON_GPU = pytest.mark.skipif(KERNEL_DEVICE.type != "cuda", reason="there is no GP
 
 
 def engine_of(model: TarFlow, k: int = 0, pool: Pool | None = None, **options: Any) -> TritonEngine:
-    weights = block_weights(model.state_dict(), model.config, k)
+    weights = model.block_weights(k)
     return TritonEngine(weights, device=KERNEL_DEVICE, dtype=torch.float32, pool=pool, **options)
 
 
@@ -254,7 +254,7 @@ def test_windows_of_any_width_are_those_of_the_torch_backend(windows: tuple[tupl
     model = random_model(11, num_classes=2)
     T, z = model.config.num_patches, random_latents(model, 2)
     condition = Condition(torch.tensor([1, -1], device=KERNEL_DEVICE), Guidance(1.5, "ab", 0.7, True))
-    weights = block_weights(model.state_dict(), model.config, 0)
+    weights = model.block_weights(0)
     engine, of_torch = engine_of(model), TorchEngine(weights, device=KERNEL_DEVICE, dtype=torch.float32)
     state, wanted = engine.begin(z, condition), of_torch.begin(z, condition)
     engine.reverse(state)
@@ -458,13 +458,14 @@ def test_latents_of_another_shape_are_refused() -> None:
 
 # Tiles
 
-SHAPE = triton_plan.Shape(
+SHAPE = triton_plan.PassShape(
     rows=32,
     pairs=384,
     samples=16,
     window=1,
     tokens=1024,
     channels=768,
+    hidden=3072,
     token_dim=192,
     out_dim=384,
     head_dim=64,
@@ -474,14 +475,14 @@ SHAPE = triton_plan.Shape(
 SHAPES = [
     SHAPE,
     *(replace(SHAPE, rows=rows, pairs=12 * rows, samples=rows) for rows in (1, 2, 3, 4, 5, 64, 200, 4096)),
-    replace(SHAPE, dtype=torch.float32, head_dim=128, token_dim=3, channels=128, pairs=32),
+    replace(SHAPE, dtype=torch.float32, head_dim=128, token_dim=3, channels=128, hidden=512, pairs=32),
     replace(SHAPE, window=7, rows=224),
     replace(SHAPE, window=64, rows=2048, head_dim=32),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}-{s.window}-{s.head_dim}")
-def test_candidates_are_tiles_that_the_kernels_take(shape: triton_plan.Shape) -> None:
+def test_candidates_are_tiles_that_the_kernels_take(shape: triton_plan.PassShape) -> None:
     """Powers of two; tensor cores have their sixteen rows; no choice is there twice; splits have something to share."""
     for name, tiles in triton_plan.candidates(shape).items():
         assert tiles, name

@@ -2,8 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <exception>
+#include <map>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,30 +25,43 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-using LayerAddresses = std::array<Address, 12>;
+using Addresses = std::map<std::string, Address>;  // of fp32 tensors, by name
 
-LayerSource layer_at(const LayerAddresses& addresses) {
+const float* tensor_named(const Addresses& addresses, const std::string& name) {
+  const auto found = addresses.find(name);
+  if (found == addresses.end()) throw std::invalid_argument("no tensor is called " + name);
+  return at<const float>(found->second);
+}
+
+LayerSource layer_from(const Addresses& addresses) {
   LayerSource l{};
-  auto next = addresses.begin();
-  for (const float** p : {&l.norm1_weight, &l.norm1_bias, &l.qkv_weight, &l.qkv_bias, &l.proj_weight, &l.proj_bias,
-                          &l.norm2_weight, &l.norm2_bias, &l.fc1_weight, &l.fc1_bias, &l.fc2_weight, &l.fc2_bias})
-    *p = at<const float>(*next++);
+#define TARFLOW_FIELD(field) l.field = tensor_named(addresses, #field);
+  TARFLOW_LAYER_TENSORS(TARFLOW_FIELD)
+#undef TARFLOW_FIELD
   return l;
 }
 
-// ends: proj_in (weight, bias), position, proj_out (weight, bias). layer(i): the twelve tensors of layer i, which need to
-// live until the next call. All fp32.
-Engine make(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, int64_t layers, bool affine,
-            const std::array<Address, 5>& ends, const py::function& layer, bool bf16,
+Sizes sizes_from(const std::map<std::string, int64_t>& given) {
+  Sizes s{};
+#define TARFLOW_FIELD(field) s.field = given.at(#field);
+  TARFLOW_BLOCK_SIZES(TARFLOW_FIELD)
+#undef TARFLOW_FIELD
+  return s;
+}
+
+// layer(i): the tensors of layer i, which need to live until the next call.
+Engine make(const std::map<std::string, int64_t>& sizes, const Addresses& weights, const py::function& layer, bool bf16,
             const std::string& instruction_set) {
-  Source source{at<const float>(ends[0]), at<const float>(ends[1]), at<const float>(ends[2]),
-                at<const float>(ends[3]), at<const float>(ends[4]), nullptr};
+  Source source{tensor_named(weights, "proj_in_weight"), tensor_named(weights, "proj_in_bias"),
+                tensor_named(weights, "position"), tensor_named(weights, "proj_out_weight"),
+                tensor_named(weights, "proj_out_bias"), nullptr};
   source.layer = [&](int64_t i) {
     const py::gil_scoped_acquire acquire;
-    return layer_at(layer(i).cast<LayerAddresses>());
+    return layer_from(layer(i).cast<Addresses>());
   };
+  const Sizes plain = sizes_from(sizes);
   const py::gil_scoped_release release;
-  return Engine({channels, head_dim, tokens, token_dim, layers, affine}, source, bf16, kernels_named(instruction_set));
+  return Engine(plain, source, bf16, kernels_named(instruction_set));
 }
 
 // Runs work(hook) without the GIL. hook(steps), which it calls about every 50 ms on this thread, lets the handlers of
@@ -96,28 +110,27 @@ void run(const Engine& engine, Address z, Address x, Address token_log_det, cons
   without_gil(progress, [&](const Caller::Hook& hook) { engine.run(batch, sequential, threads, hook); });
 }
 
-// A block of the density pass: proj_in (weight, bias), position, proj_out (weight, bias), embedding, and its layers.
-using DensityAddresses = std::pair<std::array<Address, 6>, std::vector<LayerAddresses>>;
-
-// blocks: those with an odd number read the tokens backwards. Returns the bytes that the pass took.
-int64_t density(int64_t channels, int64_t head_dim, int64_t tokens, int64_t token_dim, bool affine,
-                const std::vector<DensityAddresses>& blocks, int64_t samples, Address x, Address outputs,
-                Address log_det, Address gradient, bool bf16, const std::string& instruction_set, int threads,
-                int64_t most_bytes) {
-  const Sizes sizes{channels, head_dim, tokens, token_dim, static_cast<int64_t>(blocks.front().second.size()), affine};
+// blocks, in the order in which the data go through them: "sizes", "weights" ("embedding" is 0 where there is none),
+// "layers", and "order", 0 where it is the data's own. Returns the bytes that the pass took.
+int64_t density(const std::vector<py::dict>& blocks, int64_t samples, Address x, Address outputs, Address log_det,
+                Address gradient, bool bf16, const std::string& instruction_set, int threads, int64_t most_bytes) {
   std::vector<std::vector<LayerSource>> layers;
   std::vector<DensityBlock> plain;
-  for (const auto& [ends, addresses] : blocks) {
+  for (const py::dict& block : blocks) {
+    const auto weights = block["weights"].cast<Addresses>();
     layers.emplace_back();
-    for (const LayerAddresses& layer : addresses) layers.back().push_back(layer_at(layer));
-    plain.push_back({at<const float>(ends[0]), at<const float>(ends[1]), at<const float>(ends[2]),
-                     at<const float>(ends[3]), at<const float>(ends[4]), at<const float>(ends[5]), layers.back().data(),
-                     plain.size() % 2 == 1});
+    for (const Addresses& layer : block["layers"].cast<std::vector<Addresses>>())
+      layers.back().push_back(layer_from(layer));
+    plain.push_back({sizes_from(block["sizes"].cast<std::map<std::string, int64_t>>()),
+                     tensor_named(weights, "proj_in_weight"), tensor_named(weights, "proj_in_bias"),
+                     tensor_named(weights, "position"), tensor_named(weights, "proj_out_weight"),
+                     tensor_named(weights, "proj_out_bias"), tensor_named(weights, "embedding"), layers.back().data(),
+                     at<const int64_t>(block["order"].cast<Address>())});
   }
   const DensityBatch batch{samples, at<const float>(x), at<float>(outputs), at<double>(log_det), at<float>(gradient)};
   int64_t bytes = 0;
   without_gil(py::none(), [&](const Caller::Hook& hook) {
-    density_pass(sizes, plain, batch, bf16, kernels_named(instruction_set), threads, most_bytes, bytes, hook);
+    density_pass(plain, batch, bf16, kernels_named(instruction_set), threads, most_bytes, bytes, hook);
   });
   return bytes;
 }
@@ -140,15 +153,20 @@ void elementary(const std::string& name, const std::string& instruction_set, Add
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The native CPU engine; see tarflow_fast/engine/cpu_engine.py.";
+  using py::arg;
   m.def("instruction_sets", &list_instruction_sets);
-  m.def("elementary", &elementary);
-  m.def("density", &density, py::arg("channels"), py::arg("head_dim"), py::arg("tokens"), py::arg("token_dim"),
-        py::arg("affine"), py::arg("blocks"), py::arg("samples"), py::arg("x"), py::arg("outputs"), py::arg("log_det"),
-        py::arg("gradient"), py::arg("bf16"), py::arg("instruction_set"), py::arg("threads"), py::arg("most_bytes"));
-  m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); });
+  m.def("elementary", &elementary, arg("name"), arg("instruction_set"), arg("x"), arg("out"), arg("count"));
+  m.def("density", &density, py::kw_only(), arg("blocks"), arg("samples"), arg("x"), arg("outputs"), arg("log_det"),
+        arg("gradient"), arg("bf16"), arg("instruction_set"), arg("threads"), arg("most_bytes"));
+  m.def(
+      "prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); },
+      arg("memory"), arg("bytes"));
   py::class_<Engine>(m, "Engine")
-      .def(py::init(&make))
-      .def("run", &run)
+      .def(py::init(&make), py::kw_only(), arg("sizes"), arg("weights"), arg("layer"), arg("bf16"),
+           arg("instruction_set"))
+      .def("run", &run, py::kw_only(), arg("z"), arg("x"), arg("token_log_det"), arg("start"), arg("stop"),
+           arg("change"), arg("residual"), arg("widest"), arg("keys_values"), arg("embedding"), arg("guidance"),
+           arg("guide_a"), arg("guide_b"), arg("unguided_scale"), arg("sequential"), arg("threads"), arg("progress"))
       .def_property_readonly("cache_elements", &Engine::cache_elements)
       .def_property_readonly("channel_stride", &Engine::channel_stride)
       .def_property_readonly("packed_bytes", &Engine::packed_bytes);

@@ -8,12 +8,13 @@
 
 namespace tarflow {
 
-// One flow block as torch has it: fp32, contiguous, linear layers (out, in), positions in the image's order of tokens.
+// One flow block as torch has it: fp32, contiguous, linear layers (out, in), positions in the order of the data's tokens.
 struct DensityBlock {
+  Sizes sizes;
   const float *in_weight, *in_bias, *position, *out_weight, *out_bias;
   const float* embedding;  // (B, C), the class of each sample, or null
   const LayerSource* layer;
-  bool reversed;  // the block reads the image's tokens from the last to the first
+  const int64_t* order;  // (T,): which of the data's tokens the block reads as its i-th, or null where that is the i-th
 };
 
 // What one transformer layer leaves behind for the gradient, for all rows of a group. A pass without gradient gives every
@@ -36,7 +37,7 @@ struct DensityGroup {
   int64_t in_stride, channel_stride, qkv_stride, hidden_stride, out_stride, row_stride;
   float attention_scale;
 
-  const float* x;  // (B, T, D) in the image's order: what the block at hand is given
+  const float* x;  // (B, T, D) in the data's order: what the block at hand is given
   float* z;  // (B, T, D), and what it makes of that
   double* log_det;  // (B,), added to: Σ −xa over the block's values, in nats
   float* gradient;  // (B, T, D): d log p / d z, which the backward steps turn into d log p / d x; or null

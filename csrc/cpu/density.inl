@@ -48,7 +48,7 @@ void multiply(const typename M::act* a, int64_t stride, int64_t rows, const floa
 // Which row of the batch's (B, T, D) tensors has token `token` of a sample, counted in the block's order.
 INLINE int64_t place(const DensityGroup& g, const DensityBlock& b, int64_t sample, int64_t token) {
   const int64_t T = g.sizes.tokens;
-  return (g.first + sample) * T + (b.reversed ? T - 1 - token : token);
+  return (g.first + sample) * T + (b.order ? b.order[token] : token);
 }
 
 INLINE void meet(const DensityWorker& w) {
@@ -72,7 +72,7 @@ void density_embed(const DensityGroup& g, const DensityBlock& b, const DensityWo
                       [&](int64_t row, int64_t count, int64_t column, const float* y, const float* bias) {
     for (int64_t i = 0; i < count; i++) {
       const int64_t sample = (row + i) / n, token = (row + i) % n;
-      const float* position = b.position + (b.reversed ? n - token : token) * C;
+      const float* position = b.position + (b.order ? b.order[token] : token) * C;
       const float* label = b.embedding ? b.embedding + (g.first + sample) * C : nullptr;
       for (int64_t c = column, j = i * NB; c < column + NB && c < C; c += VW, j += VW) {
         vf h = load(y + j) + load(bias + c - column) + load_some(position + c, C - c);
@@ -327,7 +327,7 @@ void keys_backward(const DensityGroup& g, const Trace& t, const DensityWorker& w
 template <class M>
 void density_layer(const DensityGroup& g, const LayerSource& l, const Trace& t, const DensityWorker& w) {
   using A = typename M::act;
-  const int64_t C = g.sizes.channels, cs = g.channel_stride;
+  const int64_t C = g.sizes.channels, F = g.sizes.hidden, cs = g.channel_stride;
   A *normed = static_cast<A*>(g.normed), *attended = static_cast<A*>(g.attended), *hidden = static_cast<A*>(g.hidden);
   const Range rows = share(g.rows, w);
 
@@ -357,7 +357,7 @@ void density_layer(const DensityGroup& g, const LayerSource& l, const Trace& t, 
   for (int64_t r = rows.begin; r < rows.end; r++)
     norm(t.mid + r * cs, C, l.norm2_weight, l.norm2_bias, normed + r * cs, t.norm + 4 * r + 2);
   meet(w);
-  multiply<M, true>(normed, cs, g.rows, l.fc1_weight, C, 4 * C, C, l.fc1_bias, w,
+  multiply<M, true>(normed, cs, g.rows, l.fc1_weight, C, F, C, l.fc1_bias, w,
                     [&](int64_t row, int64_t count, int64_t column, const float* y, const float* bias) {
     for (int64_t i = 0; i < count; i++)
       for (int64_t c = 0; c < NB; c += VW) {
@@ -368,7 +368,7 @@ void density_layer(const DensityGroup& g, const LayerSource& l, const Trace& t, 
       }
   });
   meet(w);
-  multiply<M, true>(hidden, g.hidden_stride, g.rows, l.fc2_weight, 4 * C, C, 4 * C, l.fc2_bias, w, add(t.mid, t.out));
+  multiply<M, true>(hidden, g.hidden_stride, g.rows, l.fc2_weight, F, C, F, l.fc2_bias, w, add(t.mid, t.out));
   meet(w);
 }
 
@@ -403,13 +403,13 @@ auto keep(T* to, int64_t stride) {
 template <class M>
 void density_layer_backward(const DensityGroup& g, const LayerSource& l, const Trace& t, const DensityWorker& w) {
   using A = typename M::act;
-  const int64_t C = g.sizes.channels, cs = g.channel_stride;
+  const int64_t C = g.sizes.channels, F = g.sizes.hidden, cs = g.channel_stride;
   A *d_hidden = static_cast<A*>(g.hidden), *d_qkv = static_cast<A*>(g.d_qkv);
   const Range rows = share(g.rows, w);
 
   round_operand<M>(g, rows);
   meet(w);
-  multiply<M, false>(operand<M>(g), cs, g.rows, l.fc2_weight, 4 * C, 4 * C, C, nullptr, w,
+  multiply<M, false>(operand<M>(g), cs, g.rows, l.fc2_weight, F, F, C, nullptr, w,
                      [&](int64_t row, int64_t count, int64_t column, const float* y, const float*) {
     for (int64_t i = 0; i < count; i++)
       for (int64_t c = 0; c < NB; c += VW) {
@@ -418,7 +418,7 @@ void density_layer_backward(const DensityGroup& g, const LayerSource& l, const T
       }
   });
   meet(w);
-  multiply<M, false>(d_hidden, g.hidden_stride, g.rows, l.fc1_weight, C, C, 4 * C, nullptr, w, keep(g.d_normed, cs));
+  multiply<M, false>(d_hidden, g.hidden_stride, g.rows, l.fc1_weight, C, C, F, nullptr, w, keep(g.d_normed, cs));
   meet(w);
   for (int64_t r = rows.begin; r < rows.end; r++)
     norm_backward(t.mid + r * cs, C, l.norm2_weight, t.norm + 4 * r + 2, g.d_normed + r * cs, g.d_stream + r * cs);

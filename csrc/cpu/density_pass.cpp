@@ -24,90 +24,107 @@ struct Division {
   int64_t teams, size, samples;  // threads of a team, samples of a group
 };
 
-// Threads that take the same group through the blocks, and what the group needs.
+// Threads that take the same group of samples through the blocks, and what the group needs.
 struct Team {
-  Team(const DensityGroup& like, const Division& division, int64_t blocks, bool gradient, size_t operand)
-      : group(like),
+  Team(const std::vector<DensityGroup>& like, const Division& division, bool gradient, size_t operand)
+      : blocks(like),
         barrier(static_cast<int>(division.size)),
         workers(division.size),
-        bytes(lay_out(Arena(), division, blocks, gradient, operand)) {
-    group.rows = 0;  // nothing is there yet
-  }
+        bytes(lay_out(Arena(), division, gradient, operand)) {}
 
-  // Operands are cleared: where the channels are odd, no column fills the second half of the last pair of bf16.
-  void fetch_memory(const Division& division, int64_t blocks, bool gradient, size_t operand) {
+  void fetch_memory(const Division& division, bool gradient, size_t operand) {
     memory = allocate(bytes);
-    lay_out(Arena(memory.get()), division, blocks, gradient, operand);
-    if (group.sizes.channels % 2 == 0) return;
-    std::memset(group.attended, 0, group.rows * group.channel_stride * operand);
-    if (gradient) std::memset(group.d_qkv, 0, group.rows * group.qkv_stride * operand);
+    lay_out(Arena(memory.get()), division, gradient, operand);
   }
 
-  size_t lay_out(Arena arena, const Division& division, int64_t blocks, bool gradient, size_t operand) {
-    DensityGroup& g = group;
-    const int64_t rows = g.rows = division.samples * (g.sizes.tokens - 1), cs = g.channel_stride;
-    const int64_t softmax = division.samples * g.heads * 3 * g.row_stride, layers = g.sizes.layers;
-    g.gathered = arena.take(rows * g.in_stride);
-    g.out = arena.take(rows * g.out_stride);
-    g.token_log_det = arena.take(rows);
-    g.normed = arena.take<void>(rows * cs, operand);
-    g.attended = arena.take<void>(rows * cs, operand);
-    g.hidden = arena.take<void>(rows * g.hidden_stride, operand);
-    traces.assign(blocks * layers, {});
-    scales.assign(blocks, nullptr);
+  size_t lay_out(Arena arena, const Division& division, bool gradient, size_t operand) {
+    const int64_t rows = division.samples * (blocks[0].sizes.tokens - 1);
+    const auto most = [&](const auto& size) {
+      int64_t n = 0;
+      for (const DensityGroup& g : blocks) n = std::max<int64_t>(n, size(g));
+      return n;
+    };
+    const auto widest = [&](int64_t DensityGroup::*stride) {
+      return rows * most([&](const DensityGroup& g) { return g.*stride; });
+    };
+    const auto softmax = [&](const DensityGroup& g) { return division.samples * g.heads * 3 * g.row_stride; };
+
+    // What the blocks use one after the other.
+    const int64_t width = widest(&DensityGroup::channel_stride), qkv = widest(&DensityGroup::qkv_stride);
+    const int64_t hidden = widest(&DensityGroup::hidden_stride), values = rows * blocks[0].in_stride;
+    DensityGroup shared{};
+    shared.gathered = arena.take(values);
+    shared.out = arena.take(widest(&DensityGroup::out_stride));
+    shared.token_log_det = arena.take(rows);
+    shared.normed = arena.take<void>(width, operand);
+    shared.attended = arena.take<void>(width, operand);
+    shared.hidden = arena.take<void>(hidden, operand);
     if (gradient) {
-      g.d_stream = arena.take(rows * cs);
-      g.d_normed = arena.take(rows * cs);
-      g.d_attended = arena.take(rows * cs);
-      g.operand = arena.take<void>(rows * cs, operand);
-      g.d_qkv = arena.take<void>(rows * g.qkv_stride, operand);
+      shared.d_stream = arena.take(width);
+      shared.d_normed = arena.take(width);
+      shared.d_attended = arena.take(width);
+      shared.operand = arena.take<void>(width, operand);
+      shared.d_qkv = arena.take<void>(qkv, operand);
+    } else {
+      shared.scale = arena.take(values);
+      shared.stream = arena.take(width);
     }
-    // With a gradient every layer of every block keeps its own; without one all share the same.
-    for (int64_t k = 0; k < blocks; k++) {
-      if (k > 0 && !gradient) {
-        std::copy_n(traces.begin(), layers, traces.begin() + k * layers);
-        scales[k] = scales[0];
-        continue;
-      }
-      scales[k] = arena.take(rows * g.in_stride);
-      float* stream = arena.take(rows * cs);
-      for (int64_t i = 0; i < layers; i++) {
-        Trace& t = traces[k * layers + i];
-        if (i > 0 && !gradient) {
-          t = traces[0];
-          continue;
-        }
+    const Trace only = gradient ? Trace{} : Trace{shared.stream, shared.stream, shared.stream, arena.take(qkv),
+                                                  arena.take(most(softmax)), arena.take(rows * 4), nullptr};
+
+    // With a gradient every layer of every block keeps its own trace; without one all share the same.
+    traces.assign(blocks.size(), {});
+    for (size_t k = 0; k < blocks.size(); k++) {
+      DensityGroup& g = blocks[k];
+      for (auto field : {&DensityGroup::gathered, &DensityGroup::out, &DensityGroup::token_log_det,
+                         &DensityGroup::d_stream, &DensityGroup::d_normed, &DensityGroup::d_attended})
+        g.*field = shared.*field;
+      for (auto field : {&DensityGroup::normed, &DensityGroup::attended, &DensityGroup::hidden, &DensityGroup::operand,
+                         &DensityGroup::d_qkv})
+        g.*field = shared.*field;
+      g.scale = gradient ? arena.take(values) : shared.scale;
+      traces[k].assign(g.sizes.layers, only);
+      if (!gradient) continue;
+      const int64_t cs = rows * g.channel_stride;
+      float* stream = arena.take(cs);
+      for (Trace& t : traces[k]) {
         t.in = stream;
-        t.mid = gradient ? arena.take(rows * cs) : stream;
-        t.out = stream = gradient ? arena.take(rows * cs) : stream;
+        t.mid = arena.take(cs);
+        t.out = stream = arena.take(cs);
         t.qkv = arena.take(rows * g.qkv_stride);
-        t.softmax = arena.take(softmax);
+        t.softmax = arena.take(softmax(g));
         t.norm = arena.take(rows * 4);
-        t.slope = gradient ? arena.take(rows * g.hidden_stride) : nullptr;
+        t.slope = arena.take(rows * g.hidden_stride);
       }
     }
-    const int64_t width = 32, deepest = std::max({4 * g.sizes.channels, g.out_dim, g.sizes.token_dim}) + 1;
-    const int64_t head = (g.row_stride + width) * round_up(g.sizes.head_dim, width);
+
+    const int64_t panel = 32;
+    const auto deepest = [](const DensityGroup& g) {
+      return std::max({g.sizes.hidden, 3 * g.sizes.channels, g.out_dim, g.sizes.token_dim}) + 1;
+    };
+    const auto head = [&](const DensityGroup& g) {
+      return (g.row_stride + panel) * round_up(g.sizes.head_dim, panel);
+    };
     for (size_t rank = 0; rank < workers.size(); rank++) {
       DensityWorker& w = workers[rank];
       w.rank = static_cast<int64_t>(rank);
       w.size = static_cast<int64_t>(workers.size());
       w.barrier = &barrier;
-      w.panel = arena.take(deepest * width);
-      for (int i = 0; i < 4; i++) w.packed[i] = i < 2 || gradient ? arena.take(head) : nullptr;
-      for (int i = 0; i < 2; i++) w.scores[i] = i < 1 || gradient ? arena.take(QUERIES * g.row_stride) : nullptr;
+      w.panel = arena.take(most(deepest) * panel);
+      for (int i = 0; i < 4; i++) w.packed[i] = i < 2 || gradient ? arena.take(most(head)) : nullptr;
+      for (int i = 0; i < 2; i++)
+        w.scores[i] = i < 1 || gradient ? arena.take(QUERIES * blocks[0].row_stride) : nullptr;
     }
     return arena.used();
   }
 
-  DensityGroup group;
+  std::vector<DensityGroup> blocks;  // what each block is given
   Barrier barrier;
   std::vector<DensityWorker> workers;
-  std::vector<Trace> traces;  // [block][layer]
-  std::vector<float*> scales;  // by block, see DensityGroup::scale
+  std::vector<std::vector<Trace>> traces;  // [block][layer]
   size_t bytes;
   Memory memory;
-  int64_t next = 0;  // the group that the leader has taken
+  int64_t next = 0;  // the group of samples that the leader has taken
   bool stop[2] = {};  // what the leader decided before an even and an odd step
 };
 
@@ -119,7 +136,7 @@ DensityGroup shape(const Sizes& s, const DensityBatch& batch) {
   g.in_stride = padded_stride(s.token_dim);
   g.channel_stride = padded_stride(s.channels);
   g.qkv_stride = padded_stride(3 * s.channels);
-  g.hidden_stride = padded_stride(4 * s.channels);
+  g.hidden_stride = padded_stride(s.hidden);
   g.out_stride = padded_stride(g.out_dim);
   g.row_stride = padded_stride(s.tokens - 1);
   g.attention_scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
@@ -130,9 +147,11 @@ DensityGroup shape(const Sizes& s, const DensityBatch& batch) {
 
 // As many teams as divide the threads, if none has more than a third above its share of the samples. A team of several
 // threads waits at its barriers, and one that is the only one never does.
-Division divide(const DensityGroup& g, int64_t samples, int threads, int64_t most_bytes,
+Division divide(const std::vector<DensityGroup>& blocks, int64_t samples, int threads, int64_t most_bytes,
                 const std::function<size_t(const Division&)>& bytes) {
-  const int64_t rows = g.sizes.tokens - 1, C = g.sizes.channels;
+  const int64_t rows = blocks[0].sizes.tokens - 1;
+  int64_t C = 0;
+  for (const DensityGroup& g : blocks) C = std::max(C, g.sizes.channels);
   const auto suits = [&](int64_t teams) {
     const int64_t each = (samples + teams - 1) / teams;
     return threads % teams == 0 && teams <= samples && each * teams * 3 <= samples * 4;
@@ -161,27 +180,29 @@ Division divide(const DensityGroup& g, int64_t samples, int threads, int64_t mos
 
 }  // namespace
 
-bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16,
-                  const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes, const Caller::Hook& hook) {
-  const int64_t B = batch.samples, K = static_cast<int64_t>(blocks.size()), values = sizes.tokens * sizes.token_dim;
+bool density_pass(const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16, const Kernels& kernels,
+                  int threads, int64_t most_bytes, int64_t& bytes, const Caller::Hook& hook) {
+  const int64_t B = batch.samples, K = static_cast<int64_t>(blocks.size()), tokens = blocks[0].sizes.tokens;
+  const int64_t values = tokens * blocks[0].sizes.token_dim;
   threads = Pool::at_hand(threads);
   bytes = 0;
   std::fill_n(batch.log_det, B, 0.0);
-  if (sizes.tokens == 1) {  // it passes unchanged
+  if (tokens == 1) {  // it passes unchanged
     for (int64_t k = 0; k < K; k++) std::copy_n(batch.x, B * values, batch.outputs + k * B * values);
     if (batch.gradient) std::transform(batch.x, batch.x + B * values, batch.gradient, [](float x) { return -x; });
     return true;
   }
-  const DensityGroup like = shape(sizes, batch);
+  std::vector<DensityGroup> like;
+  for (const DensityBlock& block : blocks) like.push_back(shape(block.sizes, batch));
   const bool gradient = batch.gradient != nullptr;
   const size_t operand = bf16 && kernels.bf16_operands ? sizeof(uint16_t) : sizeof(float);
-  const auto each = [&](const Division& d) { return Team(like, d, K, gradient, operand).bytes; };
+  const auto each = [&](const Division& d) { return Team(like, d, gradient, operand).bytes; };
   const Division division = divide(like, B, threads, most_bytes, each);
   const int64_t groups = (B + division.samples - 1) / division.samples;
   std::vector<std::unique_ptr<Team>> teams;
   for (int64_t i = 0; i < division.teams; i++) {
-    teams.push_back(std::make_unique<Team>(like, division, K, gradient, operand));
-    teams.back()->fetch_memory(division, K, gradient, operand);
+    teams.push_back(std::make_unique<Team>(like, division, gradient, operand));
+    teams.back()->fetch_memory(division, gradient, operand);
     bytes += static_cast<int64_t>(teams.back()->bytes);
   }
 
@@ -200,36 +221,47 @@ bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, c
       if (w.size > 1) team.barrier.wait();
       return !team.stop[std::exchange(parity, parity ^ 1)];
     };
-    // Its own copy of what is known of the group: which block is at hand changes.
-    const auto through = [&](DensityGroup g) {
+    const auto through = [&](int64_t first, int64_t samples) {
+      // What the block at hand is given: the thread's own copy.
       const auto at_block = [&](int64_t k) {
+        DensityGroup g = team.blocks[k];
+        g.first = first;
+        g.samples = samples;
+        g.rows = samples * (tokens - 1);
         g.x = k == 0 ? batch.x : batch.outputs + (k - 1) * B * values;
         g.z = batch.outputs + k * B * values;
-        g.scale = team.scales[k];
-        return team.traces.data() + k * sizes.layers;
+        // No column fills the second half of the last pair of bf16 where the channels are odd.
+        if (w.rank == 0 && g.sizes.channels % 2) {
+          std::memset(g.attended, 0, g.rows * g.channel_stride * operand);
+          if (gradient) std::memset(g.d_qkv, 0, g.rows * g.qkv_stride * operand);
+        }
+        return g;
       };
       for (int64_t k = 0; k < K; k++) {
-        const Trace* trace = at_block(k);
-        g.stream = trace[0].in;
+        DensityGroup g = at_block(k);
+        const std::vector<Trace>& traces = team.traces[k];
+        g.stream = traces.front().in;
         steps.embed(g, blocks[k], w);
-        for (int64_t i = 0; i < sizes.layers; i++) {
+        for (size_t i = 0; i < traces.size(); i++) {
           if (!proceed()) return false;
-          steps.layer[bf16](g, blocks[k].layer[i], trace[i], w);
+          steps.layer[bf16](g, blocks[k].layer[i], traces[i], w);
         }
-        g.stream = trace[sizes.layers - 1].out;
+        g.stream = traces.back().out;
         steps.transform(g, blocks[k], w);
       }
       if (!gradient) return true;
-      const int64_t begin = g.first * values, count = g.samples * values;
+      const float* z = batch.outputs + (K - 1) * B * values;
+      const int64_t begin = first * values, count = samples * values;
       const int64_t from = begin + count * w.rank / w.size, to = begin + count * (w.rank + 1) / w.size;
-      std::transform(g.z + from, g.z + to, batch.gradient + from, [](float z) { return -z; });
+      std::transform(z + from, z + to, batch.gradient + from, [](float z) { return -z; });
       if (w.size > 1) team.barrier.wait();
       for (int64_t k = K - 1; k >= 0; k--) {
-        const Trace* trace = at_block(k);
+        const DensityGroup g = at_block(k);
+        const std::vector<Trace>& traces = team.traces[k];
         steps.transform_backward(g, blocks[k], w);
-        for (int64_t i = sizes.layers - 1; i >= 0; i--) {
+        for (size_t i = traces.size(); i-- > 0;) {
           if (!proceed()) return false;
-          steps.layer_backward[bf16](g, blocks[k].layer[i], trace[i], w);
+          steps.layer_backward[bf16](g, blocks[k].layer[i], traces[i], w);
         }
         steps.embed_backward(g, blocks[k], w);
       }
@@ -240,11 +272,8 @@ bool density_pass(const Sizes& sizes, const std::vector<DensityBlock>& blocks, c
       if (w.size > 1) team.barrier.wait();
       const int64_t group = team.next;
       if (group >= groups) return;
-      DensityGroup g = team.group;
-      g.first = B * group / groups;
-      g.samples = B * (group + 1) / groups - g.first;
-      g.rows = g.samples * (sizes.tokens - 1);
-      if (!through(g)) return;
+      const int64_t first = B * group / groups;
+      if (!through(first, B * (group + 1) / groups - first)) return;
     }
   };
   Pool::instance().run(static_cast<int>(division.teams * division.size), job, [&] {

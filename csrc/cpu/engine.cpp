@@ -125,7 +125,7 @@ Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& k
   block_.attention_scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
   block_.channel_stride = padded_stride(s.channels);
   block_.attention_stride = padded_stride(block_.heads * block_.head_dim);
-  block_.hidden_stride = padded_stride(4 * s.channels);
+  block_.hidden_stride = padded_stride(s.hidden);
   block_.out_stride = padded_stride(block_.out_dim);
   block_.in_stride = padded_stride(s.token_dim);
   memory_ = pack(block_, layers_, s, source, width, packed_bytes_);

@@ -10,15 +10,27 @@ namespace tarflow {
 class Barrier;
 struct DensityKernels;
 
+// The sizes of a flow block, named as in tarflow_fast/engine/shape.py. affine: 0 where tokens are shifted alone.
+#define TARFLOW_BLOCK_SIZES(X) X(tokens) X(token_dim) X(channels) X(layers) X(head_dim) X(hidden) X(affine)
+
 struct Sizes {
-  int64_t channels, head_dim, tokens, token_dim, layers;
-  bool affine;  // false: volume-preserving
+#define TARFLOW_FIELD(name) int64_t name;
+  TARFLOW_BLOCK_SIZES(TARFLOW_FIELD)
+#undef TARFLOW_FIELD
 };
 
-// Weights as torch has them: fp32, contiguous, linear layers (out, in).
+// The weights of a transformer layer, named as in tarflow_fast/engine/weights.py, as torch has them: fp32, contiguous,
+// linear layers (out, in).
+// clang-format off
+#define TARFLOW_LAYER_TENSORS(X)                                                               \
+  X(norm1_weight) X(norm1_bias) X(qkv_weight) X(qkv_bias) X(proj_weight) X(proj_bias)          \
+  X(norm2_weight) X(norm2_bias) X(fc1_weight) X(fc1_bias) X(fc2_weight) X(fc2_bias)
+// clang-format on
+
 struct LayerSource {
-  const float *norm1_weight, *norm1_bias, *qkv_weight, *qkv_bias, *proj_weight, *proj_bias;
-  const float *norm2_weight, *norm2_bias, *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias;
+#define TARFLOW_FIELD(name) const float* name;
+  TARFLOW_LAYER_TENSORS(TARFLOW_FIELD)
+#undef TARFLOW_FIELD
 };
 
 // y = x Wᵀ + b. Columns of y are packed in panels of two vectors: fp32 [panel][k][width], bf16 [panel][k/2][width][2].

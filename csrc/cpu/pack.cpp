@@ -51,7 +51,7 @@ Linear pack_linear(Arena& arena, const Matrix& m, int64_t columns, int64_t k, in
 }
 
 void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s, const Source& source, int64_t width) {
-  const int64_t C = s.channels, H = block.heads, d = block.head_dim, unit = block.unit_panels * width;
+  const int64_t C = s.channels, F = s.hidden, H = block.heads, d = block.head_dim, unit = block.unit_panels * width;
   const auto same = [](int64_t i) { return i; };
   const auto qkv_row = [&](int64_t c) {
     const int64_t head = c / unit / 3, which = c / unit % 3, offset = c % unit;
@@ -75,10 +75,10 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
                                 width, bf16, qkv_row, same);
     layers[i].proj =
         pack_linear(arena, {l.proj_weight, l.proj_bias, C, nullptr, nullptr}, C, H * d, width, bf16, same, attended);
-    layers[i].fc1 = pack_linear(arena, {l.fc1_weight, l.fc1_bias, C, l.norm2_weight, l.norm2_bias}, 4 * C, C, width,
+    layers[i].fc1 = pack_linear(arena, {l.fc1_weight, l.fc1_bias, C, l.norm2_weight, l.norm2_bias}, F, C, width,
                                 bf16, same, same);
     layers[i].fc2 =
-        pack_linear(arena, {l.fc2_weight, l.fc2_bias, 4 * C, nullptr, nullptr}, C, 4 * C, width, bf16, same, same);
+        pack_linear(arena, {l.fc2_weight, l.fc2_bias, F, nullptr, nullptr}, C, F, width, bf16, same, same);
   }
   block.out = pack_linear(arena, {source.out_weight, source.out_bias, C, nullptr, nullptr}, block.out_dim, C, width,
                           false, same, same);

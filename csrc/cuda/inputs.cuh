@@ -83,7 +83,7 @@ template <int WARPS, class T>
 DEVICE void stage_hidden(const Params& p, const Scratch<T>& scratch, int first, int count, int k0, int k) {
   constexpr int V = 16 / sizeof(T);
   const Global<T> hidden(p.hidden);
-  const int width = whole_tiles(4 * p.channels);
+  const int width = whole_tiles(p.hidden_dim);
 #pragma unroll 1
   for (int i = thread(); i < count * (k / V); i += WARPS * 32) {
     const int row = i / (k / V), column = i % (k / V) * V;

@@ -51,7 +51,7 @@ struct Pass {
       case QKV: return queried(layer, n, row, y);
       case FC1: {
         const float gelu = 0.5f * y * (1 + erff(y * 0.70710678f));
-        return store(Global<T>(p.hidden), static_cast<int64_t>(row) * whole_tiles(4 * p.channels) + n,
+        return store(Global<T>(p.hidden), static_cast<int64_t>(row) * whole_tiles(p.hidden_dim) + n,
                      from_float<T>(gelu));
       }
       case PROJ_OUT:

@@ -15,7 +15,7 @@ struct Linear {
 };
 
 DEVICE Linear linear_of(const Params& p, Phase phase, int layer) {
-  const int c = divide_up(p.channels, TILE), qkv = divide_up(3 * p.channels, TILE), f = divide_up(4 * p.channels, TILE);
+  const int c = divide_up(p.channels, TILE), qkv = divide_up(3 * p.channels, TILE), f = divide_up(p.hidden_dim, TILE);
   const int before = c + layer * (qkv + c + f + c);  // tiles of outputs
   switch (phase) {
     case EMBED: return {0, divide_up(p.token_dim, TILE), 0};

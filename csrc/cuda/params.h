@@ -27,7 +27,7 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 
 // Names as in tarflow_fast/engine/cuda_plan.py and cuda_engine.py, which fill them in.
 //
-// Of the model: channels C, heads H, head_dim d, tokens T, token_dim D, out_dim O (2D, or D if volume-preserving), layers
+// Of the block: channels C, heads H, head_dim d, hidden_dim F of the MLP, tokens T, token_dim D, out_dim O (2D, or D if volume-preserving), layers
 // L, affine (0 if volume-preserving).
 // Of the launch: mode; start, stop: of SEQUENTIAL; positions P: tokens that are evaluated at once, of one branch; branches
 // 1 or 2, R = P · branches; samples: of the whole batch, rows of a branch in the cache; guide_a, guide_b: what is guided;
@@ -39,12 +39,12 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // most_jobs: of any block, see `jobs`.
 // clang-format off
 #define TARFLOW_SIZES(X)                                                                                       \
-  X(channels) X(heads) X(head_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
+  X(channels) X(heads) X(head_dim) X(hidden_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
   X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(left_out) X(window) X(most) X(slots) X(slot_k)             \
   X(staged_rows) X(splits) X(least_keys) X(most_jobs)
 // clang-format on
 
-// C', F', O', D': C, 4C, O, D rounded up to whole tiles; T type of weights and cache; fp32 unless said. Packed linear
+// C', F', O', D': C, F, O, D rounded up to whole tiles; T type of weights and cache; fp32 unless said. Packed linear
 // layers are one after the other: proj_in, then qkv, proj, fc1, fc2 of each layer, then proj_out.
 //   weights    T, see pack_linear in cuda_pack.py; LayerNorm's γ and β are folded into qkv and fc1
 //   biases     of the same layers, each a whole number of tiles

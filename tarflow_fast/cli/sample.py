@@ -403,7 +403,7 @@ def sample_command(
         n,
         first,
         plan := layout(n, chosen.entries, columns),
-        scale or default_scale(*plan.size(first, n), *model.config.image_shape[1:]),
+        scale or default_scale(*plan.size(first, n), *model.config.data_shape[1:]),
         {
             "model": "fashion_mnist" if model_path is None else os.path.basename(model_path),
             "seed": seed,
@@ -411,7 +411,7 @@ def sample_command(
         },
         known_names(model.metadata),
     )
-    outputs.check(run, model.config.image_shape, model.config.num_blocks + 1 + rule["denoise"])
+    outputs.check(run, model.config.data_shape, model.config.num_blocks + 1 + rule["denoise"])
     sampler = Sampler(
         model,
         backend=given["backend"],

@@ -3,18 +3,20 @@
 from .contract import BlockEngine, BlockState, Condition, Guidance
 from .fastest import FastestEngine
 from .registry import BackendStatus, backends, check_compile, check_threads, choose_backend, make_engines
-from .weights import BlockWeights, block_weights
+from .shape import BlockShape
+from .weights import BlockWeights, LayerWeights
 
 __all__ = [
     "BackendStatus",
     "BlockEngine",
+    "BlockShape",
     "BlockState",
     "BlockWeights",
     "Condition",
     "FastestEngine",
     "Guidance",
+    "LayerWeights",
     "backends",
-    "block_weights",
     "check_compile",
     "check_threads",
     "choose_backend",

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .. import serial
 from ..checks import GUIDE_WHAT, check_choice, check_number
-from ..config import TarFlowConfig
 from ..errors import ArgumentError
 from ..scalars import check_flag
+from .shape import BlockShape
 from .windows import Bounds
 
 Progress = Callable[[int], None]
@@ -212,10 +212,10 @@ class FrontierEngine(Protocol):
         ...
 
 
-def check_latents(z: Tensor, config: TarFlowConfig) -> None:
-    """(B, T, D) of a model. Raises ArgumentError."""
-    if z.dim() != 3 or tuple(z.shape[1:]) != (config.num_patches, config.token_dim):
-        raise ArgumentError("z", f"shape (B, {config.num_patches}, {config.token_dim})", tuple(z.shape))
+def check_latents(z: Tensor, shape: BlockShape) -> None:
+    """Raises ArgumentError unless z is (B, T, D)."""
+    if z.dim() != 3 or tuple(z.shape[1:]) != (shape.tokens, shape.token_dim):
+        raise ArgumentError("z", f"shape (B, {shape.tokens}, {shape.token_dim})", tuple(z.shape))
 
 
 def check_plain(state: BlockState) -> None:

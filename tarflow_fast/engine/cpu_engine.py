@@ -8,7 +8,7 @@ are fp32 in both.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..errors import BackendError
 from ..limits import most_threads
 from ..native import CPU_DTYPES, address, choose_instruction_set, load_native
 from .contract import BlockState, Condition, Moved, Progress, check_latents, check_plain, embedding_rows
-from .weights import BlockWeights, LayerWeights
+from .weights import BlockWeights
 from .windows import Bounds, check_part, check_window, check_windows
 
 
@@ -53,8 +53,12 @@ class _Cache:
     guidance: Tensor | None  # (T − 1,) fp32, g_i; None when not guided
 
 
-def _plain(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().to("cpu", torch.float32).contiguous() for tensor in tensors]
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def _addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
+    return {name: address(name, tensor, torch.float32) for name, tensor in tensors.items()}
 
 
 class CpuEngine:
@@ -74,36 +78,26 @@ class CpuEngine:
         missing = cpu_missing(dtype)
         if missing is not None:
             raise BackendError(missing)
-        self.config, self.dtype = weights.config, dtype
+        self.shape, self.dtype = weights.shape, dtype
         self.threads = None if threads is None else check_count("threads", threads, high=most_threads())
         self.instruction_set = choose_instruction_set(instruction_set)
         self._classes = None if weights.classes is None else weights.classes.float().cpu()
-        config = self.config
-        ends = _plain(
-            weights.proj_in_weight,
-            weights.proj_in_bias,
-            weights.position,
-            weights.proj_out_weight,
-            weights.proj_out_bias,
-        )
-        layer: list[Tensor] = []
+        shape = self.shape
+        names = ("proj_in_weight", "proj_in_bias", "position", "proj_out_weight", "proj_out_bias")
+        ends = {name: _plain(getattr(weights, name)) for name in names}
+        layer: dict[str, Tensor] = {}
 
-        def layer_addresses(i: int) -> list[int]:
+        def layer_addresses(i: int) -> dict[str, int]:
             layer.clear()  # a bf16 model's fp32 copy is of one layer at a time
-            layer.extend(_plain(*(getattr(weights.layers[i], field.name) for field in fields(LayerWeights))))
-            return [address(f"layer {i}", tensor, torch.float32) for tensor in layer]
+            layer.update({name: _plain(tensor) for name, tensor in vars(weights.layers[i]).items()})
+            return _addresses(layer)
 
         self._native: Any = load_native().Engine(
-            config.channels,
-            config.head_dim,
-            config.num_patches,
-            config.token_dim,
-            config.layers_per_block,
-            config.nvp,
-            [address("weights", tensor, torch.float32) for tensor in ends],
-            layer_addresses,
-            dtype == torch.bfloat16,
-            self.instruction_set,
+            sizes=shape.native,
+            weights=_addresses(ends),
+            layer=layer_addresses,
+            bf16=dtype == torch.bfloat16,
+            instruction_set=self.instruction_set,
         )
 
     @property
@@ -116,16 +110,16 @@ class CpuEngine:
     setup_seconds = 0.0
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
-        config = self.config
-        check_latents(z, config)
+        shape = self.shape
+        check_latents(z, shape)
         B, T, _ = z.shape
         R = 2 * B if condition.guidance.active else B
         z = z.detach().to("cpu", torch.float32).contiguous()
         embedding = guidance = None
         if self._classes is not None:
-            rows = embedding_rows(condition, B, config.num_classes, torch.device("cpu"))
+            rows = embedding_rows(condition, B, shape.classes, torch.device("cpu"))
             embedding = torch.zeros(R, self._native.channel_stride, dtype=torch.float32, device="cpu")
-            embedding[:, : config.channels] = serial.rows_of(self._classes, rows)
+            embedding[:, : shape.channels] = serial.rows_of(self._classes, rows)
         if condition.guidance.active:
             guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32, device="cpu")
         elements = R * self._native.cache_elements
@@ -147,9 +141,9 @@ class CpuEngine:
         """Nothing is held."""
 
     def bytes_per_sample(self, guided: bool) -> int:
-        config = self.config
-        row = self._native.cache_elements * self.dtype.itemsize + 16 * config.channels * 4
-        return (2 if guided else 1) * row + 4 * config.num_patches * config.token_dim * 4
+        shape = self.shape
+        row = self._native.cache_elements * self.dtype.itemsize + 16 * shape.channels * 4
+        return (2 if guided else 1) * row + 4 * shape.tokens * shape.token_dim * 4
 
     def reverse(
         self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
@@ -187,21 +181,21 @@ class CpuEngine:
         change, residual = (None, None) if moved is None else moved
         widest = 0 if moved is None else moved.change.shape[1]
         self._native.run(
-            address("state.z", state.z, fp32, count=B * T * D),
-            address("state.x", state.x, fp32, count=B * T * D),
-            address("state.token_log_det", state.token_log_det, fp32, count=B * T),
-            starts,
-            stops,
-            optional("change", change, B * widest),
-            optional("residual", residual, B * widest),
-            widest,
-            address("cache", cache.keys_values, self.dtype, count=R * self._native.cache_elements),
-            optional("embedding", cache.embedding, R * self._native.channel_stride),
-            optional("guidance", cache.guidance, T - 1),
-            "a" in rule.what,
-            "b" in rule.what,
-            1 / rule.attn_temp,
-            moved is None,
-            self.threads or default_threads(),
-            progress,
+            z=address("state.z", state.z, fp32, count=B * T * D),
+            x=address("state.x", state.x, fp32, count=B * T * D),
+            token_log_det=address("state.token_log_det", state.token_log_det, fp32, count=B * T),
+            start=starts,
+            stop=stops,
+            change=optional("change", change, B * widest),
+            residual=optional("residual", residual, B * widest),
+            widest=widest,
+            keys_values=address("cache", cache.keys_values, self.dtype, count=R * self._native.cache_elements),
+            embedding=optional("embedding", cache.embedding, R * self._native.channel_stride),
+            guidance=optional("guidance", cache.guidance, T - 1),
+            guide_a="a" in rule.what,
+            guide_b="b" in rule.what,
+            unguided_scale=1 / rule.attn_temp,
+            sequential=moved is None,
+            threads=self.threads or default_threads(),
+            progress=progress,
         )

@@ -113,25 +113,25 @@ class CudaEngine:
     setup_seconds = 0.0
 
     def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype):
-        missing = cuda_missing(device, dtype) or head_dim_missing(weights.config.head_dim, dtype)
+        missing = cuda_missing(device, dtype) or head_dim_missing(weights.shape.head_dim, dtype)
         if missing is not None:
             raise BackendError(missing)
-        self.config, self.device, self.dtype = weights.config, device, dtype
+        self.shape, self.device, self.dtype = weights.shape, device, dtype
         self._native = load_native()
         self._dtype_name = str(dtype).removeprefix("torch.")
         with self._on_device():
             multiprocessors, self._shared_bytes = self._native.device()
-            self.blocks = grid_blocks(self.config, multiprocessors)
-            sizes = linear_sizes(self.config)
+            self.blocks = grid_blocks(self.shape, multiprocessors)
+            sizes = linear_sizes(self.shape)
             work = share(sizes, self.blocks)
             self._work = work.to(device)
-            self._jobs = fetches(sizes, work, slot_inputs(self.config)).to(device)
+            self._jobs = fetches(sizes, work, slot_inputs(self.shape)).to(device)
             self._weights, self._biases = pack(weights, device, dtype)
             self._position = self._fp32(weights.position)
             self._classes = None if weights.classes is None else self._fp32(weights.classes)
         self._plans: dict[int, Plan] = {}
         # Of any launch; the largest also needs the most shared memory.
-        self._most_parts = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1)) * self.config.num_heads
+        self._most_parts = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1)) * self.shape.heads
 
     def plan(self, rows: int) -> Plan:
         """How a launch of so many rows is divided. Raises BackendError."""
@@ -139,7 +139,7 @@ class CudaEngine:
             instances = self._native.instances()
             most_rows, warps = next((n, w) for name, n, w in instances if name == self._dtype_name and n >= rows)
             self._plans[rows] = make_plan(
-                self.config,
+                self.shape,
                 self.dtype,
                 rows=rows,
                 most_rows=most_rows,
@@ -151,7 +151,7 @@ class CudaEngine:
         return self._plans[rows]
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
-        check_latents(z, self.config)
+        check_latents(z, self.shape)
         z = z.detach().to(self.device, torch.float32).contiguous()
         with self._on_device():
             workspace = self._workspace(z.shape[0], condition, spent)
@@ -169,10 +169,10 @@ class CudaEngine:
         """Nothing is held."""
 
     def bytes_per_sample(self, guided: bool) -> int:
-        config = self.config
-        row = 2 * config.layers_per_block * config.num_patches * config.channels * self.dtype.itemsize
-        tokens = 3 * config.num_patches * (config.token_dim + 1) * 4  # z and x of the state, and a copy in a pass
-        return (2 if guided else 1) * (row + 4 * config.channels) + tokens
+        shape = self.shape
+        row = 2 * shape.layers * shape.tokens * shape.channels * self.dtype.itemsize
+        tokens = 3 * shape.tokens * (shape.token_dim + 1) * 4  # z and x of the state, and a copy in a pass
+        return (2 if guided else 1) * (row + 4 * shape.channels) + tokens
 
     @torch.no_grad()
     def reverse(
@@ -273,15 +273,15 @@ class CudaEngine:
             yield rows[len(rows) * i // count : len(rows) * (i + 1) // count]
 
     def _workspace(self, batch: int, condition: Condition, spent: BlockState | None) -> _Workspace:
-        config, guidance = self.config, condition.guidance
+        shape, guidance = self.shape, condition.guidance
         R = 2 * batch if guidance.active else batch
-        L, H, T, d = config.layers_per_block, config.num_heads, config.num_patches, config.head_dim
+        L, H, T, d = shape.layers, shape.heads, shape.tokens, shape.head_dim
         old = spent.cache if spent is not None else None
-        shape = (L, 2, R, H, T, d)
-        if isinstance(old, _Workspace) and old.keys_values.shape == shape and old.keys_values.dtype == self.dtype:
+        sizes = (L, 2, R, H, T, d)
+        if isinstance(old, _Workspace) and old.keys_values.shape == sizes and old.keys_values.dtype == self.dtype:
             keys_values = old.keys_values
         else:
-            keys_values = torch.empty(shape, dtype=self.dtype, device=self.device)
+            keys_values = torch.empty(sizes, dtype=self.dtype, device=self.device)
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=self.device)
@@ -292,17 +292,17 @@ class CudaEngine:
             scale[1] /= guidance.attn_temp
         classes = schedule = None
         if self._classes is not None:
-            classes = self._classes[embedding_rows(condition, batch, config.num_classes, self.device)]
+            classes = self._classes[embedding_rows(condition, batch, shape.classes, self.device)]
         if guidance.active:
             schedule = torch.tensor(guidance.schedule(T), dtype=torch.float32, device=self.device)
-        C, out = whole(config.channels, TILE), whole((2 if config.nvp else 1) * config.token_dim, TILE)
+        C, out = whole(shape.channels, TILE), whole(shape.parameters, TILE)
         workspace = _Workspace(
             {
                 "keys_values": keys_values,
                 "h": empty(MOST_ROWS, C),
                 "queries": empty(MOST_ROWS, C),
                 "partials": empty(self._most_parts * (d + 2) + 1),
-                "hidden": empty(MOST_ROWS, whole(4 * config.channels, TILE), dtype=self.dtype),
+                "hidden": empty(MOST_ROWS, whole(shape.hidden, TILE), dtype=self.dtype),
                 "parameters": empty(MOST_ROWS, out),
                 "barrier": torch.zeros(1, dtype=torch.int32, device=self.device),
                 "class_rows": classes,
@@ -314,17 +314,18 @@ class CudaEngine:
         return workspace
 
     def _launch(self, workspace: _Workspace, batch: int, condition: Condition) -> Any:
-        config, rule = self.config, condition.guidance
+        shape, rule = self.shape, condition.guidance
         launch = self._native.Launch()
         sizes = {
-            "channels": config.channels,
-            "heads": config.num_heads,
-            "head_dim": config.head_dim,
-            "tokens": config.num_patches,
-            "token_dim": config.token_dim,
-            "out_dim": (2 if config.nvp else 1) * config.token_dim,
-            "layers": config.layers_per_block,
-            "affine": config.nvp,
+            "channels": shape.channels,
+            "heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "hidden_dim": shape.hidden,
+            "tokens": shape.tokens,
+            "token_dim": shape.token_dim,
+            "out_dim": shape.parameters,
+            "layers": shape.layers,
+            "affine": shape.affine,
             "branches": 2 if rule.active else 1,
             "samples": batch,
             "guide_a": rule.active and "a" in rule.what,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import TarFlowConfig
+from .shape import BlockShape
 from .weights import BlockWeights
 
 TILE = 16
@@ -26,15 +26,15 @@ class LinearSize(NamedTuple):
     k_tiles: int
 
 
-def linear_sizes(config: TarFlowConfig) -> list[LinearSize]:
+def linear_sizes(shape: BlockShape) -> list[LinearSize]:
     """Of the packed layers, in their order."""
-    C, D = config.channels, config.token_dim
+    C, D, hidden = shape.channels, shape.token_dim, shape.hidden
 
     def size(outputs: int, inputs: int) -> LinearSize:
         return LinearSize(-(-outputs // TILE), -(-inputs // TILE))
 
-    layer = [size(3 * C, C), size(C, C), size(4 * C, C), size(C, 4 * C)]
-    return [size(C, D), *layer * config.layers_per_block, size(2 * D if config.nvp else D, C)]
+    layer = [size(3 * C, C), size(C, C), size(hidden, C), size(C, hidden)]
+    return [size(C, D), *layer * shape.layers, size(shape.parameters, C)]
 
 
 def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,7 +56,7 @@ def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack(weights: BlockWeights, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(weights, biases) of all packed layers: 1-D, in `dtype` and in fp32."""
-    sizes = linear_sizes(weights.config)
+    sizes = linear_sizes(weights.shape)
     packed = torch.empty(sum(n * k for n, k in sizes), TILE * TILE, dtype=dtype, device=device)
     biases = torch.zeros(sum(n for n, _ in sizes) * TILE, dtype=torch.float32, device=device)
     at = bias_at = 0

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import TarFlowConfig
 from ..errors import BackendError
 from .cuda_pack import TILE, LinearSize, linear_sizes
+from .shape import BlockShape
 
 MOST_ROWS = 64  # that one launch evaluates at once
 MOST_SLOTS = 8  # of the ring
@@ -40,14 +40,14 @@ def whole(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
-def slot_inputs(config: TarFlowConfig) -> int:
+def slot_inputs(shape: BlockShape) -> int:
     """slot_k: all inputs of every layer but fc2."""
-    return whole(max(config.channels, config.token_dim), TILE)
+    return whole(max(shape.channels, shape.token_dim), TILE)
 
 
-def grid_blocks(config: TarFlowConfig, multiprocessors: int) -> int:
+def grid_blocks(shape: BlockShape, multiprocessors: int) -> int:
     """A block on each multiprocessor, but no more than have something to do in the largest layer."""
-    return min(multiprocessors, max(tiles for tiles, _ in linear_sizes(config)))
+    return min(multiprocessors, max(tiles for tiles, _ in linear_sizes(shape)))
 
 
 def share(sizes: list[LinearSize], blocks: int) -> Tensor:
@@ -97,7 +97,7 @@ def choose_splits(pairs: int, tokens: int, blocks: int) -> int:
 
 
 def make_plan(
-    config: TarFlowConfig,
+    shape: BlockShape,
     dtype: torch.dtype,
     *,
     rows: int,
@@ -109,9 +109,9 @@ def make_plan(
 ) -> Plan:
     """rows: R; most_rows, warps: of the kernel's instance; jobs: the most that a block fetches; shared_bytes: that a
     block can have. Raises BackendError if the model is too wide for it."""
-    slot_k, size = slot_inputs(config), dtype.itemsize
-    layers = 4 * config.layers_per_block + 2
-    sums = max(most_rows // 8 * warps * 128, whole(warps * (config.head_dim + 2), 4))
+    slot_k, size = slot_inputs(shape), dtype.itemsize
+    layers = 4 * shape.layers + 2
+    sums = max(most_rows // 8 * warps * 128, whole(warps * (shape.head_dim + 2), 4))
     fixed = whole(4 * MOST_ROWS + 8 * (layers + jobs), 16) + 4 * sums
 
     def slots(staged_rows: int) -> int:
@@ -123,10 +123,10 @@ def make_plan(
     if count < 1:
         needed = fixed + 8 * (slot_k + 8) * size + slot_k * TILE * size
         raise BackendError(
-            f"the CUDA kernel needs {needed} bytes of shared memory for a model of {config.channels} channels in "
+            f"the CUDA kernel needs {needed} bytes of shared memory for a model of {shape.channels} channels in "
             f"{str(dtype).removeprefix('torch.')}, and a block has {shared_bytes} here; use bfloat16, or "
             "backend='triton'"
         )
     used = fixed + staged_rows * (slot_k + 8) * size + count * slot_k * TILE * size
-    splits = choose_splits(rows * config.num_heads, config.num_patches, blocks)
+    splits = choose_splits(rows * shape.heads, shape.tokens, blocks)
     return Plan(count, slot_k, staged_rows, splits, LEAST_KEYS, used)

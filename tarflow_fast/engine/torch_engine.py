@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..flow_block import stream_dtype
+from ..dtypes import residual_dtype
 from .contract import BlockState, Condition, Guidance, Moved, Progress, embedding_rows
 from .torch_linear import Linear
 from .torch_windows import Windows, attention
@@ -46,8 +46,8 @@ class TorchEngine:
     """
 
     def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype, compile: bool = False):
-        self.config = weights.config
-        self.device, self.dtype, self.stream = device, dtype, stream_dtype(dtype)
+        self.shape = weights.shape
+        self.device, self.dtype, self.stream = device, dtype, residual_dtype(dtype)
         self.compile, self.graphs = compile, compile and device.type == "cuda"
         self.position = self._in_stream(weights.position)
         self.classes = None if weights.classes is None else self._in_stream(weights.classes)
@@ -89,24 +89,24 @@ class TorchEngine:
     ragged = True
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
-        config, guidance = self.config, condition.guidance
+        shape, guidance = self.shape, condition.guidance
         B, T, _ = z.shape
         R = 2 * B if guidance.active else B
         z = z.to(self.device, self.stream)
         embedding = None
         if self.classes is not None:
-            rows = embedding_rows(condition, B, config.num_classes, self.device)
+            rows = embedding_rows(condition, B, shape.classes, self.device)
             embedding = self.classes[rows].unsqueeze(1)
         query_scale = None
         if guidance.active and guidance.attn_temp != 1.0:
             query_scale = torch.ones(R, 1, 1, 1, device=self.device, dtype=self.dtype)
             query_scale[B:] = 1 / guidance.attn_temp
-        shape = (config.layers_per_block, 2, R, config.num_heads, T, config.head_dim)
-        if self._compiled is None and spent is not None and spent.cache.keys_values.shape == shape:
+        sizes = (shape.layers, 2, R, shape.heads, T, shape.head_dim)
+        if self._compiled is None and spent is not None and spent.cache.keys_values.shape == sizes:
             keys_values = spent.cache.keys_values
         else:
             # A compiled step has whole lengths of keys before it, of which the last are zeros until they are written.
-            keys_values = self._static(torch.zeros(shape, dtype=self.dtype, device=self.device))
+            keys_values = self._static(torch.zeros(sizes, dtype=self.dtype, device=self.device))
         return BlockState(
             z=z,
             x=z.clone(),
@@ -120,11 +120,11 @@ class TorchEngine:
         """Nothing is held."""
 
     def bytes_per_sample(self, guided: bool) -> int:
-        config = self.config
-        rows, T, C = 2 if guided else 1, config.num_patches, config.channels
-        cache = 2 * config.layers_per_block * T * C * self.dtype.itemsize
+        shape = self.shape
+        rows, T, C = 2 if guided else 1, shape.tokens, shape.channels
+        cache = 2 * shape.layers * T * C * self.dtype.itemsize
         step = 16 * C * self.stream.itemsize  # the activations of one token
-        return rows * (cache + step) + 4 * T * config.token_dim * self.stream.itemsize
+        return rows * (cache + step) + 4 * T * shape.token_dim * self.stream.itemsize
 
     @torch.inference_mode()
     def reverse(
@@ -219,7 +219,7 @@ class TorchEngine:
         Returns (R, W, 2D), or (R, W, D) for volume-preserving blocks, in the stream's dtype.
         """
         R, (B, W, D) = cache.rows, x.shape
-        H, d = self.config.num_heads, self.config.head_dim
+        H, d = self.shape.heads, self.shape.head_dim
         h = self.proj_in(x.to(self.dtype).reshape(B * W, D)).to(self.stream).view(B, W, -1) + position
         if B != R:  # guided: both branches read the same tokens
             h = h.repeat(2, 1, 1)
@@ -244,7 +244,7 @@ class TorchEngine:
             h = h + cache.embedding[windows.rows, 0]
 
         def attend(qkv: Tensor, keys_values: Tensor) -> Tensor:
-            qkv = qkv.view(len(qkv), 3, self.config.num_heads, self.config.head_dim)
+            qkv = qkv.view(len(qkv), 3, self.shape.heads, self.shape.head_dim)
             return windows.attend(qkv, keys_values, cache.query_scale)
 
         return self._layers(cache, h, attend)
@@ -264,17 +264,17 @@ class TorchEngine:
 
         xa is None if volume-preserving. scale: g_i.
         """
-        D = self.config.token_dim
+        D = self.shape.token_dim
         if guidance.active:
             out, unguided = out.chunk(2)
             guided = out + scale * (out - unguided)
-            if self.config.nvp and guidance.what != "ab":
+            if self.shape.affine and guidance.what != "ab":
                 a, b = (guided, out) if guidance.what == "a" else (out, guided)
                 guided = torch.cat([a[..., :D], b[..., D:]], dim=-1)
-            elif not self.config.nvp and guidance.what == "a":
+            elif not self.shape.affine and guidance.what == "a":
                 guided = out  # there is no xa to guide
             out = guided
-        return (out[..., :D], out[..., D:]) if self.config.nvp else (None, out)
+        return (out[..., :D], out[..., D:]) if self.shape.affine else (None, out)
 
     def _affine(self, state: BlockState, out: Tensor, scale: float | Tensor, start: int, stop: int) -> Tensor | None:
         """Apply x = z · exp(xa) + xb to tokens [start, stop), out: (R, W, 2D or D) from the tokens before.

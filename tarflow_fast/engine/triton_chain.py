@@ -53,7 +53,7 @@ class Chain:
     """The packed weights of a flow block, and the launches of its passes. precision, pdl: see `TritonEngine`."""
 
     def __init__(self, weights: BlockWeights, device: torch.device, dtype: torch.dtype, precision: str, pdl: bool):
-        self.nvp, self.device, self.dtype = weights.config.nvp, device, dtype
+        self.nvp, self.device, self.dtype = weights.shape.affine, device, dtype
         self.precision, self.pdl = precision, pdl
         self.proj_in = self._linear(weights.proj_in_weight, weights.proj_in_bias)
         self.position = self._fp32(weights.position)
@@ -140,7 +140,7 @@ class Chain:
             "affine_step": self.proj_in,
         }  # fmt: skip
         moved = {name: linear.weight.nbytes for name, linear in matrices.items()}
-        token = 2 * size.rows * size.config.channels * self.dtype.itemsize  # one token's keys and values
+        token = 2 * size.rows * size.shape.channels * self.dtype.itemsize  # one token's keys and values
         moved["qkv"] += token
         moved["attention"] = token * (position + 1)
         names = LAYER * len(self.layers) + END

@@ -28,7 +28,7 @@ from . import triton_plan
 from .contract import BlockState, Condition, Moved, Progress, check_latents, embedding_rows
 from .cuda_graph import capture, timed
 from .triton_chain import END, LAYER, Chain, Operation
-from .triton_plan import Candidates, Plan, Shape
+from .triton_plan import Candidates, PassShape, Plan
 from .triton_workspace import Pool, Size, Window, Workspace, widened
 from .weights import BlockWeights
 from .windows import Bounds, check_part, check_window
@@ -83,7 +83,7 @@ class TritonEngine:
             raise BackendError(missing)
         if pdl and not dependent_launch(device) and device.type != "meta":
             raise BackendError(f"pdl=True cannot be had: {device} has no programmatic dependent launch")
-        self.config, self.device, self.dtype = weights.config, device, dtype
+        self.shape, self.device, self.dtype = weights.shape, device, dtype
         self.pool = Pool() if pool is None else pool
         self.pdl = dependent_launch(device) if pdl is None else pdl
         self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -92,23 +92,23 @@ class TritonEngine:
         self.chain = Chain(weights, device, dtype, self.precision, self.pdl)
 
     def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
-        config, guidance = self.config, condition.guidance
-        check_latents(z, config)
+        shape, guidance = self.shape, condition.guidance
+        check_latents(z, shape)
         B = z.shape[0]
         with self._on_device():
             z = z.detach().to(self.device, torch.float32).contiguous()
-            size = Size(config, self.dtype, self.device, B, 2 if guidance.active else 1)
+            size = Size(shape, self.dtype, self.device, B, 2 if guidance.active else 1)
             workspace = self.pool.take(size, spent)
             if workspace.used is not None:
                 torch.cuda.current_stream().wait_event(workspace.used)
             self._window(workspace, 1)
             workspace.z.copy_(z)
-            workspace.scale.fill_(config.head_dim**-0.5)
+            workspace.scale.fill_(shape.head_dim**-0.5)
             if guidance.active:
-                workspace.scale[B:] = config.head_dim**-0.5 / guidance.attn_temp
+                workspace.scale[B:] = shape.head_dim**-0.5 / guidance.attn_temp
                 workspace.guidance.copy_(torch.tensor(guidance.schedule(z.shape[1]), dtype=torch.float32, device="cpu"))
             if workspace.classes is not None and self.chain.classes is not None:
-                rows = embedding_rows(condition, B, config.num_classes, self.device)
+                rows = embedding_rows(condition, B, shape.classes, self.device)
                 torch.index_select(self.chain.classes, 0, rows, out=workspace.classes)
             state = BlockState(
                 z=z,
@@ -122,8 +122,8 @@ class TritonEngine:
         return state
 
     def bytes_per_sample(self, guided: bool) -> int:
-        size = Size(self.config, self.dtype, self.device, 1, 2 if guided else 1)
-        tokens = 2 * self.config.num_patches * (self.config.token_dim + 1) * 4  # z and x of the state
+        size = Size(self.shape, self.dtype, self.device, 1, 2 if guided else 1)
+        tokens = 2 * self.shape.tokens * (self.shape.token_dim + 1) * 4  # z and x of the state
         return size.bytes + tokens
 
     @property
@@ -137,7 +137,7 @@ class TritonEngine:
     def reverse(
         self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
     ) -> None:
-        T = self.config.num_patches
+        T = self.shape.tokens
         stop = T if stop is None else stop
         check_part(start, stop, T)
         workspace, rule = self._owned(state)
@@ -161,7 +161,7 @@ class TritonEngine:
 
     @torch.no_grad()
     def fixed_point(self, state: BlockState, start: Bounds, stop: Bounds) -> Moved:
-        T = self.config.num_patches
+        T = self.shape.tokens
         start, stop = check_window(start, stop, T)
         workspace, rule = self._owned(state)
         first, last = widened(start, stop, T)
@@ -185,7 +185,7 @@ class TritonEngine:
         if not isinstance(workspace, Workspace) or workspace.owner() is not state:
             raise ArgumentError("state", "one whose memory was not handed on as `spent`", "another's")
         guidance = state.condition.guidance
-        return workspace, Rule(self.config.nvp, workspace.guidance if guidance.active else None, guidance.what)
+        return workspace, Rule(self.shape.affine, workspace.guidance if guidance.active else None, guidance.what)
 
     def _on_device(self, workspace: Workspace | None = None) -> AbstractContextManager[Any]:
         """Launches go to this device; afterwards the point up to which the workspace is in use is marked."""
@@ -228,12 +228,12 @@ class TritonEngine:
 
     @property
     def launches_per_token(self) -> int:
-        return len(LAYER) * self.config.layers_per_block + len(END)
+        return len(LAYER) * self.shape.layers + len(END)
 
     def operations(self, state: BlockState) -> list[Operation]:
         """The launches of a step three quarters through the sequence, in their order, with the state's buffers."""
         workspace, rule = self._owned(state)
-        position = 3 * (self.config.num_patches - 1) // 4
+        position = 3 * (self.shape.tokens - 1) // 4
         with self._on_device(workspace):
             return self.chain.operations(workspace, self._window(workspace, 1), rule, position)
 
@@ -245,7 +245,7 @@ class TritonEngine:
         among = triton_plan.candidates(shape)
         return self._launches(workspace, rule, shape, among if every else {n: t[:1] for n, t in among.items()})
 
-    def _launches(self, workspace: Workspace, rule: Rule, shape: Shape, among: Candidates) -> list[Launch]:
+    def _launches(self, workspace: Workspace, rule: Rule, shape: PassShape, among: Candidates) -> list[Launch]:
         begin = triton_plan.first(among)
         with recording() as launches:
             for plan in (replace(begin, **{name: tile}) for name, tiles in among.items() for tile in tiles):
@@ -257,50 +257,51 @@ class TritonEngine:
                     self.chain.window_pass(workspace, window, rule, shape.window)
         return launches
 
-    def _shape(self, size: Size, tokens: int) -> Shape:
+    def _shape(self, size: Size, tokens: int) -> PassShape:
         """Batches between two powers of two have the same: they share a choice of tiles."""
-        config, multiprocessors = self.config, MULTIPROCESSORS
+        shape, multiprocessors = self.shape, MULTIPROCESSORS
         batch = triton.next_power_of_2(size.batch)
         if self.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return Shape(
+        return PassShape(
             rows=batch * size.branches * tokens,
-            pairs=batch * size.branches * config.num_heads,
+            pairs=batch * size.branches * shape.heads,
             samples=batch * tokens,
             window=tokens,
-            tokens=config.num_patches,
-            channels=config.channels,
-            token_dim=config.token_dim,
+            tokens=shape.tokens,
+            channels=shape.channels,
+            hidden=shape.hidden,
+            token_dim=shape.token_dim,
             out_dim=self.chain.proj_out.weight.shape[0],
-            head_dim=config.head_dim,
+            head_dim=shape.head_dim,
             dtype=self.dtype,
             multiprocessors=multiprocessors,
         )
 
-    def _tuned(self, workspace: Workspace, shape: Shape) -> Plan:
+    def _tuned(self, workspace: Workspace, shape: PassShape) -> Plan:
         """The tiles of a token step: from disk, or the quickest in a step half way through the sequence."""
         device = {
             "gpu": torch.cuda.get_device_name(self.device),
             "triton": triton.__version__,
-            "layers": self.config.layers_per_block,
+            "layers": self.shape.layers,
             "branches": workspace.size.branches,
             "precision": self.precision,
             "pdl": self.pdl,
         }
         among = triton_plan.candidates(shape)
         found = triton_plan.read(shape, device)
-        tokens = min(TOKENS_PER_GRAPH, self.config.num_patches - 1)
+        tokens = min(TOKENS_PER_GRAPH, self.shape.tokens - 1)
         if found is not None or tokens == 0:
             return found or triton_plan.first(among)
         started = time.perf_counter()
-        rule = Rule(self.config.nvp, workspace.guidance if workspace.size.branches == 2 else None)
+        rule = Rule(self.shape.affine, workspace.guidance if workspace.size.branches == 2 else None)
 
         def steps(plan: Plan) -> Callable[[], None]:
             window = Window(workspace.size, 1, plan, shape.out_dim)
             return lambda: self.chain.steps(workspace, window, rule, tokens)
 
         def seconds(plan: Plan) -> float | None:
-            return timed(steps(plan), lambda: workspace.position.fill_((self.config.num_patches - tokens) // 2))
+            return timed(steps(plan), lambda: workspace.position.fill_((self.shape.tokens - tokens) // 2))
 
         launches = self._launches(workspace, rule, shape, among)
         kernels = {(each.kernel.__name__, repr(each.constants), each.warps): each for each in launches}  # of all layers

@@ -29,7 +29,7 @@ FORMAT = 1  # of the files on disk; a new one whenever kernels or candidates cha
 
 
 @dataclass(frozen=True)
-class Shape:
+class PassShape:
     """What the tiles of a pass depend on."""
 
     rows: int  # R · window, of the linear layers
@@ -38,6 +38,7 @@ class Shape:
     window: int
     tokens: int  # T
     channels: int  # C
+    hidden: int  # of the MLP
     token_dim: int  # D
     out_dim: int  # 2D, or D
     head_dim: int
@@ -120,7 +121,7 @@ def linear_tiles(
     return tiles
 
 
-def attention_tiles(shape: Shape) -> list[cached_attention.Tile]:
+def attention_tiles(shape: PassShape) -> list[cached_attention.Tile]:
     Tile = cached_attention.Tile
     full, d = shape.dtype == torch.float32, padded(shape.head_dim)
     if shape.window == 1:
@@ -139,7 +140,7 @@ def attention_tiles(shape: Shape) -> list[cached_attention.Tile]:
     return tiles
 
 
-def candidates(shape: Shape) -> Candidates:
+def candidates(shape: PassShape) -> Candidates:
     """For every operation of a pass of this shape."""
     C = shape.channels
 
@@ -157,8 +158,8 @@ def candidates(shape: Shape) -> Candidates:
     return {
         "attention": attention_tiles(shape),
         "qkv": linear(3 * C, C, norm=True),
-        "fc1": linear(4 * C, C, norm=True),
-        "fc2": linear(C, 4 * C),
+        "fc1": linear(shape.hidden, C, norm=True),
+        "fc2": linear(C, shape.hidden),
         "proj": linear(C, C),
         "proj_out": linear(shape.out_dim, C),
         "step": list(dict.fromkeys(steps)),
@@ -170,10 +171,10 @@ def first(among: Candidates) -> Plan:
     return Plan(**{name: tiles[0] for name, tiles in among.items()})
 
 
-def interpreted(shape: Shape) -> Plan:
+def interpreted(shape: PassShape) -> Plan:
     """As few programs as can be: in the interpreter each takes milliseconds, whatever it computes."""
     C = padded(shape.channels)
-    linear = norm_linear.Tile(16, 4 * C, C)
+    linear = norm_linear.Tile(16, max(4 * C, padded(shape.hidden)), C)
     window = 1 if shape.window == 1 else max(16, padded(shape.window))
     return Plan(
         attention=cached_attention.Tile(window, padded(shape.tokens)),
@@ -209,13 +210,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tarflow_fast"
 
 
-def _path(shape: Shape, device: dict[str, Any]) -> Path:
+def _path(shape: PassShape, device: dict[str, Any]) -> Path:
     """device: everything beside the shape that a choice depends on."""
     key = json.dumps({"format": FORMAT, **asdict(shape), "dtype": short(shape.dtype), **device}, sort_keys=True)
     return cache_folder() / "tiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def read(shape: Shape, device: dict[str, Any]) -> Plan | None:
+def read(shape: PassShape, device: dict[str, Any]) -> Plan | None:
     """What was chosen before, or None. A file that cannot be understood is no choice, and will be replaced."""
     path = _path(shape, device)
     try:
@@ -224,7 +225,7 @@ def read(shape: Shape, device: dict[str, Any]) -> Plan | None:
         return None
 
 
-def write(shape: Shape, device: dict[str, Any], plan: Plan) -> None:
+def write(shape: PassShape, device: dict[str, Any], plan: Plan) -> None:
     """Keep a choice, all at once, so that another process never reads half of it. Raises OSError."""
     path = _path(shape, device)
     path.parent.mkdir(parents=True, exist_ok=True)

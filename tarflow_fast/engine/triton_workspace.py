@@ -16,12 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..config import TarFlowConfig
 from ..devices import free_memory
 from ..errors import OutOfMemoryError
 from ..kernels import cached_attention, norm_linear
 from ..kernels.launch import Scratch
 from .contract import BlockState
+from .shape import BlockShape
 from .triton_plan import Plan
 
 KEPT = 2  # workspaces that a pool keeps for batches to come
@@ -31,7 +31,7 @@ KEPT = 2  # workspaces that a pool keeps for batches to come
 class Size:
     """Of a workspace: B samples, each a row of the cache, or two when guided."""
 
-    config: TarFlowConfig
+    shape: BlockShape
     dtype: torch.dtype
     device: torch.device
     batch: int
@@ -43,15 +43,15 @@ class Size:
 
     @property
     def cache_bytes(self) -> int:
-        config = self.config
-        return 2 * config.layers_per_block * self.rows * config.num_patches * config.channels * self.dtype.itemsize
+        shape = self.shape
+        return 2 * shape.layers * self.rows * shape.tokens * shape.channels * self.dtype.itemsize
 
     @property
     def bytes(self) -> int:
         """All of it for windows of one token, without the scratch memory that rows share."""
-        config, stream = self.config, 4
-        step = self.rows * (10 * config.channels + 2 * config.token_dim) * stream
-        return self.cache_bytes + step + 2 * self.batch * config.num_patches * (config.token_dim + 1) * stream
+        shape, stream = self.shape, 4
+        step = self.rows * (10 * shape.channels + 2 * shape.token_dim) * stream
+        return self.cache_bytes + step + 2 * self.batch * shape.tokens * (shape.token_dim + 1) * stream
 
 
 def widened(start: int, stop: int, tokens: int) -> tuple[int, int]:
@@ -69,8 +69,8 @@ class Window:
     """Activations of a pass over so many tokens of each row, its tiles, and the graphs that were captured with them."""
 
     def __init__(self, size: Size, window: int, plan: Plan, out_dim: int):
-        config, device = size.config, size.device
-        rows, C = size.rows * window, config.channels
+        shape, device = size.shape, size.device
+        rows, C = size.rows * window, shape.channels
 
         def empty(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(rows, width, dtype=dtype, device=device)
@@ -78,7 +78,7 @@ class Window:
         self.plan = plan
         self.h = empty(C)  # the residual stream
         self.queries, self.attended = empty(C, size.dtype), empty(C, size.dtype)
-        self.hidden = empty(4 * C, size.dtype)
+        self.hidden = empty(shape.hidden, size.dtype)
         self.parameters = empty(out_dim)
         self.change, self.residual = (
             torch.empty(size.batch, window, dtype=torch.float32, device=device) for _ in range(2)
@@ -88,12 +88,12 @@ class Window:
 
     @staticmethod
     def _scratch(size: Size, window: int, plan: Plan, out_dim: int) -> Scratch:
-        C, rows = size.config.channels, size.rows * window
-        widths = {"qkv": 3 * C, "proj": C, "fc1": 4 * C, "fc2": C, "proj_out": out_dim}
+        C, rows = size.shape.channels, size.rows * window
+        widths = {"qkv": 3 * C, "proj": C, "fc1": size.shape.hidden, "fc2": C, "proj_out": out_dim}
         linear: dict[str, norm_linear.Tile] = {name: getattr(plan, name) for name in widths}
         needs = [tile.scratch(rows, widths[name]) for name, tile in linear.items()]
         attention: cached_attention.Tile = plan.attention
-        needs.append(attention.scratch(size.rows, size.config.num_heads, window, size.config.head_dim))
+        needs.append(attention.scratch(size.rows, size.shape.heads, window, size.shape.head_dim))
         return Scratch.allocate(max(n for n, _ in needs), max(n for _, n in needs), size.device)
 
 
@@ -116,19 +116,19 @@ class Workspace:
     used: Any = None  # a CUDA event after the last kernel that touched it
 
     def __post_init__(self) -> None:
-        size, config = self.size, self.size.config
-        B, T, D, R = size.batch, config.num_patches, config.token_dim, size.rows
+        size, shape = self.size, self.size.shape
+        B, T, D, R = size.batch, shape.tokens, shape.token_dim, size.rows
 
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=size.device)
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=size.device)
 
-        self.keys_values = empty(config.layers_per_block, 2, R, config.num_heads, T, config.head_dim, dtype=size.dtype)
+        self.keys_values = empty(shape.layers, 2, R, shape.heads, T, shape.head_dim, dtype=size.dtype)
         self.z, self.x, self.token_log_det = empty(B, T, D), empty(B, T, D), empty(B, T)
         self.nonfinite = empty(B, dtype=torch.int32)
         # a stale one may be prefetched from, but none that never was
         self.position = torch.zeros(1, dtype=torch.int32, device=size.device)
         self.guidance, self.scale = empty(max(T - 1, 0)), empty(R)
-        self.classes = empty(R, config.channels) if config.num_classes else None
+        self.classes = empty(R, shape.channels) if shape.classes else None
 
     @property
     def idle(self) -> bool:

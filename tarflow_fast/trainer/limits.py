@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..config import TarFlowConfig
+from ..config import EXPANSION, TarFlowConfig
 from ..devices import free_memory
 from ..errors import OutOfMemoryError
-from ..flow_block import EXPANSION
 
 GB = 1e9
 PARAMETER_BYTES = 20  # in fp32: the weight, its average, its gradient and AdamW's two moments

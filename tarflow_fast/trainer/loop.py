@@ -178,8 +178,8 @@ class _Run:
             data = with_classes_of(begun[0].num_classes, begun[1], data)
             own = own if own.numbers is None else replace(data, class_names=None)  # numbers are the model's labels
         sizes = model_config(config, data) if begun is None else begun[0]
-        if tuple(data.images.shape[1:]) != sizes.image_shape:
-            raise ArgumentError("init", f"a model of images of shape {tuple(data.images.shape[1:])}", sizes.image_shape)
+        if tuple(data.images.shape[1:]) != sizes.data_shape:
+            raise ArgumentError("init", f"a model of images of shape {tuple(data.images.shape[1:])}", sizes.data_shape)
         check_fits(sizes, rows, group.device)
         self.batches = Batches(data, config, group.device, group.rank, group.world)
         self.steps = config.epochs * self.batches.steps_per_epoch
@@ -263,7 +263,7 @@ class _Run:
             raise ArgumentError(
                 "sample_every", f"0, as {sizes.in_channels} channels make no picture", self.config.sample_every
             )
-        row = (sizes.num_classes or UNCONDITIONAL_COLUMNS) * sizes.img_size**2
+        row = (sizes.num_classes or UNCONDITIONAL_COLUMNS) * math.prod(sizes.image_size)
         if row * self.config.sample_rows > MOST_PIXELS:
             most = f"at most {MOST_PIXELS // row} (a picture of {MOST_PIXELS:,} pixels)"
             raise ArgumentError("sample_rows", most, self.config.sample_rows)
