@@ -64,11 +64,22 @@ class TarFlowConfig:
             raise ArgumentError("layout", "'image' unless img_size is (T, 1) and patch_size 1", got)
 
     @classmethod
-    def for_tokens(cls, tokens: int, token_dim: int, *sizes: Any, **named: Any) -> TarFlowConfig:
-        """The sizes of a model of sequences, (B, tokens, token_dim); the other sizes as above, from `channels` on."""
+    def for_tokens(
+        cls,
+        tokens: int,
+        token_dim: int,
+        channels: int,
+        num_blocks: int,
+        layers_per_block: int,
+        nvp: bool = True,
+        num_classes: int = 0,
+        head_dim: int = 64,
+    ) -> TarFlowConfig:
+        """The sizes of a model of sequences, (B, tokens, token_dim)."""
         _check_count("tokens", tokens, 1)
         _check_count("token_dim", token_dim, 1)
-        return cls(token_dim, (tokens, 1), 1, *sizes, **named, layout="tokens")
+        sizes = (channels, num_blocks, layers_per_block, nvp, num_classes, head_dim)
+        return cls(token_dim, (tokens, 1), 1, *sizes, layout="tokens")
 
     @property
     def image_size(self) -> tuple[int, int]:
