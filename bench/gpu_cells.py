@@ -132,7 +132,8 @@ def _autocast(run: Callable[..., Tensor], device: torch.device) -> Callable[...,
 
 def _short(sizes: TarFlowConfig) -> TarFlowConfig:
     """The same model on images of 2×2 tokens: a pass has the same kernels and is over at once."""
-    return replace(sizes, img_size=2 * sizes.patch_size)
+    height, width = sizes.patch_shape
+    return replace(sizes, img_size=(2 * height, 2 * width))
 
 
 def exact_images(cell: GpuCell, inputs: Inputs, device: torch.device) -> Tensor:

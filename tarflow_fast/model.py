@@ -58,18 +58,8 @@ class TarFlow(nn.Module):
         layout: str = "image",
     ):
         super().__init__()
-        self.config = config = TarFlowConfig(
-            in_channels,
-            img_size,
-            patch_size,
-            channels,
-            num_blocks,
-            layers_per_block,
-            nvp,
-            num_classes,
-            head_dim,
-            layout,
-        )
+        sizes = (channels, num_blocks, layers_per_block, nvp, num_classes, head_dim, layout)
+        self.config = config = TarFlowConfig(in_channels, img_size, patch_size, *sizes)
         self.metadata: dict[str, Any] = {}
         self.blocks = nn.ModuleList(
             [FlowBlock(config.block_shape, config.permutation(k)) for k in range(config.num_blocks)]
