@@ -136,7 +136,7 @@ def _load(
     config = infer_config(state, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
     for name, value in sizes.items():
         if name != "head_dim" and getattr(config, name) != value:
-            raise CheckpointError(f"its weights have {name} {getattr(config, name)}, its header says {value}")
+            raise CheckpointError(f"{name}: its weights have {getattr(config, name)}, its header says {value}")
     if not metadata:
         metadata = {key: hints[key] for key in ("noise_type", "noise_std", "class_names") if key in hints}
     check_metadata(metadata, config.num_classes)

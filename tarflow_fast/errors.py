@@ -69,5 +69,5 @@ class NonFiniteError(TarFlowError, ArithmeticError):
         self.block, self.token, self.sample = block, token, sample
         super().__init__(
             f"non-finite value in flow block {block}, token {token} (in the block's order), sample {sample}; "
-            "lower the guidance, use a wider dtype, or pass on_nonfinite='redraw' to sample()"
+            "lower the guidance, use a wider dtype, or pass on_nonfinite='redraw'"
         )
