@@ -125,7 +125,7 @@ def _images_and_labels(
         out[first : first + len(rows)] = converted(rows if axis != 3 else rows.transpose(0, 3, 1, 2), what)
     notes = [] if read.note is None else [read.note]
     if dtype.kind in "iu" and channels in WITH_ALPHA and values == "auto":
-        alpha = f"if they are {WITH_ALPHA[channels]}, put them on a background first (values='0..255': they are not)"
+        alpha = f"if they are {WITH_ALPHA[channels]}, put them on a background first; values='0..255' says they are not"
         notes.append(f"{where}: {dtype} images of {channels} channels are taken as they are; {alpha}")
     if found is not None:
         taken = "kept as they are, for data that are no pictures" if what == "raw" else f"taken as {what}"
