@@ -53,6 +53,7 @@ FILES = [
     *(
         "d.npz",
         "named.npz",
+        "alpha.npz",
         "floats.npz",
         "pictures",
         "mixed",
@@ -151,6 +152,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4), dtype=np.uint8)
     np.savez(folder / "d.npz", images=pixels, labels=np.arange(6) % 3)
     np.savez(folder / "named.npz", images=pixels, labels=np.arange(6) % 2, class_names=["cat", "dog"])
+    channels = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 2), dtype=np.uint8)
+    np.savez(folder / "alpha.npz", images=channels, labels=np.arange(6) % 3)
     np.savez(folder / "floats.npz", images=pixels / 255, labels=np.arange(6.0))
     np.savez(folder / "empty.npz", images=pixels[:0])
     for name in ("a", TITLE.replace("/", "")):

@@ -32,6 +32,7 @@ def fails(command: str, error: Exception) -> tuple[int, str]:
         ("info", "no float64; use backend='torch'", "no float64; use --backend torch"),
         ("eval", "'x': give layout, 'NHWC' or 'NCHW'", "'x': give --layout, 'NHWC' or 'NCHW'"),
         ("train", "weights='model' takes those", "convert --weights model takes those"),
+        ("eval", "first; values='0..255' says they are not", "first; --values 0..255 says they are not"),
         ("train", "try a lower lr or clip_norm", "try a lower --lr or --clip-norm"),
         ("train", "lower batch_size, or train", "lower --batch-size, or train"),
         ("train", "conditional=False, nvp=True, num_blocks=3.", "--unconditional, --nvp, --blocks 3."),
