@@ -10,6 +10,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign library's error says, in one line; its type where it says nothing."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
 class TarFlowWarning(UserWarning):
     """Something was decided for the user who may want it otherwise; one line, which the command line shows as such."""
 

@@ -226,7 +226,7 @@ class TarFlow(nn.Module):
         iterations: the lists of GS-Jacobi's scripts, see `gs_jacobi.py`.
         """
         check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
-        from .sampler import Sampler  # the convenience of a method; everything else points downwards
+        from .sampler import OwnSampler  # the convenience of a method; everything else points downwards
 
         if check_flag("differentiable", differentiable) and torch.is_grad_enabled():
             return self._differentiable_reverse(
@@ -234,7 +234,7 @@ class TarFlow(nn.Module):
             )
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return Sampler(self, dtype=dtype, solver="sequential").reverse(
+        return OwnSampler(self, dtype=dtype, solver="sequential").reverse(
             x,
             y,
             guidance,
@@ -261,14 +261,14 @@ class TarFlow(nn.Module):
         """`reverse`, which autograd records."""
         from .differentiable import differentiable_reverse
         from .engine import Guidance
-        from .sampler import Sampler
+        from .sampler import OwnSampler
 
         x = check_tensor("x", x, tuple(self.var.shape))
         check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
         names = self.metadata.get("class_names")
         labels = batch_labels(y, x.shape[0], self.config.num_classes, self.device, class_names=names)
         rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
-        sampler = Sampler(self, solver="sequential")
+        sampler = OwnSampler(self, solver="sequential")
         tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, rule, sampler)
         if on_nonfinite == "raise" and not serial.all_finite(tokens[-1].detach()):
             sampler.reverse(x.detach(), labels, plain(guidance), guide_what, plain(attn_temp), annealed_guidance)
