@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import hub, serial
 from .card import CARD, model_card
-from .checks import check_choice, check_count, short
+from .checks import WEIGHTS, check_choice, check_count, check_weights, short
 from .config import TarFlowConfig
 from .devices import check_device, check_dtype
 from .errors import ArgumentError, CheckpointError, TarFlowWarning
@@ -45,7 +45,6 @@ _ML_TARFLOW_NAME = re.compile(
     r"|pth|pt|ckpt|safetensors)(?:[ ._=-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)?)*$",
     re.IGNORECASE,
 )
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Causal masks, T × T a block, are made, and what a file has of them is held against these: what a small file may ask
 # for, and how many times its weights.
 _FREE_MASKS, _MASKS_TO_WEIGHTS = 2**26, 64
@@ -181,9 +180,10 @@ def save(
     if not isinstance(model, TarFlow):
         raise ArgumentError("model", "a TarFlow (save takes the model first, then the path)", _kind(model))
     path = check_path("path", path, (".safetensors", ".pth"))
-    if dtype is not None and dtype not in _FLOATS:
+    check_weights(model)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in WEIGHTS):
         got = short(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-        raise ArgumentError("dtype", "one of " + ", ".join(f"torch.{short(each)}" for each in _FLOATS), got)
+        raise ArgumentError("dtype", "one of " + ", ".join(f"torch.{short(each)}" for each in WEIGHTS), got)
     text = _card_text(model, card)
     beside = None if text is None else _card_path(path, text)
     state = {
@@ -345,7 +345,7 @@ def _check_keys(state: Weights, config: TarFlowConfig) -> None:
         value = state[key]
         if tuple(value.shape) != tuple(shape):
             raise CheckpointError(f"{key}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-        if value.dtype not in _FLOATS:
+        if value.dtype not in WEIGHTS:
             got = short(value.dtype) if isinstance(value.dtype, torch.dtype) else shown(value.dtype)
             raise CheckpointError(f"{key}: expected floating-point weights, got {got}")
 

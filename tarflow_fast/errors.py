@@ -15,6 +15,15 @@ def first_line(error: BaseException) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
+def _in_a_line(value: object, most: int = 200) -> str:
+    """As it is, unless it has several lines, as a tensor has."""
+    text = str(value)
+    if "\n" not in text:
+        return text
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 class TarFlowWarning(UserWarning):
     """Something was decided for the user who may want it otherwise; one line, which the command line shows as such."""
 
@@ -28,7 +37,7 @@ class ArgumentError(TarFlowError, ValueError):
 
     def __init__(self, argument: str, expected: str, got: object):
         self.argument, self.expected, self.got = argument, expected, got
-        super().__init__(f"{argument}: expected {expected}, got {got}")
+        super().__init__(f"{argument}: expected {expected}, got {_in_a_line(got)}")
 
 
 class CheckpointError(TarFlowError, ValueError):

@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 from . import serial
 from .attention import ATTENTION_BACKENDS
-from .checks import Flag, Labels, Number, batch_labels, check_choice, check_count, check_tensor, short, warn_range
+from .checks import (
+    Flag,
+    Labels,
+    Number,
+    batch_labels,
+    check_choice,
+    check_count,
+    check_dense,
+    check_tensor,
+    check_weights,
+    short,
+    warn_range,
+)
 from .config import TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
@@ -66,6 +78,8 @@ class TarFlow(nn.Module):
 
     @classmethod
     def from_config(cls, config: TarFlowConfig) -> TarFlow:
+        if not isinstance(config, TarFlowConfig):
+            raise ArgumentError("config", "a TarFlowConfig", type(config).__name__)
         return cls(**config.to_dict())
 
     # The sizes may be read, as in ml-tarflow, and are those that the model was made with.
@@ -143,6 +157,8 @@ class TarFlow(nn.Module):
         Returns z (B, T, D), the output of every block [(B, T, D)] * K, and the log-det (B,) as a *mean* over T·D.
         """
         x = self.patchify(x)
+        if x.is_meta != self.var.is_meta:
+            raise ArgumentError("x", f"a tensor on the model's device, {str(self.device)!r}", repr(str(x.device)))
         y = batch_labels(y, x.shape[0], self.config.num_classes, x.device, class_names=self.metadata.get("class_names"))
         autocast = torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
         dtype = torch.get_autocast_dtype("cpu") if autocast else self.dtype
@@ -186,6 +202,7 @@ class TarFlow(nn.Module):
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, diag var) in nats; z: (B, T, D). Returns (B,)."""
+        z = check_tensor("z", z, tuple(self.var.shape), finite=False)
         return serial.gaussian_log_prob(z, self.var.to(z.dtype))
 
     def bits_per_dim(self, x: Tensor, y: Labels = None) -> Tensor:
@@ -226,6 +243,10 @@ class TarFlow(nn.Module):
         iterations: the lists of GS-Jacobi's scripts, see `gs_jacobi.py`.
         """
         check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
+        check_weights(self)
+        if isinstance(x, Tensor) and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, *self.parameters()))):
+            expected = "latents and weights outside of torch.func's transforms; differentiable=True serves autograd"
+            raise ArgumentError("x", expected, "some that a transform follows")
         from .sampler import OwnSampler  # the convenience of a method; everything else points downwards
 
         if check_flag("differentiable", differentiable) and torch.is_grad_enabled():
@@ -277,6 +298,15 @@ class TarFlow(nn.Module):
         return (images, log_det.to(x.device)) if check_flag("return_log_det", return_log_det) else images
 
 
+def check_model(model: object, *, values: bool = True) -> TarFlow:
+    """Raises ArgumentError unless this is a TarFlow. values: whether its weights have to have any."""
+    if not isinstance(model, TarFlow):
+        raise ArgumentError("model", "a TarFlow", model.__name__ if isinstance(model, type) else type(model).__name__)
+    if values:
+        check_weights(model)
+    return model
+
+
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """x = (v + u)/128 − 1, u uniform in [0, 1): 8-bit images (uint8, any shape) to fp32 in [-1, 1).
 
@@ -285,5 +315,8 @@ def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tens
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         got = short(images.dtype) if isinstance(images, Tensor) else type(images).__name__
         raise ArgumentError("images", "a uint8 tensor", got)
+    check_dense("images", images)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentError("generator", "a torch.Generator", type(generator).__name__)
     u = torch.randint(2**16, images.shape, generator=generator, device=images.device)
     return (images + u.to(torch.float32) / 2**16) / 128 - 1

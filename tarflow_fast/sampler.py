@@ -26,6 +26,7 @@ from .checks import (
     check_count,
     check_number,
     check_tensor,
+    check_weights,
     short,
     warn_range,
 )
@@ -129,6 +130,7 @@ class Sampler:
     ):
         if not isinstance(model, TarFlow):
             raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", type(model).__name__)
+        check_weights(model)
         check_methods(model, reverse=self._heeds_reverse)
         self.config: TarFlowConfig = model.config
         self.device = check_device(model.device if device is None else device)
@@ -573,6 +575,7 @@ def accelerate(model: nn.Module, *, check: bool = True, **options: Any) -> Sampl
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", "a torch module with ml-tarflow's state dict", type(model).__name__)
     check = check_flag("check", check)
+    check_weights(model)
     prefix, state = split_prefix(model.state_dict())
     inner: Any = model.get_submodule(prefix.rstrip("."))
     if isinstance(inner, TarFlow):
