@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import serial
-from .checks import Flag, Labels, Number, batch_labels, check_tensor
+from .checks import Flag, Labels, Number, batch_labels, check_dense, check_tensor
 from .engine import Condition, Guidance, block_weights, choose_backend, make_engines
 from .flow_block import FlowBlock, stream_dtype
 from .scalars import plain
@@ -26,6 +26,7 @@ def invert_block(
     """See `FlowBlock.reverse`."""
     config, k = block.config, int(block.flip)
     x = check_tensor("x", x, (config.num_patches, config.token_dim), finite=False)
+    check_dense("x", x)
     weight = block.proj_in.weight
     kind, dtype = weight.device.type, weight.dtype
     if torch.is_autocast_enabled(kind):

@@ -8,6 +8,8 @@ from typing import Any
 from .errors import ArgumentError
 from .scalars import check_flag, plain
 
+MOST = 2**31 - 1  # of any size
+
 
 @dataclass(frozen=True)
 class TarFlowConfig:
@@ -40,8 +42,9 @@ class TarFlowConfig:
             if field.name == "nvp":
                 continue
             low = 0 if field.name == "num_classes" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ArgumentError(field.name, f"an integer >= {low}", repr(value))
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
+                bound = f"an integer >= {low}" + (f" and <= {MOST}" if isinstance(value, int) and value > MOST else "")
+                raise ArgumentError(field.name, bound, repr(value))
         if self.img_size % self.patch_size:
             raise ArgumentError("img_size", f"a multiple of patch_size = {self.patch_size}", self.img_size)
         if self.channels % self.head_dim:

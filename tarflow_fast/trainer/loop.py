@@ -72,6 +72,8 @@ def train(
     Returns the averaged model. Raises ArgumentError, DataError, CheckpointError, OutOfMemoryError, OSError (a full
     disk), TrainingStopped (by a signal), TrainingDiverged, ProcessLost (another process of the run is gone).
     """
+    if not isinstance(config, TrainConfig):
+        raise ArgumentError("config", "a TrainConfig", type(config).__name__)
     kind = progress_kind(progress)
     if resume and init is not None:
         raise ArgumentError("init", "None, as resume is given", repr(init))
