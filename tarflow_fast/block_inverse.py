@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import Flag, Labels, Number, batch_labels, check_tensor
+from .checks import Flag, Labels, Number, batch_labels, check_dense, check_tensor
 from .dtypes import residual_dtype
 from .engine import Condition, Guidance, choose_backend, make_engines
 from .flow_block import FlowBlock
@@ -26,6 +26,7 @@ def invert_block(
     """See `FlowBlock.reverse`."""
     shape, order = block.shape, block.permutation
     x = check_tensor("x", x, (shape.tokens, shape.token_dim), finite=False)
+    check_dense("x", x)
     weight = block.proj_in.weight
     kind, dtype = weight.device.type, weight.dtype
     if torch.is_autocast_enabled(kind):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .model import TarFlow
+from .model import TarFlow, check_model
 
 CARD = "library_name: tarflow_fast"  # by which `save` knows a card of its own making
 
@@ -16,6 +14,7 @@ def model_card(model: TarFlow) -> str:
 
     It says what the model itself records, and leaves a place for data, licence and results, which it does not.
     """
+    check_model(model, values=False)
     config, known, patch = model.config, model.metadata, model.config.patch_size
     kind = "class-conditional" if config.num_classes else "unconditional"
     parameters = sum(p.numel() for p in model.parameters())

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from . import hub, serial
 from .card import CARD, model_card
-from .checks import check_choice, check_count, short
+from .checks import WEIGHTS, check_choice, check_count, check_weights, short
 from .config import TarFlowConfig
 from .devices import check_device, check_dtype
 from .errors import ArgumentError, CheckpointError, TarFlowWarning
@@ -35,11 +36,19 @@ from .weight_sets import choose, is_mask, shown, some
 
 HEADER = "tarflow_fast"  # our entry in a safetensors file's metadata: JSON of {"config": …, "metadata": …}
 PRETRAINED = ("fashion_mnist",)
-# {dataset}_model_{patch}_{channels}_{blocks}_{layers}_{noise}.pth, as ml-tarflow's train.py names its files
-_ML_TARFLOW_NAME = re.compile(r"_model_([0-9]{1,9})_([0-9]{1,9})_[0-9]+_[0-9]+_(uniform|[0-9]{1,9}(?:\.[0-9]{1,9})?)$")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Causal masks, T × T a block, are made and not read: what a small file may ask for, and how many times its weights.
+# {dataset}_model_{patch}_{channels}_{blocks}_{layers}_{noise}.pth, as ml-tarflow's train.py names its files, and what
+# browsers and people put behind that, which tells nothing else of a model. Another number would.
+_ML_TARFLOW_NAME = re.compile(
+    r"_model_([0-9]{1,9})_([0-9]{1,9})_[0-9]+_[0-9]+_(uniform|[0-9]{1,9}(?:\.[0-9]{1,9})?)"
+    r"(?: ?\((?:[0-9]{1,9}|(?:another )?copy(?: [0-9]{1,9})?)\)"
+    r"|(?: - |[ ._-])(?:copy|ema|average|avg|swa|best|last|latest|final|fp16|fp32|bf16|half|epoch|ep|step|steps|iter"
+    r"|pth|pt|ckpt|safetensors)(?:[ ._=-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)?)*$",
+    re.IGNORECASE,
+)
+# Causal masks, T × T a block, are made, and what a file has of them is held against these: what a small file may ask
+# for, and how many times its weights.
 _FREE_MASKS, _MASKS_TO_WEIGHTS = 2**26, 64
+MASK_ITEMSIZE = 8  # bytes of a value, at most
 
 Weights = Mapping[str, Tensor | StoredTensor]
 
@@ -136,7 +145,7 @@ def _load(
     config = infer_config(state, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
     for name, value in sizes.items():
         if name != "head_dim" and getattr(config, name) != value:
-            raise CheckpointError(f"its weights have {name} {getattr(config, name)}, its header says {value}")
+            raise CheckpointError(f"{name}: its weights have {getattr(config, name)}, its header says {value}")
     if not metadata:
         metadata = {key: hints[key] for key in ("noise_type", "noise_std", "class_names") if key in hints}
     check_metadata(metadata, config.num_classes)
@@ -162,18 +171,21 @@ def save(
     """Write a model: `.safetensors` (weights, configuration, model.metadata) or `.pth` (ml-tarflow's state dict alone).
 
     dtype: of the stored floats, default the model's own; `load` gives fp32 whatever is stored. card: also write
-    `README.md` beside it, `model_card(model)` or this text; one that is there and not such a card is kept. The file
-    appears whole or not at all. A TarFlowWarning says what a `.pth` leaves out that `load` would need.
+    `README.md` beside it, `model_card(model)` or this text; one that is there and was not written with a model is kept,
+    and an error. The file appears whole or not at all. A TarFlowWarning says what a `.pth` leaves out that `load` would
+    need.
 
     Raises ArgumentError for another suffix, or for a dtype that the weights overflow; OSError that names the path.
     """
     if not isinstance(model, TarFlow):
         raise ArgumentError("model", "a TarFlow (save takes the model first, then the path)", _kind(model))
     path = check_path("path", path, (".safetensors", ".pth"))
-    if dtype is not None and dtype not in _FLOATS:
+    check_weights(model)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in WEIGHTS):
         got = short(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-        raise ArgumentError("dtype", "one of " + ", ".join(f"torch.{short(each)}" for each in _FLOATS), got)
-    beside = _card_path(path, card)
+        raise ArgumentError("dtype", "one of " + ", ".join(f"torch.{short(each)}" for each in WEIGHTS), got)
+    text = _card_text(model, card)
+    beside = None if text is None else _card_path(path, text)
     state = {
         key: (value.detach().to("cpu", dtype or value.dtype)).contiguous() for key, value in model.state_dict().items()
     }
@@ -181,8 +193,15 @@ def save(
     if broken:
         raise ArgumentError("model", "finite weights" + (f" in {short(dtype)}" if dtype else ""), some(broken))
     try:
+        _check_masks(state, model.config.num_patches)
+    except CheckpointError as error:
+        raise ArgumentError("model", "a TarFlow as it was made", str(error)) from error
+    record: dict[str, Any] = {"config": model.config.to_dict(), "metadata": model.metadata}
+    if text is not None:
+        record["card"] = sha256(text).hexdigest()
+    try:
         check_metadata(model.metadata, model.config.num_classes)
-        header = json.dumps({"config": model.config.to_dict(), "metadata": model.metadata})
+        header = json.dumps(record)
     except (CheckpointError, TypeError, ValueError) as error:
         raise ArgumentError("model", "metadata that a file can hold", str(error)) from error
     lost = _left_open(model.config, path.stem, state) if path.suffix.lower() == ".pth" else {}
@@ -196,20 +215,40 @@ def save(
         else:
             weights = {key: value for key, value in state.items() if not is_mask(key)}
             save_safetensors(weights, {"format": "pt", HEADER: header}, partial)
-    if beside is not None:
+    if beside is not None and text is not None:
         with replacing(beside) as partial:
-            partial.write_text(card if isinstance(card, str) else model_card(model), encoding="utf-8")
+            partial.write_bytes(text)
 
 
-def _card_path(path: Path, card: bool | str) -> Path | None:
+def _card_text(model: TarFlow, card: bool | str) -> bytes | None:
     if card is False:
         return None
     if card is not True and not isinstance(card, str):
         raise ArgumentError("card", "a bool, or the text", _kind(card))
+    try:
+        return (card if isinstance(card, str) else model_card(model)).encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError("card", "text that UTF-8 can hold", ascii(error.object[error.start : error.end])) from error
+
+
+def _card_path(path: Path, text: bytes) -> Path:
+    """README.md beside the model, if there is none or one that `save` has written."""
     beside = check_path("card", path.with_name("README.md"))
-    if beside.is_file() and CARD not in beside.read_text(encoding="utf-8", errors="replace"):
-        raise ArgumentError("card", "no README.md of another kind beside the model", repr(str(beside)))
+    if beside.is_file():
+        there = beside.read_bytes()
+        if CARD.encode() not in there and there != text and sha256(there).hexdigest() != _recorded_card(path):
+            raise ArgumentError("card", "no README.md of another kind beside the model", repr(str(beside)))
     return beside
+
+
+def _recorded_card(path: Path) -> str | None:
+    """The SHA-256 of the card that was written with the model in this file, where it tells."""
+    try:
+        with ExitStack() as stack:
+            record = json.loads(open_content(path, stack).header[HEADER])
+        return str(record["card"])
+    except (CheckpointError, LookupError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def _left_open(config: TarFlowConfig, stem: str, state: Weights) -> dict[str, int]:
@@ -273,6 +312,7 @@ def build(state: Weights, config: TarFlowConfig, *, device: str | torch.device, 
         model = TarFlow.from_config(config)
     T = config.num_patches
     mask = torch.from_numpy(np.tri(T, T, dtype=np.float32)).to(device, dtype)
+    _check_masks(state, T)
     weights = {
         key: mask.clone() if is_mask(key) else _weight(key, state[key], device, dtype) for key in model.state_dict()
     }
@@ -305,18 +345,39 @@ def _check_keys(state: Weights, config: TarFlowConfig) -> None:
         value = state[key]
         if tuple(value.shape) != tuple(shape):
             raise CheckpointError(f"{key}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-        if value.dtype not in _FLOATS:
+        if value.dtype not in WEIGHTS:
             got = short(value.dtype) if isinstance(value.dtype, torch.dtype) else shown(value.dtype)
             raise CheckpointError(f"{key}: expected floating-point weights, got {got}")
 
 
+def _check_masks(state: Weights, T: int) -> None:
+    """Raises CheckpointError for a mask that is not the causal one, (T, T): attention here looks at no other."""
+    causal = np.tri(T, T, dtype=np.bool_)
+    for key in filter(is_mask, state):
+        value, got = state[key], f"shape {tuple(state[key].shape)}"
+        if tuple(value.shape) == causal.shape:
+            if isinstance(value, StoredTensor) and value.span > MASK_ITEMSIZE * causal.size:  # bounds what is read
+                raise CheckpointError(f"{key}: its values lie far apart in the file; save a contiguous one")
+            if np.array_equal(_read(key, value).to("cpu", torch.float32).numpy() != 0, causal):
+                continue
+            got = "another"
+        raise CheckpointError(f"{key}: expected the causal mask, of shape {causal.shape}, got {got}")
+
+
+def _read(key: str, value: Tensor | StoredTensor) -> Tensor:
+    if not isinstance(value, StoredTensor):
+        return value.detach()
+    if value.broken:
+        raise CheckpointError(f"{key}: {value.broken}")
+    try:
+        return value.read()
+    except (ValueError, RuntimeError, OSError) as error:
+        why = str(error) if type(error) is ValueError else "cannot be read"
+        raise CheckpointError(f"{key}: {why}") from error
+
+
 def _weight(key: str, value: Tensor | StoredTensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, StoredTensor):
-        try:
-            value = value.read()
-        except (ValueError, RuntimeError, OSError) as error:
-            why = str(error) if type(error) is ValueError else "cannot be read"
-            raise CheckpointError(f"{key}: {why}") from error
+    value = _read(key, value)
     if not serial.all_finite(value):
         raise CheckpointError(f"{key}: expected finite weights, got infinities or NaNs")
     weight, most = serial.converted(value, device, dtype), torch.finfo(dtype).max
@@ -393,7 +454,7 @@ def _read_name(stem: str, state: Weights) -> dict[str, Any]:
     weight = state.get("blocks.0.proj_in.weight")
     if match is None or weight is None or weight.shape[:1] != (int(match[2]),):
         return {}
-    if match[3] == "uniform":
+    if match[3].lower() == "uniform":
         return {"patch_size": int(match[1]), "noise": {"noise_type": "uniform"}}
     return {"patch_size": int(match[1]), "noise": {"noise_type": "gaussian", "noise_std": float(match[3])}}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import serial
 from .errors import ArgumentError, TarFlowWarning
@@ -22,11 +23,46 @@ Count = int | np.integer | np.ndarray | Tensor
 Flag = bool | int | np.bool_
 """What is taken for labels, numbers and flags: Python's, numpy's and torch's, and the names of classes."""
 
+WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the dtypes that they may have
 GUIDE_WHAT = ("a", "b", "ab")
 
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def check_dense(name: str, x: Tensor, *, values: bool = True) -> None:
+    """Raises ArgumentError for a tensor that is not an array in memory. values: whether it has to have values."""
+    kinds = {"nested": x.is_nested, "quantized": x.is_quantized, "meta": values and x.is_meta}
+    kind = next((kind for kind, found in kinds.items() if found), None)
+    if kind is None and x.layout is not torch.strided:
+        kind = str(x.layout).removeprefix("torch.")
+    if kind is not None:
+        raise ArgumentError(name, "a dense tensor with values", f"a {kind} tensor")
+
+
+def check_weights(module: nn.Module) -> None:
+    """Raises ArgumentError, with the mend, where the weights of a module are not plain floats that have values."""
+    for name, part in module.named_modules():
+        where = type(part).__name__ + (f" at {name}" if name else "")
+        hooks = {type(hook).__module__.partition("torch.nn.utils.")[2] for hook in part._forward_pre_hooks.values()}
+        if parametrize.is_parametrized(part) or hooks & {"weight_norm", "spectral_norm", "prune"}:
+            mend = "remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove"
+            raise ArgumentError("model", f"plain weights; make them so by torch.nn.utils' {mend}", f"the {where}")
+        if type(part).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "torchao.", "bitsandbytes.")):
+            raise ArgumentError("model", "the model before it was quantized", f"the {where}")
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(value):
+            raise ArgumentError("model", "initialised weights; call the module once", f"an uninitialised {name}")
+        if value.is_meta:
+            raise ArgumentError(
+                "model", "weights with values; load_state_dict(…, assign=True) gives some", f"{name} on 'meta'"
+            )
+    for name, value in module.named_parameters():
+        if value.dtype not in WEIGHTS or value.layout is not torch.strided:
+            known = ", ".join(map(short, WEIGHTS))
+            got = f"{name} of {short(value.dtype)}, {str(value.layout).removeprefix('torch.')}"
+            raise ArgumentError("model", f"dense weights of {known}", got)
 
 
 def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool = True) -> Tensor:
@@ -37,6 +73,7 @@ def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool =
     wanted = "(B, " + ", ".join(map(str, shape)) + ")"
     if not isinstance(x, Tensor):
         raise ArgumentError(name, f"a tensor {wanted}", type(x).__name__)
+    check_dense(name, x, values=finite)
     if not x.is_floating_point():
         raise ArgumentError(name, "a floating-point tensor", short(x.dtype))
     if x.dim() != len(shape) + 1 or tuple(x.shape[1:]) != shape or x.shape[0] == 0:
@@ -95,6 +132,7 @@ def label_tensor(
     if isinstance(labels, np.ndarray):
         labels = _from_array(name, labels)
     if isinstance(labels, Tensor):
+        check_dense(name, labels)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ArgumentError(name, "integers", f"a {short(labels.dtype)} tensor")
         if labels.dim() > 1:

@@ -14,6 +14,8 @@ from .scalars import check_flag, plain
 EXPANSION = 4  # of the MLP's width over the stream's
 LAYOUTS = ("image", "tokens")
 
+MOST = 2**31 - 1  # of any size
+
 Size = int | tuple[int, int]  # of a square, or (height, width)
 
 
@@ -144,8 +146,9 @@ class TarFlowConfig:
 
 
 def _check_count(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ArgumentError(name, f"an integer >= {low}", repr(value))
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
+        bound = f"an integer >= {low}" + (f" and <= {MOST}" if isinstance(value, int) and value > MOST else "")
+        raise ArgumentError(name, bound, repr(value))
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -159,6 +162,8 @@ def _size(name: str, value: Any) -> Size:
         size: int = value
         return size
     sides = tuple(plain(side) for side in value)
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+    if len(sides) != 2:
         raise ArgumentError(name, "an integer >= 1, or (height, width)", repr(value))
+    for side in sides:
+        _check_count(name, side, 1)
     return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])

@@ -16,7 +16,7 @@ from .dtypes import residual_dtype
 from .errors import ArgumentError, BackendError, TarFlowError
 from .forking import safe_in_forked_child
 from .limits import most_threads
-from .model import TarFlow
+from .model import TarFlow, check_model
 
 
 @safe_in_forked_child()
@@ -45,6 +45,7 @@ def denoise(
     is mutated. Raises ArgumentError, BackendError for a backend that cannot be had, and TarFlowError for what would
     come out infinite or NaN.
     """
+    model = check_model(model)
     images = check_tensor("images", images, model.config.data_shape)
     names = model.metadata.get("class_names")
     labels = batch_labels(y, images.shape[0], model.config.num_classes, model.device, class_names=names)

@@ -50,7 +50,7 @@ def check_device(device: str | torch.device) -> torch.device:
     """A device that exists here, with its index where it has one. Raises ArgumentError or BackendError."""
     try:
         out = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ArgumentError("device", "a torch device such as 'cpu' or 'cuda:0'", repr(device)) from error
     if out.type not in ("cpu", "cuda", "mps"):
         raise ArgumentError("device", "a device of kind cpu, cuda or mps", repr(str(out)))

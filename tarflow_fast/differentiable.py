@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dtypes import residual_dtype
 from .engine import Condition, Guidance
+from .errors import ArgumentError
 from .flow_block import FlowBlock
 from .sampler import Sampler
 
@@ -55,10 +55,27 @@ class _Invert(torch.autograd.Function):
         return x, token_log_det
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> Any:
-        with torch.autocast(grad_x.device.type, enabled=False):  # the caller's
-            return _gradients(ctx, grad_x, grad_log_det)
+        with torch.autocast(grad_x.device.type, enabled=False), torch.no_grad():  # the caller's
+            found = _gradients(ctx, grad_x, grad_log_det)
+        if not torch.is_grad_enabled():  # which it is with create_graph=True
+            return found
+        anchor = torch.zeros((), device="cpu", requires_grad=True)
+        return tuple(None if each is None else _Once.apply(anchor, each) for each in found)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, which has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise ArgumentError(
+            "differentiable", "first derivatives of a reverse, which are all that it has", "second ones"
+        )
 
 
 def _gradients(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> Any:

@@ -10,6 +10,20 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign library's error says, in one line; its type where it says nothing."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def _in_a_line(value: object, most: int = 200) -> str:
+    """As it is, unless it has several lines, as a tensor has."""
+    text = str(value)
+    if "\n" not in text:
+        return text
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 class TarFlowWarning(UserWarning):
     """Something was decided for the user who may want it otherwise; one line, which the command line shows as such."""
 
@@ -23,7 +37,7 @@ class ArgumentError(TarFlowError, ValueError):
 
     def __init__(self, argument: str, expected: str, got: object):
         self.argument, self.expected, self.got = argument, expected, got
-        super().__init__(f"{argument}: expected {expected}, got {got}")
+        super().__init__(f"{argument}: expected {expected}, got {_in_a_line(got)}")
 
 
 class CheckpointError(TarFlowError, ValueError):
@@ -69,5 +83,5 @@ class NonFiniteError(TarFlowError, ArithmeticError):
         self.block, self.token, self.sample = block, token, sample
         super().__init__(
             f"non-finite value in flow block {block}, token {token} (in the block's order), sample {sample}; "
-            "lower the guidance, use a wider dtype, or pass on_nonfinite='redraw' to sample()"
+            "lower the guidance, use a wider dtype, or pass on_nonfinite='redraw'"
         )

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from .checks import Labels, batch_labels, check_choice, check_count, check_number, short
 from .data import ImageData, matched
 from .errors import ArgumentError, TarFlowError
-from .model import TarFlow
-from .scalars import plain
+from .limits import MOST_NUMBER
+from .model import TarFlow, check_model
+from .scalars import check_flag, plain
 
 NOISES = ("uniform", "gaussian", "none")
 
@@ -144,6 +145,7 @@ def bits_per_dim(
     autocast: torch.bfloat16 or float16 for speed. Runs where the model is. Raises ArgumentError, and
     TarFlowError for a density that is not finite.
     """
+    model, noise = check_model(model), _noise(noise)
     noise = Noise.of(model) if noise is None else noise
     if noise.kind == "none":
         raise ArgumentError("noise", "'uniform' or 'gaussian', as 8-bit values have no density", "'none'")
@@ -180,6 +182,7 @@ def bayes_accuracy(
     over so many noise draws; batch_size, autocast: as for `bits_per_dim`. An image costs num_classes · draws
     density passes. Raises ArgumentError, and TarFlowError for a density that is not finite.
     """
+    model, noise = check_model(model), _noise(noise)
     classes = model.config.num_classes
     if classes == 0:
         raise ArgumentError("model", "a class-conditional model", "an unconditional one")
@@ -206,8 +209,8 @@ def _batches(
     model: TarFlow, images: Tensor, noise: Noise, draws: int, batch_size: int, progress: bool, title: str
 ) -> Iterator[tuple[slice, Tensor]]:
     """Each batch of each draw: which images, and their x where the model is."""
-    check_count("draws", draws)
-    check_count("batch_size", batch_size)
+    draws, batch_size = check_count("draws", draws, high=MOST_NUMBER), check_count("batch_size", batch_size)
+    progress = check_flag("progress", progress)
     n = len(images)
     with tqdm(total=draws * n, desc=title, unit="image", disable=not progress, leave=False) as bar:
         for draw in range(draws):
@@ -217,8 +220,14 @@ def _batches(
                 bar.update(rows.stop - rows.start)
 
 
+def _noise(noise: object) -> Noise | None:
+    if noise is not None and not isinstance(noise, Noise):
+        raise ArgumentError("noise", "a Noise, or None", type(noise).__name__)
+    return noise
+
+
 def _autocast(model: TarFlow, dtype: torch.dtype | None) -> torch.autocast:
-    if dtype not in (None, torch.bfloat16, torch.float16):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in (torch.bfloat16, torch.float16)):
         got = short(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
         raise ArgumentError("autocast", "None, torch.bfloat16 or torch.float16", got)
     return torch.autocast(model.device.type, dtype, enabled=dtype is not None)

@@ -15,10 +15,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .checks import check_count, check_number, short
+from .checks import check_count, check_dense, check_number, short
 from .devices import free_memory
 from .errors import ArgumentError
 from .files import PathLike, check_path, replacing
+from .limits import MOST_SIZE
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PAD_VALUE = 255
@@ -36,6 +37,7 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     if not isinstance(images, Tensor):
         raise ArgumentError("images", "a tensor", type(images).__name__)
+    check_dense("images", images)
     if images.dtype == torch.uint8:
         return images.detach().cpu()
     if not images.is_floating_point():
@@ -94,8 +96,8 @@ def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int = 
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
         raise ArgumentError("images", "shape (N, 1 or 3, H, W), none of them 0", tuple(pixels.shape))
     count = pixels.shape[0]
-    columns = math.ceil(math.sqrt(count)) if columns is None else check_count("columns", columns)
-    pad, scale = check_count("pad", pad, low=0), check_count("scale", scale)
+    columns = math.ceil(math.sqrt(count)) if columns is None else check_count("columns", columns, high=MOST_SIZE)
+    pad, scale = check_count("pad", pad, 0, MOST_SIZE), check_count("scale", scale, high=MOST_SIZE)
     pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
     _, ch, height, width = pixels.shape
     rows = math.ceil(count / columns)
@@ -115,7 +117,10 @@ def _how(info: Mapping[str, Any] | None) -> PngInfo | None:
     if info is None:
         return None
     chunks = PngInfo()
-    chunks.add_text(INFO_KEY, json.dumps(info))
+    try:
+        chunks.add_text(INFO_KEY, json.dumps(info))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError("info", "what JSON can hold", str(error)) from error
     return chunks
 
 

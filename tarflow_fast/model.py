@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 from . import serial
 from .attention import ATTENTION_BACKENDS
-from .checks import Flag, Labels, Number, batch_labels, check_choice, check_count, check_tensor, short, warn_range
+from .checks import (
+    Flag,
+    Labels,
+    Number,
+    batch_labels,
+    check_choice,
+    check_count,
+    check_dense,
+    check_tensor,
+    check_weights,
+    short,
+    warn_range,
+)
 from .config import Size, TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .errors import ArgumentError, BackendError
@@ -69,6 +81,8 @@ class TarFlow(nn.Module):
 
     @classmethod
     def from_config(cls, config: TarFlowConfig) -> TarFlow:
+        if not isinstance(config, TarFlowConfig):
+            raise ArgumentError("config", "a TarFlowConfig", type(config).__name__)
         return cls(**config.to_dict())
 
     @classmethod
@@ -164,6 +178,8 @@ class TarFlow(nn.Module):
         Returns z (B, T, D), the output of every block [(B, T, D)] * K, and the log-det (B,) as a *mean* over T·D.
         """
         x = self.patchify(x)
+        if x.is_meta != self.var.is_meta:
+            raise ArgumentError("x", f"a tensor on the model's device, {str(self.device)!r}", repr(str(x.device)))
         y = batch_labels(y, x.shape[0], self.config.num_classes, x.device, class_names=self.metadata.get("class_names"))
         autocast = torch.is_autocast_enabled("cpu") and x.device.type == "cpu"
         dtype = torch.get_autocast_dtype("cpu") if autocast else self.dtype
@@ -207,6 +223,7 @@ class TarFlow(nn.Module):
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, diag var) in nats; z: (B, T, D). Returns (B,)."""
+        z = check_tensor("z", z, tuple(self.var.shape), finite=False)
         return serial.gaussian_log_prob(z, self.var.to(z.dtype))
 
     def bits_per_dim(self, x: Tensor, y: Labels = None) -> Tensor:
@@ -247,7 +264,11 @@ class TarFlow(nn.Module):
         iterations: the lists of GS-Jacobi's scripts, see `gs_jacobi.py`.
         """
         check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
-        from .sampler import Sampler  # the convenience of a method; everything else points downwards
+        check_weights(self)
+        if isinstance(x, Tensor) and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, *self.parameters()))):
+            expected = "latents and weights outside of torch.func's transforms; differentiable=True serves autograd"
+            raise ArgumentError("x", expected, "some that a transform follows")
+        from .sampler import OwnSampler  # the convenience of a method; everything else points downwards
 
         if check_flag("differentiable", differentiable) and torch.is_grad_enabled():
             return self._differentiable_reverse(
@@ -255,7 +276,7 @@ class TarFlow(nn.Module):
             )
         kind = self.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return Sampler(self, dtype=dtype, solver="sequential").reverse(
+        return OwnSampler(self, dtype=dtype, solver="sequential").reverse(
             x,
             y,
             guidance,
@@ -282,20 +303,29 @@ class TarFlow(nn.Module):
         """`reverse`, which autograd records."""
         from .differentiable import differentiable_reverse
         from .engine import Guidance
-        from .sampler import Sampler
+        from .sampler import OwnSampler
 
         x = check_tensor("x", x, tuple(self.var.shape))
         check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
         names = self.metadata.get("class_names")
         labels = batch_labels(y, x.shape[0], self.config.num_classes, self.device, class_names=names)
         rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
-        sampler = Sampler(self, solver="sequential")
+        sampler = OwnSampler(self, solver="sequential")
         tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, rule, sampler)
         if on_nonfinite == "raise" and not serial.all_finite(tokens[-1].detach()):
             sampler.reverse(x.detach(), labels, plain(guidance), guide_what, plain(attn_temp), annealed_guidance)
         sequence = [self.unpatchify(each).to(x.device) for each in tokens]
         images: Any = sequence if check_flag("return_sequence", return_sequence) else sequence[-1]
         return (images, log_det.to(x.device)) if check_flag("return_log_det", return_log_det) else images
+
+
+def check_model(model: object, *, values: bool = True) -> TarFlow:
+    """Raises ArgumentError unless this is a TarFlow. values: whether its weights have to have any."""
+    if not isinstance(model, TarFlow):
+        raise ArgumentError("model", "a TarFlow", model.__name__ if isinstance(model, type) else type(model).__name__)
+    if values:
+        check_weights(model)
+    return model
 
 
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -306,5 +336,8 @@ def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tens
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         got = short(images.dtype) if isinstance(images, Tensor) else type(images).__name__
         raise ArgumentError("images", "a uint8 tensor", got)
+    check_dense("images", images)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentError("generator", "a torch.Generator", type(generator).__name__)
     u = torch.randint(2**16, images.shape, generator=generator, device=images.device)
     return (images + u.to(torch.float32) / 2**16) / 128 - 1

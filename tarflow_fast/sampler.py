@@ -8,13 +8,13 @@ import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import serial
-from .agreement import check_agreement
+from .agreement import check_agreement, check_methods
 from .checkpoint import build, infer_config
 from .checks import (
     Count,
@@ -26,6 +26,7 @@ from .checks import (
     check_count,
     check_number,
     check_tensor,
+    check_weights,
     short,
     warn_range,
 )
@@ -107,8 +108,11 @@ class Sampler:
     as many as torch's, if there are cores for them (`devices.default_threads`). Images do not depend on it.
 
     Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had, and ArgumentError if
-    the model computes another thing than its weights say, as with hooks that change what they see.
+    the model computes another thing than its weights say, as with hooks that change what they see, or has a `reverse`
+    of its own.
     """
+
+    _heeds_reverse: ClassVar[bool] = True
 
     @safe_in_forked_child()
     def __init__(
@@ -126,6 +130,8 @@ class Sampler:
     ):
         if not isinstance(model, TarFlow):
             raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", type(model).__name__)
+        check_weights(model)
+        check_methods(model, reverse=self._heeds_reverse)
         self.config: TarFlowConfig = model.config
         self.device = check_device(model.device if device is None else device)
         self.dtype = check_dtype(model.dtype if dtype is None else dtype, self.device)
@@ -522,6 +528,12 @@ class Sampler:
         return min(wanted, fits)
 
 
+class OwnSampler(Sampler):
+    """What `TarFlow.reverse` samples with: a subclass that has a `reverse` of its own may call that."""
+
+    _heeds_reverse = False
+
+
 def check_effect(rule: Guidance, unlabelled: bool) -> None:
     """Raises ArgumentError for what guidance without an effect would pass over in silence."""
     details = {
@@ -558,16 +570,21 @@ def accelerate(model: nn.Module, *, check: bool = True, **options: Any) -> Sampl
     The module is read, not changed: its weights are copied. Its patch_size, and the number of attention heads of its
     first layer, are taken from its attributes where it has them, else as in `load`. options: see `Sampler`.
     One difference from ml-tarflow: a negative label means "no class" when sampling too.
-    check: hold a density pass over two images against the module's own, which tells of an order of tokens of its own,
-    of hooks and of overridden methods; see `agreement.py`. Raises ArgumentError if they differ.
+    check: hold small density and sampling passes against the module's own, which tells of an order of tokens of its
+    own, of hooks and of overridden methods; see `agreement.py`. Raises ArgumentError if they differ.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", "a torch module with ml-tarflow's state dict", type(model).__name__)
     check = check_flag("check", check)
+    check_weights(model)
     prefix, state = split_prefix(model.state_dict())
     inner: Any = model.get_submodule(prefix.rstrip("."))
     if isinstance(inner, TarFlow):
-        return Sampler(inner, **options)
+        if check:
+            return Sampler(inner, **options)
+        ours = build(inner.state_dict(), inner.config, device=inner.device, dtype=inner.dtype)
+        ours.metadata = copy.deepcopy(inner.metadata)
+        return Sampler(ours, **options)
     width = state["blocks.0.proj_in.weight"].shape[0] if "blocks.0.proj_in.weight" in state else 0
     try:
         head_dim = width // inner.blocks[0].attn_blocks[0].attention.num_heads

@@ -42,12 +42,14 @@ _NOT_TENSORS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. dtype: torch's, or the file's own name of another. storage, nbytes: what it is part of."""
+    """A tensor in a file. dtype: torch's, or the file's own name of another. storage, nbytes: what it is part of. span:
+    bytes from its first value to its last, which is what `read` reads."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
     storage: tuple[str, str]
     nbytes: int
+    span: int
     read: Callable[[], Tensor]
     broken: str | None = None  # why it cannot be read
 
@@ -157,7 +159,7 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Content:
         shape, name = tuple(part.get_shape()), part.get_dtype()
         dtype = _SAFETENSORS_DTYPES.get(name, name)
         nbytes = math.prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
-        tree[key] = StoredTensor(shape, dtype, (path.name, key), nbytes, partial(_tensor_of, file, key))
+        tree[key] = StoredTensor(shape, dtype, (path.name, key), nbytes, nbytes, partial(_tensor_of, file, key))
     return Content(tree, dict(file.metadata() or {}))
 
 
@@ -292,6 +294,7 @@ def _stored(view: View, file: IO[bytes], place: Callable[[Storage], _Place]) -> 
     """A view that lies within its storage, and that within the file; else one that tells what is wrong."""
     numel, claimed = math.prod(view.shape), view.storage.numel * view.storage.dtype.itemsize
     last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.stride, strict=True))
+    first, span = view.offset * view.dtype.itemsize, (last + 1 - view.offset) * view.dtype.itemsize
     broken = None
     try:
         found = place(view.storage)
@@ -306,10 +309,9 @@ def _stored(view: View, file: IO[bytes], place: Callable[[Storage], _Place]) -> 
     def read() -> Tensor:
         if not numel:
             return torch.empty(view.shape, dtype=view.dtype, device="cpu")
-        first, nbytes = view.offset * view.dtype.itemsize, (last + 1 - view.offset) * view.dtype.itemsize
-        crc = found.crc if nbytes == found.nbytes else 0  # a part of a storage has none of its own
-        data = _read(file, _Place(found.start + first, nbytes, crc))
+        crc = found.crc if span == found.nbytes else 0  # a part of a storage has none of its own
+        data = _read(file, _Place(found.start + first, span, crc))
         return torch.frombuffer(data, dtype=view.dtype).as_strided(view.shape, view.stride)
 
     key = ("", view.storage.key)
-    return StoredTensor(view.shape, view.dtype, key, found.nbytes, read, broken)
+    return StoredTensor(view.shape, view.dtype, key, found.nbytes, span, read, broken)

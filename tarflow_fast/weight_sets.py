@@ -104,7 +104,7 @@ def _flattened(state: Mapping[str, Any], groups: Mapping[str, dict[str, Any]]) -
 
 
 def is_mask(key: str) -> bool:
-    """Whether this is the causal mask that ml-tarflow stores with every block: known without being read."""
+    """Whether this is the causal mask that ml-tarflow stores with every block, which `build` makes anew."""
     return key.endswith(".attn_mask")
 
 

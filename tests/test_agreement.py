@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tarflow_fast import ArgumentError, Sampler, TarFlow, accelerate, reference
 from tarflow_fast.config import TarFlowConfig
+from tarflow_fast.flow_block import FlowBlock
 
 
 class Foreign(nn.Module):
@@ -123,6 +124,150 @@ def test_a_module_that_computes_another_thing_is_refused(change: Callable[[TarFl
     with pytest.raises(ArgumentError, match=r"^model: .*check=False"):
         accelerate(theirs)
     assert isinstance(accelerate(theirs, check=False), Sampler)
+
+
+# Sampling laws
+
+
+class LoopBlock(FlowBlock):
+    """A block that samples by ml-tarflow's loop over tokens, however few they are."""
+
+    def reverse(self, x: Tensor, y: Any = None, guidance: Any = 0, *rest: Any) -> Tensor:
+        x, position = self.permutation(x).clone(), self.permutation(self.pos_embed, dim=0)
+        self.seen = x.shape[1]
+        self.set_sample_mode(True)
+        for i in range(x.shape[1] - 1):
+            a, b = self.reverse_step(x, position, i, y)
+            if guidance > 0:
+                a_u, b_u = self.reverse_step(x, position, i, None, which_cache="uncond")
+                a, b = a + guidance * (a - a_u), b + guidance * (b - b_u)
+            x[:, i + 1] = x[:, i + 1] * a[:, 0].exp() + b[:, 0]
+        self.set_sample_mode(False)
+        return self.permutation(x, inverse=True)
+
+
+class ForeignSampler(Foreign):
+    """One with ml-tarflow's `reverse`."""
+
+    def __init__(self, model: TarFlow):
+        super().__init__(model)
+        for block in model.blocks:
+            block.__class__ = LoopBlock
+        self.unpatchify = model.unpatchify
+
+    def reverse(self, x: Tensor, y: Tensor | None = None, guidance: float = 0) -> Tensor:
+        x = x * self.var.sqrt()
+        for block in reversed(self.blocks):
+            x = block.reverse(x, y, guidance)
+        return self.unpatchify(x)
+
+
+class Cooler(ForeignSampler):
+    def reverse(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return super().reverse(0.99 * x, *arguments, **named)
+
+
+class Relabelled(ForeignSampler):
+    """Classes 1 and 2 change places, in sampling alone."""
+
+    def reverse(self, x: Tensor, y: Tensor | None = None, guidance: float = 0) -> Tensor:
+        y = None if y is None else torch.tensor([0, 2, 1, 3])[y]
+        return super().reverse(x, y, guidance)
+
+
+class MoreGuided(ForeignSampler):
+    def reverse(self, x: Tensor, y: Tensor | None = None, guidance: float = 0) -> Tensor:
+        return super().reverse(x, y, 2 * guidance)
+
+
+class Clipped(ForeignSampler):
+    def reverse(self, x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        return super().reverse(x, *arguments, **named).clamp(-1, 1)
+
+
+class Whole(Foreign):
+    """One whose `reverse` does not go by its blocks."""
+
+    def reverse(self, x: Tensor, y: Tensor | None = None, guidance: float = 0) -> Tensor:
+        found = reference.inverse(self.state_dict(), x, y, guidance=guidance)
+        return reference.unpatchify(found.x, self.patch_size)
+
+
+class Louder(Whole):
+    def reverse(self, *arguments: Any, **named: Any) -> Tensor:
+        return 1.01 * super().reverse(*arguments, **named)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_classes": 4}, {"nvp": False, "num_blocks": 3}], ids=str)
+@pytest.mark.parametrize("kind", [ForeignSampler, Whole])
+def test_a_module_that_samples_as_we_do_is_taken(kind: type[nn.Module], sizes: Any) -> None:
+    theirs: Any = kind(random_model(2, **sizes))
+    before = copy.deepcopy(theirs.state_dict())
+    accelerate(theirs)
+    assert all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
+    if kind is ForeignSampler:  # and by a few tokens of a block
+        assert all(block.seen < 16 and block._steps is None for block in theirs.blocks)
+
+
+@pytest.mark.parametrize("kind", [Cooler, Relabelled, MoreGuided, Clipped, Louder])
+def test_a_module_that_samples_by_another_law_is_refused(kind: type[nn.Module]) -> None:
+    theirs = kind(random_model(num_classes=4))
+    with pytest.raises(ArgumentError, match=r"^model: expected one whose reverse is .*check=False"):
+        accelerate(theirs)
+    assert isinstance(accelerate(theirs, check=False), Sampler)
+
+
+def test_a_patched_reverse_is_refused_and_one_that_agrees_is_not() -> None:
+    theirs: Any = ForeignSampler(random_model())
+    plain = theirs.reverse
+    theirs.reverse = lambda *arguments, **named: plain(*arguments, **named)
+    accelerate(theirs)
+    theirs.reverse = lambda *arguments, **named: -plain(*arguments, **named)
+    with pytest.raises(ArgumentError, match=r"^model: expected one whose reverse"):
+        accelerate(theirs)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        lambda y: None if y is None else torch.tensor([0, 2, 1, 3])[y],
+        lambda y: torch.zeros(2, dtype=torch.int64) if y is None else y,
+    ],
+    ids=["two change places", "none is the first"],
+)
+def test_every_class_and_none_are_compared(labels: Callable[[Any], Any]) -> None:
+    theirs = Foreign(random_model(num_classes=4))
+    plain = theirs.forward
+    theirs.forward = lambda x, y=None: plain(x, labels(y))  # type: ignore[method-assign]
+    with pytest.raises(ArgumentError, match=r"^model: expected one whose density pass"):
+        accelerate(theirs)
+
+
+class OwnReverse(TarFlow):
+    def reverse(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        return super().reverse(0.5 * x, *arguments, **named)
+
+
+def test_a_subclass_of_ours_with_a_reverse_of_its_own() -> None:
+    model, z = random_model(num_blocks=3), torch.randn(2, 16, 4)
+    mine = OwnReverse.from_config(model.config)
+    mine.load_state_dict(model.state_dict())
+    assert torch.equal(mine.reverse(z), model.reverse(0.5 * z))  # which may call ours
+    assert torch.equal(mine.reverse(z, differentiable=True), model.reverse(0.5 * z, differentiable=True))
+    for make in (Sampler, accelerate):
+        with pytest.raises(ArgumentError, match=r"^model: .* TarFlow.reverse .*check=False.*OwnReverse.reverse"):
+            make(mine)  # type: ignore[operator]
+    assert torch.equal(accelerate(mine, check=False).reverse(z), Sampler(model).reverse(z))
+
+
+@pytest.mark.parametrize("name", ["reverse", "reverse_step"])
+def test_a_block_of_ours_that_samples_by_itself_is_refused(name: str) -> None:
+    model = random_model()
+    block: Any = model.blocks[1]
+    block.__dict__[name] = getattr(block, name)
+    for make in (Sampler, accelerate, lambda model: model.reverse(torch.zeros(1, 16, 4))):
+        with pytest.raises(ArgumentError, match=rf"^model: .* FlowBlock\.{name} does"):
+            make(model)
 
 
 def test_weights_without_a_forward_pass_are_taken() -> None:

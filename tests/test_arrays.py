@@ -154,6 +154,20 @@ def test_what_sample_writes(tmp_path: Path) -> None:
     assert data.labels is not None
 
 
+@pytest.mark.parametrize(("channels", "name"), [(4, "RGBA"), (2, "LA")])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_what_may_be_alpha_is_said_once(
+    tmp_path: Path, remarks: Remarks, channels: int, name: str, dtype: type
+) -> None:
+    images = np.repeat(COLOUR[..., :1], channels, -1).astype(dtype)
+    assert load(tmp_path / "x.npz", {"images": images}).images.shape == (6, channels, 8, 8)
+    assert "\n".join(remarks.messages).count(f"if they are {name}, put them on a background first") == 1
+    said = len(remarks.messages)
+    load(tmp_path / "x.npz", {"images": images}, values="0..255")
+    load(tmp_path / "x.npz", {"images": COLOUR})
+    assert f"are {name}" not in "\n".join(remarks.messages[said:])
+
+
 def test_labels_with_gaps_are_numbered_anew_for_training(tmp_path: Path, remarks: Remarks) -> None:
     arrays = {"images": COLOUR, "labels": np.array([7, 1, 2, 7, 1, 2])}
     data = load(tmp_path / "x.npz", arrays)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tarflow_fast.checkpoint import load, save
 from tarflow_fast.config import TarFlowConfig
 from tarflow_fast.errors import ArgumentError, CheckpointError, TarFlowWarning
 from tarflow_fast.model import TarFlow
+from tarflow_fast.sampler import Sampler, accelerate
 
 SIZES: list[dict[str, Any]] = [
     {},
@@ -96,6 +98,33 @@ def test_published_file_names_tell_patch_and_noise(tmp_path: Path) -> None:
         save(model, tmp_path / name)
         assert load(tmp_path / name).config == model.config
         assert load(tmp_path / name).metadata == metadata
+    for end in (
+        *(
+            " (1)",
+            "(2)",
+            " (copy)",
+            " (another copy)",
+            " - Copy",
+            " - Copy (2)",
+            " copy 3",
+            "-copy",
+            "_ema",
+            "_EMA_0.999",
+        ),
+        *("_best", "-epoch=12", "_step_1000", ".fp16", "_ema (1)", ".pth", "_ema_step_10-copy (3)"),
+    ):
+        for name, noise in (
+            ("0.07", {"noise_type": "gaussian", "noise_std": 0.07}),
+            ("uniform", {"noise_type": "uniform"}),
+        ):
+            file = tmp_path / f"afhq_model_2_64_2_1_{name}{end}.pth"
+            save(model, file)
+            assert load(file).config == model.config, end
+            assert load(file).metadata == noise, end
+            file.unlink()
+    for end in ("_0.1", "_8_0.07", "_uniform", "_finetuned", "a5", "copy", "_x", " (a)", "_noise0.1", "_ema2x"):
+        with pytest.warns(TarFlowWarning, match="load it with patch_size=2, or"):  # this may say something else
+            save(model, tmp_path / f"x_model_2_64_2_1_0.07{end}.pth")
     with pytest.warns(TarFlowWarning, match="load it with patch_size=2, or"):
         save(model, tmp_path / "x_model_2_128_2_1_0.07.pth")  # another width: the name is not this model's
     assert load(tmp_path / "x_model_2_128_2_1_0.07.pth").config.patch_size == 4
@@ -185,6 +214,53 @@ def test_a_missing_mask_is_no_loss(tmp_path: Path) -> None:
     state = broken(lambda state: [state.pop(key) for key in list(state) if key.endswith("attn_mask")])
     torch.save(state, tmp_path / "m.pth")
     same(load(tmp_path / "m.pth"), random_model(num_classes=2))
+
+
+def with_mask(mask: Any) -> Any:
+    return broken(lambda state: state.update({"blocks.1.attn_mask": mask}))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(torch.ones(16, 16), torch.ones(16, 16).tril(-1), torch.ones(16, 16).triu(), torch.zeros(16, 16)),
+        *(torch.ones(9, 9).tril(), torch.ones(1), torch.ones(1, 16, 16).tril(), torch.ones(1, 1).expand(16, 16)),
+    ],
+    ids=lambda mask: f"{tuple(mask.shape)} {int(mask.sum())}",
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_another_mask_than_the_causal_one_is_refused(tmp_path: Path, mask: Any, suffix: str) -> None:
+    """Nothing here would look at it; so also that of a module, whatever else is checked of it."""
+    state = with_mask(mask)
+    path = tmp_path / f"m{suffix}"
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file({key: value.contiguous().clone() for key, value in state.items()}, path)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn_mask: "):
+        load(path)
+    if tuple(mask.shape) == (16, 16):
+        model = random_model(num_classes=2)
+        model.load_state_dict(state)
+        for make in (Sampler, accelerate, partial(accelerate, check=False), lambda model: save(model, path)):
+            with pytest.raises((CheckpointError, ArgumentError), match=r"blocks\.1\.attn_mask"):
+                make(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float64])
+def test_a_causal_mask_may_have_any_dtype_and_place(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save(with_mask(torch.ones(3, 16, 16).tril().to(dtype)[1]), tmp_path / "m.pth")
+    same(load(tmp_path / "m.pth"), random_model(num_classes=2))
+    torch.save(with_mask(torch.ones(16, 16).triu().to(dtype).T), tmp_path / "m.pth")
+    same(load(tmp_path / "m.pth"), random_model(num_classes=2))
+
+
+def test_a_mask_is_not_gathered_from_a_whole_file(tmp_path: Path) -> None:
+    far = torch.zeros(16, 16, 1000)
+    far[:, :, 0] = torch.ones(16, 16).tril()
+    torch.save(with_mask(far[:, :, 0]), tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn_mask: its values lie far apart"):
+        load(tmp_path / "m.pth")
 
 
 class Evil:

@@ -134,3 +134,14 @@ def test_the_callers_autocast_is_in_no_gradient() -> None:
         assert leaf.grad is not None
         found.append(leaf.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("loss", [lambda x: x.sum(), lambda x: x.square().sum()], ids=["linear", "quadratic"])
+def test_second_derivatives_are_refused_and_never_left_out(loss: Any) -> None:
+    model = random_model()
+    z = random_latents(model, 2).requires_grad_()
+    (plain,) = torch.autograd.grad(loss(model.reverse(z, differentiable=True)), z)
+    (gradient,) = torch.autograd.grad(loss(model.reverse(z, differentiable=True)), z, create_graph=True)
+    assert torch.equal(gradient, plain)
+    with pytest.raises(ArgumentError, match=r"^differentiable: expected first derivatives"):
+        gradient.square().sum().backward()

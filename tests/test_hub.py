@@ -407,6 +407,32 @@ def test_a_card_tells_what_the_model_records(tmp_path: Path) -> None:
     assert "denoise=True" not in plain
 
 
+def test_a_card_of_ones_own_is_written_again_and_a_readme_is_kept(tmp_path: Path) -> None:
+    readme, path = tmp_path / "README.md", tmp_path / "m.safetensors"
+    for text in ("one\n", "one\n", "two", model_card(model()), "three"):
+        tff.save(model(), path, card=text)
+        assert readme.read_bytes() == text.encode()
+    tff.save(model(), tmp_path / "m.pth", card="three")  # the same text loses nothing
+    readme.write_text("three, and notes")
+    for card in (True, "four"):
+        with pytest.raises(ArgumentError, match=r"^card: expected no README.md of another kind"):
+            tff.save(model(), path, card=card)
+    path.write_bytes(b"no model")
+    with pytest.raises(ArgumentError, match=r"^card: expected no README.md of another kind"):
+        tff.save(model(), path, card="four")
+    assert readme.read_text() == "three, and notes"
+    assert path.read_bytes() == b"no model"
+
+
+def test_a_card_that_cannot_be_written_is_said_before_the_weights_are(tmp_path: Path) -> None:
+    named = model()
+    named.metadata["class_names"] = ["a", "\ud800"]
+    for given, card in ((model(), "a\udc80b"), (named, True)):
+        with pytest.raises(ArgumentError, match=r"^card: expected text that UTF-8 can hold, got '\\ud[c8][08]0'$"):
+            tff.save(given, tmp_path / "m.safetensors", card=card)
+        assert not list(tmp_path.glob("m.*"))
+
+
 def test_save_writes_a_card_beside_and_keeps_another(tmp_path: Path) -> None:
     tff.save(model(), tmp_path / "m.safetensors", card=True)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == model_card(model())

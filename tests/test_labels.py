@@ -45,6 +45,16 @@ def named(names: list[str] | None, classes: int | None = None) -> TarFlow:
         (NUMBERS, "1", [0]),
         (NUMBERS, "10,2", [1, 2]),
         (NUMBERS, "#1,#2,0", [1, 2, 0]),
+        (NUMBERS, "1-2", [0, 2]),  # the classes named so, as are 1 and 2 alone
+        (NUMBERS, "1-10", [0, 2, 1]),
+        (NUMBERS, "#1-#2", [1, 2]),
+        (NUMBERS, "#1 - 2, #0-0", [1, 2, 0]),
+        (["2", "cat", "0"], "1-1", [1]),  # no such names, so numbers
+        (["01", "02", "03"], "1-3,02", [0, 1, 2, 1]),
+        (IMAGENET, "#0-#4", [0, 1, 2, 3, 4]),
+        (IMAGENET, "0,1,", [0, 1]),
+        (None, "0.0,1.,2.000000000000000000e+00,-1.0,None", [0, 1, 2, -1, -1]),
+        (["1", "0"], "1.0,1", [1, 0]),
         (["all", "none", "random"], "all", [0]),
         (["all", "none", "random"], "random,none", [2, 1]),
         (["@a", "b"], "@a", [0]),
@@ -64,6 +74,12 @@ def test_words_of_a_list(names: list[str] | None, text: str, wanted: list[int]) 
         ("2-1", "runs backwards"),
         ("", "no class ''"),
         ("1,,2", "no class ''"),
+        (",1", "an entry of the list is empty"),
+        ("0,1,,", "an entry of the list is empty"),
+        (",", "an entry of the list is empty"),
+        ("#2-#1", "runs backwards"),
+        ("1.5", "no class '1.5'"),
+        ("1e999", "no class '1e999'"),
         ("0x1", "no class '0x1'"),
         ("9" * 5000, "no class"),
         ("\x1b[31m", r"'\\x1b\[31m'"),
@@ -74,10 +90,24 @@ def test_unknown_words_are_wrong_usage(text: str, what: str) -> None:
         choose(text, named(IMAGENET), 0)
 
 
-@pytest.mark.parametrize("text", ["5", "0-5", "0-999999999999", "#7"])
+@pytest.mark.parametrize("text", ["5", "0-5", "0-999999999999", "#7", "#0-#5", "5.0", "1.0e99"])
 def test_numbers_that_the_model_does_not_have_are_refused_at_once(text: str) -> None:
     with pytest.raises(ArgumentError, match="labels: expected classes below 5"):
         choose(text, named(IMAGENET), 0)
+
+
+@pytest.mark.parametrize("text", ["0-2", "2-3", "1-9"])
+def test_a_range_with_one_end_that_is_a_name_is_no_answer(text: str) -> None:
+    low, high = text.split("-")
+    with pytest.raises(click.BadParameter, match=f"for numbers #{low}-#{high}"):
+        choose(text, named(NUMBERS), 0)
+
+
+@pytest.mark.parametrize("text", ["ALL", "Random", "NONE", "aLl"])
+def test_words_in_any_case_unless_a_class_has_that_name(text: str) -> None:
+    model = named(IMAGENET)
+    assert choose(text, model, 0).described == choose(text.lower(), model, 0).described
+    assert choose(text, named(["x", text.lower()]), 0).entries == [1]
 
 
 def test_a_name_of_two_classes_is_no_answer() -> None:
@@ -106,6 +136,8 @@ def test_a_file_has_one_a_line(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_bytes("\ufefftench, Tinca tinca\r\n\r\n 1-2 \n-1\n".encode())
     assert choose(f"@{path}", named(IMAGENET), 0).entries == [0, 1, 2, -1]
+    np.savetxt(path, np.array([1.0, 0, 2]))
+    assert choose(f"@{path}", named(IMAGENET), 0).entries == [1, 0, 2]
     path.write_bytes(b"\xff")
     with pytest.raises(click.UsageError, match="UTF-8"):
         read_lines(str(path), "--labels")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from tarflow_fast.data.pictures import PICTURES, _formats, read_picture, reading_pictures
+from tarflow_fast.data import load as load_module
+from tarflow_fast.data import load_images
+from tarflow_fast.data.pictures import PICTURES, Room, _formats, read_picture, reading_pictures
 from tarflow_fast.errors import DataError
 
 S = 16
@@ -230,3 +235,44 @@ def test_broken_files(tmp_path: Path) -> None:
             read(path)
         assert str(raised.value).isprintable()
         assert "a\\x1b[31m.jpg" in str(raised.value)
+
+
+# How many are decoded at once
+
+
+@pytest.mark.parametrize(("limit", "most"), [(0, 1), (2 * 4 * S * S, 2), (8 * 4 * S * S, 4)])
+def test_decoded_pictures_share_the_room_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, most: int
+) -> None:
+    """One at a time where they are large, and as many as there are cores where they are not; all come out the same."""
+    for i in range(9):
+        Image.fromarray(RGB + np.uint8(i)).save(tmp_path / f"{i}.png")
+    wanted = load_images(tmp_path, size=S).images
+    lock, now, seen, take = threading.Lock(), 0, 0, Room.take
+
+    @contextlib.contextmanager
+    def watched(room: Room, nbytes: int) -> Any:
+        nonlocal now, seen
+        with take(room, nbytes):
+            with lock:
+                now += 1
+                seen = max(seen, now)
+            time.sleep(0.01)
+            yield
+            with lock:
+                now -= 1
+
+    monkeypatch.setattr(Room, "take", watched)
+    monkeypatch.setattr(load_module, "cores", lambda: 4)
+    monkeypatch.setattr(load_module, "DECODED_SHARE", 0.0)
+    monkeypatch.setattr(load_module, "DECODED_BYTES", limit // 4)
+    assert load_images(tmp_path, size=S).images.equal(wanted)
+    assert seen == most
+
+
+def test_a_picture_of_more_rows_than_a_strip(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 310, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path / "a.png", size=300), pixels[:, 5:305])
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path / "a.png", channels=1, size=300), pixels[:, 5:305, :1])

@@ -737,7 +737,7 @@ def test_command(pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     again = CliRunner().invoke(main, ["train", *flags(config)])
     assert again.exit_code == 1
-    assert "a folder without a checkpoint, or resume" in again.output
+    assert "a folder without a checkpoint, or --resume, got" in again.output
     stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     stopped = CliRunner().invoke(main, ["train", *flags(replace(config, out=str(tmp_path / "c")))])
     assert stopped.exit_code == 128 + signal.SIGTERM

@@ -116,8 +116,8 @@ def test_weights_that_leave_sizes_open(data: str, tmp_path: Path) -> None:
         (("--channels", "512"), "--channels: expected 128, as in the model that the run starts from, got 512"),
         (("--blocks", "8"), "--blocks: expected 3"),
         (("--layers", "2"), "--layers: expected 1"),
-        (("--nvp",), "--nvp: expected False"),
-        (("--unconditional",), "--conditional: expected True"),
+        (("--nvp",), "--nvp: expected --vp, as in"),
+        (("--unconditional",), "--unconditional: expected --conditional, as in"),
         (("--patch-size", "2"), "--patch-size: expected"),
         (("--img-size", "16"), "--img-size: expected 8"),
     ],
@@ -126,9 +126,9 @@ def test_options_that_contradict_the_model(data: str, tmp_path: Path, option: tu
     """Also where they are the defaults."""
     tff.save(some_model(), tmp_path / "old.safetensors")
     init = ["--init", str(tmp_path / "old.safetensors")]
-    result = run("--data", data, "--out", str(tmp_path / "run"), "--batch-size", "16", *init, *option, code=1)
+    result = run("--data", data, "--out", str(tmp_path / "run"), "--batch-size", "16", *init, *option, code=2)
     assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.count("Error: ") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -210,16 +210,16 @@ def test_resume_with_the_whole_command(data: str, tmp_path: Path) -> None:
         (("--blocks", "8"), "--blocks: expected 2"),
         (("--clip-norm", "0"), "--clip-norm: expected 1.0"),
         (("--seed", "1"), "--seed: expected 0"),
-        (("--class-names", "a,b,c"), "--class-names: expected None"),
-        (("--unconditional",), "--conditional: expected True"),
+        (("--class-names", "a,b,c"), "--class-names: expected none, as in the run to be continued, got 'a', 'b', 'c'"),
+        (("--unconditional",), "--unconditional: expected --conditional, as in"),
         (("--epochs", "0"), "--epochs: expected an integer >= 1"),
     ],
 )
 def test_options_that_a_run_cannot_take(data: str, tmp_path: Path, option: tuple[str, ...], message: str) -> None:
     train(tiny(data, tmp_path / "run", epochs=1), progress=False)
-    result = run("--resume", "--out", str(tmp_path / "run"), *option, code=1)
+    result = run("--resume", "--out", str(tmp_path / "run"), *option, code=2)
     assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.count("Error: ") == 1
 
 
 def test_resume_needs_a_run(data: str, tmp_path: Path) -> None:
@@ -300,12 +300,13 @@ def test_errors_name_the_option(tmp_path: Path) -> None:
         ([], "--img-size: expected pixels along a side"),
         (["--img-size", "8", "--blocks", "0"], "--blocks: expected an integer >= 1"),
         (["--img-size", "8", "--noise-std", "nan"], "--noise-std: expected a finite number"),
-        (["--img-size", "9"], "--img-size: expected a multiple of patch_size = 4, got 9"),
-        (["--img-size", "8"], "--batch-size: expected at most 1, the number of images"),
+        (["--img-size", "9"], "--img-size: expected a multiple of --patch-size = 4, got 9"),
+        (["--img-size", "8", "--batch-size", "2"], "--batch-size: expected at most 1, the number of images"),
+        (["--img-size", "8", "--eval-every", "1"], "--eval-data: expected a path, as --eval-every is given, got none"),
         (["--img-size", "8", "--seed", str(2**63)], "--seed: expected an integer <= 9223372036854775807"),
         (["--img-size", "8", "--warmup-steps", "1" + "0" * 400], "--warmup-steps: expected an integer <= "),
     ):
-        result = run("--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *options, code=1)
+        result = run("--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *options, code=2)
         assert message in result.stderr
     with pytest.raises(ArgumentError, match="img_size: expected pixels"):
         train(TrainConfig(str(tmp_path / "data"), str(tmp_path / "run")), progress=False)
@@ -353,3 +354,36 @@ def test_labels_of_a_started_run_are_the_models_and_it_goes_on(
     assert seen == [([1, 2] * 6, [1, 2] * 6)] * 2
     assert again.config == model.config
     assert again.metadata.get("class_names") == model.metadata.get("class_names")
+
+
+# --- the size of a batch ---------------------------------------------------------------------------------------------
+
+
+def test_few_images_are_one_batch_unless_told(data: str, tmp_path: Path) -> None:
+    sizes = [*("--patch-size", "2", "--channels", "64", "--blocks", "1", "--layers", "1"), "--dtype", "float32"]
+    line = ["--data", data, *sizes, "--no-progress", "--epochs", "1", "--out", str(tmp_path / "run")]
+    images = len(tff.load_images(data))
+    said = run(*line).stderr
+    assert said == f"Warning: for {images} images --batch-size {images} is taken, not 256\n"
+    assert checkpoint(tmp_path / "run")["config"]["batch_size"] == images
+    assert checkpoint(tmp_path / "run")["step"] == 1
+    assert run("--resume", "--out", str(tmp_path / "run"), "--epochs", "2", "--no-progress").stderr == ""
+    python = replace(continued(tmp_path / "run", {"epochs": 3}), batch_size=None)  # the default again
+    train(python, resume=True, progress=False)
+    assert checkpoint(tmp_path / "run")["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "processes", "size"),
+    [
+        (None, 1000, 1, 256),
+        (None, 100, 1, 100),
+        (None, 1000, 3, 255),
+        (None, 2, 3, 3),
+        (7, 1000, 3, 7),
+        (500, 100, 1, 500),
+    ],
+)
+def test_batch_size_for(given: int | None, images: int, processes: int, size: int) -> None:
+    """What is given is kept, also where it cannot be, which is refused."""
+    assert TrainConfig("d", "o", batch_size=given).batch_size_for(images, processes) == size

@@ -11,10 +11,12 @@ from typing import Any
 
 import click
 
-from ..errors import TarFlowError, TarFlowWarning
+from ..errors import TarFlowWarning
 from .convert import convert_command
 from .eval import eval_command
 from .info import info_command
+from .messages import error_text, in_flags
+from .options import Command
 from .sample import sample_command
 from .terminal import (
     FAILED,
@@ -29,17 +31,6 @@ from .terminal import (
 from .train import train_command
 
 
-def _message(error: Exception) -> str:
-    """What went wrong, and what was kept nevertheless."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        where = "" if error.filename is None else f"{os.fspath(error.filename)}: "
-        text = f"{where}{error.strerror}"
-    elif isinstance(error, MemoryError) and not isinstance(error, TarFlowError):
-        text = f"out of memory ({text})" if text else "out of memory"
-    return "; ".join(map(one_line, (text or type(error).__name__, *getattr(error, "__notes__", ()))))
-
-
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
     """Shows each TarFlowWarning as one line on standard error, unless the command is to be quiet."""
@@ -52,7 +43,9 @@ def _warnings_as_lines() -> Iterator[None]:
             if not issubclass(category, TarFlowWarning):
                 show_others(message, category, *where, **more)
             elif context is None or not context.params.get("quiet"):
-                echo("Warning: " + one_line(message), err=True)
+                text = one_line(message)
+                command = None if context is None else context.command
+                echo("Warning: " + (in_flags(command, text) if isinstance(command, Command) else text), err=True)
 
         warnings.showwarning = show
         yield
@@ -70,7 +63,7 @@ class _Group(click.Group):
                 return super().main(*args, **kwargs)
             except OSError as error:  # of --help and the like, whose text click prints
                 give_up_output()
-                echo(f"Error: {_message(error)}", err=True)
+                echo(f"Error: {error_text(error)}", err=True)
                 sys.exit(FAILED)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -80,10 +73,6 @@ class _Group(click.Group):
         except click.ClickException as error:
             vars(error)["message"] = one_line(error.message)
             raise
-        except (TarFlowError, OSError, MemoryError) as error:
-            if ctx.params["traceback"] or isinstance(error, BrokenPipeError):
-                raise
-            raise click.ClickException(_message(error)) from error
         except (KeyboardInterrupt, Terminated) as stop:
             interrupted = isinstance(stop, KeyboardInterrupt)
             echo(*getattr(stop, "__notes__", ()), "Interrupted" if interrupted else "Terminated", err=True)

@@ -34,6 +34,7 @@ def read_names(text: str) -> list[str]:
 @click.command(
     "convert",
     cls=Command,
+    aliases={"path": "SOURCE", "model": "SOURCE"},
     short_help="Turn one kind of checkpoint into the other.",
     epilog="""\b
 Examples:

@@ -49,7 +49,8 @@ def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | N
     channels = config.in_channels if config.in_channels in (1, 3) else 3  # others are not pictures' to have
     data = load_images(path, size=config.img_size, channels=channels, **how)
     data = data if names is None else renamed(data, names, "--class-names")
-    data = matched(data, model.metadata.get("class_names"), config.num_classes, "--data")
+    given = "--data" if names is None else "--class-names"
+    data = matched(data, model.metadata.get("class_names"), config.num_classes, given)
     return data if limit is None else data.spread(limit)
 
 
@@ -72,6 +73,7 @@ def accuracy_line(found: BayesAccuracy) -> str:
 @click.command(
     "eval",
     cls=Command,
+    aliases={"path": "--model", "model": "--model", "images": "the images of --data"},
     short_help="Measure bits/dim and classification accuracy on data.",
     epilog="""\b
 Examples:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .messages import in_flags
 from .options import Command, json_option, load_model, model_options, print_json
 from .terminal import echo
 
@@ -39,8 +40,9 @@ def installation_lines(facts: dict[str, Any]) -> list[str]:
         "Backends, best first:",
     ]
     for status in facts["backends"]:
+        reason = in_flags(info_command, status["reason"])
         state = "available" if status["available"] else "not available"
-        lines.append(f"  {status['name']:<7} on {status['device']:<5} {state:<14} {status['reason']}")
+        lines.append(f"  {status['name']:<7} on {status['device']:<5} {state:<14} {reason}")
     return lines
 
 
@@ -83,6 +85,7 @@ def printable(value: object) -> str:
 @click.command(
     "info",
     cls=Command,
+    aliases={"path": "--model", "backend": "--backend", "device": "--device"},
     short_help="Show backends, devices and versions, or a checkpoint.",
     epilog="""\b
 Examples:

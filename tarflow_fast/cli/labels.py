@@ -20,7 +20,8 @@ MOST_BYTES = 2**26  # of a file of names or labels
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"\s*(?:,|$)')
 _WORD = re.compile(r"([^,]*?)\s*(?:,|$)")
 _NUMBER = re.compile(r"#(\d{1,18})|(-?\d{1,18})")
-_RANGE = re.compile(r"(\d{1,18})\s*-\s*(\d{1,18})")
+_FLOAT = re.compile(r"-?\d{1,18}\.\d*(?:e[+-]?\d{1,2})?", re.ASCII | re.IGNORECASE)  # as programs write numbers
+_RANGE = re.compile(r"(#?)(\d{1,18})\s*-\s*(#?)(\d{1,18})")
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,16 @@ def choose(text: str | None, model: TarFlow, seed: int) -> Chosen:
 
     names, classes = known_names(model.metadata), model.config.num_classes
     word = None if text is None else text.strip()
-    if word is None or (word == "all" and find_class(word, names) is None):
-        if classes == 0 and word is not None:
-            raise _wrong("this model has no classes")
+    special = None if word is None or find_class(word, names) is not None else word.casefold()
+    if special in ("all", "random") and classes == 0:
+        raise _wrong("this model has no classes")
+    if word is None or special == "all":
         return Chosen(list(range(classes)) or None, list(range(classes)), f"all {classes} in turn" if classes else None)
-    if word == "none" and find_class(word, names) is None:
+    if special == "none":
         return Chosen(None, [], "none" if classes else None)
-    if word == "random" and find_class(word, names) is None:
-        if classes == 0:
-            raise _wrong("this model has no classes")
+    if special == "random":
         return Chosen(lambda image: random_label(seed, image, classes), None, f"random ones of {classes}")
-    if word.startswith("@") and find_class(word, names) is None:
+    if special is not None and special.startswith("@"):
         entries = [y for line in read_lines(word[1:], "--labels") for y in _labels(line, names, classes)]
     else:
         entries = [y for part in _split(word, names) for y in _labels(part, names, classes)]
@@ -94,7 +94,8 @@ def _wrong(what: str) -> click.BadParameter:
 
 
 def _split(text: str, names: Sequence[str]) -> list[str]:
-    """Words between commas; a class name that holds some is one word, as is what is quoted."""
+    """Words between commas, of which the last may end the text; a class name that holds some is one word, as is what
+    is quoted."""
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if name)
     name = re.compile(rf"({known})\s*(?:,|$)", re.IGNORECASE) if known else None
     words, rest = [], text.strip()
@@ -102,13 +103,13 @@ def _split(text: str, names: Sequence[str]) -> list[str]:
         found = (name.match(rest) if name else None) or _QUOTED.match(rest) or _WORD.match(rest)
         assert found is not None  # _WORD matches everything
         words.append(found[1].replace('""', '"') if found.re is _QUOTED else found[1])
-        if not found[0].endswith(","):
-            return words
         rest = rest[found.end() :].lstrip()
+        if not rest:
+            return words
 
 
 def _labels(word: str, names: Sequence[str], classes: int) -> list[int]:
-    """What one word of a list stands for: a class name, a number, or a range of numbers."""
+    """What one word of a list stands for: a class name, a number, or a range of either."""
     from ..checks import find_class
     from ..errors import ArgumentError
 
@@ -117,12 +118,18 @@ def _labels(word: str, names: Sequence[str], classes: int) -> list[int]:
         return [named]
     if found := _NUMBER.fullmatch(word):
         low = high = int(found[1] or found[2])
+    elif _FLOAT.fullmatch(word) and float(word).is_integer():
+        low = high = int(float(word))
     elif found := _RANGE.fullmatch(word):
-        low, high = int(found[1]), int(found[2])
+        low, high = int(found[2]), int(found[4])
         if low > high:
             raise _wrong(f"the range {word!r} runs backwards")
-    elif word == "none":
+        if not (found[1] or found[3]) and (of_names := _range_of_names(word, low, high, names)):
+            return of_names
+    elif word.casefold() == "none":
         low = high = -1
+    elif not word:
+        raise _wrong("an entry of the list is empty, and there is no class ''")
     else:
         known = ", ".join(map(repr, names[:20])) + (", …" if len(names) > 20 else "")
         raise _wrong(f"there is no class {word!r} (class names of this model: {known or 'none, so give numbers'})")
@@ -130,3 +137,14 @@ def _labels(word: str, names: Sequence[str], classes: int) -> list[int]:
         expected = f"classes below {classes}" if classes else "none, as this model has no classes"
         raise ArgumentError("labels", f"{expected}, or negative for no class", word)
     return list(range(low, high + 1))
+
+
+def _range_of_names(word: str, low: int, high: int, names: Sequence[str]) -> list[int]:
+    """The classes whose names are numbers from low to high; none where neither of these two is a name."""
+    numbers = sorted((int(name), label) for label, name in enumerate(names) if re.fullmatch(r"\d{1,18}", name))
+    ends = {low, high} & {number for number, _ in numbers}
+    if ends and ends != {low, high}:
+        raise _wrong(
+            f"one end of the range {word!r} is the name of a class, the other is not; for numbers #{low}-#{high}"
+        )
+    return [label for number, label in numbers if ends and low <= number <= high]

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..errors import TarFlowError
 from ..limits import MOST_BATCH, MOST_NOISE_STD, MOST_SEED, MOST_SIZE, most_threads
+from .messages import failure
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -31,15 +33,35 @@ SEED = click.IntRange(0, MOST_SEED)
 
 
 class Option(click.Option):
-    """An option that belongs to a section of the help."""
+    """An option that belongs to a section of the help.
 
-    def __init__(self, *args: Any, section: str = "Other", **kwargs: Any):
+    outside: what can be wrong with its value lies outside the command line, as in a file of that name: the command then
+    fails, where a wrong value of another option is wrong usage.
+    """
+
+    def __init__(self, *args: Any, section: str = "Other", outside: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.section = section
+        self.section, self.outside = section, outside or isinstance(self.type, click.Path)
 
 
 class Command(click.Command):
-    """A command whose options are listed by section; its arguments are told by its text."""
+    """A command whose options are listed by section; its arguments are told by its text.
+
+    What the library raises becomes one line that speaks of flags. aliases: what to call the library's arguments that
+    no parameter of this command is named after.
+    """
+
+    def __init__(self, *args: Any, aliases: Mapping[str, str] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.aliases = dict(aliases or {})
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (TarFlowError, OSError, MemoryError) as error:
+            if ctx.find_root().params.get("traceback") or isinstance(error, BrokenPipeError):
+                raise
+            raise failure(ctx, self, error) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -105,6 +127,7 @@ model_options = combine(
         "model_path",
         metavar="FILE",
         section="Model",
+        outside=True,
         show_default="the shipped Fashion-MNIST model",
         help="A checkpoint: .safetensors, ml-tarflow's .pth, others' .pt and .ckpt, a folder, hf://owner/name, a URL.",
     ),

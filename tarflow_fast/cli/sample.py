@@ -21,6 +21,7 @@ from ..limits import (
 )
 from .labels import MOST_LISTED, Chosen, choose, label_name
 from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, layout
+from .messages import in_flags
 from .options import (
     BATCH,
     DTYPES,
@@ -164,6 +165,7 @@ def summary_lines(facts: dict[str, Any], model: TarFlow, chosen: Chosen, rows: b
 @click.command(
     "sample",
     cls=Command,
+    aliases={"n": "-n", "path": "--model", "model": "--model"},
     short_help="Draw images and write them as a grid.",
     epilog="""\b
 Examples:
@@ -194,8 +196,9 @@ Examples:
     metavar="LIST",
     section="What to draw",
     show_default="all",
-    help='Classes, which images take in turn by their number: names or numbers, "bag,coat" or "0,3-7"; #3 is number 3 '
-    "also where a name is a number, -1 no class. all; none; random, each as likely; @FILE, one a line.",
+    help='Classes, which images take in turn by their number: names or numbers, "bag,coat" or "0,3-7". Where names are '
+    "numbers, 3 and 3-7 are names, #3 and #3-#7 class numbers. -1: no class. Also all; none; random, each as likely; "
+    "@FILE, one a line. Upper and lower case are alike.",
 )
 @option(
     "--seed",
@@ -445,4 +448,5 @@ def sample_command(
     if as_json:
         print_json(facts)
     elif not quiet:
+        facts["backend_reason"] = in_flags(sample_command, facts["backend_reason"])
         echo(*summary_lines(facts, model, chosen, outputs.grid is not None and plan.classes is not None))

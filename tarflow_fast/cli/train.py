@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ def numbers(section: str, *rows: tuple[str, int | float, str, str]) -> Callable[
 data_options = combine(
     option(
         "--data",
+        type=click.Path(),
         metavar="PATH",
         section="Data",
         help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images, "
@@ -51,6 +51,7 @@ data_options = combine(
     ),
     option(
         "--eval-data",
+        type=click.Path(),
         metavar="PATH",
         section="Data",
         help="Held-out images for bits/dim. Of a folder that has a train and a test (or val) half, the test half "
@@ -124,17 +125,26 @@ size_options = combine(
     ),
 )
 
-schedule_options = numbers(
-    "Schedule",
-    ("--epochs", 100, "N", "Passes over the data."),
-    ("--batch-size", 256, "N", "Images a step, over all processes."),
-    ("--lr", 1e-4, "RATE", "Highest learning rate."),
-    ("--min-lr", 1e-6, "RATE", "Where its cosine ends."),
-    ("--warmup-steps", 1000, "N", "Steps in which it is reached."),
-    ("--weight-decay", 1e-4, "X", "Of AdamW."),
-    ("--clip-norm", 1.0, "X", "Limit of the gradient's norm; 0: none."),
-    ("--ema-decay", 0.999, "X", "Of the moving average of the weights, which is the model that is saved."),
-    ("--seed", 0, "N", "Of weights, order, noise and dropped labels."),
+schedule_options = combine(
+    numbers("Schedule", ("--epochs", 100, "N", "Passes over the data.")),
+    option(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        section="Schedule",
+        show_default="256, or all images where there are fewer",
+        help="Images a step, over all processes.",
+    ),
+    numbers(
+        "Schedule",
+        ("--lr", 1e-4, "RATE", "Highest learning rate."),
+        ("--min-lr", 1e-6, "RATE", "Where its cosine ends."),
+        ("--warmup-steps", 1000, "N", "Steps in which it is reached."),
+        ("--weight-decay", 1e-4, "X", "Of AdamW."),
+        ("--clip-norm", 1.0, "X", "Limit of the gradient's norm; 0: none."),
+        ("--ema-decay", 0.999, "X", "Of the moving average of the weights, which is the model that is saved."),
+        ("--seed", 0, "N", "Of weights, order, noise and dropped labels."),
+    ),
 )
 
 machine_options = combine(
@@ -154,6 +164,7 @@ output_options = combine(
     option(
         "--out",
         required=True,
+        type=click.Path(),
         metavar="FOLDER",
         section="Output",
         help="Where checkpoint.pt, model.safetensors, train.csv, eval.csv and samples/ go.",
@@ -161,6 +172,7 @@ output_options = combine(
     option(
         "--resume",
         is_flag=True,
+        outside=True,
         section="Output",
         help="Go on from the checkpoint in --out, with the options that it records: others need not be given, and "
         "may change where the result does not depend on them (--epochs, --device, what is written when, paths).",
@@ -175,7 +187,9 @@ output_options = combine(
         ("--sample-rows", 4, "N", "Rows of a grid; a column is a class."),
         ("--sample-guidance", 0.0, "W", "Guidance of the samples."),
     ),
-    option("--tensorboard", is_flag=True, section="Output", help="Write the metrics for TensorBoard too."),
+    option(
+        "--tensorboard", is_flag=True, outside=True, section="Output", help="Write the metrics for TensorBoard too."
+    ),
     progress_option,
     quiet_option,
 )
@@ -196,6 +210,7 @@ def keep_freed_memory() -> None:
 @click.command(
     "train",
     cls=Command,
+    aliases={"path": "--init", "weights": "convert --weights"},
     short_help="Train a model on images.",
     epilog="""\b
 Examples:
@@ -247,20 +262,19 @@ def train_command(
 
     how: dict[str, Any] = {"resume": resume, "progress": shown}
     try:
-        with _flags(ctx):
-            if resume and (Path(options["out"]) / CHECKPOINT).is_file():
-                config = continued(Path(options["out"]), given)
-            elif options["data"] is None and resume:
-                raise ArgumentError("resume", f"a checkpoint {Path(options['out']) / CHECKPOINT}", "none")
-            elif options["data"] is None:
-                raise click.MissingParameter(ctx=ctx, param=next(p for p in ctx.command.params if p.name == "data"))
-            else:
-                if init is not None:
-                    how["init"] = read_init(init, given)
-                    options |= sizes_of(how["init"].model, given)
-                config = TrainConfig(**options)
-            keep_freed_memory()
-            train(config, **how)
+        if resume and (Path(options["out"]) / CHECKPOINT).is_file():
+            config = continued(Path(options["out"]), given)
+        elif options["data"] is None and resume:
+            raise ArgumentError("resume", f"a checkpoint {Path(options['out']) / CHECKPOINT}", "none")
+        elif options["data"] is None:
+            raise click.MissingParameter(ctx=ctx, param=next(p for p in ctx.command.params if p.name == "data"))
+        else:
+            if init is not None:
+                how["init"] = read_init(init, given)
+                options |= sizes_of(how["init"].model, given)
+            config = TrainConfig(**options)
+        keep_freed_memory()
+        train(config, **how)
     except TrainingStopped as stopped:
         echo(stopped, err=True)
         ctx.exit(128 + stopped.signal)
@@ -275,17 +289,3 @@ def _progress(progress: bool | None, quiet: bool) -> bool | str:
     if progress is None:
         return not quiet
     return "bar" if progress else False
-
-
-@contextmanager
-def _flags(ctx: click.Context) -> Iterator[None]:
-    """Errors name the option rather than the argument."""
-    from ..errors import ArgumentError
-
-    flags = {param.name: param.opts[0] for param in ctx.command.params}
-    try:
-        yield
-    except ArgumentError as error:
-        if error.argument not in flags:
-            raise
-        raise ArgumentError(flags[error.argument], error.expected, error.got) from error

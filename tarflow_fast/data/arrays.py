@@ -17,7 +17,7 @@ from .image_data import ImageData
 from .labels import Labels, read_labels
 from .members import Member, npy_member, npz_members
 from .store import Store
-from .values import Range, channel_axis, converted, meaning
+from .values import WITH_ALPHA, Range, channel_axis, converted, meaning
 
 # Names of images and of their labels, the first that is there being taken; in those of a half, {} is its name.
 OF_A_HALF = (
@@ -124,6 +124,9 @@ def _images_and_labels(
         rows = rows.reshape(len(rows), 1, side, side) if axis is None else rows
         out[first : first + len(rows)] = converted(rows if axis != 3 else rows.transpose(0, 3, 1, 2), what)
     notes = [] if read.note is None else [read.note]
+    if dtype.kind in "iu" and channels in WITH_ALPHA and values == "auto":
+        alpha = f"if they are {WITH_ALPHA[channels]}, put them on a background first; values='0..255' says they are not"
+        notes.append(f"{where}: {dtype} images of {channels} channels are taken as they are; {alpha}")
     if found is not None:
         taken = "kept as they are, for data that are no pictures" if what == "raw" else f"taken as {what}"
         notes.append(f"{where}: {dtype} images from {found.low:g} to {found.high:g} are {taken}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_dense
 from ..errors import ArgumentError
 
 ROWS = 4096  # images looked at together
@@ -30,6 +31,17 @@ class ImageData:
     numbers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        for argument in ("images", "labels"):
+            tensor = getattr(self, argument)
+            if isinstance(tensor, Tensor):
+                check_dense(argument, tensor)
+            elif argument == "images" or tensor is not None:
+                raise ArgumentError(argument, "a tensor", type(tensor).__name__)
+        for argument, kind in (("class_names", str), ("numbers", (int, np.integer))):
+            known = getattr(self, argument)
+            if known is not None and not (isinstance(known, (tuple, list)) and all(isinstance(k, kind) for k in known)):
+                what = "names" if argument == "class_names" else "integers"
+                raise ArgumentError(argument, f"a tuple of {what}, or None", type(known).__name__)
         shape = tuple(self.images.shape)
         if self.images.dtype not in (torch.uint8, torch.float32) or len(shape) != 4 or 0 in shape:
             expected = "uint8 (N, ch, S, S) or, for data that are no pictures, float32; none of them 0"

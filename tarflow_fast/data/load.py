@@ -16,16 +16,20 @@ from tqdm import tqdm
 from ..checks import check_choice, check_count
 from ..errors import ArgumentError, DataError, TarFlowWarning
 from ..files import PathLike
+from ..limits import MOST_SIZE
+from ..scalars import check_flag, plain
 from .arrays import image_data, load_npy, load_npz
 from .folders import find_pictures
 from .idx import find_idx, labels_beside, read_idx
 from .image_data import ImageData
 from .labels import read_labels
-from .pictures import read_picture, reading_pictures
+from .pictures import Room, read_picture_into, reading_pictures
 from .store import Store
 from .values import LAYOUTS, PICTURE_CHANNELS, VALUES
 
 SPLITS = ("train", "val", "test")
+DECODED_SHARE = 0.15  # of the pixels that are asked for, that decoded pictures may take beside these
+DECODED_BYTES, USUAL_SIZE = 64 * 2**20, 1024  # or so many a thread, where pictures are made no larger than this
 REDRAWN = 0.1  # seconds between looks at a bar
 
 
@@ -70,9 +74,14 @@ def load_images(
     check_choice("layout", layout, LAYOUTS)
     check_choice("values", values, VALUES)
     if size is not None:
-        check_count("size", size)
-    if channels not in PICTURE_CHANNELS:
+        size = check_count("size", size, high=MOST_SIZE)
+    channels = plain(channels)
+    if not isinstance(channels, int) or channels not in PICTURE_CHANNELS:
         raise ArgumentError("channels", "1 or 3", repr(channels))
+    progress = check_flag("progress", progress)
+    for name, given in (("path", path), ("cache", "" if cache is None else cache)):
+        if not isinstance(given, (str, os.PathLike)) or isinstance(os.fspath(given), bytes):
+            raise ArgumentError(name, "a path", type(given).__name__)
     return load_into(Store(cache), path, split, size, channels, layout, values, progress)
 
 
@@ -138,16 +147,18 @@ def cores() -> int:
 def read_pictures(
     paths: list[str], out: np.ndarray, progress: bool = False, stop: threading.Event | None = None
 ) -> None:
-    """Picture i into out[i], (N, channels, S, S) uint8, by as many threads as there are cores: decoding frees Python's
-    lock. stop: ends it early. Raises DataError for the first picture that cannot be read."""
-    _, channels, size, _ = out.shape
+    """Picture i into out[i], (N, channels, S, S) uint8.
+
+    By as many threads as there are cores, as decoding frees Python's lock, but no more than there is room for decoded
+    pictures. stop: ends it early. Raises DataError for the first picture that cannot be read.
+    """
     numbers, failed = count(), dict[int, DataError]()
     stop = threading.Event() if stop is None else stop
 
     def work() -> None:
         while not stop.is_set() and (i := next(numbers)) < len(paths):
             try:
-                out[i] = read_picture(paths[i], size, channels)
+                read_picture_into(out[i], paths[i], room)
             except DataError as error:
                 failed[i] = error
                 stop.set()
@@ -155,6 +166,8 @@ def read_pictures(
 
     done = [0]
     threads = min(cores(), len(paths))
+    usual = threads * DECODED_BYTES if out.shape[-1] <= USUAL_SIZE else 0
+    room = Room(max(int(DECODED_SHARE * out.nbytes), usual))
     bar = tqdm(total=len(paths), desc="reading", unit="picture", disable=not progress, leave=False, dynamic_ncols=True)
     with reading_pictures(), ThreadPoolExecutor(threads) as pool, bar:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -25,6 +26,8 @@ OTHER_PICTURES = frozenset(
 )
 PLUGINS = {"Png": "PNG", "Jpeg": "JPEG", "WebP": "WEBP", "Bmp": "BMP", "Gif": "GIF", "Tiff": "TIFF", "Ppm": "PPM"}
 LATER_PLUGINS = {"Avif": "AVIF", "Jpeg2K": "JPEG2000"}
+STRIP = 256  # rows of pixels
+BLOCK_BYTES = 2**28  # of Pillow's memory: pieces of 16 MiB, its own choice, stay with the thread that had them
 LONGEST_STRIP = 32  # times its shorter side
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 TURNS = {
@@ -53,37 +56,86 @@ def _formats() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def reading_pictures() -> Iterator[None]:
-    """Pillow's warnings are errors or nothing. They are the process's, so that this goes around all threads."""
+    """Pillow's warnings are errors or nothing, and the memory of a large picture goes back to the system with it.
+
+    Both are the process's, so that this goes around all threads.
+    """
     _formats()
+    blocks = Image.core.get_block_size()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+        Image.core.set_block_size(max(blocks, BLOCK_BYTES))
+        try:
+            yield
+        finally:
+            Image.core.set_block_size(blocks)
+
+
+class Room:
+    """Memory that decoded pictures share. One that finds too little waits for others to go; alone it always has enough.
+
+    nbytes: of all at once.
+    """
+
+    def __init__(self, nbytes: int):
+        self._nbytes, self._taken, self._changed = nbytes, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + nbytes <= self._nbytes)
+            self._taken += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= nbytes
+                self._changed.notify_all()
 
 
 def read_picture(path: str, size: int, channels: int) -> NDArray[np.uint8]:
-    """(channels, size, size) uint8: the shorter side resized to `size`, then the centre.
+    """(channels, size, size) uint8, as `read_picture_into` says."""
+    out = np.empty((channels, size, size), np.uint8)
+    read_picture_into(out, path, Room(0))
+    return out
+
+
+def read_picture_into(out: NDArray[np.uint8], path: str, room: Room) -> None:
+    """A picture into (channels, size, size) uint8: the shorter side resized to `size`, then the centre.
 
     As a viewer shows it: the first frame of an animation, turned by its EXIF orientation, transparent parts white.
     16 bits lose the lower 8; floats are 0 (black) to 1. Colours are taken as sRGB, whatever profile is embedded.
     Raises DataError that names the file for anything else, for more pixels than PIL.Image.MAX_IMAGE_PIXELS, and for
     strips that are more than 32 times as long as wide.
     """
+    mode = "L" if out.shape[0] == 1 else "RGB"
     try:
         with Image.open(path, formats=_formats()) as file:
             _check_size(file)
-            picture = _shown(file, "L" if channels == 1 else "RGB")
+            # Pillow has four bytes a pixel, one if it is grey, and two pictures where one is converted.
+            nbytes = file.width * file.height * (1 if file.mode == mode == "L" else 4 if file.mode == mode else 8)
+            with room.take(nbytes):
+                _put(out, _shown(file, mode))
     except _Refused as error:
         raise DataError(f"{path!r}: {error}") from error
     except Exception as error:  # a decoder may raise anything
         raise DataError(f"{path!r}: not a whole picture ({printable(error)})") from error
+
+
+def _put(out: NDArray[np.uint8], picture: Image.Image) -> None:
+    """The picture, resized and cropped, strip by strip: an array of all of it would be a copy, and be made by way of
+    another."""
+    channels, size, _ = out.shape
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    pixels: NDArray[np.uint8] = np.asarray(picture.crop((left, top, left + size, top + size)))
-    return pixels.reshape(size, size, channels).transpose(2, 0, 1)
+    for row in range(0, size, STRIP):
+        rows = min(STRIP, size - row)
+        strip = np.asarray(picture.crop((left, top + row, left + size, top + row + rows)))
+        out[:, row : row + rows] = strip.reshape(rows, size, channels).transpose(2, 0, 1)
 
 
 def _check_size(file: Image.Image) -> None:

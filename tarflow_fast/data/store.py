@@ -65,8 +65,8 @@ class Store:
             self.close()
             where = repr(os.fspath(self.folder))
             raise DataError(
-                f"{where}: no room for {size / 2**30:.1f} GiB of images ({error.strerror}); name another "
-                "folder as cache"
+                f"{where}: no room for {size / 2**30:.1f} GiB of images ({error.strerror}); give another "
+                "folder by cache"
             ) from error
         array: NDArray[Any] = np.memmap(path, dtype, "r+", shape=tuple(shape))
         if not self.mapped:

@@ -13,6 +13,7 @@ from ..errors import DataError
 LAYOUTS = ("auto", "NHWC", "NCHW")
 VALUES = ("auto", "0..1", "-1..1", "0..255", "raw")
 PICTURE_CHANNELS = (1, 3)
+WITH_ALPHA = {2: "LA", 4: "RGBA"}
 OVERSHOOT = 0.01  # beyond 0..1 or -1..1, of resizing and rounding
 DARKEST = 16.0  # the brightest value of floats that can only be 0 to 255
 

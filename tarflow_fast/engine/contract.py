@@ -43,7 +43,9 @@ class Guidance:
     def __post_init__(self) -> None:
         checked = {
             "scale": check_number("guidance", self.scale, 0),
-            "what": check_choice("guide_what", "ab" if self.what == "ba" else self.what, GUIDE_WHAT),
+            "what": check_choice(
+                "guide_what", "ab" if isinstance(self.what, str) and self.what == "ba" else self.what, GUIDE_WHAT
+            ),
             "attn_temp": check_number("attn_temp", self.attn_temp, 0, open_low=True),
             "annealed": check_flag("annealed_guidance", self.annealed),
         }

@@ -151,7 +151,7 @@ def check_threads(threads: object, backend: str) -> int | None:
     count = check_count("threads", threads, high=most_threads())
     if backend != "cpu":
         raise BackendError(
-            f"threads is for backend 'cpu', and this is {backend!r}; leave threads out, and see torch.set_num_threads"
+            f"threads is for backend 'cpu', and this is {backend!r}; leave threads out (OMP_NUM_THREADS tells PyTorch)"
         )
     return count
 

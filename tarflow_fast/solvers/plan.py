@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..checks import check_dense
 from ..errors import ArgumentError, CheckpointError
 from ..files import check_path, replacing
 from .pace import Pace
@@ -46,6 +47,7 @@ class SolverPlan:
         for z, x in pairs:
             mean_z, mean_x = z.mean(0), x.mean(0)
             slope = ((z - mean_z) * (x - mean_x)).mean(0) / (z - mean_z).square().mean(0)
+            slope = torch.where(slope.isfinite(), slope, 0)  # of a token that is the same in all images
             slopes.append(slope)
             shifts.append(mean_x - slope * mean_z)
         unknown = torch.full(
@@ -70,6 +72,11 @@ class SolverPlan:
     def check(self, shape: tuple[int, int, int]) -> SolverPlan:
         """Raises ArgumentError unless this plan is of a model of (K, T, D) = shape, and finite where it has to be."""
         K, T, _ = shape
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if not isinstance(tensor, Tensor):
+                raise ArgumentError("plan", f"one whose {field.name} is a tensor", type(tensor).__name__)
+            check_dense("plan", tensor)
         for tensor in (self.slope, self.shift):
             if tuple(tensor.shape) != shape:
                 raise ArgumentError("plan", f"one of a model with (blocks, tokens, values) = {shape}", tensor.shape)

@@ -40,14 +40,15 @@ class Batches:
     """
 
     def __init__(self, data: ImageData, config: TrainConfig, device: torch.device, rank: int, world: int):
-        if config.batch_size > len(data):
-            raise ArgumentError("batch_size", f"at most {len(data)}, the number of images", config.batch_size)
-        if config.batch_size % world:
-            raise ArgumentError("batch_size", f"a multiple of the {world} processes", config.batch_size)
+        self.size = config.batch_size_for(len(data), world)
+        if self.size > len(data):
+            raise ArgumentError("batch_size", f"at most {len(data)}, the number of images", self.size)
+        if self.size % world:
+            raise ArgumentError("batch_size", f"a multiple of the {world} processes", self.size)
         if data.images.is_floating_point() and config.noise_type == "uniform":
             raise ArgumentError("noise_type", "'gaussian', as only 8-bit values can be dequantised", "'uniform'")
         self.data, self.config, self.device = data, config, device
-        rows = config.batch_size // world
+        rows = self.size // world
         self.rows = slice(rank * rows, (rank + 1) * rows)
         self.labels = data.labels if config.conditional else None
         if config.conditional and data.labels is None:
@@ -57,11 +58,11 @@ class Batches:
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in the data; the rest of a permutation is left out, another rest every epoch."""
-        return len(self.data) // self.config.batch_size
+        return len(self.data) // self.size
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
         """x (B/world, ch, S, S) fp32; y (B/world,) int64, -1 for a dropped label; None when unconditional."""
-        config, B = self.config, self.config.batch_size
+        config, B = self.config, self.size
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = torch.randperm(len(self.data), generator=stream(config.seed, "order", epoch), device="cpu")

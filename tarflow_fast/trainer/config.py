@@ -34,10 +34,11 @@ FREE_ON_RESUME = frozenset(
     | {"eval_images", "sample_every", "sample_rows", "sample_guidance", "tensorboard", "threads"}
 )
 PATHS = ("data", "eval_data", "out")
+DEFAULT_BATCH = 256
 MOST = 2**63 - 1  # of any count, as torch's own integers have no more
 
 COUNTS = (
-    *("patch_size", "channels", "num_blocks", "layers_per_block", "head_dim", "epochs", "batch_size"),
+    *("patch_size", "channels", "num_blocks", "layers_per_block", "head_dim", "epochs"),
     *("log_every", "checkpoint_every", "eval_images", "sample_rows"),
 )
 COUNTS_OR_ZERO = ("warmup_steps", "eval_every", "sample_every", "seed")
@@ -60,10 +61,10 @@ class TrainConfig:
 
     Model: patch_size, channels, num_blocks, layers_per_block, nvp, head_dim: as in `TarFlowConfig`.
 
-    Schedule: epochs; batch_size, over all processes; lr: reached by a linear warm-up over warmup_steps,
-    and left by a cosine that ends at min_lr; weight_decay of AdamW (betas 0.9, 0.95); clip_norm: limit of
-    the gradient's norm, None for none; ema_decay: of the moving average of the weights, which is the
-    model that is saved, ramped as (1 + s)/(10 + s) after s steps; seed.
+    Schedule: epochs; batch_size, over all processes, by default 256, or all images where there are fewer; lr:
+    reached by a linear warm-up over warmup_steps, and left by a cosine that ends at min_lr; weight_decay of AdamW
+    (betas 0.9, 0.95); clip_norm: limit of the gradient's norm, None for none; ema_decay: of the moving average of
+    the weights, which is the model that is saved, ramped as (1 + s)/(10 + s) after s steps; seed.
 
     Machine: dtype: "float32", or "bfloat16" for autocast; device: "cpu", "cuda", or "auto", a GPU where
     there is one; compile: torch.compile; threads: of torch on a CPU, while it trains, default as many as it has.
@@ -97,7 +98,7 @@ class TrainConfig:
     drop_label: float = 0.1
     flip: bool = False
     epochs: int = 100
-    batch_size: int = 256
+    batch_size: int | None = None
     lr: float = 1e-4
     min_lr: float = 1e-6
     warmup_steps: int = 1000
@@ -135,10 +136,10 @@ class TrainConfig:
             check_count(name, getattr(self, name))
         for name in COUNTS_OR_ZERO:
             check_count(name, getattr(self, name), low=0)
-        for name in ("img_size", "threads"):
+        for name in ("img_size", "threads", "batch_size"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        for name in (*COUNTS, *COUNTS_OR_ZERO, "img_size", "threads"):
+        for name in (*COUNTS, *COUNTS_OR_ZERO, "img_size", "threads", "batch_size"):
             if (getattr(self, name) or 0) > MOST:
                 raise ArgumentError(name, f"an integer <= {MOST}", getattr(self, name))
         if self.in_channels not in (1, 3):
@@ -172,6 +173,12 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def batch_size_for(self, images: int, processes: int) -> int:
+        """Images a step; by default as many up to DEFAULT_BATCH as there are and as the processes share evenly."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return max(min(DEFAULT_BATCH, images) // processes, 1) * processes
 
     def learning_rate(self, step: int, steps: int) -> float:
         """lr of optimiser step number `step` (from 0) out of `steps`."""

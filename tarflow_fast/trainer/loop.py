@@ -28,6 +28,7 @@ from ..errors import (
     CheckpointError,
     OutOfMemoryError,
     TarFlowError,
+    TarFlowWarning,
     TrainingDiverged,
     TrainingStopped,
 )
@@ -36,7 +37,7 @@ from ..images import save_grid
 from ..model import TarFlow
 from ..sampler import Sampler
 from .batches import Batches
-from .config import TrainConfig
+from .config import DEFAULT_BATCH, TrainConfig
 from .folder import locked
 from .limits import check_fits
 from .metrics import MetricsLog
@@ -71,6 +72,8 @@ def train(
     Returns the averaged model. Raises ArgumentError, DataError, CheckpointError, OutOfMemoryError, OSError (a full
     disk), TrainingStopped (by a signal), TrainingDiverged, ProcessLost (another process of the run is gone).
     """
+    if not isinstance(config, TrainConfig):
+        raise ArgumentError("config", "a TrainConfig", type(config).__name__)
     kind = progress_kind(progress)
     if resume and init is not None:
         raise ArgumentError("init", "None, as resume is given", repr(init))
@@ -86,7 +89,7 @@ def train(
             if isinstance(error, TarFlowError) or not _is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
-                f"a step of {config.batch_size} images does not fit in the memory of {group.device}; "
+                f"a step of {run.batches.size} images does not fit in the memory of {group.device}; "
                 "lower batch_size, or train a smaller model"
             ) from error
         finally:
@@ -166,8 +169,7 @@ class _Run:
             config = replace(config, **sizes_of(source, given_options(config)))
         self.config, self.group = config, group
         self.bar = group.first and progress == "bar"  # while data is read
-        rows = math.ceil(config.batch_size / group.world)
-        self._check_options(rows, source)
+        self._check_options(math.ceil((config.batch_size or 1) / group.world), source)
 
         own = self._named(lambda: self._load(config.data, "train"))
         data = own if config.class_names is None else renamed(own, config.class_names)
@@ -180,8 +182,9 @@ class _Run:
         sizes = model_config(config, data) if begun is None else begun[0]
         if tuple(data.images.shape[1:]) != sizes.data_shape:
             raise ArgumentError("init", f"a model of images of shape {tuple(data.images.shape[1:])}", sizes.data_shape)
-        check_fits(sizes, rows, group.device)
+        config = self.config = self._with_batch_size(len(data))
         self.batches = Batches(data, config, group.device, group.rank, group.world)
+        check_fits(sizes, self.batches.size // group.world, group.device)
         self.steps = config.epochs * self.batches.steps_per_epoch
         if self.steps > MOST_STEPS:
             most = MOST_STEPS // self.batches.steps_per_epoch
@@ -218,7 +221,7 @@ class _Run:
         self.log = MetricsLog(self.out, self.state.step, config.tensorboard) if group.first else None
         if group.first and config.sample_every:
             self._samples.mkdir(exist_ok=True)
-        self.progress = Progress(progress if group.first else "none", self.state.step, self.steps, config.batch_size)
+        self.progress = Progress(progress if group.first else "none", self.state.step, self.steps, self.batches.size)
         if group.first:
             self._say_where_it_starts(resume, start)
             self._write_first(resume)
@@ -235,9 +238,21 @@ class _Run:
             raise ArgumentError("resume", f"a checkpoint {self.out / CHECKPOINT}", "none")
         for name in OURS:
             if os.path.lexists(self.out / name):
-                without = "a checkpoint, or resume" if name == CHECKPOINT else f"{name}, which the run would replace"
+                without = (
+                    "a checkpoint, or resume=True" if name == CHECKPOINT else f"{name}, which the run would replace"
+                )
                 raise ArgumentError("out", f"a folder without {without}", repr(str(self.out)))
         return False
+
+    def _with_batch_size(self, images: int) -> TrainConfig:
+        """The configuration with the batch size that is taken, which a warning says where it is not the default."""
+        config, world = self.config, self.group.world
+        size = config.batch_size_for(images, world)
+        if config.batch_size is None and size != DEFAULT_BATCH and self.group.first:
+            among = f" and {world} processes" if world > 1 else ""
+            said = f"for {images} images{among} batch_size={size} is taken, not {DEFAULT_BATCH}"
+            warnings.warn(said, TarFlowWarning, stacklevel=4)
+        return replace(config, batch_size=size)
 
     def _check_options(self, rows: int, source: TarFlow | None) -> None:
         """What can be said against the options before data is read."""

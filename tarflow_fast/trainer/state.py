@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..config import TarFlowConfig
-from ..errors import ArgumentError, CheckpointError, TrainingDiverged
+from ..errors import ArgumentError, CheckpointError, TrainingDiverged, first_line
 from ..files import replacing
 from ..model import TarFlow
 from ..torch_files import save_torch
@@ -100,7 +100,7 @@ class TrainState:
                     raise ValueError("the optimiser's moments have other shapes than the weights")
             self.sums.copy_(content["sums"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a whole training checkpoint ({_first_line(error)})") from error
+            raise CheckpointError(f"{path}: not a whole training checkpoint ({first_line(error)})") from error
         self.step, self.seconds, self.summed = content["step"], content["seconds"], content["summed"]
         self.ema.n_averaged.fill_(self.step)
 
@@ -129,7 +129,7 @@ def _read(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, 
     try:
         content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # whatever a foreign or damaged file makes the parser raise
-        raise CheckpointError(f"{path}: not a whole training checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: not a whole training checkpoint ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a training checkpoint of format {FORMAT}")
     kinds: dict[str, Any] = {"config": dict, "fingerprint": int, "model": dict, "ema": dict, "optimizer": dict}
@@ -171,7 +171,3 @@ def _check_weights(module: nn.Module, weights: Mapping[str, Any]) -> None:
     for name, value in weights.items():
         if not isinstance(value, Tensor) or not value.isfinite().all():
             raise ValueError(f"{name!r} is not finite")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
