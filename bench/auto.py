@@ -9,8 +9,8 @@ import click
 import torch
 
 from tarflow_fast import NonFiniteError, Sampler, SolverPlan, TarFlow, load, load_pretrained
+from tarflow_fast.backend import choose_backend
 from tarflow_fast.devices import check_device
-from tarflow_fast.engine import choose_backend
 
 from . import auto_cells, options
 from .auto_cells import ALLOWED, HOPELESS

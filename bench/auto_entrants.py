@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import Sampler, TarFlow
-from tarflow_fast.noise import latent_noise
-from tarflow_fast.report import Report
+from tarflow_fast.sampling.noise import latent_noise
+from tarflow_fast.sampling.report import Report
 from tarflow_fast.solvers import Solver
 
 from . import timing

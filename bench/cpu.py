@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import Sampler, TarFlowConfig
-from tarflow_fast.engine.cpu_engine import choose_instruction_set
-from tarflow_fast.noise import latent_noise
+from tarflow_fast.backend.cpu.engine import choose_instruction_set
+from tarflow_fast.sampling.noise import latent_noise
 
 from . import limits, options
 from .cells import Cell, random_model

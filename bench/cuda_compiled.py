@@ -14,8 +14,8 @@ from importlib.util import find_spec
 import torch
 import triton
 
-from tarflow_fast.engine.cuda_pack import linear_sizes
-from tarflow_fast.engine.cuda_plan import fetches, grid_blocks, make_plan, share, slot_inputs
+from tarflow_fast.backend.cuda.pack import linear_sizes
+from tarflow_fast.backend.cuda.plan import fetches, grid_blocks, make_plan, share, slot_inputs
 
 from .compiled import MODELS, SHARED_LIMIT, Compiled
 

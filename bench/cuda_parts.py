@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow_fast.backend.cuda.engine import CudaEngine
+from tarflow_fast.backend.cuda.plan import MOST_ROWS
 from tarflow_fast.engine import Condition, Guidance
-from tarflow_fast.engine.cuda_engine import CudaEngine
-from tarflow_fast.engine.cuda_plan import MOST_ROWS
 
 from .gpu_cells import DTYPE, GpuCell, Inputs
 from .timing import alternate, spread, timer_of

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from tarflow_fast import TarFlowConfig
+from tarflow_fast.backend.cuda.engine import CudaEngine
 from tarflow_fast.engine import Condition, Guidance
-from tarflow_fast.engine.cuda_engine import CudaEngine
-from tarflow_fast.noise import latent_noise
+from tarflow_fast.sampling.noise import latent_noise
 from tarflow_fast.solvers.trail import Trail
 
 from .cells import random_model

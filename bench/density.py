@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import TarFlow, TarFlowConfig, load_pretrained
-from tarflow_fast.engine.cpu_engine import choose_instruction_set
+from tarflow_fast.backend.cpu.engine import choose_instruction_set
 
 from . import limits, options
 from .cells import Cell, random_model

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from tarflow_fast.backend.cuda.engine import cuda_missing
 from tarflow_fast.devices import device_missing
-from tarflow_fast.engine.cuda_engine import cuda_missing
 
 from . import cuda_sanitize, gpu_tests, limits, options
 from .columns import short

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import Sampler, TarFlow, TarFlowConfig
-from tarflow_fast.noise import latent_noise
+from tarflow_fast.sampling.noise import latent_noise
 
 from .cells import Cell, random_model
 from .cuda_table import CUDA

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import Sampler
-from tarflow_fast.noise import latent_noise
+from tarflow_fast.sampling.noise import latent_noise
 
 from . import limits, options
 from .cells import CONFIGS, DEFAULT_CONFIGS, Cell, choose_cells, random_model

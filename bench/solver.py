@@ -8,8 +8,8 @@ import click
 import torch
 
 from tarflow_fast import load, load_pretrained
+from tarflow_fast.backend import choose_backend
 from tarflow_fast.devices import check_device
-from tarflow_fast.engine import choose_backend
 
 from . import options
 from .columns import short

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import TarFlow
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
-from tarflow_fast.noise import latent_noise
+from tarflow_fast.backend import make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
+from tarflow_fast.sampling.noise import latent_noise
 from tarflow_fast.solvers import Solution, Solver, adaptive, sequential
 
 from . import timing

@@ -14,8 +14,8 @@ from tolerances import GOLDEN, INVERSE_F64, assert_close
 from torch import Tensor, nn
 
 from tarflow_fast import ArgumentError, Sampler, TarFlow, accelerate, reference
-from tarflow_fast.config import TarFlowConfig
-from tarflow_fast.flow_block import FlowBlock
+from tarflow_fast.models.config import TarFlowConfig
+from tarflow_fast.models.flow_block import FlowBlock
 
 
 class Foreign(nn.Module):

@@ -20,7 +20,7 @@ from bench.cells import CONFIGS, DEFAULT_CONFIGS, choose_cells, random_model
 from bench.measure import TOLERANCE, check, hold_to_limit
 from bench.plot import picture
 from tarflow_fast import NonFiniteError, TarFlowConfig, reference
-from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.backend.cpu.engine import cpu_missing
 
 
 @pytest.fixture

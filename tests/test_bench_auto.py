@@ -106,14 +106,14 @@ def test_a_fixed_window_is_that_of_every_block(monkeypatch: pytest.MonkeyPatch) 
     assert [entrant.name for entrant in windows] == WINDOWS
     assert [entrant.windows() for entrant in windows] == [[2, 2], [4, 4], [8, 8], [15, 15]]
     for entrant in windows:
-        assert entrant.sampler._engines is sampler.sampler._engines
+        assert entrant.sampler.engines is sampler.sampler.engines
         assert entrant.error == float((entrant.sample() - wanted).abs().max()) > 0
         assert entrant.run(wanted + 0.5 * allowed, allowed)
         error = entrant.error
         assert entrant.run(wanted, allowed)
         assert error == entrant.error > 0.4 * allowed  # the larger one
         assert not entrant.run(wanted + 2 * allowed, allowed)
-    assert sampler.sampler._solvers != baseline.sampler._solvers
+    assert sampler.sampler.solvers != baseline.sampler.solvers
     assert sampler.report is None  # it has learnt nothing from the others
 
 
@@ -245,7 +245,7 @@ def test_what_auto_chose_and_measured_is_in_the_entry(monkeypatch: pytest.Monkey
 def test_costs_are_auto_s_own_and_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, _ = entrants(problem_of())
     sampler.sample()
-    known = sampler.sampler._solvers[0].costs  # type: ignore[attr-defined]
+    known = sampler.sampler.solvers[0].costs  # type: ignore[attr-defined]
     (own,) = known._costs.values()
     found, again = costs_of(sampler)
     assert found is own

@@ -16,7 +16,7 @@ from bench import cuda_parts, cuda_sanitize, cuda_table, engine_parts, gpu, gpu_
 from bench.cuda_parts import ALL, PHASES, measure_cuda
 from bench.cuda_table import CUDA
 from bench.gpu_cells import BASELINE, TORCH, TRITON, GpuCell, Inputs, exact_images
-from tarflow_fast.engine.cuda_engine import CudaEngine
+from tarflow_fast.backend.cuda.engine import CudaEngine
 
 CPU = torch.device("cpu")
 PARAMS = Path(__file__).parent.parent / "csrc" / "cuda" / "params.h"

@@ -13,7 +13,7 @@ from stand_in import bench, quick_limits, wrong_density
 from bench import density, machine, record, roofline
 from bench.density import MODELS, TOLERANCE, DensityCell, Problem, verdict
 from bench.density_plot import density_bars
-from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.backend.cpu.engine import cpu_missing
 
 native = pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
 

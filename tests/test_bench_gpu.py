@@ -18,8 +18,8 @@ from bench import engine_parts, gpu, gpu_cells, gpu_tests, launches, limits, rec
 from bench.gpu_cells import BASELINE, CELLS, COMPILED, DENSITY, MODELS, TORCH, TRITON, GpuCell, Inputs
 from bench.trials import Budget, admit, measure_trials
 from tarflow_fast import BackendError
-from tarflow_fast.engine import cuda_engine
-from tarflow_fast.engine.torch_engine import TorchEngine
+from tarflow_fast.backend.cuda import engine as cuda_engine
+from tarflow_fast.backend.pytorch.engine import TorchEngine
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,7 @@ from bench import busy, load, machine, record, timing
 from bench.busy import busy_processes, fair_slowdown, spin
 from bench.load_plot import slowdowns
 from bench.load_tasks import TASKS, Inputs
-from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.backend.cpu.engine import cpu_missing
 
 PATIENCE = 20  # seconds, on a machine that is busy otherwise
 

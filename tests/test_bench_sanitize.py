@@ -15,7 +15,7 @@ from test_bench_cuda import CPU, IN_EMULATION
 from bench import cuda_sanitize
 from bench.cuda_sanitize import FOUND, run_sanitizer, small_run
 from tarflow_fast import TarFlowConfig
-from tarflow_fast.engine.cuda_engine import CudaEngine
+from tarflow_fast.backend.cuda.engine import CudaEngine
 
 
 @IN_EMULATION

@@ -24,7 +24,9 @@ from bench.policies import CLAMP, gs_jacobi, jacobi, windows
 from bench.solver import passes_failure
 from bench.solver_cells import BOUND, Problem, check, examine, jacobi_errors, measure, policies, problems
 from bench.timing import timer_of
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
+from tarflow_fast.backend import make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.solvers import Solution, Solver, adaptive
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def problem_of(scale: float = 1.0, condition: Condition = Condition()) -> Proble
     """T = 16, in float64. scale: of the latents."""
     model = random_model(3, torch.float64, num_classes=2)
     weights = model.block_weights(1)
-    engine = make_engines("torch", [weights], device=CPU, dtype=torch.float64, compile=False)[0]
+    engine = make_engines("torch", [weights], Request(CPU, torch.float64, False))[0]
     return Problem(1, engine, scale * random_latents(model, 3), condition)
 
 

@@ -27,13 +27,15 @@ from test_engine import GUIDED, expected, poisoned
 from tolerances import BF16_BIAS, BF16_BITS, BF16_IMAGE, GOLDEN, assert_close, error_budget, max_error
 from torch import Tensor
 
-from tarflow_fast.checkpoint import load_pretrained
-from tarflow_fast.engine import BlockState, Condition, Guidance, backends, choose_backend
-from tarflow_fast.engine.cpu_engine import CpuEngine, cpu_missing
+from tarflow_fast.backend import backends, choose_backend
+from tarflow_fast.backend.cpu.engine import CpuEngine, cpu_missing
+from tarflow_fast.checkpoints.checkpoint import load_pretrained
+from tarflow_fast.engine import BlockState, Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.errors import ArgumentError, BackendError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 from tarflow_fast.native import ISA_VARIABLE, choose_instruction_set, instruction_sets, load_native
-from tarflow_fast.sampler import Sampler
+from tarflow_fast.sampling.sampler import Sampler
 
 if cpu_missing() is not None:
     pytest.skip(str(cpu_missing()), allow_module_level=True)
@@ -457,25 +459,25 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
 
 
 def test_what_it_cannot_do_goes_to_torch_with_the_reason() -> None:
-    assert choose_backend("auto", CPU, torch.float32, False)[0] == "cpu"
-    assert choose_backend("auto", CPU, torch.bfloat16, False)[0] == "cpu"
+    assert choose_backend("auto", Request(CPU, torch.float32, False))[0] == "cpu"
+    assert choose_backend("auto", Request(CPU, torch.bfloat16, False))[0] == "cpu"
     for dtype, compile, reason in (
         (torch.float64, False, "no float64"),
         (torch.float16, False, "no float16"),
         (torch.float32, True, "nothing to compile"),
     ):
-        name, why = choose_backend("auto", CPU, dtype, compile)
+        name, why = choose_backend("auto", Request(CPU, dtype, compile))
         assert name == "torch"
         assert reason in why
         with pytest.raises(BackendError, match=rf"backend 'cpu' cannot be had: .*{reason}.* or\s.*backend='torch'"):
-            choose_backend("cpu", CPU, dtype, compile)
+            choose_backend("cpu", Request(CPU, dtype, compile))
     with pytest.raises(BackendError, match="cannot run on cuda"):
-        choose_backend("cpu", torch.device("cuda"), torch.float32, False)
+        choose_backend("cpu", Request(torch.device("cuda"), torch.float32, False))
 
 
 def test_without_the_compiled_module_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tarflow_fast._cpu", None)
-    name, why = choose_backend("auto", CPU, torch.float32, False)
+    name, why = choose_backend("auto", Request(CPU, torch.float32, False))
     assert name == "torch"
     assert "install a C++17 compiler" in why
     status = next(status for status in backends() if status.name == "cpu")
@@ -501,7 +503,7 @@ def test_peak_memory(dtype: str, sizes: tuple[int, ...]) -> None:
 import sys, torch
 sys.path[:0] = sys.argv[1:]
 from cases import random_model
-from tarflow_fast.sampler import Sampler
+from tarflow_fast.sampling.sampler import Sampler
 
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
@@ -515,7 +517,7 @@ sampler = Sampler(model, backend="cpu", dtype=torch.{dtype})
 report = sampler.sample(batch).report
 taken = (kilobytes("VmHWM") - before) * 1024
 copied = sum(value.nbytes for value in sampler._model.state_dict().values())
-packed = sum(engine.packed_bytes for engine in sampler._engines)
+packed = sum(engine.packed_bytes for engine in sampler.engines)
 assert packed + report.cache_bytes > 40e6
 print(taken - copied - packed - report.cache_bytes)
 """
@@ -557,7 +559,7 @@ def test_the_sampler_hands_on_the_number_of_threads(monkeypatch: pytest.MonkeyPa
     images = []
     for threads in (None, 3):
         sampler = Sampler(model, backend="cpu", threads=threads)
-        for engine in sampler._engines:
+        for engine in sampler.engines:
             engine._native = Spy(engine._native)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         images.append(sampler.sample(3).images)

@@ -15,10 +15,14 @@ from tolerances import BATCH, GOLDEN, assert_close, error_budget, max_error
 from torch import Tensor
 
 from tarflow_fast import BackendError, NonFiniteError, Sampler, reference
-from tarflow_fast.engine import Condition, Guidance, backends, choose_backend, cuda_engine, cuda_plan
-from tarflow_fast.engine.cuda_engine import CudaEngine, cuda_missing, head_dim_missing, load_native
+from tarflow_fast.backend import backends, choose_backend
+from tarflow_fast.backend.cuda import engine as cuda_engine
+from tarflow_fast.backend.cuda import plan as cuda_plan
+from tarflow_fast.backend.cuda.engine import CudaEngine, cuda_missing, head_dim_missing, load_native
+from tarflow_fast.engine import Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 from tarflow_fast.solvers.frontier import Frontier
 from tarflow_fast.solvers.trail import SENSITIVITY, Trail
 
@@ -309,7 +313,7 @@ def test_what_cannot_be_had_is_refused() -> None:
     assert "nothing to compile" in str(cuda_missing(KERNEL_DEVICE, compile=True))
     assert "needs a CUDA device, and this is mps" in str(cuda_missing(torch.device("mps")))
     with pytest.raises(BackendError, match=r"^backend 'cuda' cannot be had: the CUDA engine has no float64"):
-        choose_backend("cuda", KERNEL_DEVICE, torch.float64, False)
+        choose_backend("cuda", Request(KERNEL_DEVICE, torch.float64, False))
 
 
 def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:

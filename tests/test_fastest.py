@@ -9,6 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,22 +22,17 @@ from hypothesis import strategies as st
 from test_engine import CPU, GUIDED, NATIVE
 from tolerances import GOLDEN
 
-from tarflow_fast import Sampler, sampler
+from tarflow_fast import Sampler
+from tarflow_fast.backend import make_engines, registry
+from tarflow_fast.backend.pytorch.engine import TorchEngine
 from tarflow_fast.devices import triton_missing
-from tarflow_fast.engine import (
-    BlockState,
-    Condition,
-    FastestEngine,
-    Guidance,
-    fastest,
-    make_engines,
-    registry,
-    timing,
-    trial,
-)
-from tarflow_fast.engine.fastest import Choices
-from tarflow_fast.engine.torch_engine import TorchEngine
+from tarflow_fast.engine import BlockState, Condition, Guidance, timing
+from tarflow_fast.engine import autotune as fastest
+from tarflow_fast.engine import probe as trial
+from tarflow_fast.engine.autotune import AutotunedEngine, Choices
+from tarflow_fast.engine.backend import Backend, Request
 from tarflow_fast.errors import BackendError, OutOfMemoryError
+from tarflow_fast.sampling import sampler
 
 PLAIN = Condition()
 GUIDED_CONDITION = Condition(None, GUIDED)
@@ -96,7 +92,7 @@ class Race:
                 name: functools.partial(self._make, k, name, options)
                 for name, options in {"torch": {}, **entrants}.items()
             }
-            self.blocks.append(FastestEngine(factories, torch.float32, self.choices))
+            self.blocks.append(AutotunedEngine(factories, torch.float32, self.choices))
 
     def _make(self, k: int, name: str, options: Any) -> Any:
         if isinstance(options, tuple):
@@ -105,7 +101,7 @@ class Race:
             raise options
         self.made.append((k, name))
         weights = self.model.block_weights(k)
-        inner = make_engines("torch", [weights], device=CPU, dtype=torch.float32, compile=False)[0]
+        inner = make_engines("torch", [weights], Request(CPU, torch.float32, False))[0]
         entrant = self.entrants[k, name] = Entrant(inner, **options)
         return entrant
 
@@ -431,7 +427,7 @@ LAWS = {
 def test_laws_of_engines(served: str, law: str) -> None:
     engine = test_engine.engine_of(random_model(), 0, "auto")
     state = engine.begin(random_latents(random_model(), 1), PLAIN)
-    assert isinstance(engine, FastestEngine)
+    assert isinstance(engine, AutotunedEngine)
     assert state.served is not None
     assert state.served[0] == served
     LAWS[law]()
@@ -480,15 +476,15 @@ def test_the_report_names_every_engine_that_served(monkeypatch: pytest.MonkeyPat
         return {"torch": 1.0, "cpu": 0.3 * batch[0]}[quick(engine)]
 
     batch = [0]
-    begin = FastestEngine.begin
+    begin = AutotunedEngine.begin
 
-    def beginning(self: FastestEngine, z: torch.Tensor, *arguments: Any, **named: Any) -> BlockState:
+    def beginning(self: AutotunedEngine, z: torch.Tensor, *arguments: Any, **named: Any) -> BlockState:
         batch[0] = z.shape[0]
         return begin(self, z, *arguments, **named)
 
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
     monkeypatch.setattr(trial, "seconds", told)
-    monkeypatch.setattr(FastestEngine, "begin", beginning)
+    monkeypatch.setattr(AutotunedEngine, "begin", beginning)
     monkeypatch.setattr(sampler, "choose_backend", lambda *request: ("auto", "the quickest of several"))
     report = Sampler(random_model()).sample(10, batch_size=4).report
     assert report.backend == "torch, cpu"
@@ -500,30 +496,38 @@ def test_the_report_names_every_engine_that_served(monkeypatch: pytest.MonkeyPat
 # What "auto" is on a GPU
 
 
-GPU = torch.device("cuda", 0)
-REQUEST = (GPU, torch.float32, False)
+REQUEST = Request(torch.device("cuda", 0))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **missing: str | None) -> None:
+    """Backends of these names can serve every request, or cannot, for the reason that is given."""
+    plain = registry.backend_named
+
+    def named(name: str) -> Backend:
+        return replace(plain(name), missing=lambda request: missing[name]) if name in missing else plain(name)
+
+    monkeypatch.setattr(registry, "backend_named", named)
 
 
 def test_none_but_proven_engines_serve_a_gpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cuda_missing", "triton_missing"):
-        monkeypatch.setattr(registry, name, lambda *request: None)
+    pretend(monkeypatch, cuda=None, triton=None)
     assert registry.PROVEN_ON_GPU == ("torch",)
     only = ("torch", "the best that has been measured on a GPU; backend='triton' and 'cuda' have not")
-    assert registry.choose_backend("auto", *REQUEST) == only
+    assert registry.choose_backend("auto", REQUEST) == only
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cuda"))
     several = ("auto", "the quickest of torch, cuda, measured for each size of batch")
-    assert registry.choose_backend("auto", *REQUEST) == several
-    monkeypatch.setattr(registry, "cuda_missing", lambda *request: "not built")
-    assert registry.choose_backend("auto", *REQUEST) == ("torch", "not built")
-    assert registry.choose_backend("auto", CPU, torch.float64, False)[0] == "torch"
+    assert registry.choose_backend("auto", REQUEST) == several
+    pretend(monkeypatch, cuda="not built")
+    assert registry.choose_backend("auto", REQUEST) == ("torch", "not built")
+    assert registry.choose_backend("auto", Request(CPU, torch.float64))[0] == "torch"
 
 
 def test_one_engine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
-    monkeypatch.setattr(sampler, "choose_backend", lambda *request: registry.choose_backend("auto", *REQUEST))
+    monkeypatch.setattr(sampler, "choose_backend", lambda *request: registry.choose_backend("auto", REQUEST))
     made = Sampler(model, solver="sequential")
     assert made.backend == "torch"
-    assert {type(engine) for engine in made._engines} == {TorchEngine}
+    assert {type(engine) for engine in made.engines} == {TorchEngine}
     assert made.sample(1).report.setup_seconds == 0
 
 
@@ -533,7 +537,7 @@ def test_triton_engines_share_a_pool_that_goes_with_the_last(monkeypatch: pytest
     monkeypatch.setattr(trial, "seconds", lambda engine, run: 1.0 if hasattr(engine, "pool") else 2.0)
     model = random_model(img_size=4)
     weights = [model.block_weights(k) for k in range(2)]
-    engines: Any = make_engines("auto", weights, device=KERNEL_DEVICE, dtype=torch.float32, compile=False)
+    engines: Any = make_engines("auto", weights, Request(KERNEL_DEVICE, torch.float32, False))
     z = random_latents(model, 2).to(KERNEL_DEVICE)
     states = [engine.begin(z, PLAIN) for engine in engines]
     first, second = (engine._engines["triton"] for engine in engines)

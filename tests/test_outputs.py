@@ -25,8 +25,8 @@ from tarflow_fast.cli import main
 from tarflow_fast.cli.terminal import Terminated
 from tarflow_fast.errors import NonFiniteError
 from tarflow_fast.images import to_uint8
-from tarflow_fast.report import Samples
-from tarflow_fast.sampler import Sampler
+from tarflow_fast.sampling.report import Samples
+from tarflow_fast.sampling.sampler import Sampler
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
 NAMES = ["tench, Tinca tinca", "7", "shark"]

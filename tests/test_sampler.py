@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tolerances import BATCH, GOLDEN, INVERSE_F64, assert_close
 from torch import Tensor, nn
 
-from tarflow_fast import reference, sampler
-from tarflow_fast.engine import backends
+from tarflow_fast import reference
+from tarflow_fast.adapters import accelerate
+from tarflow_fast.backend import backends
 from tarflow_fast.errors import (
     ArgumentError,
     BackendError,
@@ -23,9 +24,10 @@ from tarflow_fast.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from tarflow_fast.model import TarFlow
-from tarflow_fast.noise import latent_noise
-from tarflow_fast.sampler import Sampler, accelerate
+from tarflow_fast.models.tarflow import TarFlow
+from tarflow_fast.sampling import sampler
+from tarflow_fast.sampling.noise import latent_noise
+from tarflow_fast.sampling.sampler import Sampler
 
 golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -252,7 +254,7 @@ def test_large_requests_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = s.sample(7).images
     z = random_latents(model, 7)
     wanted_reverse = s.reverse(z)
-    room = int(3.5 * s._engines[0].bytes_per_sample(False) / sampler.MEMORY_SHARE)
+    room = int(3.5 * s.engines[0].bytes_per_sample(False) / sampler.MEMORY_SHARE)
     monkeypatch.setattr(sampler, "free_memory", lambda device: room)
     out = s.sample(7)
     assert out.report.batch_size == 3

@@ -16,11 +16,13 @@ from tolerances import GOLDEN, INVERSE_F64, assert_close
 from torch import Tensor
 
 from tarflow_fast import CheckpointError, NonFiniteError, Sampler, SolverPlan, load_pretrained, reference
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
+from tarflow_fast.backend import make_engines
+from tarflow_fast.backend.cpu.engine import cpu_missing
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.engine.contract import Moved
-from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 from tarflow_fast.solvers import adaptive, make_solvers, sequential
 from tarflow_fast.solvers.frontier import Frontier
 
@@ -32,7 +34,7 @@ NATIVE = pytest.param(
 
 def engine_of(model: TarFlow, backend: str = "torch", dtype: torch.dtype = torch.float64) -> BlockEngine:
     weights = model.block_weights(0)
-    return make_engines(backend, [weights], device=torch.device("cpu"), dtype=dtype, compile=False)[0]
+    return make_engines(backend, [weights], Request(torch.device("cpu"), dtype, False))[0]
 
 
 def solved(engine: BlockEngine, z: Tensor, condition: Condition = Condition()) -> BlockState:  # noqa: B008
@@ -327,10 +329,7 @@ def test_a_guess_is_in_the_order_of_its_block(k: int) -> None:
     model = louder(random_model(3, num_blocks=2, img_size=6), 0.05)
     sampler = Sampler(model, backend="torch")
     plan = sampler.learn_plan(64)
-    engine = make_engines(
-        "torch", [model.block_weights(k)], device=torch.device("cpu"),
-        dtype=torch.float32, compile=False,
-    )[0]  # fmt: skip
+    engine = make_engines("torch", [model.block_weights(k)], Request(torch.device("cpu")))[0]
     z = random_latents(model, 4)
     wanted = solved(engine, z)
     off = (plan.guess(k, z) - wanted.x).abs().mean()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import Sampler, load_pretrained
+from tarflow_fast.backend.cpu.engine import cpu_missing
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.engine.contract import Moved
-from tarflow_fast.engine.cpu_engine import cpu_missing
-from tarflow_fast.report import BlockReport
+from tarflow_fast.sampling.report import BlockReport
 from tarflow_fast.solvers import Solution, adaptive, errors
 from tarflow_fast.solvers.trail import MOVED, SAFETY, Trail, probe
 

@@ -11,7 +11,9 @@ from cases import random_latents, random_model
 from test_engine import CPU, GUIDED, engine_of
 from torch import Tensor
 
-from tarflow_fast.engine import BlockState, Condition, make_engines, timing, trial
+from tarflow_fast.backend import make_engines
+from tarflow_fast.engine import BlockState, Condition, timing
+from tarflow_fast.engine import probe as trial
 
 
 class Off:

@@ -16,15 +16,19 @@ from cases import KERNEL_DEVICE, random_latents, random_model
 from tolerances import GOLDEN, assert_close
 
 from tarflow_fast import BackendError, NonFiniteError, OutOfMemoryError, Sampler
-from tarflow_fast.engine import Condition, Guidance, choose_backend, triton_engine, triton_plan
+from tarflow_fast.backend import choose_backend
+from tarflow_fast.backend.pytorch.engine import TorchEngine
+from tarflow_fast.backend.triton import engine as triton_engine
+from tarflow_fast.backend.triton import plan as triton_plan
+from tarflow_fast.backend.triton.engine import TOKENS_PER_GRAPH, TritonEngine
+from tarflow_fast.backend.triton.workspace import KEPT, Pool, Size, Window, widened
+from tarflow_fast.engine import Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.engine.contract import BlockState
-from tarflow_fast.engine.torch_engine import TorchEngine
-from tarflow_fast.engine.triton_engine import TOKENS_PER_GRAPH, TritonEngine
-from tarflow_fast.engine.triton_workspace import KEPT, Pool, Size, Window, widened
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.kernels import affine_step, cached_attention, fixed_point_update, norm_linear
 from tarflow_fast.kernels.launch import launch, recording
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 
 ROOT = Path(__file__).parent.parent
 TUNED = TritonEngine._tuned  # see conftest.py
@@ -220,10 +224,10 @@ def test_a_pool_keeps_few_workspaces_and_gives_them_up_when_memory_is_short(monk
     held(3)
     assert [size.batch for size in pool._kept] == [4, 3]  # the least recently used first
     size = Size(model.config, torch.float32, KERNEL_DEVICE, 5, 1)
-    monkeypatch.setattr("tarflow_fast.engine.triton_workspace.free_memory", lambda device: size.bytes)
+    monkeypatch.setattr("tarflow_fast.backend.triton.workspace.free_memory", lambda device: size.bytes)
     assert held(5) == 2
     monkeypatch.setattr(
-        "tarflow_fast.engine.triton_workspace.free_memory", lambda device: 3 * size.bytes // 5 if pool._kept else 0
+        "tarflow_fast.backend.triton.workspace.free_memory", lambda device: 3 * size.bytes // 5 if pool._kept else 0
     )
     with pytest.raises(OutOfMemoryError, match=r"^z: 6 samples need 0 MiB on .*, 0 would fit"):
         held(6)
@@ -434,14 +438,14 @@ def test_requests_that_cannot_be_met_say_why(options: dict[str, Any], message: s
 def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow_fast.kernels.launch.interpreting", lambda: False)
     with pytest.raises(BackendError, match="backend 'triton' cannot be had: Triton kernels need a CUDA device"):
-        choose_backend("triton", torch.device("cpu"), torch.float32, False)
+        choose_backend("triton", Request(torch.device("cpu"), torch.float32, False))
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(BackendError, match="a C compiler, and there is none"):
-        choose_backend("triton", KERNEL_DEVICE, torch.float32, False)
+        choose_backend("triton", Request(KERNEL_DEVICE, torch.float32, False))
 
 
 @pytest.mark.skipif(KERNEL_DEVICE.type == "cuda", reason="a GPU may have it")

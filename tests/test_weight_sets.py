@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tarflow_fast as tff
 from tarflow_fast.errors import ArgumentError, CheckpointError, TarFlowWarning
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 
 SIZES: dict[str, Any] = {"in_channels": 3, "img_size": 4, "num_classes": 2}
 State = dict[str, Tensor]

@@ -34,8 +34,8 @@ from .terminal import echo
 
 if TYPE_CHECKING:
     from ..data import ImageData
-    from ..evaluate import BayesAccuracy, BitsPerDim
-    from ..model import TarFlow
+    from ..evaluation import BayesAccuracy, BitsPerDim
+    from ..models.tarflow import TarFlow
 
 
 def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | None, **how: Any) -> ImageData:
@@ -211,7 +211,7 @@ def eval_command(
 
         torch.set_num_threads(threads)
 
-    from ..evaluate import Noise, bayes_accuracy, bits_per_dim
+    from ..evaluation import Noise, bayes_accuracy, bits_per_dim
 
     for_bits = Noise.of(model, noise, noise_std, seed)
     conditional = model.config.num_classes > 0

@@ -13,14 +13,14 @@ from .options import Command, json_option, load_model, model_options, print_json
 from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..model import TarFlow
+    from ..models.tarflow import TarFlow
 
 
 def describe_installation() -> dict[str, Any]:
     import torch
 
     from .. import __version__
-    from ..engine import backends
+    from ..backend import backends
 
     return {
         "version": __version__,

@@ -21,7 +21,7 @@ from .terminal import echo
 if TYPE_CHECKING:
     import torch
 
-    from ..model import TarFlow
+    from ..models.tarflow import TarFlow
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -191,7 +191,7 @@ def load_model(
     head_dim: int | None = None,
 ) -> TarFlow:
     """The checkpoint at `path`, or the shipped model."""
-    from ..checkpoint import load, load_pretrained
+    from ..checkpoints.checkpoint import load, load_pretrained
 
     if path is not None:
         return load(path, weights=weights, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
@@ -204,8 +204,8 @@ def load_model(
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name; without one, the best that a backend runs on."""
+    from ..backend import backends
     from ..devices import check_device
-    from ..engine import backends
 
     if name is None:
         name = next(status.device for status in backends() if status.available)

@@ -22,7 +22,7 @@ import click
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..report import Samples
+    from ..sampling.report import Samples
     from .layout import Layout
 
 

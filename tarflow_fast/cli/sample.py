@@ -47,8 +47,8 @@ from .terminal import echo
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..model import TarFlow
-    from ..report import Report, Samples
+    from ..models.tarflow import TarFlow
+    from ..sampling.report import Report, Samples
 
 # How the shipped model is drawn from unless told otherwise. For other models: no guidance. For all: denoising
 # with the optimal step where the checkpoint records the Gaussian noise that it was trained with.
@@ -127,7 +127,7 @@ class Totals:
 
 def summary_lines(facts: dict[str, Any], model: TarFlow, chosen: Chosen, rows: bool) -> list[str]:
     """rows: whether each class has a row."""
-    from ..labels import known_names
+    from ..flow import known_names
 
     size, names = model.config.img_size, known_names(model.metadata)
     how = f"guidance {facts['guidance']:g}" if facts["guidance"] else "unguided"
@@ -399,8 +399,8 @@ def sample_command(
     labelled = chosen.entries is None or any(label >= 0 for label in chosen.entries)
     rule = drawing_rule(model, shipped=model_path is None, given=given, labelled=labelled)
 
-    from ..labels import known_names
-    from ..sampler import Sampler
+    from ..flow import known_names
+    from ..sampling.sampler import Sampler
 
     run = Run(
         n,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .. import serial
+from .. import host_ops
 from ..checks import GUIDE_WHAT, check_choice, check_number
 from ..errors import ArgumentError
 from ..scalars import check_flag
@@ -78,7 +78,7 @@ class BlockState:
     z: (B, T, D) latents, never written. x: (B, T, D) tokens; x[:, 0] = z[:, 0], the rest is the engine's to fill (it
     starts as a copy of z). token_log_det: (B, T), Σ_d xa that made each token, in nats of dx/dz; 0 for token 0.
     cache: the engine's own (keys, values, scratch). cache_bytes: its size. nonfinite: what `first_nonfinite` gives, if
-    the engine has seen it in passing. served: name and engine, where one of several was chosen (`fastest.py`).
+    the engine has seen it in passing. served: name and engine, where one of several was chosen (`autotune.py`).
     """
 
     z: Tensor
@@ -99,7 +99,7 @@ class BlockState:
         """The first token of each sample that has an infinity or NaN, T if none has; (B,) integers."""
         if self.nonfinite is not None:
             return self.nonfinite
-        bad = ~serial.all_finite(self.x, 2)
+        bad = ~host_ops.all_finite(self.x, 2)
         return torch.where(bad.any(1), bad.int().argmax(1), self.x.shape[1])
 
 
@@ -170,6 +170,10 @@ class BlockEngine(Protocol):
 
     def bytes_per_sample(self, guided: bool) -> int:
         """Memory that `begin` takes for each sample."""
+        ...
+
+    def served_by(self, batch: int, guided: bool) -> tuple[str, str] | None:
+        """The name of the backend that serves such a batch, and why, where it is chosen among several; else None."""
         ...
 
 

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import load, save
-from ..config import TarFlowConfig
+from ..backend import check_compile
+from ..checkpoints.checkpoint import load, save
 from ..data import ImageData, matched, renamed
 from ..devices import own_defaults
-from ..engine import check_compile
 from ..errors import (
     ArgumentError,
     CheckpointError,
@@ -32,10 +31,11 @@ from ..errors import (
     TrainingDiverged,
     TrainingStopped,
 )
-from ..evaluate import Noise, bits_per_dim
+from ..evaluation import Noise, bits_per_dim
 from ..images import save_grid
-from ..model import TarFlow
-from ..sampler import Sampler
+from ..models.config import TarFlowConfig
+from ..models.tarflow import TarFlow
+from ..sampling.sampler import Sampler
 from .batches import Batches
 from .config import DEFAULT_BATCH, TrainConfig
 from .folder import locked

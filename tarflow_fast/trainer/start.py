@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import load
+from ..checkpoints.checkpoint import load
 from ..data import ImageData
 from ..errors import ArgumentError
-from ..model import TarFlow
+from ..models.tarflow import TarFlow
 from .config import TrainConfig
 
 SIZES = ("patch_size", "channels", "num_blocks", "layers_per_block", "head_dim", "nvp", "img_size", "in_channels")

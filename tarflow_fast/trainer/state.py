@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..config import TarFlowConfig
+from ..checkpoints.torch_files import save_torch
 from ..errors import ArgumentError, CheckpointError, TrainingDiverged, first_line
 from ..files import replacing
-from ..model import TarFlow
-from ..torch_files import save_torch
+from ..models.config import TarFlowConfig
+from ..models.tarflow import TarFlow
 from .config import FREE_ON_RESUME, PATHS, TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
