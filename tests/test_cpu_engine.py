@@ -471,7 +471,7 @@ def test_what_it_cannot_do_goes_to_torch_with_the_reason() -> None:
         assert reason in why
         with pytest.raises(BackendError, match=rf"backend 'cpu' cannot be had: .*{reason}.* or\s.*backend='torch'"):
             choose_backend("cpu", Request(CPU, dtype, compile))
-    with pytest.raises(BackendError, match="cannot run on cuda"):
+    with pytest.raises(BackendError, match="cannot be had: it runs on the CPU, and this is cuda"):
         choose_backend("cpu", Request(torch.device("cuda"), torch.float32, False))
 
 
@@ -498,7 +498,7 @@ def test_packed_weights_take_no_more_than_the_weights() -> None:
 @pytest.mark.parametrize("sizes", [(32, 64, 4, 2, 160), (16, 512, 8, 1, 1)], ids=["large batch", "large block"])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_peak_memory(dtype: str, sizes: tuple[int, ...]) -> None:
-    """Making a sampler and drawing takes its copy of the model, the packed weights, one KV cache, and at most 64 MB."""
+    """Making a sampler and drawing takes the packed weights, one KV cache, and at most 64 MB."""
     code = f"""
 import sys, torch
 sys.path[:0] = sys.argv[1:]
@@ -516,10 +516,9 @@ before = kilobytes("VmRSS")
 sampler = Sampler(model, backend="cpu", dtype=torch.{dtype})
 report = sampler.sample(batch).report
 taken = (kilobytes("VmHWM") - before) * 1024
-copied = sum(value.nbytes for value in sampler._model.state_dict().values())
 packed = sum(engine.packed_bytes for engine in sampler.engines)
 assert packed + report.cache_bytes > 40e6
-print(taken - copied - packed - report.cache_bytes)
+print(taken - packed - report.cache_bytes)
 """
     arguments = [sys.executable, "-W", "ignore", "-c", code, os.path.dirname(__file__)]
     done = subprocess.run(arguments, timeout=120, check=True, capture_output=True, text=True)

@@ -429,6 +429,6 @@ def test_tolerance_and_plan_are_for_parallel_passes() -> None:
     with pytest.raises(ArgumentError, match=r"^tol: expected None with solver='sequential', which is exact"):
         Sampler(random_model(), solver="sequential", tol=1e-3)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got -1"):
-        make_solvers("adaptive", -1, None, dtype=torch.float32, blocks=2, tokens=16)
+        make_solvers("adaptive", -1, None, dtype=torch.float32, shapes=[random_model().config.block_shape] * 2)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got '1'"):
         Sampler(random_model(), tol="1")  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch import Tensor
 from tarflow_fast.backend import make_engines
 from tarflow_fast.engine import BlockState, Condition, timing
 from tarflow_fast.engine import probe as trial
+from tarflow_fast.engine.backend import Request
 
 
 class Off:
@@ -90,9 +91,9 @@ def test_rounding_is_no_disagreement(dtype: torch.dtype) -> None:
     """Another dtype's engine, which is as far off as an engine that rounds otherwise."""
     model = random_model(7, num_classes=3, layers_per_block=2, img_size=12)
     weights = model.block_weights(0)
-    make = functools.partial(make_engines, blocks=[weights], device=CPU, compile=False)
+    make = functools.partial(make_engines, "torch", [weights])
     condition = Condition(torch.tensor([0, 1, -1]), GUIDED)
-    half, full = (make("torch", dtype=each)[0] for each in (dtype, torch.float32))
+    half, full = (make(Request(CPU, each))[0] for each in (dtype, torch.float32))
     z = random_latents(model, 3)
     trusted, _ = trial.trial(half, z, condition, [])
     pieces, _ = trial.trial(full, z, condition, trusted)

@@ -110,7 +110,7 @@ def test_a_chain_of_split_tiles_makes_the_same_tokens(monkeypatch: pytest.Monkey
 
 
 def test_scratch_memory_suffices_for_attention() -> None:
-    size = Size(random_model().config, torch.float32, KERNEL_DEVICE, 3, 2)
+    size = Size(random_model().config.block_shape, torch.float32, KERNEL_DEVICE, 3, 2)
     tile = cached_attention.Tile(tokens=2, splits=8)
     plan = replace(triton_plan.interpreted(SHAPE), attention=tile)
     values, counters = tile.scratch(6, 1, 1, 64)
@@ -223,7 +223,7 @@ def test_a_pool_keeps_few_workspaces_and_gives_them_up_when_memory_is_short(monk
     assert [held(batch) for batch in (1, 2, 3, 4)] == [1, 2, KEPT, KEPT]
     held(3)
     assert [size.batch for size in pool._kept] == [4, 3]  # the least recently used first
-    size = Size(model.config, torch.float32, KERNEL_DEVICE, 5, 1)
+    size = Size(model.config.block_shape, torch.float32, KERNEL_DEVICE, 5, 1)
     monkeypatch.setattr("tarflow_fast.backend.triton.workspace.free_memory", lambda device: size.bytes)
     assert held(5) == 2
     monkeypatch.setattr(

@@ -201,6 +201,11 @@ def save(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in WEIGHTS):
         got = short(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
         raise ArgumentError("dtype", "one of " + ", ".join(f"torch.{short(each)}" for each in WEIGHTS), got)
+    blocks: Any = model.blocks
+    for k, block in enumerate(blocks):
+        if block.permutation != model.config.permutation(k):
+            expected = "blocks that read the tokens in turns from the first and from the last, as files tell no order"
+            raise ArgumentError("model", expected, f"{block.permutation} in block {k}")
     text = _card_text(model, card)
     beside = None if text is None else _card_path(path, text)
     state = {
@@ -422,7 +427,7 @@ def _weight(
     value = _read(key, value)
     if not host_ops.all_finite(value):
         raise CheckpointError(f"{key}: expected finite weights, got infinities or NaNs")
-    if share and (value.dtype, value.device) == (dtype, torch.device(device)):
+    if share and (value.dtype, value.device) == (dtype, torch.device(device)) and not value.is_inference():
         return value
     weight, most = host_ops.converted(value, device, dtype), torch.finfo(dtype).max
     if most < torch.finfo(value.dtype).max and not host_ops.all_finite(weight):

@@ -179,11 +179,16 @@ def _plain(model: TarFlow, device: torch.device) -> TarFlow:
         plain_model = TarFlow.from_config(model.config)
         plain_model.blocks = nn.ModuleList([FlowBlock(block.shape, block.permutation) for block in blocks])
     with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is made in
-        weights = {key: value.detach().to(device) for key, value in model.state_dict().items()}
+        weights = {key: _lasting(value.detach().to(device)) for key, value in model.state_dict().items()}
     _check_values(plain_model, weights)
-    plain_model.load_state_dict(weights, assign=True)
+    plain_model.requires_grad_(False).load_state_dict(weights, assign=True)
     plain_model.metadata = copy.deepcopy(model.metadata)
-    return plain_model.requires_grad_(False)
+    return plain_model
+
+
+def _lasting(x: Tensor) -> Tensor:
+    """x, as a copy if it was made in inference mode: autograd takes no such tensor."""
+    return x.clone() if x.is_inference() else x
 
 
 def _check_values(model: TarFlow, weights: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import host_ops
 from ..backend import check_compile, check_threads, choose_backend, make_engines
@@ -24,6 +24,7 @@ from ..checks import (
     check_count,
     check_number,
     check_tensor,
+    check_weights,
     short,
     warn_range,
 )
@@ -102,14 +103,14 @@ class Sampler:
         compile = check_compile(compile, self.device)
         self.backend, self.backend_reason = choose_backend(backend, Request(self.device, self.dtype, compile))
         self._threads = threads = check_threads(threads, self.backend)
-        if tol is not None:
-            check_number("tol", tol, 0, MOST_TOL)
-        self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
         with torch.inference_mode(False), torch.no_grad():  # a sampler outlives the mode that it is made in
             self.flow: Flow = model if isinstance(model, Flow) else model.flow(self.device)
             shapes = [stage.shape for stage in self.flow.stages]
             self.plan = None if plan is None else check_plan(plan, shapes)
             self.solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, shapes=shapes)
+            if tol is not None:
+                check_number("tol", tol, 0, MOST_TOL)
+            self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
             request = Request(self.device, self.dtype, compile, threads)
             self.engines = make_engines(self.backend, (stage.weights() for stage in self.flow.stages), request)
             self._prior_std = self.flow.prior_var.to(self.device).sqrt()
@@ -482,6 +483,9 @@ def check_plan(plan: object, shapes: Sequence[BlockShape]) -> SolverPlan:
 
 
 def check_flow_of(model: object) -> None:
-    """Raises ArgumentError unless this is a model that gives its flow."""
-    if not isinstance(model, Flow) and not callable(getattr(model, "flow", None)):
-        raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", type(model).__name__)
+    """Raises ArgumentError unless this is a model that gives its flow, of weights that have values."""
+    if isinstance(model, type) or not (isinstance(model, Flow) or callable(getattr(model, "flow", None))):
+        got = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", got)
+    if isinstance(model, nn.Module):
+        check_weights(model)
