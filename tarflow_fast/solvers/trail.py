@@ -141,14 +141,13 @@ class Shown:
             error += scale * latents.double().numpy()
         largest = np.maximum.accumulate(self.size, 1)
         beyond = np.maximum(largest, LARGE)
-        growth = beyond[:, 1:] / beyond[:, :-1]
-        sensitivity[:, 1:] = np.where(growth > 1, np.maximum(sensitivity[:, 1:], growth), sensitivity[:, 1:])
-        linear = NEAR * largest
         before = np.zeros(len(error))
         with np.errstate(invalid="ignore", over="ignore"):  # of a sample that failed, which stays NaN
             for i in range(1, error.shape[1]):
                 before = np.maximum(before, error[:, i - 1])
-                error[:, i] += np.where(before > linear[:, i - 1], np.inf, sensitivity[:, i] * before)
+                growth = beyond[:, i] / beyond[:, i - 1]
+                passed = np.where(growth > 1, np.maximum(sensitivity[:, i], growth), sensitivity[:, i]) * before
+                error[:, i] += np.where(before > NEAR * largest[:, i - 1], np.inf, passed)
         return torch.from_numpy(error).float()
 
 
