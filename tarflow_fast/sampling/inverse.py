@@ -72,7 +72,7 @@ def invert(
             failures.setdefault(row, (k, first[row]))
         log_dets.append(state.log_det)
         earlier: Tensor | None = None if error is None else stage.enter_marks(error)
-        found = errors(engine, state, solutions[k].trail, earlier)
+        found = errors(engine, state, solutions[k].shown, earlier, engine.dtype)
         error = None if found is None else stage.leave(found)
         tokens = stage.leave(state.x)
         if trajectory:

@@ -10,7 +10,7 @@ import torch
 from ..checks import check_choice, check_number
 from ..engine.shape import BlockShape
 from ..errors import ArgumentError
-from .adaptive import adaptive, least_tol
+from .adaptive import adaptive
 from .auto import Auto, CostTable
 from .costs import Costs
 from .pace import Pace
@@ -56,12 +56,10 @@ def make_solvers(
     tol = TOL[dtype] if tol is None else check_number("tol", tol, 0)
     guesses = [None if plan is None else functools.partial(plan.guess, k) for k in range(len(shapes))]
     if solver == "adaptive":
-        return Solvers(functools.partial(adaptive, tol=tol, guess=guess, least=least_tol(dtype)) for guess in guesses)
+        return Solvers(functools.partial(adaptive, tol=tol, guess=guess, dtype=dtype) for guess in guesses)
     costs = CostTable()
     paces = [Pace(shape.tokens, {}, {}) if plan is None else plan.pace(k) for k, shape in enumerate(shapes)]
-    solvers = Solvers(
-        Auto(tol, pace, costs, guess, least_tol(dtype)) for pace, guess in zip(paces, guesses, strict=True)
-    )
+    solvers = Solvers(Auto(tol, pace, costs, guess, dtype) for pace, guess in zip(paces, guesses, strict=True))
     solvers.costs = costs
     return solvers
 
