@@ -6,6 +6,7 @@ import json
 
 from ..models.density import check_model
 from ..models.tarflow import TarFlow
+from ..sizes import by
 
 CARD = "library_name: tarflow_fast"  # by which `save` knows a card of its own making
 
@@ -16,7 +17,7 @@ def model_card(model: TarFlow) -> str:
     It says what the model itself records, and leaves a place for data, licence and results, which it does not.
     """
     check_model(model, values=False)
-    config, known, patch = model.config, model.metadata, model.config.patch_size
+    config, known, sequences = model.config, model.metadata, model.config.layout == "tokens"
     kind = "class-conditional" if config.num_classes else "unconditional"
     parameters = sum(p.numel() for p in model.parameters())
     names = known.get("class_names")
@@ -25,9 +26,14 @@ def model_card(model: TarFlow) -> str:
         noise = "uniform (dequantisation)"
     elif known.get("noise_std"):
         noise = f"Gaussian, σ = {known['noise_std']:g}; `denoise=True` takes it off"
+    tokens = f"{config.num_patches} tokens of {config.token_dim} values"
+    height, width = config.image_size
+    images = {
+        "images": f"{config.in_channels} × {height} × {width}, values from −1 to 1",
+        "patches": f"{by(config.patch_size)}; {tokens}",
+    }
     rows = {
-        "images": f"{config.in_channels} × {config.img_size} × {config.img_size}, values from −1 to 1",
-        "patches": f"{patch}×{patch}; {config.num_patches} tokens of {config.token_dim} values",
+        **({"sequences": tokens} if sequences else images),
         "flow blocks": f"{config.num_blocks}, {'affine' if config.nvp else 'volume-preserving'}",
         "transformer": f"{config.layers_per_block} layers, width {config.channels}, heads of {config.head_dim}",
         "parameters": f"{parameters:,}",
@@ -40,10 +46,11 @@ def model_card(model: TarFlow) -> str:
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
     labels = ", labels=[0, 1]" if config.num_classes else ""
     denoise = ", denoise=True" if known.get("noise_std") and known.get("noise_type") != "uniform" else ""
+    task = "" if sequences else "pipeline_tag: unconditional-image-generation\n"
+    drawn = "sequences" if sequences else "images"
     return f"""---
 {CARD}
-pipeline_tag: unconditional-image-generation
-tags:
+{task}tags:
 - tarflow
 - normalizing-flow
 ---
@@ -61,7 +68,7 @@ of `tarflow_fast`.
 import tarflow_fast as tff
 
 model = tff.load("model.safetensors")  # or "hf://owner/name"
-images = tff.Sampler(model).sample(16{labels}{denoise}, seed=0).images
+{drawn} = tff.Sampler(model).sample(16{labels}{denoise}, seed=0).images
 ```
 
 ## Data, licence, results

@@ -25,8 +25,9 @@ from ..devices import check_device, check_dtype
 from ..errors import ArgumentError, CheckpointError, TarFlowWarning
 from ..files import check_path, replacing
 from ..forking import safe_in_forked_child
-from ..models.config import Size, TarFlowConfig, checked_size, pair
+from ..models.config import TarFlowConfig
 from ..models.tarflow import TarFlow
+from ..sizes import Size, checked_size, pair
 from . import hub
 from .card import CARD, model_card
 from .safetensors_files import save_safetensors

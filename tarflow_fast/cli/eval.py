@@ -47,7 +47,11 @@ def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | N
 
     config = model.config
     channels = config.in_channels if config.in_channels in (1, 3) else 3  # others are not pictures' to have
-    data = load_images(path, size=config.img_size, channels=channels, **how)
+    if config.layout == "tokens":
+        if how["layout"] not in ("auto", "tokens"):
+            raise click.UsageError(f"--layout: expected tokens, as the model's data are sequences, got {how['layout']}")
+        how["layout"] = "tokens"
+    data = load_images(path, size=None if config.layout == "tokens" else config.img_size, channels=channels, **how)
     data = data if names is None else renamed(data, names, "--class-names")
     given = "--data" if names is None else "--class-names"
     data = matched(data, model.metadata.get("class_names"), config.num_classes, given)
@@ -92,8 +96,8 @@ Examples:
     metavar="PATH",
     section="Data",
     help="A folder with a sub-folder of pictures for each class, or with MNIST's IDX files; an IDX file; a .npz file "
-    "with images (N,S,S[,ch] or N,ch,S,S) and labels; or a .npy file. Classes are matched by name, and by number where "
-    "the data has no names.",
+    "with images (N,H,W[,ch] or N,ch,H,W) or sequences (N,T,D), and labels; or a .npy file. Classes are matched "
+    "by name, and by number where the data has no names.",
 )
 @option(
     "--split",

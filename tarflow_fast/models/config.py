@@ -10,13 +10,10 @@ from ..engine.shape import BlockShape
 from ..errors import ArgumentError
 from ..permutation import Permutation
 from ..scalars import check_flag, plain
+from ..sizes import Size, check_side, checked_size, pair
 
 EXPANSION = 4  # of the MLP's width over the stream's
 LAYOUTS = ("image", "tokens")
-
-MOST = 2**31 - 1  # of any size
-
-Size = int | tuple[int, int]  # of a square, or (height, width)
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class TarFlowConfig:
             elif name in ("img_size", "patch_size"):
                 value = checked_size(name, value)
             else:
-                _check_count(name, value, 0 if name == "num_classes" else 1)
+                check_side(name, value, 0 if name == "num_classes" else 1)
             object.__setattr__(self, name, value)
         for side, patch in zip(self.image_size, self.patch_shape, strict=True):
             if side % patch:
@@ -78,8 +75,8 @@ class TarFlowConfig:
         head_dim: int = 64,
     ) -> TarFlowConfig:
         """The sizes of a model of sequences, (B, tokens, token_dim)."""
-        _check_count("tokens", tokens, 1)
-        _check_count("token_dim", token_dim, 1)
+        check_side("tokens", tokens, 1)
+        check_side("token_dim", token_dim, 1)
         sizes = (channels, num_blocks, layers_per_block, nvp, num_classes, head_dim)
         return cls(token_dim, (tokens, 1), 1, *sizes, layout="tokens")
 
@@ -143,28 +140,3 @@ class TarFlowConfig:
         if self.layout == "image":
             del values["layout"]
         return values
-
-
-def _check_count(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
-        bound = f"an integer >= {low}" + (f" and <= {MOST}" if isinstance(value, int) and value > MOST else "")
-        raise ArgumentError(name, bound, repr(value))
-
-
-def pair(size: Size) -> tuple[int, int]:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else size
-
-
-def checked_size(name: str, value: Any) -> Size:
-    """One number for a square, else (height, width). Raises ArgumentError for anything else."""
-    if not isinstance(value, (tuple, list)):
-        _check_count(name, value, 1)
-        size: int = value
-        return size
-    sides = tuple(plain(side) for side in value)
-    if len(sides) != 2:
-        raise ArgumentError(name, "an integer >= 1, or (height, width)", repr(value))
-    for side in sides:
-        _check_count(name, side, 1)
-    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])

@@ -22,8 +22,9 @@ from ..checks import (
 )
 from ..errors import ArgumentError, BackendError
 from ..limits import most_threads
+from ..sizes import Size
 from .attention import ATTENTION_BACKENDS
-from .config import Size, TarFlowConfig
+from .config import TarFlowConfig
 from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .flow_block import Attention, FlowBlock
 

@@ -89,6 +89,9 @@ class TrainState:
         before, now = metadata.get("class_names"), self.average.metadata.get("class_names")
         if metadata and before != now:
             raise ArgumentError("data", f"the classes of the run to be continued, {before!r}", repr(now))
+        sizes = self.model.config.to_dict()
+        if content.get("sizes", sizes) != sizes:
+            raise ArgumentError("data", "data of the shape in the run to be continued", self.model.config.data_shape)
         self.average.metadata.update(metadata)
         try:
             for module, name in ((self.model, "model"), (self.average, "ema")):
