@@ -47,8 +47,8 @@ data_options = combine(
         metavar="PATH",
         section="Data",
         help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images or "
-        "sequences, labels), a .npy file, an IDX file, or a folder of MNIST's four IDX files; or a folder with train and "
-        "val or test halves. Required but with --resume.",
+        "sequences, labels), a .npy file, an IDX file, or a folder of MNIST's four IDX files; or a folder with train "
+        "and val or test halves. Required but with --resume.",
     ),
     option(
         "--eval-data",
