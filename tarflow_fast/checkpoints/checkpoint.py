@@ -38,6 +38,7 @@ from .weight_sets import choose, is_mask, shown, some
 
 HEADER = "tarflow_fast"  # our entry in a safetensors file's metadata: JSON of {"config": …, "metadata": …}
 PRETRAINED = ("fashion_mnist",)
+HEAD_DIM = 64  # of models that do not record it
 # {dataset}_model_{patch}_{channels}_{blocks}_{layers}_{noise}.pth, as ml-tarflow's train.py names its files, and what
 # browsers and people put behind that, which tells nothing else of a model. Another number would.
 _ML_TARFLOW_NAME = re.compile(
@@ -276,7 +277,9 @@ def _recorded_card(path: Path) -> str | None:
 
 def _left_open(config: TarFlowConfig, stem: str, state: Weights) -> dict[str, Any]:
     """What `load` has to be told to get this model from its weights alone."""
-    wanted: dict[str, Any] = {"patch_size": config.patch_size, "head_dim": config.head_dim}
+    wanted: dict[str, Any] = {"patch_size": config.patch_size}
+    if config.head_dim != HEAD_DIM:
+        wanted["head_dim"] = config.head_dim
     if config.layout != "image" or isinstance(config.img_size, tuple):
         wanted["img_size"] = config.img_size
     try:
@@ -314,8 +317,10 @@ def infer_config(
     classes = state.get("blocks.0.class_embed")
     if classes is not None and (len(classes.shape) != 3 or not classes.shape[0]):
         raise CheckpointError(f"blocks.0.class_embed: expected (classes, 1, {C}), got shape {tuple(classes.shape)}")
-    if head_dim is None and C % 64:
-        raise CheckpointError(f"its width {C} is no multiple of 64, and it does not record its heads; give head_dim")
+    if head_dim is None and C % HEAD_DIM:
+        raise CheckpointError(
+            f"its width {C} is no multiple of {HEAD_DIM}, and it does not record its heads; give head_dim"
+        )
     return TarFlowConfig(
         in_channels=in_channels,
         img_size=img_size,
@@ -325,7 +330,7 @@ def infer_config(
         layers_per_block=layers,
         nvp=outputs == 2 * D,
         num_classes=0 if classes is None else classes.shape[0],
-        head_dim=64 if head_dim is None else head_dim,
+        head_dim=HEAD_DIM if head_dim is None else head_dim,
         layout=layout,
     )
 

@@ -47,11 +47,13 @@ def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | N
 
     config = model.config
     channels = config.in_channels if config.in_channels in (1, 3) else 3  # others are not pictures' to have
-    if config.layout == "tokens":
-        if how["layout"] not in ("auto", "tokens"):
-            raise click.UsageError(f"--layout: expected tokens, as the model's data are sequences, got {how['layout']}")
-        how["layout"] = "tokens"
-    data = load_images(path, size=None if config.layout == "tokens" else config.img_size, channels=channels, **how)
+    sequences, layout = config.layout == "tokens", how["layout"]
+    if sequences and layout not in ("auto", "tokens"):
+        raise click.UsageError(f"--layout: expected tokens, as the model's data are sequences, got {layout}")
+    if layout == "tokens" and not sequences:
+        raise click.UsageError("--layout: expected auto, NHWC or NCHW, as the model's data are images, got tokens")
+    how |= {"layout": "tokens", "size": None} if sequences else {"size": config.img_size}
+    data = load_images(path, channels=channels, **how)
     data = data if names is None else renamed(data, names, "--class-names")
     given = "--data" if names is None else "--class-names"
     data = matched(data, model.metadata.get("class_names"), config.num_classes, given)
