@@ -262,6 +262,15 @@ def test_a_pth_of_a_rectangle_is_told_its_size(tmp_path: Path) -> None:
         tff.load(tmp_path / "m.pth", img_size=(4, 8))
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 11])
+def test_a_pth_does_not_say_that_data_are_sequences(tokens: int, tmp_path: Path) -> None:
+    model = random_model(9, **{**SEQUENCE, "img_size": (tokens, 1)})
+    with pytest.warns(tff.TarFlowWarning, match="loaded as a model of images, not of sequences: save as .safetensors"):
+        tff.save(model, tmp_path / "m.pth")
+    with pytest.raises(ArgumentError, match="patch_size: expected a patch size whose product divides"):
+        tff.load(tmp_path / "m.pth", patch_size=(2, 1))
+
+
 # --- measures --------------------------------------------------------------------------------------------------------
 
 

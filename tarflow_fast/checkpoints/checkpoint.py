@@ -228,10 +228,9 @@ def save(
         header = json.dumps(record)
     except (CheckpointError, TypeError, ValueError) as error:
         raise ArgumentError("model", "metadata that a file can hold", str(error)) from error
-    lost = _left_open(model.config, path.stem, state) if path.suffix.lower() == ".pth" else {}
+    lost = _lost(model.config, path.stem, state) if path.suffix.lower() == ".pth" else None
     if lost:
-        needed = ", ".join(f"{name}={value}" for name, value in lost.items())
-        said = f"{path}: a .pth holds weights alone; load it with {needed}, or save as .safetensors, which records that"
+        said = f"{path}: a .pth holds weights alone; {lost} save as .safetensors, which records that"
         warnings.warn(said, TarFlowWarning, stacklevel=3)
     with replacing(path) as partial:
         if path.suffix.lower() == ".pth":
@@ -275,12 +274,20 @@ def _recorded_card(path: Path) -> str | None:
         return None
 
 
+def _lost(config: TarFlowConfig, stem: str, state: Weights) -> str:
+    """What is to be done about what a `.pth` does not say of this model; empty where it says all."""
+    if config.layout == "tokens":
+        return "it is loaded as a model of images, not of sequences:"
+    needed = ", ".join(f"{name}={value}" for name, value in _left_open(config, stem, state).items())
+    return needed and f"load it with {needed}, or"
+
+
 def _left_open(config: TarFlowConfig, stem: str, state: Weights) -> dict[str, Any]:
     """What `load` has to be told to get this model from its weights alone."""
     wanted: dict[str, Any] = {"patch_size": config.patch_size}
     if config.head_dim != HEAD_DIM:
         wanted["head_dim"] = config.head_dim
-    if config.layout != "image" or isinstance(config.img_size, tuple):
+    if isinstance(config.img_size, tuple):
         wanted["img_size"] = config.img_size
     try:
         patch_size = _read_name(stem, state).get("patch_size")
@@ -546,7 +553,8 @@ def _split_token(D: int, in_channels: int | None, patch_size: Size | None) -> tu
     if patch_size is not None:
         pixels = math.prod(pair(patch_size))
         if D % pixels:
-            raise ArgumentError("patch_size", f"a patch size whose square divides the token size {D}", patch_size)
+            area = "square" if isinstance(patch_size, int) else "product"
+            raise ArgumentError("patch_size", f"a patch size whose {area} divides the token size {D}", patch_size)
         if in_channels not in (None, D // pixels):
             raise ArgumentError("in_channels", f"{D // pixels} with patch_size {patch_size}", in_channels)
         return D // pixels, patch_size
