@@ -63,8 +63,7 @@ def _images(engine: CudaEngine, z: torch.Tensor, labels: torch.Tensor) -> torch.
     sequential = state.x.clone()
     engine.fixed_point(state, 1, T)
     other = engine.begin(z, condition)
-    trail = Trail(other).values
-    engine.converge(other, z, [1] * B, trail, tol=1e-3, rounding=0.0, window=WINDOW, most=T)
+    engine.converge(other, z, [1] * B, Trail(other, tol=1e-3), window=WINDOW, most=T)
     return torch.stack([sequential, state.x, other.x])
 
 

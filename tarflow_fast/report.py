@@ -97,7 +97,8 @@ class Samples:
     images: (n, in_channels, H, W) on the training scale, [-1, 1] for images, not clamped. log_prob: (n,) in nats, the
     model's log p(x | y) of each image before denoising; None under guidance, which draws from another distribution.
     labels: (n,) or None. error: (n,), how far values of an image may be from those of the sequential solver, before
-    denoising and up to rounding, as the parallel passes show it (see `solvers/trail.py`); 0 if there were none.
+    denoising, by `tol` and by rounding, as the parallel passes show it (an estimate: see `solvers/trail.py`); infinite
+    where that is unknown, 0 if there were no such passes.
     trajectory: the latents, then the images after each block, [(n, in_channels, H, W)] * (K + 1), if asked for.
     """
 

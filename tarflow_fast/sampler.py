@@ -453,7 +453,8 @@ class Sampler:
             for row in (row for row, token in enumerate(first) if token < z.shape[1]):
                 failures.setdefault(row, (k, first[row]))
             log_dets.append(state.log_det)
-            error = _in_order(k, errors(self._engines[k], state, solutions[k].trail, _in_order(k, error)))
+            before = _in_order(k, error)
+            error = _in_order(k, errors(self._engines[k], state, solutions[k].shown, before, self.dtype))
             tokens.append(serial.flipped(state.x) if k % 2 else state.x)
         images = model.unpatchify(tokens[-1])
         blocks_log_det = torch.stack(log_dets).sum(0)

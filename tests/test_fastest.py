@@ -38,6 +38,7 @@ from tarflow_fast.engine import (
 from tarflow_fast.engine.fastest import Choices
 from tarflow_fast.engine.torch_engine import TorchEngine
 from tarflow_fast.errors import BackendError, OutOfMemoryError
+from tarflow_fast.solvers.trail import Trail
 
 PLAIN = Condition()
 GUIDED_CONDITION = Condition(None, GUIDED)
@@ -380,8 +381,8 @@ def test_passes_by_itself_are_asked_of_an_engine_that_can() -> None:
     race.entrants[0, "torch"].most_window = lambda state: 7  # type: ignore[attr-defined]
     race.entrants[0, "torch"].converge = lambda state, guess, reached, trail, **how: (reached, how)  # type: ignore[attr-defined]
     assert race.blocks[0].most_window(state) == 7
-    how = {"tol": 0.1, "rounding": 0.0, "window": 3, "most": 2}
-    assert race.blocks[0].converge(state, state.x, [1, 1], state.x, **how) == ([1, 1], how)  # type: ignore[arg-type, comparison-overlap]
+    how = {"window": 3, "most": 2}
+    assert race.blocks[0].converge(state, state.x, [1, 1], Trail(state), **how) == ([1, 1], how)  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("size", [2, 4, 6, 8, 10])

@@ -98,8 +98,9 @@ PYBIND11_MODULE(_cuda, m) {
     buffer->count = count;
   })
       .def("set_positions", &set_positions)
-      .def("set_tol", [](Params& params, float tol, float rounding) {
+      .def("set_tol", [](Params& params, float tol, float stream, float rounding) {
     params.tol = tol;
+    params.stream = stream;
     params.rounding = rounding;
   }).def("run", &run);
 }

@@ -77,7 +77,9 @@ struct Params {
   // Of each position: its sample, the token that is evaluated, and its column of `change`. Of SEQUENTIAL the sample
   // alone counts, of FRONTIER the sample and the column.
   int sample[MOST_ROWS], token[MOST_ROWS], column[MOST_ROWS];
-  float tol, rounding;  // of FRONTIER: see frontier.cuh; the share of a token's size that rounding may move it by
+  // Of FRONTIER, see frontier.cuh. stream, rounding: the share of a token's size that rounding of the residual stream,
+  // and of weights and cache, may move it by.
+  float tol, stream, rounding;
 };
 
 }  // namespace tarflow

@@ -183,6 +183,20 @@ class Converged(NamedTuple):
     residual: Tensor
 
 
+class PassTrail(Protocol):
+    """When a pass keeps what was guessed for a token, and where it notes what it found: `solvers/trail.py` makes it.
+
+    tol: how far a token may move and be kept; unless it is 0 at least the share `stream` of its largest value, or of 1,
+    by which rounding of the residual stream may move it. rounding: that share for weights and cache; what moves by less
+    shows nothing. values: (4, B, T) fp32, what passes showed.
+    """
+
+    tol: float
+    stream: float
+    rounding: float
+    values: Tensor
+
+
 @runtime_checkable
 class FrontierEngine(Protocol):
     """An engine that also makes pass after pass by itself, by the rule of `solvers/frontier.py`, and the host reads the
@@ -193,23 +207,12 @@ class FrontierEngine(Protocol):
         ...
 
     def converge(
-        self,
-        state: BlockState,
-        guess: Tensor,
-        reached: Sequence[int],
-        trail: Tensor,
-        *,
-        tol: float,
-        rounding: float,
-        window: int,
-        most: int,
+        self, state: BlockState, guess: Tensor, reached: Sequence[int], trail: PassTrail, *, window: int, most: int
     ) -> Converged:
         """Passes over [reached[b], reached[b] + window) of each sample b, until all are done, or `most` passes.
 
         guess: (B, T, D) finite, what a guess that overflows is replaced by. reached: 1 to T; keys and values of tokens
-        before reached[b] − 1 must be in the cache. trail: (4, B, T), see `solvers/trail.py`; passes are added to it.
-        tol: how far a token may move and still keep what was guessed; unless it is 0 at least what rounding may move it
-        by, which is the share `rounding` of its largest value, or of 1.
+        before reached[b] − 1 must be in the cache. trail: says which tokens are kept; passes are added to it.
         """
         ...
 

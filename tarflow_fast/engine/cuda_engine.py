@@ -25,6 +25,7 @@ from .contract import (
     Condition,
     Converged,
     Moved,
+    PassTrail,
     Progress,
     check_latents,
     check_plain,
@@ -212,24 +213,16 @@ class CudaEngine:
 
     @torch.no_grad()
     def converge(
-        self,
-        state: BlockState,
-        guess: Tensor,
-        reached: Sequence[int],
-        trail: Tensor,
-        *,
-        tol: float,
-        rounding: float,
-        window: int,
-        most: int,
+        self, state: BlockState, guess: Tensor, reached: Sequence[int], trail: PassTrail, *, window: int, most: int
     ) -> Converged:
         B = state.x.shape[0]
         if not 1 <= window <= self.most_window(state):
             raise ArgumentError("window", f"1 to {self.most_window(state)}", window)
         if tuple(guess.shape) != tuple(state.x.shape):
             raise ArgumentError("guess", f"shape {tuple(state.x.shape)}", tuple(guess.shape))
-        if tuple(trail.shape) != (4, *state.x.shape[:2]) or trail.dtype != torch.float32 or not trail.is_contiguous():
-            raise ArgumentError("trail", f"a contiguous float32 tensor {(4, *state.x.shape[:2])}", tuple(trail.shape))
+        values, shape = trail.values, (4, *state.x.shape[:2])
+        if tuple(values.shape) != shape or values.dtype != torch.float32 or not values.is_contiguous():
+            raise ArgumentError("trail", f"a contiguous float32 tensor {shape}", tuple(values.shape))
         groups = list(self._groups(list(range(B)), self._most_rows(state) // window))
         numbers = torch.zeros(2 * B + len(groups), dtype=torch.int32, device="cpu")
         numbers[:B] = torch.tensor(reached, dtype=torch.int32, device="cpu")
@@ -237,7 +230,7 @@ class CudaEngine:
         fronts, evaluations, passes = numbers.split([B, B, len(groups)])
         residual = state.x.new_zeros(B)
         state.nonfinite = None
-        state.cache.launch.set_tol(tol, rounding)
+        state.cache.launch.set_tol(trail.tol, trail.stream, trail.rounding)
         for i, samples in enumerate(groups):
             buffers = {
                 "input": state.x,
@@ -245,7 +238,7 @@ class CudaEngine:
                 "residual": residual,
                 "reached": fronts,
                 "evaluations": evaluations,
-                "trail": trail,
+                "trail": values,
                 "passes": passes[i : i + 1],
             }
             positions = [(sample, 0, column) for sample in samples for column in range(window)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..devices import free_memory
 from ..errors import BackendError, OutOfMemoryError
-from .contract import BlockEngine, BlockState, Condition, Converged, FrontierEngine, Moved, Progress
+from .contract import BlockEngine, BlockState, Condition, Converged, FrontierEngine, Moved, PassTrail, Progress
 from .trial import AGREE, difference, trial
 from .windows import Bounds
 
@@ -128,20 +128,11 @@ class FastestEngine:
         return engine.most_window(state) if isinstance(engine, FrontierEngine) else 0
 
     def converge(
-        self,
-        state: BlockState,
-        guess: Tensor,
-        reached: Sequence[int],
-        trail: Tensor,
-        *,
-        tol: float,
-        rounding: float,
-        window: int,
-        most: int,
+        self, state: BlockState, guess: Tensor, reached: Sequence[int], trail: PassTrail, *, window: int, most: int
     ) -> Converged:
         engine = _served(state)
         assert isinstance(engine, FrontierEngine)
-        return engine.converge(state, guess, reached, trail, tol=tol, rounding=rounding, window=window, most=most)
+        return engine.converge(state, guess, reached, trail, window=window, most=most)
 
     # The choice.
 

@@ -8,7 +8,7 @@ import torch
 
 from ..checks import check_choice, check_number
 from ..errors import ArgumentError
-from .adaptive import adaptive, least_tol
+from .adaptive import adaptive
 from .auto import Auto, CostTable
 from .costs import Costs
 from .pace import Pace
@@ -44,10 +44,10 @@ def make_solvers(
     tol = TOL[dtype] if tol is None else check_number("tol", tol, 0)
     guesses = [None if plan is None else functools.partial(plan.guess, k) for k in range(blocks)]
     if solver == "adaptive":
-        return [functools.partial(adaptive, tol=tol, guess=guess, least=least_tol(dtype)) for guess in guesses]
+        return [functools.partial(adaptive, tol=tol, guess=guess, dtype=dtype) for guess in guesses]
     costs = CostTable()
     paces = [Pace(tokens, {}, {}) if plan is None else plan.pace(k) for k in range(blocks)]
-    return [Auto(tol, pace, costs, guess, least_tol(dtype)) for pace, guess in zip(paces, guesses, strict=True)]
+    return [Auto(tol, pace, costs, guess, dtype) for pace, guess in zip(paces, guesses, strict=True)]
 
 
 __all__ = [

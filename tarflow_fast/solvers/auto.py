@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..engine.contract import BlockEngine, BlockState, Progress
@@ -43,7 +44,7 @@ class CostTable:
 
 class Auto:
     """The solver of one block. costs: shared by the blocks of a model. pace: of this block, and learns. guess: where
-    the passes start, from z; default at z. tol, least: see `adaptive`."""
+    the passes start, from z; default at z. tol, dtype: see `adaptive`."""
 
     def __init__(
         self,
@@ -51,9 +52,9 @@ class Auto:
         pace: Pace,
         costs: CostTable,
         guess: Callable[[Tensor], Tensor] | None = None,
-        least: float | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        self.tol, self.pace, self.costs, self.guess, self.least = tol, pace, costs, guess, least
+        self.tol, self.pace, self.costs, self.guess, self.dtype = tol, pace, costs, guess, dtype
 
     def __call__(self, engine: BlockEngine, state: BlockState, progress: Progress | None = None) -> Solution:
         B, T, _ = state.x.shape
@@ -65,7 +66,7 @@ class Auto:
             return sequential(engine, state, progress)
         most = self.pace.most(window, costs)
         solution = adaptive(
-            engine, state, progress, tol=self.tol, guess=self.guess, window=window, most=most, least=self.least
+            engine, state, progress, tol=self.tol, guess=self.guess, window=window, most=most, dtype=self.dtype
         )
         whole = (T - 1) / (T - 1 - solution.steps)  # if it was given up: what the block would take at that rate
         passes, evaluations = solution.passes - solution.steps, solution.evaluations / B - solution.steps

@@ -45,22 +45,30 @@ class Frontier:
     the passes showed.
     """
 
-    def __init__(self, engine: BlockEngine, state: BlockState, tol: float, guess: Tensor | None = None, start: int = 1):
+    def __init__(
+        self,
+        engine: BlockEngine,
+        state: BlockState,
+        tol: float,
+        guess: Tensor | None = None,
+        start: int = 1,
+        dtype: torch.dtype | None = None,
+    ):
         x = state.x
         B = x.shape[0]
         if guess is not None:
             x[:, start:] = guess[:, start:]
-        self.engine, self.state, self.tol = engine, state, tol
+        self.engine, self.state = engine, state
         self.reached = [start] * B
         self.evaluations = 0
         self.residual = x.new_zeros(B)
-        self.trail = Trail(state)
+        self.trail = Trail(state, dtype, tol)
         self._guess = torch.where(torch.isfinite(x), x, 0)
         x[:, start:] = self._guess[:, start:]
 
     def refine(self, tol: float, samples: Sequence[bool]) -> None:
         """Begins again with these samples, from the tokens as they are."""
-        self.tol = tol
+        self.trail.tol = tol
         self.reached = [1 if again else done for again, done in zip(samples, self.reached, strict=True)]
         self.residual.masked_fill_(torch.tensor(samples, device=self.residual.device), 0)
         self._guess = torch.where(torch.isfinite(self.state.x), self.state.x, 0)
@@ -89,16 +97,7 @@ class Frontier:
         return passes
 
     def _converge(self, engine: FrontierEngine, window: int, most: int) -> int:
-        done = engine.converge(
-            self.state,
-            self._guess,
-            self.reached,
-            self.trail.values,
-            tol=self.tol,
-            rounding=self.trail.rounding,
-            window=window,
-            most=most,
-        )
+        done = engine.converge(self.state, self._guess, self.reached, self.trail, window=window, most=most)
         self.reached = done.reached
         self.evaluations += done.evaluations
         self.residual = torch.maximum(self.residual, done.residual)
@@ -127,7 +126,7 @@ class Frontier:
 
         front, end = torch.tensor([fronts, ends], device=x.device).unsqueeze(-1)
         mine, size = (token >= front) & (token < end), before.abs().amax(-1)  # (B, W)
-        least = self.trail.noise(size).clamp(min=self.tol) if self.tol > 0 else 0
+        least = self.trail.least(size)
         still = (mine & (moved.change <= least)) | (token < front)
         still = still.cumprod(1).bool()
         x[at] = torch.where((still | ~mine).unsqueeze(-1), before, x[at])
