@@ -22,7 +22,7 @@ enum Mode : int {
   FRONTIER,     // parallel passes until every sample's frontier is at the end, see frontier.cuh
 };
 
-// Phases between two barriers, as bits of `left_out`.
+// Phases between two barriers, as bits of `skip_phases`.
 enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 
 // Names as in tarflow_fast/engine/cuda_plan.py and cuda_engine.py, which fill them in.
@@ -31,8 +31,8 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // L, affine (0 if volume-preserving).
 // Of the launch: mode; start, stop: of SEQUENTIAL; positions P: tokens that are evaluated at once, of one branch; branches
 // 1 or 2, R = P · branches; samples: of the whole batch, rows of a branch in the cache; guide_a, guide_b: what is guided;
-// left_out: phases that are not done, for measurements; of FRONTIER window W: tokens of a sample in a pass (P = W · samples
-// of the launch, sample after sample), most: passes.
+// skip_phases: phases that are not done, for measurements; of FRONTIER window W: tokens of a sample in a pass (P = W · samples
+// of the launch, sample after sample), max_passes.
 // Of the plan: slots of the ring; slot_k: inputs that a slot holds of 16 outputs; staged_rows: rows of a
 // product's input that are in shared memory at once, a multiple of 8; splits: blocks that share the keys of a row and head,
 // least_keys: what each takes at least;
@@ -40,7 +40,7 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // clang-format off
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(hidden_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
-  X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(left_out) X(window) X(most) X(slots) X(slot_k)             \
+  X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(skip_phases) X(window) X(max_passes) X(slots) X(slot_k)             \
   X(staged_rows) X(splits) X(least_keys) X(most_jobs)
 // clang-format on
 
