@@ -374,7 +374,7 @@ def test_passes_by_itself_are_asked_of_an_engine_that_can() -> None:
     race.entrants[0, "torch"].max_window = lambda state: 7  # type: ignore[attr-defined]
     race.entrants[0, "torch"].iterate_on_device = lambda state, guess, reached, trail, **how: (reached, how)  # type: ignore[attr-defined]
     assert race.blocks[0].max_window(state) == 7
-    how = {"window": 3, "most": 2}
+    how = {"window": 3, "max_passes": 2}
     assert race.blocks[0].iterate_on_device(state, state.x, [1, 1], Trail(state), **how) == ([1, 1], how)  # type: ignore[comparison-overlap]
 
 

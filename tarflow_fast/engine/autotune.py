@@ -50,8 +50,8 @@ class AutotunedEngine(EngineBase):
 
     factories: by name, what makes each engine to choose from, `BASELINE` among them. dtype: of their weights and cache.
     choices: shared by the blocks of a model: the block that a size of batch comes to first makes all engines and
-    measures them, the others make the one that was chosen. An engine that cannot be had for this model is left out; so is one that
-    fails, or disagrees with the trusted one, with a warning.
+    measures them, the others make the one that was chosen. An engine that cannot be had for this model is left out; so
+    is one that fails, or disagrees with the baseline, with a warning.
     """
 
     def __init__(self, factories: Factories, dtype: torch.dtype, choices: Choices):

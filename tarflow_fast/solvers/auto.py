@@ -2,8 +2,8 @@
 
 What a pass costs is measured for each size of batch; how many passes a block takes is learnt from the batches that go
 through it (`pass_estimate.py`). A window that may be the quickest is tried. One that turns out to be slower than the
-sequential pass is given up when as much time was spent on it, and the rest is left to the sequential pass: that batch then takes
-up to twice as long, and those after it do not.
+sequential pass is given up when as much time was spent on it, and the rest is left to the sequential pass: that batch
+then takes up to twice as long, and those after it do not.
 """
 
 from __future__ import annotations
