@@ -157,7 +157,7 @@ struct Pass {
 };
 
 // Shared memory: tokens of the positions; work and jobs of this block; sums, or what attention needs; X; the ring. As in
-// cuda_plan.py.
+// plan.py.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   const int layers = 4 * p.layers + 2, work_bytes = divide_up(4 * MOST_ROWS + 8 * (layers + p.most_jobs), 16) * 16;

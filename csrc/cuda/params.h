@@ -25,7 +25,7 @@ enum Mode : int {
 // Phases between two barriers, as bits of `skip_phases`.
 enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 
-// Names as in tarflow_fast/engine/cuda_plan.py and cuda_engine.py, which fill them in.
+// Names as in tarflow_fast/backend/cuda/plan.py and engine.py, which fill them in.
 //
 // Of the block: channels C, heads H, head_dim d, hidden_dim F of the MLP, tokens T, token_dim D, out_dim O (2D, or D if volume-preserving), layers
 // L, affine (0 if volume-preserving).
@@ -46,7 +46,7 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 
 // C', F', O', D': C, F, O, D rounded up to whole tiles; T type of weights and cache; fp32 unless said. Packed linear
 // layers are one after the other: proj_in, then qkv, proj, fc1, fc2 of each layer, then proj_out.
-//   weights    T, see pack_linear in cuda_pack.py; LayerNorm's γ and β are folded into qkv and fc1
+//   weights    T, see pack_linear in tarflow_fast/backend/cuda/pack.py; LayerNorm's γ and β are folded into qkv and fc1
 //   biases     of the same layers, each a whole number of tiles
 //   work       int32 (4 L + 2, blocks, 2): the first tile and the number of tiles of each packed layer and block
 //   jobs       int32 (blocks, most_jobs, 2): what a block fetches for a token, in its order: a place in `weights` and a
