@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from test_engine import GUIDED, expected, poisoned
 from tolerances import BF16_BIAS, BF16_BITS, BF16_IMAGE, GOLDEN, assert_close, error_budget, max_error
 from torch import Tensor
 
+import tarflow_fast as tff
 from tarflow_fast.backend import backends, choose_backend
 from tarflow_fast.backend.cpu.engine import CpuEngine, cpu_missing
 from tarflow_fast.checkpoints.checkpoint import load_pretrained
@@ -523,6 +525,36 @@ print(taken - packed - report.cache_bytes)
     arguments = [sys.executable, "-W", "ignore", "-c", code, os.path.dirname(__file__)]
     done = subprocess.run(arguments, timeout=120, check=True, capture_output=True, text=True)
     assert int(done.stdout) <= 64e6
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells the peak")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_of_a_model_and_its_sampler(tmp_path: Path, dtype: str) -> None:
+    """Loading a model and making a sampler of it takes its tensors, and at most 1.2 times the packed weights."""
+    path = tmp_path / "m.safetensors"
+    tff.save(random_model(img_size=8, channels=512, layers_per_block=3, num_blocks=4), path)
+    code = f"""
+import sys, torch, tarflow_fast as tff
+from tarflow_fast.sampling import Sampler
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+Sampler(tff.TarFlow(1, 4, 2, 64, 1, 1), backend="cpu")  # what is done once
+open("/proc/self/clear_refs", "w").write("5")
+before = kilobytes("VmRSS")
+model = tff.load(sys.argv[1])
+sampler = Sampler(model, backend="cpu", dtype=torch.{dtype})
+taken = (kilobytes("VmHWM") - before) * 1024
+tensors = sum(value.nbytes for value in model.state_dict().values())
+packed = sum(engine.packed_bytes for engine in sampler.engines)
+assert tensors > 100e6
+print(taken / (tensors + 1.2 * packed))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(path)], timeout=120, check=True, capture_output=True, text=True
+    )
+    assert float(done.stdout) <= 1
 
 
 def test_refused_arguments() -> None:

@@ -548,12 +548,12 @@ def test_a_spent_cache_is_taken_over_if_it_fits(backend: str) -> None:
     first.reverse(spent)
     made = spent.x.clone()
     spent.cache.keys_values.fill_(torch.nan)
-    state = second.begin(spent.x, Condition(), spent=spent)
+    state = second.begin(spent.x, Condition(), reuse=spent)
     assert state.cache.keys_values.data_ptr() == spent.cache.keys_values.data_ptr()
     second.reverse(state)
     assert_close(state.x, expected(model, 0, made, Condition())[0], GOLDEN)
     assert torch.equal(spent.x, made)
-    other = second.begin(z[:2], Condition(), spent=spent)
+    other = second.begin(z[:2], Condition(), reuse=spent)
     assert other.cache.keys_values.data_ptr() != spent.cache.keys_values.data_ptr()
 
 

@@ -26,9 +26,7 @@ from tarflow_fast import Sampler
 from tarflow_fast.backend import make_engines, registry
 from tarflow_fast.backend.pytorch.engine import TorchEngine
 from tarflow_fast.devices import triton_missing
-from tarflow_fast.engine import BlockState, Condition, Guidance, timing
-from tarflow_fast.engine import autotune as fastest
-from tarflow_fast.engine import probe as trial
+from tarflow_fast.engine import BlockState, Condition, Guidance, autotune, probe, timing
 from tarflow_fast.engine.autotune import AutotunedEngine, Choices
 from tarflow_fast.engine.backend import Backend, Request
 from tarflow_fast.errors import BackendError, OutOfMemoryError
@@ -54,20 +52,20 @@ class Entrant:
         ragged: bool = True,
     ):
         self.inner, self.seconds, self.off, self.fails, self.least = inner, seconds, off, fails, least
-        self.ragged, self.setup_seconds, self.idle_bytes = ragged, 0.0, 0
-        self.spent: list[BlockState | None] = []
+        self.ragged, self.setup_seconds, self.cached_bytes = ragged, 0.0, 0
+        self.reused: list[BlockState | None] = []
         self.batch = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def give_up_idle(self) -> None:
-        self.idle_bytes = 0
+    def empty_cache(self) -> None:
+        self.cached_bytes = 0
 
-    def begin(self, z: Any, condition: Condition, spent: BlockState | None = None) -> BlockState:
-        self.spent.append(spent)
+    def begin(self, z: Any, condition: Condition, reuse: BlockState | None = None) -> BlockState:
+        self.reused.append(reuse)
         self.batch = z.shape[0]
-        return self.inner.begin(z, condition, spent)
+        return self.inner.begin(z, condition, reuse)
 
     def reverse(self, state: BlockState, progress: Any = None, start: int = 1, stop: int | None = None) -> None:
         self.inner.reverse(state, progress, start, stop)
@@ -111,9 +109,9 @@ class Race:
 
     def serves(self, batch: int, condition: Condition = PLAIN, k: int = -1) -> str:
         state = self.blocks[k].begin(self.latents(batch), condition)
-        assert state.served is not None
+        assert state.delegate is not None
         name = self.blocks[k].served_by(batch, condition.guidance.active).name
-        assert state.served[0] == name
+        assert state.delegate[0] == name
         return name
 
 
@@ -125,7 +123,7 @@ def _told_times(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
         return engine.seconds(engine.batch) if isinstance(engine, Entrant) else 1.0
 
-    monkeypatch.setattr(trial, "seconds", told)
+    monkeypatch.setattr(probe, "seconds", told)
 
 
 def takes(seconds: float) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def test_guided_batches_are_another_size() -> None:
 
 
 def test_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "seconds", timing.seconds)
+    monkeypatch.setattr(probe, "seconds", timing.seconds)
 
     class Slow(Entrant):
         def reverse(self, *arguments: Any) -> None:
@@ -267,15 +265,15 @@ def test_measuring_leaves_no_trace() -> None:
 def test_a_spent_state_goes_to_the_engine_that_made_it_alone() -> None:
     race = Race(few={"seconds": lambda batch: 0.3 * batch})
     few = race.blocks[1].begin(race.latents(2), PLAIN)
-    same = race.blocks[0].begin(race.latents(2), PLAIN, spent=few)
-    assert race.entrants[0, "few"].spent == [few]
-    many = race.blocks[0].begin(race.latents(4), PLAIN, spent=same)
-    race.blocks[0].begin(race.latents(2), PLAIN, spent=many)
-    assert race.entrants[0, "few"].spent == [few, None, None]  # the second is the trial
-    assert race.entrants[0, "torch"].spent == [None, None]
+    same = race.blocks[0].begin(race.latents(2), PLAIN, reuse=few)
+    assert race.entrants[0, "few"].reused == [few]
+    many = race.blocks[0].begin(race.latents(4), PLAIN, reuse=same)
+    race.blocks[0].begin(race.latents(2), PLAIN, reuse=many)
+    assert race.entrants[0, "few"].reused == [few, None, None]  # the second is the probe
+    assert race.entrants[0, "torch"].reused == [None, None]
     stranger = race.entrants[0, "torch"].begin(race.latents(4), PLAIN)
-    race.blocks[0].begin(race.latents(4), PLAIN, spent=stranger)
-    assert race.entrants[0, "torch"].spent[-1] is None
+    race.blocks[0].begin(race.latents(4), PLAIN, reuse=stranger)
+    assert race.entrants[0, "torch"].reused[-1] is None
 
 
 def test_a_state_stays_with_the_engine_that_made_it() -> None:
@@ -295,7 +293,7 @@ def test_a_state_stays_with_the_engine_that_made_it() -> None:
 def test_setup_is_what_choosing_and_making_takes_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of engines that count their own, and are dropped again."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(fastest, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     race = Race(few={"seconds": lambda batch: 0.3 * batch}, loser=takes(9.0))
     make, begin = race._make, Entrant.begin
 
@@ -345,17 +343,17 @@ def test_idle_memory_is_given_up_where_another_engine_needs_it(monkeypatch: pyte
     for batch in (2, 4):
         race.serves(batch)
     few, other = (race.entrants[1, name] for name in ("few", "torch"))
-    few.idle_bytes, other.idle_bytes = 1000, 200
-    assert race.blocks[1].idle_bytes == 1200
+    few.cached_bytes, other.cached_bytes = 1000, 200
+    assert race.blocks[1].cached_bytes == 1200
     each = other.bytes_per_sample(False)
-    monkeypatch.setattr(fastest, "free_memory", lambda device: 4 * each)
+    monkeypatch.setattr(autotune, "free_memory", lambda device: 4 * each)
     race.serves(4)
-    assert race.blocks[1].idle_bytes == 1200
-    monkeypatch.setattr(fastest, "free_memory", lambda device: 4 * each - 1)
+    assert race.blocks[1].cached_bytes == 1200
+    monkeypatch.setattr(autotune, "free_memory", lambda device: 4 * each - 1)
     race.serves(4)
-    assert (few.idle_bytes, other.idle_bytes) == (0, 200)
-    race.blocks[1].give_up_idle()
-    assert race.blocks[1].idle_bytes == 0
+    assert (few.cached_bytes, other.cached_bytes) == (0, 200)
+    race.blocks[1].empty_cache()
+    assert race.blocks[1].cached_bytes == 0
 
 
 def test_ragged_if_all_that_serve_are() -> None:
@@ -372,12 +370,12 @@ def test_ragged_if_all_that_serve_are() -> None:
 def test_passes_by_itself_are_asked_of_an_engine_that_can() -> None:
     race = Race()
     state = race.blocks[0].begin(race.latents(2), PLAIN)
-    assert race.blocks[0].most_window(state) == 0
-    race.entrants[0, "torch"].most_window = lambda state: 7  # type: ignore[attr-defined]
-    race.entrants[0, "torch"].converge = lambda state, guess, reached, trail, **how: (reached, how)  # type: ignore[attr-defined]
-    assert race.blocks[0].most_window(state) == 7
-    how = {"window": 3, "most": 2}
-    assert race.blocks[0].converge(state, state.x, [1, 1], Trail(state), **how) == ([1, 1], how)  # type: ignore[comparison-overlap]
+    assert race.blocks[0].max_window(state) == 0
+    race.entrants[0, "torch"].max_window = lambda state: 7  # type: ignore[attr-defined]
+    race.entrants[0, "torch"].iterate_on_device = lambda state, guess, reached, trail, **how: (reached, how)  # type: ignore[attr-defined]
+    assert race.blocks[0].max_window(state) == 7
+    how = {"window": 3, "max_passes": 2}
+    assert race.blocks[0].iterate_on_device(state, state.x, [1, 1], Trail(state), **how) == ([1, 1], how)  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("size", [2, 4, 6, 8, 10])
@@ -394,7 +392,7 @@ def test_any_number_of_tokens(size: int) -> None:
 def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """backend="auto" of engines that are to be had here, of which this one is the quickest."""
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-    monkeypatch.setattr(trial, "seconds", lambda engine, run: 1.0 if quick(engine) == request.param else 2.0)
+    monkeypatch.setattr(probe, "seconds", lambda engine, run: 1.0 if quick(engine) == request.param else 2.0)
     return str(request.param)
 
 
@@ -429,8 +427,8 @@ def test_laws_of_engines(served: str, law: str) -> None:
     engine = test_engine.engine_of(random_model(), 0, "auto")
     state = engine.begin(random_latents(random_model(), 1), PLAIN)
     assert isinstance(engine, AutotunedEngine)
-    assert state.served is not None
-    assert state.served[0] == served
+    assert state.delegate is not None
+    assert state.delegate[0] == served
     LAWS[law]()
 
 
@@ -441,7 +439,7 @@ def test_laws_of_engines(served: str, law: str) -> None:
 def test_laws_of_windows_and_parts(backend: str, law: Any, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-        patch.setattr(trial, "seconds", lambda engine, run: 1.0 if quick(engine) == backend else 2.0)
+        patch.setattr(probe, "seconds", lambda engine, run: 1.0 if quick(engine) == backend else 2.0)
         law("auto", torch.float32, GOLDEN, GUIDED, data)
 
 
@@ -484,7 +482,7 @@ def test_the_report_names_every_engine_that_served(monkeypatch: pytest.MonkeyPat
         return begin(self, z, *arguments, **named)
 
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-    monkeypatch.setattr(trial, "seconds", told)
+    monkeypatch.setattr(probe, "seconds", told)
     monkeypatch.setattr(AutotunedEngine, "begin", beginning)
     monkeypatch.setattr(sampler, "choose_backend", lambda *request: ("auto", "the quickest of several"))
     report = Sampler(random_model()).sample(10, batch_size=4).report
@@ -535,7 +533,7 @@ def test_one_engine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
 def test_triton_engines_share_a_pool_that_goes_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "triton"))
-    monkeypatch.setattr(trial, "seconds", lambda engine, run: 1.0 if hasattr(engine, "pool") else 2.0)
+    monkeypatch.setattr(probe, "seconds", lambda engine, run: 1.0 if hasattr(engine, "pool") else 2.0)
     model = random_model(img_size=4)
     weights = [model.block_weights(k) for k in range(2)]
     engines: Any = make_engines("auto", weights, Request(KERNEL_DEVICE, torch.float32, False))
@@ -544,11 +542,11 @@ def test_triton_engines_share_a_pool_that_goes_with_the_last(monkeypatch: pytest
     first, second = (engine._engines["triton"] for engine in engines)
     assert first.pool is second.pool
     pool, each = weakref.ref(first.pool), engines[0].bytes_per_sample(False)
-    assert engines[0].idle_bytes == 0
+    assert engines[0].cached_bytes == 0
     states.clear()
-    assert 0 < engines[0].idle_bytes <= 4 * each
-    engines[0].give_up_idle()
-    assert engines[1].idle_bytes == 0
+    assert 0 < engines[0].cached_bytes <= 4 * each
+    engines[0].empty_cache()
+    assert engines[1].cached_bytes == 0
     del first, second
     for engine in engines:
         del engine._engines["triton"]

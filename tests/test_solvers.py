@@ -166,7 +166,7 @@ class Rectangular:
 @given(data=st.data())
 def test_a_batch_is_solved_as_its_samples_are_alone(ragged: bool, data: st.DataObject) -> None:
     """The same tokens at the same tolerance, in as many passes as the slowest takes; a ragged engine evaluates no more
-    than for the samples one by one, another one no more than a window from the hindmost to the foremost."""
+    than for the samples one by one, another one no more than a window from the slowest to the foremost."""
     batch = data.draw(st.integers(1, 5))
     model = louder(
         random_model(data.draw(st.integers(0, 99)), torch.float64, img_size=10), data.draw(st.floats(0.2, 2))
@@ -227,14 +227,14 @@ def test_windows_of_a_batch_that_an_engine_takes_as_one() -> None:
     state: Any = SimpleNamespace(x=torch.zeros(3, 12, 1), condition=Condition())
     engine.frontier = frontier = Frontier(engine, state, 0.5)  # type: ignore[arg-type]
     fronts, values = [], []
-    while frontier.hindmost < 12:
+    while frontier.slowest < 12:
         frontier.advance(2)
         fronts.append(frontier.reached)
         values.append(state.x[..., 0].tolist())
     # The first gains a token a pass until it comes to token 6, where nothing moves; the others two.
     assert [row[0] for row in fronts] == [2, 3, 4, 5, 6, 8, 10, 12]
     assert [row[1] for row in fronts] == [row[2] for row in fronts] == [3, 5, 7, 9, 11, 12, 12, 12]
-    # From the hindmost frontier to the foremost end of those that are not done.
+    # From the slowest frontier to the foremost end of those that are not done.
     assert engine.windows == [(1, 3), (2, 5), (3, 7), (4, 9), (5, 11), (6, 12), (8, 10), (10, 12)]
     assert frontier.evaluations == 3 * sum(stop - start for start, stop in engine.windows)
     # What is kept stays as it was; of the first sample's tokens each was given its new value when it was the front.

@@ -30,7 +30,7 @@ class Linear:
     def __init__(self, matrix: Tensor, scale: Tensor):
         self.matrix, self.scale = matrix.tril(-1), scale
 
-    def begin(self, z: Tensor, condition: Condition = Condition(), spent: Any = None) -> Any:  # noqa: B008
+    def begin(self, z: Tensor, condition: Condition = Condition(), reuse: Any = None) -> Any:  # noqa: B008
         return SimpleNamespace(x=z.clone(), z=z, condition=condition, token_log_det=torch.zeros(z.shape[:2]))
 
     def exact(self, z: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def test_what_a_pass_returns_is_its_own() -> None:
     engine.reverse(state)
     found = [state.x, state.token_log_det, state.first_nonfinite(), *engine.fixed_point(state, 1, 3)]
     kept = [each.clone() for each in found]
-    later = engine.begin(3 * z, Condition(), spent=state)
+    later = engine.begin(3 * z, Condition(), reuse=state)
     later.x[1, 0] = torch.inf
     engine.reverse(later)
     engine.fixed_point(later, 1, 3)
@@ -189,23 +189,23 @@ def test_a_workspace_goes_from_block_to_block_and_from_batch_to_batch() -> None:
     z = random_latents(model, 2)
     state = first.begin(z, Condition())
     workspace = state.cache
-    later = second.begin(z, Condition(), spent=state)
+    later = second.begin(z, Condition(), reuse=state)
     assert later.cache is workspace
-    assert pool.idle_bytes == 0
+    assert pool.cached_bytes == 0
     beside = first.begin(z, Condition())
     assert beside.cache is not workspace  # in use
     del later, beside
     assert first.begin(z, Condition()).cache.size == workspace.size
-    assert pool.idle_bytes == workspace.size.bytes
+    assert pool.cached_bytes == workspace.size.bytes
 
 
 def test_a_state_whose_memory_was_handed_on_is_refused() -> None:
     model, pool = random_model(img_size=4), Pool()
     engine, z = engine_of(model, 0, pool), random_latents(model, 2)
     spent = engine.begin(z, Condition())
-    owner = engine.begin(z, Condition(), spent=spent)
-    assert engine.begin(z, Condition(), spent=spent).cache is not owner.cache
-    guided = engine.begin(z, Condition(None, Guidance(1.0)), spent=owner)
+    owner = engine.begin(z, Condition(), reuse=spent)
+    assert engine.begin(z, Condition(), reuse=spent).cache is not owner.cache
+    guided = engine.begin(z, Condition(None, Guidance(1.0)), reuse=owner)
     assert guided.cache.size.branches == 2  # too large for it
     for run in (engine.reverse, lambda state: engine.fixed_point(state, 1, 2)):
         with pytest.raises(ArgumentError, match=r"^state: expected one whose memory was not handed on"):

@@ -74,7 +74,7 @@ void run(const Params& params, const std::string& dtype, int blocks, int64_t sha
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "The CUDA engine's kernel; see tarflow_fast/engine/cuda_engine.py.";
+  m.doc() = "The CUDA engine's kernel; see tarflow_fast/backend/cuda/engine.py.";
 #ifdef TARFLOW_EMULATION
   m.attr("device_type") = "cpu";
   m.def("set_device", &emulation::set_device);

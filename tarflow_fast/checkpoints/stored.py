@@ -159,7 +159,7 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Content:
         shape, name = tuple(part.get_shape()), part.get_dtype()
         dtype = _SAFETENSORS_DTYPES.get(name, name)
         nbytes = math.prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
-        tree[key] = StoredTensor(shape, dtype, (path.name, key), nbytes, nbytes, partial(_tensor_of, file, key))
+        tree[key] = StoredTensor(shape, dtype, (path.name, key), nbytes, nbytes, partial(_tensor_of, path, key, shape))
     return Content(tree, dict(file.metadata() or {}))
 
 
@@ -175,9 +175,14 @@ class _Place:
     crc: int = 0
 
 
-def _tensor_of(file: Any, key: str) -> Tensor:
-    with torch.device("cpu"):  # older versions put it on torch's default device
+def _tensor_of(path: Path, key: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor, mapped from the file by a mapping of its own: what has been read of one file goes with its tensors,
+    and not when all of the file has been read."""
+    # torch.device: older versions put it on torch's default device.
+    with torch.device("cpu"), safetensors.safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(key)
+    if tuple(tensor.shape) != shape:
+        raise ValueError("the file was changed while it was read")
     return tensor
 
 

@@ -18,10 +18,10 @@ from ..devices import free_memory
 from ..errors import BackendError, OutOfMemoryError
 from .base import Choice, EngineBase
 from .contract import BlockEngine, BlockState, Condition, Converged, FrontierEngine, Moved, PassTrail, Progress
-from .probe import AGREE, difference, trial
+from .probe import MAX_DEVIATION, difference, probe
 from .windows import Bounds
 
-TRUSTED = "torch"
+BASELINE = "torch"
 OUT_OF_MEMORY = (OutOfMemoryError, torch.OutOfMemoryError)
 Factories = dict[str, Callable[[], BlockEngine]]
 Size = tuple[int, bool]  # of a batch: samples, and whether they are guided
@@ -48,14 +48,14 @@ class Choices:
 class AutotunedEngine(EngineBase):
     """BlockEngine that hands each batch to another, which it makes when it is needed.
 
-    factories: of the engines to choose from, by name, `TRUSTED` among them. dtype: of their weights and cache. choices:
-    shared by the blocks of a model: the block that a size of batch comes to first makes all engines and measures them,
-    the others make the one that was chosen. An engine that cannot be had for this model is left out; so is one that
-    fails, or disagrees with the trusted one, with a warning.
+    factories: by name, what makes each engine to choose from, `BASELINE` among them. dtype: of their weights and cache.
+    choices: shared by the blocks of a model: the block that a size of batch comes to first makes all engines and
+    measures them, the others make the one that was chosen. An engine that cannot be had for this model is left out; so
+    is one that fails, or disagrees with the baseline, with a warning.
     """
 
     def __init__(self, factories: Factories, dtype: torch.dtype, choices: Choices):
-        self.factories = {TRUSTED: factories[TRUSTED], **factories}
+        self.factories = {BASELINE: factories[BASELINE], **factories}
         self.dtype, self.choices = dtype, choices
         self._engines: dict[str, BlockEngine] = {}
         self._seconds = 0.0
@@ -75,12 +75,12 @@ class AutotunedEngine(EngineBase):
         return self._seconds + sum(engine.setup_seconds for engine in self._engines.values())
 
     @property
-    def idle_bytes(self) -> int:
-        return sum(engine.idle_bytes for engine in self._engines.values())
+    def cached_bytes(self) -> int:
+        return sum(engine.cached_bytes for engine in self._engines.values())
 
-    def give_up_idle(self) -> None:
+    def empty_cache(self) -> None:
         for engine in self._engines.values():
-            engine.give_up_idle()
+            engine.empty_cache()
 
     def bytes_per_sample(self, guided: bool) -> int:
         """The most that any of the engines takes: a size that has not come yet is tried with all of them."""
@@ -91,7 +91,7 @@ class AutotunedEngine(EngineBase):
 
     # The passes.
 
-    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
+    def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         size = (z.shape[0], condition.guidance.active)
         engine = None
         while engine is None:  # what was chosen in another block may not be had for this one
@@ -101,31 +101,38 @@ class AutotunedEngine(EngineBase):
             name = self.choices.chosen[size].name
             engine = self._make(name)
         self._make_room(name, z, condition)
-        if spent is not None and (spent.served is None or spent.served[0] != name):
-            spent = None
-        state = engine.begin(z, condition, spent)
-        state.served = name, engine
+        if reuse is not None and (reuse.delegate is None or reuse.delegate[0] != name):
+            reuse = None
+        state = engine.begin(z, condition, reuse)
+        state.delegate = name, engine
         return state
 
     def reverse(
         self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
     ) -> None:
-        _served(state).reverse(state, progress, start, stop)
+        _delegate(state).reverse(state, progress, start, stop)
 
     def fixed_point(self, state: BlockState, start: Bounds, stop: Bounds) -> Moved:
-        return _served(state).fixed_point(state, start, stop)
+        return _delegate(state).fixed_point(state, start, stop)
 
-    def most_window(self, state: BlockState) -> int:
+    def max_window(self, state: BlockState) -> int:
         """0 where what serves makes one pass at a time."""
-        engine = _served(state)
-        return engine.most_window(state) if isinstance(engine, FrontierEngine) else 0
+        engine = _delegate(state)
+        return engine.max_window(state) if isinstance(engine, FrontierEngine) else 0
 
-    def converge(
-        self, state: BlockState, guess: Tensor, reached: Sequence[int], trail: PassTrail, *, window: int, most: int
+    def iterate_on_device(
+        self,
+        state: BlockState,
+        guess: Tensor,
+        reached: Sequence[int],
+        trail: PassTrail,
+        *,
+        window: int,
+        max_passes: int,
     ) -> Converged:
-        engine = _served(state)
+        engine = _delegate(state)
         assert isinstance(engine, FrontierEngine)
-        return engine.converge(state, guess, reached, trail, window=window, most=most)
+        return engine.iterate_on_device(state, guess, reached, trail, window=window, max_passes=max_passes)
 
     # The choice.
 
@@ -147,7 +154,7 @@ class AutotunedEngine(EngineBase):
                 with self._setting_up(), torch.inference_mode(False), torch.no_grad():
                     self._engines[name] = self.factories[name]()
             except (BackendError, *OUT_OF_MEMORY) as error:
-                if name == TRUSTED:
+                if name == BASELINE:
                     raise
                 self.choices.leave_out(name, str(error))
         return None if name in self.choices.left_out else self._engines[name]
@@ -162,20 +169,20 @@ class AutotunedEngine(EngineBase):
         others = [engine for other, engine in self._engines.items() if other != name]
         if others and needed > free_memory(z.device):
             for engine in others:
-                engine.give_up_idle()
+                engine.empty_cache()
 
     def _choose(self, z: Tensor, condition: Condition) -> Choice:
         choices, batch = self.choices, _batch(z, condition)
-        most = AGREE[self.dtype] * (1 + condition.guidance.scale)
+        most = MAX_DEVIATION[self.dtype] * (1 + condition.guidance.scale)
         taken: dict[str, float] = {}
         too_large: dict[str, str] = {}  # for this size
         trusted: list[Tensor] = []
         for name, engine in self._make_all().items():
             self._make_room(name, z, condition)
             try:
-                pieces, took = trial(engine, z, condition, trusted)
+                pieces, took = probe(engine, z, condition, trusted)
             except Exception as error:
-                if name == TRUSTED:
+                if name == BASELINE:
                     raise
                 if isinstance(error, OUT_OF_MEMORY):
                     too_large[name] = str(error)
@@ -187,7 +194,7 @@ class AutotunedEngine(EngineBase):
             if off <= most:
                 taken[name] = took
             else:  # or NaN
-                self._distrust(name, f"at {batch} it is {off:.3g} off {TRUSTED!r}, and at most {most:.3g} would do")
+                self._distrust(name, f"at {batch} it is {off:.3g} off {BASELINE!r}, and at most {most:.3g} would do")
         best = min(taken, key=taken.__getitem__)
         for name in self._engines.keys() - {best, *(choice.name for choice in choices.chosen.values())}:
             del self._engines[name]
@@ -204,9 +211,9 @@ class AutotunedEngine(EngineBase):
         warnings.warn(f"backend {name!r} will not be used: {why}", RuntimeWarning, stacklevel=2)
 
 
-def _served(state: BlockState) -> BlockEngine:
-    assert state.served is not None, "a state that another engine began"
-    return state.served[1]
+def _delegate(state: BlockState) -> BlockEngine:
+    assert state.delegate is not None, "a state that another engine began"
+    return state.delegate[1]
 
 
 def _batch(z: Tensor, condition: Condition) -> str:

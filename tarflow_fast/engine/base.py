@@ -34,10 +34,10 @@ class EngineBase:
         return 0.0
 
     @property
-    def idle_bytes(self) -> int:
+    def cached_bytes(self) -> int:
         return 0
 
-    def give_up_idle(self) -> None:
+    def empty_cache(self) -> None:
         """Nothing is held."""
 
     def served_by(self, batch: int, guided: bool) -> Choice | None:

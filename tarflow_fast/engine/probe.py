@@ -8,7 +8,7 @@ from torch import Tensor
 from .contract import BlockEngine, Condition
 from .timing import STEPS, seconds
 
-AGREE = {torch.float64: 1e-9, torch.float32: 4e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+MAX_DEVIATION = {torch.float64: 1e-9, torch.float32: 4e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """The most that an engine may be off, see `difference`, by the dtype of weights and cache, with guidance of weight w
 1 + w times as much: xa + w (xa − xa_u) has that share of the errors of xa. On the trained models of Fashion-MNIST and
 CIFAR-10 two ways of rounding are up to 1.5e-2 off each other in bf16, 1.2e-3 in fp16 and 1.2e-6 in fp32, and three
@@ -17,7 +17,7 @@ or in one sample of a batch alone, is far beyond."""
 
 
 @torch.no_grad()
-def trial(engine: BlockEngine, z: Tensor, condition: Condition, trusted: list[Tensor]) -> tuple[list[Tensor], float]:
+def probe(engine: BlockEngine, z: Tensor, condition: Condition, trusted: list[Tensor]) -> tuple[list[Tensor], float]:
     """Tokens and log-dets of pieces of the sequential pass, (B, STEPS, D + 1) each, and the seconds of the last one.
 
     trusted: pieces of another engine. Each piece goes on from these, so that differences do not add up.

@@ -64,7 +64,7 @@ def invert(
     state, error = None, None  # error: (B, T), of the data's tokens
     for k in reversed(range(len(flow.stages))):
         stage, engine = flow.stages[k], engines[k]
-        state = engine.begin(stage.enter(tokens), condition, spent=state)
+        state = engine.begin(stage.enter(tokens), condition, reuse=state)
         advance = None if progress is None else functools.partial(_advance, progress, B)
         solutions[k] = solvers[k](engine, state, advance)
         first = state.first_nonfinite().tolist()  # the block's one synchronisation

@@ -370,7 +370,7 @@ class Sampler:
         for k, (z, _) in enumerate(pairs):
             engine, z = self.engines[k], z[some].to(self.device, residual_dtype(self.dtype))
             for i, window in enumerate(widths(stages[k].shape.tokens)):
-                state = engine.begin(z, condition, spent=state)
+                state = engine.begin(z, condition, reuse=state)
                 guess = functools.partial(plan.guess, k)
                 solution = adaptive(engine, state, tol=self._tol, guess=guess, window=window, least=self._tol)
                 plan.passes[k, i] = max(solution.passes, 1)
@@ -446,7 +446,7 @@ class Sampler:
             batch_size = check_count("batch_size", batch_size, high=MOST_BATCH)
         first = self.engines[-1]  # that a batch comes to
         each = first.bytes_per_sample(guided)
-        free = free_memory(self.device) + first.idle_bytes
+        free = free_memory(self.device) + first.cached_bytes
         fits = int(MEMORY_SHARE * free / each)
         wanted = min(n, MAX_BATCH if batch_size is None else batch_size)
         if fits < 1 or (batch_size is not None and wanted > fits):

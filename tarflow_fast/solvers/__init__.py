@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from .adaptive import adaptive
 from .auto import Auto, CostTable
 from .costs import Costs
-from .pace import Pace
+from .pass_estimate import PassEstimate
 from .plan import SolverPlan
 from .sequential import sequential
 from .solution import Solution, Solver
@@ -58,7 +58,7 @@ def make_solvers(
     if solver == "adaptive":
         return Solvers(functools.partial(adaptive, tol=tol, guess=guess, dtype=dtype) for guess in guesses)
     costs = CostTable()
-    paces = [Pace(shape.tokens, {}, {}) if plan is None else plan.pace(k) for k, shape in enumerate(shapes)]
+    paces = [PassEstimate(shape.tokens, {}, {}) if plan is None else plan.pace(k) for k, shape in enumerate(shapes)]
     solvers = Solvers(Auto(tol, pace, costs, guess, dtype) for pace, guess in zip(paces, guesses, strict=True))
     solvers.costs = costs
     return solvers
@@ -70,7 +70,7 @@ __all__ = [
     "Auto",
     "CostTable",
     "Costs",
-    "Pace",
+    "PassEstimate",
     "Solution",
     "Solver",
     "SolverPlan",

@@ -58,7 +58,7 @@ def adaptive(
         frontier.refine(less, large)
         passes += frontier.run(window, None if most is None else most - passes)
         shown = None
-    start = frontier.hindmost
+    start = frontier.slowest
     if start < T:
         engine.reverse(state, progress, start)
         shown = None

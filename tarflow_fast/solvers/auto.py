@@ -1,9 +1,9 @@
 """The solver that looks for the quickest way through each block: the sequential pass, or parallel passes in windows.
 
 What a pass costs is measured for each size of batch; how many passes a block takes is learnt from the batches that go
-through it (`pace.py`). A window that may be the quickest is tried. One that turns out to be slower than the sequential
-pass is given up when as much time was spent on it, and the rest is left to the sequential pass: that batch then takes
-up to twice as long, and those after it do not.
+through it (`pass_estimate.py`). A window that may be the quickest is tried. One that turns out to be slower than the
+sequential pass is given up when as much time was spent on it, and the rest is left to the sequential pass: that batch
+then takes up to twice as long, and those after it do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine.contract import BlockEngine, BlockState, Progress
 from .adaptive import adaptive
 from .costs import Costs, measure
-from .pace import Pace
+from .pass_estimate import PassEstimate
 from .sequential import sequential
 from .solution import Solution
 from .windows import widths
@@ -49,7 +49,7 @@ class Auto:
     def __init__(
         self,
         tol: float,
-        pace: Pace,
+        pace: PassEstimate,
         costs: CostTable,
         guess: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,

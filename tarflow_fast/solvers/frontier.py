@@ -75,29 +75,31 @@ class Frontier:
         self.trail.forget_passes()
 
     @property
-    def hindmost(self) -> int:
+    def slowest(self) -> int:
         return min(self.reached)
 
     def run(self, window: int, most: int | None = None, progress: Progress | None = None) -> int:
         """Passes over so many tokens of each sample at most, until all are done, or `most` of them. Returns how many.
 
-        progress(n): the hindmost sample has n more tokens. An engine that can makes the passes by itself.
+        progress(n): the slowest sample has n more tokens. An engine that can makes the passes by itself.
         """
         T = self.state.x.shape[1]
         most = T if most is None else most
         passes = 0
-        while (start := self.hindmost) < T and passes < most:
-            if isinstance(self.engine, FrontierEngine) and window <= self.engine.most_window(self.state):
+        while (start := self.slowest) < T and passes < most:
+            if isinstance(self.engine, FrontierEngine) and window <= self.engine.max_window(self.state):
                 passes += self._converge(self.engine, window, most - passes)
             else:
                 self.advance(window)
                 passes += 1
             if progress is not None:
-                progress(self.hindmost - start)
+                progress(self.slowest - start)
         return passes
 
     def _converge(self, engine: FrontierEngine, window: int, most: int) -> int:
-        done = engine.converge(self.state, self._guess, self.reached, self.trail, window=window, most=most)
+        done = engine.iterate_on_device(
+            self.state, self._guess, self.reached, self.trail, window=window, max_passes=most
+        )
         self.reached = done.reached
         self.evaluations += done.evaluations
         self.residual = torch.maximum(self.residual, done.residual)

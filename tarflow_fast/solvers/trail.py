@@ -42,7 +42,7 @@ UNSEEN = -1.0
 
 
 class Trail:
-    """What is kept of the passes over a batch. It is what `FrontierEngine.converge` is given of a solver.
+    """What is kept of the passes over a batch. It is what `FrontierEngine.iterate_on_device` is given of a solver.
 
     tol: how far a token may move and still keep what was guessed. rounding, stream: the share of a token's largest
     value, at least 1, by which rounding of weights and cache (of `dtype`, by default the stream's), and of the residual

@@ -108,7 +108,7 @@ class CpuEngine(EngineBase):
 
     ragged = True  # a window for each sample
 
-    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
+    def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         shape = self.shape
         z = self.latents(z, torch.float32)
         B, T, _ = z.shape
@@ -121,8 +121,8 @@ class CpuEngine(EngineBase):
         if condition.guidance.active:
             guidance = torch.tensor(condition.guidance.schedule(T), dtype=torch.float32, device="cpu")
         elements = R * self._native.cache_elements
-        if spent is not None and spent.cache.keys_values.numel() == elements:
-            keys_values = spent.cache.keys_values
+        if reuse is not None and reuse.cache.keys_values.numel() == elements:
+            keys_values = reuse.cache.keys_values
         else:
             keys_values = torch.empty(elements, dtype=self.dtype, device="cpu")
             load_native().prefer_huge_pages(address("cache", keys_values, self.dtype), keys_values.nbytes)

@@ -150,11 +150,11 @@ class CudaEngine(EngineBase):
             )
         return self._plans[rows]
 
-    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
+    def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         check_latents(z, self.shape)
         z = z.detach().to(self.device, torch.float32).contiguous()
         with self._on_device():
-            workspace = self._workspace(z.shape[0], condition, spent)
+            workspace = self._workspace(z.shape[0], condition, reuse)
             state = BlockState(
                 z=z,
                 x=z.clone(),
@@ -204,16 +204,23 @@ class CudaEngine(EngineBase):
             self._run(state, positions, buffers, mode=FIXED_POINT)
         return moved
 
-    def most_window(self, state: BlockState) -> int:
+    def max_window(self, state: BlockState) -> int:
         return self._most_rows(state)
 
     @torch.no_grad()
-    def converge(
-        self, state: BlockState, guess: Tensor, reached: Sequence[int], trail: PassTrail, *, window: int, most: int
+    def iterate_on_device(
+        self,
+        state: BlockState,
+        guess: Tensor,
+        reached: Sequence[int],
+        trail: PassTrail,
+        *,
+        window: int,
+        max_passes: int,
     ) -> Converged:
         B = state.x.shape[0]
-        if not 1 <= window <= self.most_window(state):
-            raise ArgumentError("window", f"1 to {self.most_window(state)}", window)
+        if not 1 <= window <= self.max_window(state):
+            raise ArgumentError("window", f"1 to {self.max_window(state)}", window)
         if tuple(guess.shape) != tuple(state.x.shape):
             raise ArgumentError("guess", f"shape {tuple(state.x.shape)}", tuple(guess.shape))
         values, shape = trail.values, (4, *state.x.shape[:2])
@@ -238,7 +245,7 @@ class CudaEngine(EngineBase):
                 "passes": passes[i : i + 1],
             }
             positions = [(sample, 0, column) for sample in samples for column in range(window)]
-            self._run(state, positions, buffers, mode=FRONTIER, window=window, most=most)
+            self._run(state, positions, buffers, mode=FRONTIER, window=window, max_passes=max_passes)
         counts = numbers.tolist()
         return Converged(max(counts[2 * B :], default=0), counts[:B], sum(counts[B : 2 * B]), residual)
 
@@ -261,11 +268,11 @@ class CudaEngine(EngineBase):
         for i in range(count):
             yield rows[len(rows) * i // count : len(rows) * (i + 1) // count]
 
-    def _workspace(self, batch: int, condition: Condition, spent: BlockState | None) -> _Workspace:
+    def _workspace(self, batch: int, condition: Condition, reuse: BlockState | None) -> _Workspace:
         shape, guidance = self.shape, condition.guidance
         R = 2 * batch if guidance.active else batch
         L, H, T, d = shape.layers, shape.heads, shape.tokens, shape.head_dim
-        old = spent.cache if spent is not None else None
+        old = reuse.cache if reuse is not None else None
         sizes = (L, 2, R, H, T, d)
         if isinstance(old, _Workspace) and old.keys_values.shape == sizes and old.keys_values.dtype == self.dtype:
             keys_values = old.keys_values

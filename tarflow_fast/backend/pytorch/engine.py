@@ -48,7 +48,7 @@ class TorchEngine(EngineBase):
 
     def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype, compile: bool = False):
         self.shape = weights.shape
-        self.device, self.dtype, self.stream = device, dtype, residual_dtype(dtype)
+        self.device, self.dtype, self.residual_dtype = device, dtype, residual_dtype(dtype)
         self.compile, self.graphs = compile, compile and device.type == "cuda"
         self.position = self._in_stream(weights.position)
         self.classes = None if weights.classes is None else self._in_stream(weights.classes)
@@ -66,7 +66,7 @@ class TorchEngine(EngineBase):
         return x
 
     def _in_stream(self, x: Tensor) -> Tensor:
-        return self._static(x.to(self.device, self.stream, copy=True).contiguous())
+        return self._static(x.to(self.device, self.residual_dtype, copy=True).contiguous())
 
     def _linear(self, weight: Tensor, bias: Tensor, gelu: bool = False) -> Linear:
         to = (self.device, self.dtype)
@@ -87,9 +87,9 @@ class TorchEngine(EngineBase):
 
     ragged = True  # a window for each sample
 
-    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
+    def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         shape, guidance = self.shape, condition.guidance
-        z = self.latents(z, self.stream)
+        z = self.latents(z, self.residual_dtype)
         B, T, _ = z.shape
         R = self.branches(condition) * B
         embedding = None
@@ -101,8 +101,8 @@ class TorchEngine(EngineBase):
             query_scale = torch.ones(R, 1, 1, 1, device=self.device, dtype=self.dtype)
             query_scale[B:] = 1 / guidance.attn_temp
         sizes = (shape.layers, 2, R, shape.heads, T, shape.head_dim)
-        if self._compiled is None and spent is not None and spent.cache.keys_values.shape == sizes:
-            keys_values = spent.cache.keys_values
+        if self._compiled is None and reuse is not None and reuse.cache.keys_values.shape == sizes:
+            keys_values = reuse.cache.keys_values
         else:
             # A compiled step has whole lengths of keys before it, of which the last are zeros until they are written.
             keys_values = self._static(torch.zeros(sizes, dtype=self.dtype, device=self.device))
@@ -113,8 +113,8 @@ class TorchEngine(EngineBase):
         shape = self.shape
         rows, T, C = 2 if guided else 1, shape.tokens, shape.channels
         cache = 2 * shape.layers * T * C * self.dtype.itemsize
-        step = 16 * C * self.stream.itemsize  # the activations of one token
-        return rows * (cache + step) + 4 * T * shape.token_dim * self.stream.itemsize
+        step = 16 * C * self.residual_dtype.itemsize  # the activations of one token
+        return rows * (cache + step) + 4 * T * shape.token_dim * self.residual_dtype.itemsize
 
     @torch.inference_mode()
     def reverse(
@@ -175,7 +175,7 @@ class TorchEngine(EngineBase):
     def _schedule(self, state: BlockState) -> Tensor:
         """g_i, (T − 1, 1)."""
         schedule = state.condition.guidance.schedule(state.x.shape[1])
-        return torch.tensor(schedule, dtype=self.stream, device="cpu").to(self.device).unsqueeze(1)
+        return torch.tensor(schedule, dtype=self.residual_dtype, device="cpu").to(self.device).unsqueeze(1)
 
     def _evaluate(self, state: BlockState, i: int) -> Tensor:
         window = slice(i, i + 1)
@@ -210,7 +210,7 @@ class TorchEngine(EngineBase):
         """
         R, (B, W, D) = cache.rows, x.shape
         H, d = self.shape.heads, self.shape.head_dim
-        h = self.proj_in(x.to(self.dtype).reshape(B * W, D)).to(self.stream).view(B, W, -1) + position
+        h = self.proj_in(x.to(self.dtype).reshape(B * W, D)).to(self.residual_dtype).view(B, W, -1) + position
         if B != R:  # guided: both branches read the same tokens
             h = h.repeat(2, 1, 1)
         if cache.embedding is not None:
@@ -228,7 +228,10 @@ class TorchEngine(EngineBase):
     def _evaluate_windows(self, state: BlockState, windows: Windows) -> Tensor:
         """proj_out of the token before each token of the windows, raw: (M, 2D or D), in the stream's dtype."""
         cache, before = state.cache, windows.tokens - 1
-        h = self.proj_in(state.x[windows.samples, before].to(self.dtype)).to(self.stream) + self.position[before]
+        h = (
+            self.proj_in(state.x[windows.samples, before].to(self.dtype)).to(self.residual_dtype)
+            + self.position[before]
+        )
         h = h.repeat(len(windows.rows) // len(h), 1)
         if cache.embedding is not None:
             h = h + cache.embedding[windows.rows, 0]
@@ -247,7 +250,7 @@ class TorchEngine(EngineBase):
             h = h + layer.proj(attend(layer.qkv(a), keys_values).reshape(h.shape))
             a = torch.layer_norm(h, width, *layer.norm2).to(dtype)
             h = h + layer.fc2(layer.fc1(a))
-        return self.proj_out(h.to(dtype)).to(self.stream)
+        return self.proj_out(h.to(dtype)).to(self.residual_dtype)
 
     def _parameters(self, out: Tensor, scale: float | Tensor, guidance: Guidance) -> tuple[Tensor | None, Tensor]:
         """(xa, xb) of tokens, guided, from their raw (…, 2D or D), both branches of guidance along dimension 0.

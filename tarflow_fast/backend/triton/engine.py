@@ -91,14 +91,14 @@ class TritonEngine(EngineBase):
         self._seconds = 0.0
         self.chain = Chain(weights, device, dtype, self.precision, self.pdl)
 
-    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
+    def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         shape, guidance = self.shape, condition.guidance
         check_latents(z, shape)
         B = z.shape[0]
         with self._on_device():
             z = z.detach().to(self.device, torch.float32).contiguous()
             size = Size(shape, self.dtype, self.device, B, 2 if guidance.active else 1)
-            workspace = self.pool.take(size, spent)
+            workspace = self.pool.take(size, reuse)
             if workspace.used is not None:
                 torch.cuda.current_stream().wait_event(workspace.used)
             self._window(workspace, 1)
@@ -131,11 +131,11 @@ class TritonEngine(EngineBase):
         return self._seconds
 
     @property
-    def idle_bytes(self) -> int:
-        return self.pool.idle_bytes
+    def cached_bytes(self) -> int:
+        return self.pool.cached_bytes
 
-    def give_up_idle(self) -> None:
-        self.pool.give_up_idle()
+    def empty_cache(self) -> None:
+        self.pool.empty_cache()
 
     @torch.no_grad()
     def reverse(
@@ -187,7 +187,7 @@ class TritonEngine(EngineBase):
     def _owned(self, state: BlockState) -> tuple[Workspace, Rule]:
         workspace = state.cache
         if not isinstance(workspace, Workspace) or workspace.owner() is not state:
-            raise ArgumentError("state", "one whose memory was not handed on as `spent`", "another's")
+            raise ArgumentError("state", "one whose memory was not handed on as `reuse`", "another's")
         guidance = state.condition.guidance
         return workspace, Rule(self.shape.affine, workspace.guidance if guidance.active else None, guidance.what)
 

@@ -149,17 +149,17 @@ class Pool:
         self._kept: OrderedDict[Size, Workspace] = OrderedDict()
 
     @property
-    def idle_bytes(self) -> int:
+    def cached_bytes(self) -> int:
         """Memory that is held for batches to come, and would be given up for another batch."""
         return sum(size.bytes for size, workspace in self._kept.items() if workspace.idle)
 
-    def give_up_idle(self) -> None:
+    def empty_cache(self) -> None:
         self._kept = OrderedDict((size, workspace) for size, workspace in self._kept.items() if not workspace.idle)
 
-    def take(self, size: Size, spent: BlockState | None) -> Workspace:
+    def take(self, size: Size, reuse: BlockState | None) -> Workspace:
         """A workspace of this size that nobody uses, or nobody will. Raises OutOfMemoryError."""
-        workspace = spent.cache if spent is not None else None
-        if isinstance(workspace, Workspace) and workspace.size == size and workspace.owner() is spent:
+        workspace = reuse.cache if reuse is not None else None
+        if isinstance(workspace, Workspace) and workspace.size == size and workspace.owner() is reuse:
             return workspace
         kept = self._kept.get(size)
         if kept is not None and kept.idle:

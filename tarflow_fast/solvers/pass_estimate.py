@@ -13,7 +13,7 @@ KEEP = 0.5  # weight of what was learnt before in the moving average
 
 
 @dataclass
-class Pace:
+class PassEstimate:
     """Of one block. passes, evaluations: by window, of a whole block; evaluations are those of one sample."""
 
     tokens: int
