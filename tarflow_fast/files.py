@@ -90,7 +90,7 @@ def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> I
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
         finally:
-            os.close(descriptor)  # its lock with it
+            os.close(descriptor)  # which also gives up its lock
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -88,7 +88,7 @@ def check_permutation(given: object, own: Permutation) -> None:
     if callable(given):
         try:
             same = all(torch.equal(given(tokens, inverse=way), own(tokens, inverse=way)) for way in (False, True))
-        except Exception:  # a foreign function that raises anything is not this order
+        except Exception:  # a foreign function that raises an error is not this order
             same = False
     if not same:
         order = "the data's own order" if own.is_identity else "reversed order" if own.is_reverse else repr(own)

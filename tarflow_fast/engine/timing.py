@@ -8,7 +8,7 @@ from collections.abc import Callable
 from .contract import BlockEngine
 
 STEPS = 8  # tokens of the sequential pass that are timed together: as many as engines put into one CUDA graph
-RUNS, SECONDS = (2, 7), 0.01  # least and most runs; beyond the least, they end once they took so long in all
+RUNS, SECONDS = (2, 7), 0.01  # least and most runs, and the time after which there are no more than the least
 
 
 def seconds(engine: BlockEngine, run: Callable[[], None]) -> float:

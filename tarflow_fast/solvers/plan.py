@@ -174,7 +174,7 @@ class SolverPlan:
                 plan = cls(**{name: file.get_tensor(name).clone() for name in names})
         except CheckpointError:
             raise
-        except Exception as error:  # a foreign or damaged file makes the parser raise anything
+        except Exception as error:  # a foreign or damaged file may make the parser raise any error
             raise CheckpointError(f"{path}: not a solver plan (no whole .safetensors file)") from error
         tensors = [getattr(plan, name) for name in names]
         shapes = [tuple(tensor.shape) for tensor in tensors]

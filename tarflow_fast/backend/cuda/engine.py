@@ -259,7 +259,7 @@ class CudaEngine(EngineBase):
         counts = numbers.tolist()
         return Converged(max(counts[2 * B :], default=0), counts[:B], sum(counts[B : 2 * B]), residual)
 
-    # What a launch is given.
+    # The parts of a launch.
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

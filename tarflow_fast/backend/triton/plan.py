@@ -115,7 +115,7 @@ def linear_tiles(
         tile = Tile(r, c, k, warps=warps, stages=2 if full else 3)
         across, down, _ = tile.grid(rows, N)
         most = _power_of_two(min(1.5 * multiprocessors / (across * down), K / k, 8))
-        if r * c >= 128 * 128:  # its registers are full
+        if r * c >= 128 * 128:  # such a tile leaves no registers for a split
             most = 1
         tiles += [replace(tile, splits=splits) for splits in sorted({most, max(most // 2, 1)}, reverse=True)]
     return tiles
