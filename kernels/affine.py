@@ -1,9 +1,9 @@
 """The affine update under guidance, as far as `affine_step` and `fixed_point_update` have it in common.
 
-    xa ← xa + g (xa − xa_u),   xb likewise,     x = z · exp(xa) + xb
+    xa ← xa + g (xa − xa_u),   xb ← xb + g (xb − xb_u),     x = z · exp(xa) + xb
 
-(xa, xb) are the parameters that the transformer gives after the token before, (xa_u, xb_u) those of the unguided
-branch, and g is the guidance at that position. Volume-preserving blocks have xa = 0 and no values for it.
+(xa, xb) are the parameters that the transformer gives after the token before, (xa_u, xb_u) are those of the unguided
+branch, and g is the guidance at that position. Volume-preserving blocks have xa = 0 and store no values for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from .launch import check_operand, padded
 
 @dataclass(frozen=True)
 class Rule:
-    """How parameters become tokens. guidance: (T − 1,) fp32, g after each token, or None; what: "a", "b" or "ab", of
-    what is guided; nvp: whether there is an xa."""
+    """The rule by which parameters become tokens.
+
+    nvp: whether the parameters have an xa. guidance: (T − 1,) fp32, g after each token, or None. what: "a", "b" or
+    "ab", the parameters that are guided.
+    """
 
     nvp: bool = True
     guidance: Tensor | None = None
@@ -32,16 +35,20 @@ class Rule:
 
     @property
     def branches(self) -> int:
+        """Returns the number of branches: 2 with guidance, else 1."""
         return 1 if self.guidance is None else 2
 
     def check(self, T: int, device: torch.device) -> None:
-        """Raises ArgumentError if this is no rule for sequences of T tokens on this device."""
+        """Raises ArgumentError unless this is a rule for sequences of T tokens on this device."""
         check_choice("rule.what", self.what, GUIDE_WHAT)
         if self.guidance is not None:
             check_operand("rule.guidance", self.guidance, (max(T - 1, 0),), torch.float32, device)
 
     def check_tokens(self, parameters: Tensor, z: Tensor, x: Tensor, token_log_det: Tensor, window: int) -> None:
-        """parameters: (branches·B·window, 2D or D) fp32; z, x: (B, T, D) fp32; token_log_det: (B, T) fp32."""
+        """Raises ArgumentError unless the operands of an update over this window fit each other.
+
+        parameters: (branches·B·window, 2D or D) fp32. z, x: (B, T, D) fp32. token_log_det: (B, T) fp32.
+        """
         B, T, D = check_operand("z", z, (-1, -1, -1), torch.float32).shape
         self.check(T, z.device)
         if not 1 <= window <= T - 1:
@@ -52,7 +59,7 @@ class Rule:
         check_operand("token_log_det", token_log_det, (B, T), torch.float32, z.device)
 
     def constants(self, D: int) -> dict[str, object]:
-        """What kernels are compiled for."""
+        """Returns the constants that kernels are compiled for."""
         return {
             "D": D,
             "BLOCK_D": padded(D),
@@ -63,9 +70,9 @@ class Rule:
 
 
 def reference(parameters: Tensor, z: Tensor, rule: Rule, start: int) -> tuple[Tensor, Tensor]:
-    """Tokens start … start + window − 1 and their log-dets, (B, window, D) and (B, window), by PyTorch.
+    """Returns the tokens start … start + window − 1 and their log-dets, (B, window, D) and (B, window), by PyTorch.
 
-    parameters: (branches, B, window, 2D or D), of the tokens before; z: (B, T, D).
+    parameters: (branches, B, window, 2D or D), those after the tokens before. z: (B, T, D).
     """
     window = slice(start, start + parameters.shape[2])
     xa, xb = parameters.chunk(2, -1) if rule.nvp else (torch.zeros_like(parameters), parameters)
@@ -83,10 +90,11 @@ def affine_tokens(
     parameters, z, guidance, row, rows, sample, token, inside, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NVP: tl.constexpr, GUIDE_A: tl.constexpr, GUIDE_B: tl.constexpr,
 ):  # fmt: skip
-    """New tokens, their log-dets and exp(−xa): (N, BLOCK_D), (N,), (N, BLOCK_D) fp32; of rows not inside, anything.
+    """Returns new tokens, their log-dets and exp(−xa): (N, BLOCK_D), (N,) and (N, BLOCK_D) fp32.
 
-    row: (N,) of the parameters, `rows` further down for the unguided branch; sample, token: (N,), which tokens these
-    are. Guidance is that after the token before.
+    Rows that are not inside have arbitrary values. row: (N,), the row of the parameters; that of the unguided branch is
+    `rows` further down. sample, token: (N,), which tokens these are. The guidance of a token is that after the token
+    before.
     """
     d = tl.arange(0, BLOCK_D)
     there = inside[:, None] & (d < D)[None, :]

@@ -1,15 +1,15 @@
 """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i): a flow block's affine map, with its log-det and its gradient.
 
-Token i's output (xa, xb) transforms token i+1: token 0 passes unchanged, and the last output is unused.
+The output (xa, xb) of token i transforms token i+1. Token 0 passes unchanged, and the last output is unused.
 
     log_det_{i+1} = −Σ_d xa_i, in nats; log_det_0 = 0
     dx = dz · exp(−xa),  dxb = −dx,  dxa = −dz · z − dlog_det;  0 for the last output
 
 A volume-preserving block has xa = 0 and no output for it. PyTorch takes a dozen passes over memory for this, forward
-and backward; here each is one. Sums and products are in fp32, whatever the dtype of the outputs.
+and backward; here each direction is one pass. Sums and products are in fp32, whatever the dtype of the outputs.
 
-Of token 0 and the last output, one lacks an output and the other a token. Here they make a pair: every token then
-reads, or in the backward pass writes, exactly one row of outputs, and token 0's counts as zeros.
+Token 0 lacks an output, and the last output lacks a token. Here these two make a pair. Every token then reads, or in
+the backward pass writes, exactly one row of outputs, and token 0's counts as zeros.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from tarflow_fast.errors import ArgumentError, BackendError
 from .launch import DTYPES, Launch, can_launch, check_operand, launch
 
 TILE = 1024
-"""Values of x in a program, 8 for each thread of four warps: it asks for 6 to 12 KB before it needs any of them, and
-takes few enough registers for a dozen programs on a multiprocessor, so that the memory is kept busy."""
+"""The number of values of x in a program, 8 for each thread of four warps.
+
+A program asks for 6 to 12 KB before it needs any of them, and takes few enough registers for a dozen programs on a
+multiprocessor, so that the memory is kept busy.
+"""
 
 
 def affine_density_reference(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tuple[Tensor, Tensor]:
-    """`affine_density` as the equation says it, in x's dtype; differentiable."""
+    """Returns what `affine_density` does, as the equation says it, in x's dtype; it is differentiable."""
     x = x.flip(1) if flip else x
     before = F.pad(out.to(x.dtype)[:, :-1], (0, 0, 1, 0))  # row i is what transforms token i
     xa, xb = before.chunk(2, -1) if nvp else (torch.zeros_like(before), before)
@@ -42,11 +45,11 @@ def affine_density_reference(out: Tensor, x: Tensor, nvp: bool, flip: bool = Fal
 
 @triton.jit
 def _program_tokens(T, FLIP: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Which tokens are this program's: the image b, and its tokens' indices in the block's order, (BLOCK_T,).
+    """Returns which tokens are this program's: the image b, and the tokens' indices in the block's order, (BLOCK_T,).
 
-    With them the rows, in int64, where they are in x and z, and where their output is in out.
+    With them it returns their rows, in int64: where they are in x and z, and where their output is in out.
     """
-    programs = tl.cdiv(T, BLOCK_T)  # of one image
+    programs = tl.cdiv(T, BLOCK_T)  # the programs of one image
     b = (tl.program_id(0) // programs).to(tl.int64)
     token = tl.program_id(0) % programs * BLOCK_T + tl.arange(0, BLOCK_T)
     place = T - 1 - token if FLIP else token
@@ -92,7 +95,7 @@ def _affine_density_backward_kernel(
     dlog_det_ptr,  # (B, T) fp32, at strides dlog_det_b, dlog_det_t
     z_ptr,  # (B, T, D) fp32, or None unless NVP
     out_ptr,  # (B, T, 2D), or None unless NVP
-    dout_ptr,  # of out's shape and dtype, written
+    dout_ptr,  # out's shape and dtype, written
     dx_ptr,  # (B, T, D) fp32, written
     dlog_det_b,
     dlog_det_t,
@@ -126,7 +129,7 @@ def _affine_density_backward_kernel(
 
 
 def _launch(kernel: Any, x: Tensor, *tensors: Any, nvp: bool, flip: bool) -> None:
-    """Runs a kernel with one program for every BLOCK_T tokens of an image. x: (B, T, D), for the sizes."""
+    """Run a kernel with one program for every BLOCK_T tokens of an image. x: (B, T, D), which gives the sizes."""
     if not can_launch(x.device):
         raise BackendError(f"affine_density: Triton kernels need a CUDA device, these tensors are on {x.device}")
     B, T, D = x.shape
@@ -141,12 +144,14 @@ def _launch(kernel: Any, x: Tensor, *tensors: Any, nvp: bool, flip: bool) -> Non
 def density_forward(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tuple[Tensor, Tensor]:
     """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i), and the log-det of each token, −Σ_d xa in nats.
 
-    out: (B, T, 2D) fp32, bf16 or fp16, xa and xb of every token in the block's order; (B, T, D), xb alone, unless nvp;
-    x: (B, T, D) fp32; flip: x's tokens are in the opposite of the block's order (no pass over memory is spent on it).
-    Returns z (B, T, D) fp32 in x's order and log_det (B, T) fp32 in the block's. Both arguments may have any strides:
-    what is not contiguous is copied first. Only the first block's x is, a transposed view of the image, whose columns
-    no kernel could read well. Differentiable once; under torch.compile too. Raises ArgumentError; BackendError
-    where no kernel can run.
+    out: (B, T, 2D) fp32, bf16 or fp16, xa and xb of every token in the block's order; or (B, T, D), xb alone, unless
+    nvp. x: (B, T, D) fp32. nvp: whether the block scales tokens. flip: whether x's tokens are in the opposite of the
+    block's order, for which no pass over memory is spent.
+
+    Returns z (B, T, D) fp32 in x's order and log_det (B, T) fp32 in the block's. out and x may have any strides, and
+    what is not contiguous is copied first. Only the x of the first block is not: it is a transposed view of the image,
+    whose columns no kernel could read well. The operation is differentiable once, under torch.compile too. Raises
+    ArgumentError, or BackendError where no kernel can run.
     """
     x = check_operand("x", x.contiguous(), (-1, -1, -1), torch.float32)
     B, T, D = x.shape
@@ -161,9 +166,11 @@ def density_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx = dz · exp(−xa), dxb = −dx, dxa = −dz · z − dlog_det; 0 for the last output.
 
-    dz: (B, T, D) fp32; dlog_det: (B, T) fp32, read at its strides, as it is mostly one value a row, expanded;
-    z, out: as `affine_density` returned and took them, or None if volume-preserving, whose gradients need neither;
-    dtype: out's. Returns dout (B, T, 2D or D), of that dtype, and dx (B, T, D) fp32. Raises as `affine_density` does.
+    dz: (B, T, D) fp32. dlog_det: (B, T) fp32, read at its strides, as it is mostly one value a row, expanded. z, out:
+    what `affine_density` returned and took, or None if volume-preserving, when gradients need neither. dtype: the dtype
+    of out. flip: see `affine_density`.
+
+    Returns dout (B, T, 2D or D), of that dtype, and dx (B, T, D) fp32. Raises ArgumentError or BackendError.
     """
     dz = check_operand("dz", dz.contiguous(), (-1, -1, -1), torch.float32)
     B, T, D = dz.shape
@@ -180,7 +187,7 @@ def density_backward(
     return dout, dx
 
 
-# As operations of torch, which autograd and torch.compile know.
+# These are operations of torch, which autograd and torch.compile know.
 affine_density = torch.library.custom_op("tarflow_fast::affine_density", density_forward, mutates_args=())
 affine_density_backward = torch.library.custom_op(
     "tarflow_fast::affine_density_backward", density_backward, mutates_args=()

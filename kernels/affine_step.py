@@ -4,9 +4,9 @@
     log-det of token i + 1 = Σ_d xa_i              nats of dx/dz
     h_r = proj_in(x_{i+1}) + position_{i+1} + class_r
 
-In one launch: every program that makes a tile of h computes the tokens that it needs for itself, from numbers so few
-that this costs less than to wait for another kernel; the programs of the first columns store them. `embed` is the last
-line alone, for the token that a block begins with and for the windows of the parallel solver.
+All of this is one launch. Every program that makes a tile of h computes the tokens that it needs for itself, from so
+few numbers that this costs less than to wait for another kernel; the programs of the first columns store them. `embed`
+is the last line alone, for the token that a block begins with and for the windows of the parallel solver.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from .launch import DTYPES, Launch, check_operand, dot, launch, launch_dependent
 
 @dataclass(frozen=True)
 class Embedding:
-    """The first layer of a block. weight: (C, D) of any dtype; bias: (C,), positions: (T, C), both fp32.
+    """The first layer of a block.
 
-    classes: (R, C) fp32, the class embedding of each row, or None for a model without classes.
+    weight: (C, D) of any dtype. bias: (C,) fp32. positions: (T, C) fp32. classes: (R, C) fp32, the class embedding of
+    each row, or None for a model without classes.
     """
 
     weight: Tensor
@@ -39,6 +40,7 @@ class Embedding:
     classes: Tensor | None = None
 
     def check(self, B: int, T: int, D: int, branches: int) -> None:
+        """Raises ArgumentError unless this embeds T tokens of D values, for B samples in so many branches."""
         C = check_operand("embedding.weight", self.weight, (-1, D), DTYPES).shape[0]
         device = self.weight.device
         check_operand("embedding.bias", self.bias, (C,), torch.float32, device)
@@ -49,18 +51,19 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: samples × columns of h, by so many warps."""
+    """The part of h that one program computes: samples × columns, by so many warps."""
 
     samples: int
     columns: int
     warps: int = 4
 
     def grid(self, samples: int, C: int) -> tuple[int, int]:
-        return triton.cdiv(samples, self.samples), triton.cdiv(C, self.columns)  # the second has a limit of 65,535
+        """Returns the programs along each dimension."""
+        return triton.cdiv(samples, self.samples), triton.cdiv(C, self.columns)  # CUDA limits the second to 65,535
 
 
 def reference(x: Tensor, embedding: Embedding, start: int, branches: int) -> Tensor:
-    """h by PyTorch, (branches·B·window, C), of the tokens x: (B, window, D) from `start` on."""
+    """Returns h by PyTorch, (branches·B·window, C), for the tokens x, (B, window, D), from `start` on."""
     B, window, _ = x.shape
     dtype = embedding.weight.dtype
     h = F.linear(x.to(dtype), embedding.weight, embedding.bias.to(dtype)).to(embedding.bias.dtype)
@@ -101,7 +104,7 @@ def _affine_step_kernel(
         if tl.program_id(1) == 0:
             tl.store(place, v, mask=there)
             tl.store(token_log_det + sample.to(tl.int64) * T + token, log_det, mask=inside)
-            # A count of integers would be made of bits packed in memory by the LLVM of Triton 3.9.
+            # The LLVM of Triton 3.9 would make a count of integers from bits packed in memory, so floats are counted.
             bad = tl.sum(tl.where(there & ~(tl.abs(v) < float("inf")), 1.0, 0.0), 1) > 0
             tl.store(nonfinite + sample, token, mask=inside & bad & (token < tl.load(nonfinite + sample, mask=inside)))
     else:
@@ -109,7 +112,7 @@ def _affine_step_kernel(
 
     w = tl.load(weight + n[:, None] * D + d[None, :], mask=(n < C)[:, None] & (d < D)[None, :], other=0.0)
     v = tl.where(there, v, 0.0).to(w.dtype)
-    if BLOCK_B < 16:  # too few for tensor cores
+    if BLOCK_B < 16:  # tensor cores take no fewer than 16 rows
         acc = tl.sum(v.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :], 2)
     else:
         acc = dot(v, tl.trans(w), tl.zeros((BLOCK_B, BLOCK_N), tl.float32), PRECISION)
@@ -139,11 +142,12 @@ def affine_step(
     precision: str = "ieee",
     pdl: bool = False,
 ) -> None:
-    """Token i + 1 into x, its log-det into token_log_det, and its embedding into h, where i = position + offset.
+    """Make token i + 1 in x, its log-det in token_log_det, and its embedding in h, where i = position + offset.
 
-    parameters: (branches·B, 2D), or (…, D) if volume-preserving, fp32, the unguided branch in the second half; z, x:
-    (B, T, D) fp32; token_log_det: (B, T) fp32; nonfinite: (B,) int32, becomes i + 1 where that token has an infinity or
-    NaN, unless it is lower; h: (branches·B, C) fp32; position: (1,) int32, read on the device. Raises ArgumentError.
+    parameters: (branches·B, 2D), or (…, D) if volume-preserving, fp32, the unguided branch in the second half. z, x:
+    (B, T, D) fp32. token_log_det: (B, T) fp32. nonfinite: (B,) int32, which becomes i + 1 where that token has an
+    infinity or NaN, unless it is lower already. h: (branches·B, C) fp32. position: (1,) int32, read on the device.
+    precision: "ieee" or "tf32", for products of fp32. pdl: see `launch.py`. Raises ArgumentError.
     """
     rule.check_tokens(parameters, z, x, token_log_det, 1)
     check_operand("nonfinite", nonfinite, (z.shape[0],), torch.int32, z.device)
@@ -163,9 +167,11 @@ def embed(
     precision: str = "ieee",
     pdl: bool = False,
 ) -> None:
-    """Embeddings of the tokens position + offset … + window − 1 into h: (branches·B·window, C) fp32.
+    """Put the embeddings of the tokens position + offset … position + offset + window − 1 into h.
 
-    x: (B, T, D) fp32, the same tokens for both branches; row (branch, sample, token) of h. Raises ArgumentError.
+    x: (B, T, D) fp32, the same tokens for both branches. h: (branches·B·window, C) fp32, whose rows are ordered
+    (branch, sample, token). position: (1,) int32, read on the device. precision, pdl: see `affine_step`. Raises
+    ArgumentError.
     """
     _launch(None, None, x, None, None, Rule(), embedding, h, position, offset, window, tile, precision, pdl, branches)
 

@@ -2,15 +2,15 @@
 
     a_w = Σ_t softmax_t(s_r q_w · k_t) v_t      over the tokens t ≤ position + w
 
-for w = 0 … W − 1, in each row r and head: W = 1 is a decoding step, W = T the whole sequence. The keys and values of
-the window itself are in the cache already. s_r = 1/(√d · temperature) is a number for each row, because the two
+holds for w = 0 … W − 1, in each row r and head. W = 1 is a decoding step, W = T the whole sequence. The keys and values
+of the window itself are in the cache already. s_r = 1/(√d · temperature) is a number for each row, because the two
 branches of guidance differ in it. The position is read on the device, so that a CUDA graph can be replayed further on.
 
 Softmax is computed online and in fp32: the sums so far are scaled down whenever a larger logit turns up. A decoding
 step is bound by reading the cache. Each of the BLOCK_T tokens that a program looks at together therefore keeps a
-softmax of its own, over the tokens t, t + BLOCK_T, …, and these are merged once, at the end: in the loop no thread
-waits for another. Wider windows go through tensor cores. Where rows and heads are too few to occupy the GPU, the tokens
-are split among several programs, and the last one merges their parts.
+softmax of its own, over the tokens t, t + BLOCK_T, …, and these are merged once, at the end. So no thread waits for
+another in the loop. Wider windows go through tensor cores. Where rows and heads are too few to occupy the GPU, the
+tokens are split among several programs, and the last one merges their parts.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ from .launch import (
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1e38)  # where a running maximum starts: finite, so that no difference is ∞ − ∞
+LOWEST = tl.constexpr(-1e38)  # a running maximum starts here, finite so that no difference is ∞ − ∞
 PREFETCHED = 128  # tokens of the cache that a program asks for before it waits
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: `window` queries of one row and head, over `tokens` at a time, by so many warps.
+    """The part that one program computes: queries of one row and head, against some tokens at a time.
 
-    splits: programs that share the tokens. stages: tiles of keys and values under way at once.
+    window: the number of queries. tokens: the number of tokens at a time. splits: the number of programs that share the
+    tokens. warps: the number of warps of a program. stages: how many tiles of keys and values are under way at once.
     """
 
     window: int = 1
@@ -58,17 +59,23 @@ class Tile:
     stages: int = 2
 
     def grid(self, rows: int, heads: int, window: int) -> tuple[int, int, int]:
+        """Returns the programs along each dimension."""
         return rows * heads, triton.cdiv(window, self.window), self.splits
 
     def scratch(self, rows: int, heads: int, window: int, head_dim: int) -> tuple[int, int]:
-        """Values and counters that a `Scratch` must have."""
+        """Returns the numbers of values and of counters that a `Scratch` must have."""
         pairs, down, _ = self.grid(rows, heads, window)
         tiles = pairs * down if self.splits > 1 else 0
         return tiles * self.splits * self.window * (padded(head_dim) + 2), tiles
 
 
 def reference(queries: Tensor, keys: Tensor, values: Tensor, scale: Tensor, position: int, window: int) -> Tensor:
-    """The same by PyTorch, in the operands' dtype; shapes as in `cached_attention`, position + offset in one number."""
+    """Returns the same by PyTorch, in the operands' dtype.
+
+    Shapes are as in `cached_attention`.
+
+    position: the position plus the offset, as a number.
+    """
     R, H, _, d = keys.shape
     seen = position + window
     q = queries.view(R, window, H, d).transpose(1, 2)
@@ -83,7 +90,7 @@ def _one_query(
     queries, keys, values, row, cached, scale, first, last,
     C: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One query against the tokens [first, last): its maximum (1,), Σ e (1,) and Σ e v (1, BLOCK_D), base 2."""
+    """Returns one query's maximum (1,), Σ e (1,) and Σ e v (1, BLOCK_D) over the tokens [first, last), to base 2."""
     channel = tl.arange(0, BLOCK_D)
     q = tl.load(queries + row.to(tl.int64) * C + channel, mask=channel < HEAD, other=0.0).to(tl.float32)
     q *= scale * LOG2_E
@@ -115,7 +122,10 @@ def _many_queries(
     queries, keys, values, row, token, inside_window, cached, scale, first, last, C: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same for BLOCK_W queries, each against the tokens up to its own: (BLOCK_W,) twice and (BLOCK_W, BLOCK_D)."""
+    """Returns the same for BLOCK_W queries, each over the tokens up to its own.
+
+    Their shapes are (BLOCK_W,) twice and (BLOCK_W, BLOCK_D).
+    """
     channel = tl.arange(0, BLOCK_D)
     real = (channel < HEAD)[None, :]
     q = tl.load(
@@ -131,7 +141,7 @@ def _many_queries(
         k = tl.load(keys + place, mask=inside, other=0.0)
         v = tl.load(values + place, mask=inside, other=0.0)
         # A later token of the window may be infinite or NaN. Its weight is 0 for the earlier queries, but 0 · NaN is
-        # NaN: such values are left out of the product, and make the weights NaN of those queries that do see them.
+        # NaN. So such values are left out of the product, and the weights of queries that do see them become NaN.
         bad = tl.sum(tl.where(v - v == 0, 0, 1), 1) > 0
         v = tl.where(bad[:, None], 0.0, v).to(v.dtype)
         logit = dot(q, tl.trans(k), tl.zeros((BLOCK_W, BLOCK_T), tl.float32), PRECISION) * (scale * LOG2_E)
@@ -159,7 +169,7 @@ def _cached_attention_kernel(
     row, head = pair // H, pair % H
     cached = pair.to(tl.int64) * T * HEAD  # where the tokens of this row and head begin in the cache
     if PDL:
-        # Old tokens are being asked for, by a position that may be stale: a prefetch is a hint, and L2 is coherent.
+        # The position that old tokens are asked for by may be stale, but a prefetch is a hint, and L2 is coherent.
         line = tl.arange(0, PREFETCH)
         near = tl.minimum(tl.load(position, cache_modifier=".cg") + offset, T)
         t = near * split // SPLITS + line
@@ -167,7 +177,7 @@ def _cached_attention_kernel(
         prefetch_lines(values + cached + t.to(tl.int64) * HEAD, t < near)
         launch_dependents()
         wait()
-    token = tl.load(position, cache_modifier=".cg") + offset + w  # of each query
+    token = tl.load(position, cache_modifier=".cg") + offset + w  # the token of each query
     seen = tl.load(position, cache_modifier=".cg") + offset + tl.minimum((tl.program_id(1) + 1) * BLOCK_W, window)
     share = tl.cdiv(tl.cdiv(seen, BLOCK_T), SPLITS) * BLOCK_T
     first = split * share
@@ -199,7 +209,7 @@ def _cached_attention_kernel(
         tl.store(parts + split * PART + cell, acc)
         tl.store(parts + split * PART + BLOCK_W * BLOCK_D + query, highest)
         tl.store(parts + split * PART + BLOCK_W * BLOCK_D + BLOCK_W + query, total)
-        if arrive(arrived + tile) == SPLITS - 1:  # the last to come
+        if arrive(arrived + tile) == SPLITS - 1:  # this program is the last to come
             highest = tl.full((BLOCK_W,), LOWEST, tl.float32)
             total = tl.zeros((BLOCK_W,), tl.float32)
             acc = tl.zeros((BLOCK_W, BLOCK_D), tl.float32)
@@ -231,11 +241,12 @@ def cached_attention(
     precision: str = "ieee",
     pdl: bool = False,
 ) -> None:
-    """Queries of the tokens position + offset … + window − 1 against the cache up to each of them, into `out`.
+    """Attend with the queries of the tokens from position + offset on to the cache up to each of them, into `out`.
 
-    queries, out: (R·window, C), C = H·d, row r·window + w is token w of the window of row r; keys, values:
-    (R, H, T, d); all of one dtype. scale: (R,) fp32, 1/(√d · temperature); position: (1,) int32, read on the
-    device. Only `out` is written. Raises ArgumentError.
+    queries, out: (R·window, C), C = H·d, where row r·window + w is token w of the window of row r. keys, values: (R, H,
+    T, d). All of these have one dtype. scale: (R,) fp32, 1/(√d · temperature). position: (1,) int32, read on the
+    device. scratch: memory for splits, default allocated. precision: "ieee" or "tf32", for products of fp32. pdl: see
+    `launch.py`. Only `out` is written, and scratch. Raises ArgumentError.
     """
     device, dtype = keys.device, keys.dtype
     R, H, T, d = check_operand("keys", keys, (-1, -1, -1, -1), DTYPES).shape

@@ -4,8 +4,8 @@
     change_{i+1} = max_d |new x_{i+1} − old x_{i+1}|
     residual_{i+1} = max_d |forward(old x)_{i+1} − z_{i+1}| = max_d |new x_{i+1} − old x_{i+1}| · exp(−xa_i)
 
-for every token i + 1 of the window at once, from parameters that were computed from the old tokens; with guidance, see
-`affine.py`. A token that is not finite has a change and a residual that are not finite either.
+This is done for every token i + 1 of the window at once, from parameters that were computed from the old tokens; with
+guidance, see `affine.py`. A token that is not finite has a change and a residual that are not finite either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .launch import Launch, check_operand, launch, launch_dependents, wait
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: so many tokens, by so many warps."""
+    """The part that one program computes: so many tokens, by so many warps."""
 
     tokens: int
     warps: int = 4
@@ -31,8 +31,8 @@ class Tile:
 
 @triton.jit
 def _largest(values, there):
-    """Of each row; NaN if one of them is, which a maximum would pass over."""
-    # A count of integers would be made of bits packed in memory by the LLVM of Triton 3.9.
+    """Returns the largest value of each row, or NaN if one of them is NaN, which a maximum would pass over."""
+    # The LLVM of Triton 3.9 would make a count of integers from bits packed in memory, so floats are counted.
     unordered = tl.sum(tl.where(there & (values != values), 1.0, 0.0), 1) > 0
     return tl.where(unordered, float("nan"), tl.max(tl.where(there, values, 0.0), 1))
 
@@ -78,12 +78,12 @@ def fixed_point_update(
     tile: Tile,
     pdl: bool = False,
 ) -> None:
-    """Tokens position + 1 … position + window of x and their log-dets, in place; what that did to them into `change`
-    and `residual`.
+    """Update the tokens position + 1 … position + window of x and their log-dets, in place.
 
-    parameters: (branches·B·window, 2D), or (…, D) if volume-preserving, fp32, row (branch, sample, token of the
-    window), after the tokens from `position` on; z, x: (B, T, D) fp32; token_log_det: (B, T) fp32; change, residual:
-    (B, window) fp32; position: (1,) int32, read on the device. Raises ArgumentError.
+    parameters: (branches·B·window, 2D), or (…, D) if volume-preserving, fp32, after the tokens from `position` on; rows
+    are ordered (branch, sample, token of the window). z, x: (B, T, D) fp32. token_log_det: (B, T) fp32. change,
+    residual: (B, window) fp32, how far the tokens moved, written. position: (1,) int32, read on the device. pdl: see
+    `launch.py`. Raises ArgumentError.
     """
     B, window = check_operand("change", change, (-1, -1), torch.float32).shape
     rule.check_tokens(parameters, z, x, token_log_det, window)

@@ -1,14 +1,14 @@
 """What kernels and their launchers share: checks of operands, the interpreter, and programmatic dependent launch.
 
-Kernels of one pass depend on each other in a chain, and each is over in microseconds: what counts is how soon one
-follows the other. On Hopper and later a kernel may be launched while the one before still runs (*programmatic
+Kernels of one pass depend on each other in a chain, and each is over in microseconds, so what counts is how soon one
+follows the other. On Hopper and later, a kernel may be launched while the one before still runs (*programmatic
 dependent launch*, PDL). Every kernel therefore begins in the same order:
 
-    1. `prefetch_lines`: ask for its weights, which no kernel writes, to be brought from memory to the L2 cache;
-    2. `launch_dependents`: let the kernel after it start doing the same;
-    3. `wait`: until all that the kernels before it have written can be seen.
+    1. `prefetch_lines` asks for its weights, which no kernel writes, to be brought from memory to the L2 cache;
+    2. `launch_dependents` lets the kernel after it start doing the same;
+    3. `wait` waits until all that the kernels before it have written can be seen.
 
-Nothing that a kernel before may write is read, and nothing is written, before 3.
+Before 3, nothing is read that a kernel before may write, and nothing is written.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tarflow_fast.checks import short
 from tarflow_fast.errors import ArgumentError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of weights, keys and values."""
+"""The dtypes that weights, keys and values may have."""
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (the environment variable TRITON_INTERPRET), on the CPU."""
+    """Returns whether kernels run in Triton's interpreter (the environment variable TRITON_INTERPRET), on the CPU."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -41,17 +41,17 @@ INTERPRETING = tl.constexpr(interpreting())
 
 
 def can_launch(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of this device, or be recorded for "meta", which has none."""
+    """Returns whether kernels can run on tensors of this device, or be recorded for "meta", which has none."""
     return device.type in ("cuda", "meta") or (interpreting() and device.type == "cpu")
 
 
 def dependent_launch(device: torch.device) -> bool:
-    """Whether this device has programmatic dependent launch: compute capability 9.0 or higher."""
+    """Returns whether this device has programmatic dependent launch: compute capability 9.0 or higher."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def padded(size: int) -> int:
-    """The block that holds so many values: a power of two, and enough for tensor cores."""
+    """Returns the size of the block that holds so many values: a power of two, and enough for tensor cores."""
     return max(triton.next_power_of_2(size), 16)
 
 
@@ -62,7 +62,10 @@ def check_operand(
     dtypes: torch.dtype | Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> Tensor:
-    """x: a contiguous tensor of this shape (−1: any size) and one of these dtypes. Raises ArgumentError otherwise."""
+    """Returns x if it is a contiguous tensor of this shape (−1: any size), one of these dtypes, and this device.
+
+    Raises ArgumentError otherwise.
+    """
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     if not isinstance(x, Tensor):
         raise ArgumentError(name, f"a tensor of shape {tuple(shape)}", type(x).__name__)
@@ -79,7 +82,11 @@ def check_operand(
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: call it to launch. constants: what the kernel is compiled for; pdl: see above."""
+    """One launch of a kernel, which is launched by calling this object.
+
+    constants: what the kernel is compiled for. warps: the number of warps of a program. pdl: whether this is a
+    programmatic dependent launch.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -90,15 +97,17 @@ class Launch:
 
     @property
     def options(self) -> dict[str, object]:
+        """Returns the launch options of Triton."""
         # Fused multiply-adds are asked for by name: whether they are the default differs among Triton's versions.
         fixed = {"num_warps": self.warps, "enable_fp_fusion": True}
         return {**fixed, **({"launch_pdl": True} if self.pdl else {})}
 
     def __call__(self) -> None:
+        """Launch the kernel."""
         self.kernel[self.grid](*self.arguments, **self.constants, **self.options)
 
     def compile(self) -> None:
-        """Without launching, for the device at hand."""
+        """Compile the kernel for the device at hand, without launching it."""
         self.kernel.warmup(*self.arguments, grid=self.grid, **self.constants, **self.options)
 
 
@@ -107,7 +116,7 @@ _record: ContextVar[list[Launch] | None] = ContextVar("record", default=None)
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within it nothing is launched: what would be is gathered in the list."""
+    """Launch nothing within this context: the launches that would be made are gathered in the list that it gives."""
     launches: list[Launch] = []
     token = _record.set(launches)
     try:
@@ -117,7 +126,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(this: Launch) -> None:
-    """Launch it, or record it if that is what is being done."""
+    """Launch a kernel, or record the launch within `recording`."""
     record = _record.get()
     if record is None:
         this()
@@ -127,13 +136,13 @@ def launch(this: Launch) -> None:
 
 @triton.jit
 def wait():
-    """Until the kernels before this one are over and what they wrote can be seen."""
+    """Wait until the kernels before this one are over and what they wrote can be seen."""
     gdc_wait()
 
 
 @triton.jit
 def launch_dependents():
-    """Let the next kernel start: it waits by itself for what it needs of this one."""
+    """Let the next kernel start, which waits by itself for what it needs of this one."""
     gdc_launch_dependents()
 
 
@@ -153,8 +162,11 @@ def prefetch_lines(pointer, mask):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, with fp32 sums. a, b: of one dtype. PRECISION: "ieee" or "tf32", of fp32 products."""
-    if INTERPRETING:  # the interpreter would multiply the bits of bf16 values; their products are exact in fp32
+    """Returns acc + a b, with fp32 sums. a, b: blocks of one dtype.
+
+    PRECISION: "ieee" or "tf32", for products of fp32.
+    """
+    if INTERPRETING:  # which would multiply the bits of bf16 values; their products are exact in fp32
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -162,10 +174,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory in which the programs that share a tile of a result meet: each leaves its part, the last adds them up.
+    """Memory in which the programs that share a tile of a result meet: each leaves its part, and the last adds them up.
 
-    partial: fp32. arrived: int32 counters, zero before and after each kernel. One kernel uses it at a time, so one
-    suffices for all kernels of a chain.
+    partial: fp32. arrived: int32 counters, which are zero before and after each kernel. One kernel uses a scratch at a
+    time, so one suffices for all kernels of a chain.
     """
 
     partial: Tensor
@@ -173,7 +185,7 @@ class Scratch:
 
     @classmethod
     def allocate(cls, partial: int, arrived: int, device: torch.device) -> Scratch:
-        """For so many values and counters, at least one of each."""
+        """Returns a scratch of so many values and counters, at least one of each."""
         return cls(
             torch.empty(max(partial, 1), dtype=torch.float32, device=device),
             torch.zeros(max(arrived, 1), dtype=torch.int32, device=device),
@@ -181,7 +193,7 @@ class Scratch:
 
     @classmethod
     def fitting(cls, given: Scratch | None, partial: int, arrived: int, device: torch.device) -> Scratch:
-        """`given`, or a new one if None. Raises ArgumentError if it is too small."""
+        """Returns `given`, or a new scratch if it is None. Raises ArgumentError if it is too small."""
         if given is None:
             return cls.allocate(partial, arrived, device)
         if given.partial.numel() < partial or given.arrived.numel() < arrived:
@@ -195,7 +207,7 @@ class Scratch:
 
 @triton.jit
 def arrive(counter):
-    """How many programs have arrived at this counter before; what they stored before can be read afterwards."""
+    """Returns how many programs have arrived at this counter before. What they stored before can be read afterwards."""
     tl.debug_barrier()  # all threads of this program have stored their part
     before = tl.atomic_add(counter, 1, sem="acq_rel")
     tl.debug_barrier()

@@ -2,15 +2,15 @@
 
     y = epilogue(norm(x) Wᵀ + b)
 
-norm: LayerNorm, x ↦ (x − mean) / √(var + 1e-5) · γ + β over the row, or nothing. epilogue: nothing; exact GELU,
-h ↦ h · ½(1 + erf(h/√2)); `add`, to what the output holds (the residual stream); or `qkv`, which leaves the queries in a
-buffer and writes the keys and values into the cache. Statistics, sums and epilogues are fp32, the operands of the
-product have the dtype of W; fp32 means fp32, unless "tf32" is asked for.
+norm is LayerNorm, x ↦ (x − mean) / √(var + 1e-5) · γ + β over the row, or nothing. epilogue is nothing; or exact GELU,
+h ↦ h · ½(1 + erf(h/√2)); or `add`, which adds to what the output holds (the residual stream); or `qkv`, which leaves
+the queries in a buffer and writes the keys and values into the cache. Statistics, sums and epilogues are fp32, and the
+operands of the product have the dtype of W. fp32 means fp32, unless "tf32" is asked for.
 
-A step of sampling has few rows, so W, read once, is all of its memory traffic, and the time is that of bringing it in:
-many small tiles, so that every multiprocessor takes part. Where there are too few tiles, the depth K is split among
-several programs, and the last of them adds up their parts, always in the same order. Up to four rows are multiplied
-without tensor cores, which would want sixteen.
+A step of sampling has few rows, so W, read once, is nearly all of its memory traffic, and the time is that of bringing
+it in. Hence there are many small tiles, so that every multiprocessor takes part. Where there are too few tiles, the
+depth K is split among several programs, and the last of them adds up their parts, always in the same order. Up to four
+rows are multiplied without tensor cores, which would want sixteen.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from tarflow_fast.errors import ArgumentError
 from .launch import DTYPES, Launch, Scratch, arrive, check_operand, dot, launch, launch_dependents, prefetch_lines, wait
 
 NORM_EPS = 1e-5
-FEW_ROWS = 4  # that are multiplied without tensor cores
+FEW_ROWS = 4  # so many rows at most are multiplied without tensor cores
 STATISTICS = 4096  # values that a program holds at once to take the statistics of its rows
 
 Norm = tuple[Tensor, Tensor]
-"""γ and β of a LayerNorm, (K,) fp32 each."""
+"""A LayerNorm's γ and β, (K,) fp32 each."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: a tile of rows × columns, over depth values at a time, by so many warps.
+    """The part that one program computes: rows × columns, over `depth` values at a time, by so many warps.
 
-    splits: programs that share the depth. stages: tiles of the operands under way at once.
+    splits: the number of programs that share the depth. stages: how many tiles of the operands are under way at once.
     """
 
     rows: int
@@ -51,17 +51,18 @@ class Tile:
     stages: int = 3
 
     def grid(self, rows: int, N: int) -> tuple[int, int, int]:
+        """Returns the programs along each dimension."""
         return triton.cdiv(N, self.columns), triton.cdiv(rows, self.rows), self.splits
 
     def scratch(self, rows: int, N: int) -> tuple[int, int]:
-        """Values and counters that a `Scratch` must have."""
+        """Returns the numbers of values and of counters that a `Scratch` must have."""
         across, down, _ = self.grid(rows, N)
         tiles = across * down if self.splits > 1 else 0
         return tiles * self.splits * self.rows * self.columns, tiles
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None = None, gelu: bool = False) -> Tensor:
-    """The same by PyTorch, in the dtype of W; the residual is the caller's to add. x: (rows, K). Returns (rows, N)."""
+    """Returns the same by PyTorch, (rows, N), in the dtype of W. x: (rows, K). The residual is the caller's to add."""
     if norm is not None:
         gamma, beta = norm
         x = F.layer_norm(x, x.shape[-1:], gamma.to(x.dtype), beta.to(x.dtype), NORM_EPS)
@@ -71,7 +72,10 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None = None,
 
 @triton.jit
 def _statistics(x, r, rows, K: tl.constexpr, EPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
-    """mean and 1/√(var + ε) of each row, from chunks of BLOCK_S values, merged (Chan, Golub and LeVeque)."""
+    """Returns the mean and 1/√(var + ε) of each row.
+
+    They are merged from chunks of BLOCK_S values (Chan, Golub and LeVeque).
+    """
     mean = tl.zeros((BLOCK_R,), tl.float32)
     squares = tl.zeros((BLOCK_R,), tl.float32)  # Σ (x − mean)²
     for start in range(0, K, BLOCK_S):
@@ -92,7 +96,10 @@ def _finish(
     acc, r, n, rows, bias, out, keys, values, token, window, T,
     N: tl.constexpr, HEAD: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
-    """Bias, epilogue and store of a tile. acc: (BLOCK_R, BLOCK_N) fp32; token: position of the window's first token."""
+    """Add the bias to a tile, apply the epilogue, and store it.
+
+    acc: (BLOCK_R, BLOCK_N) fp32. token: the position of the window's first token.
+    """
     inside = (r < rows)[:, None] & (n < N)[None, :]
     y = acc + tl.load(bias + n, mask=n < N, other=0.0)[None, :]
     if EPILOGUE == "qkv":
@@ -123,7 +130,7 @@ def _norm_linear_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
-    SHARE: tl.constexpr = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K  # of the depth, for each split
+    SHARE: tl.constexpr = triton.cdiv(triton.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K  # each split's share of the depth
     first = split * SHARE
     last = tl.minimum(first + SHARE, K)
     weight_rows = weight + n.to(tl.int64)[:, None] * K
@@ -138,7 +145,7 @@ def _norm_linear_kernel(
         mean, inverse = _statistics(x, r, rows, K, EPS, BLOCK_R, BLOCK_S)
 
     FEW: tl.constexpr = BLOCK_R < 16
-    if FEW:  # products stay apart until the end: one sum over the threads instead of one for each tile
+    if FEW:  # products stay apart until the end, for one sum over the threads instead of one for each tile
         products = tl.zeros((BLOCK_R, BLOCK_N, BLOCK_K), tl.float32)
     else:
         acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -168,7 +175,7 @@ def _norm_linear_kernel(
         place = tl.arange(0, BLOCK_R)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         parts = partial + tile.to(tl.int64) * (SPLITS * BLOCK_R * BLOCK_N) + place
         tl.store(parts + split * (BLOCK_R * BLOCK_N), acc)
-        if arrive(arrived + tile) == SPLITS - 1:  # the last to come
+        if arrive(arrived + tile) == SPLITS - 1:  # this program is the last to come
             acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
             for part in tl.static_range(SPLITS):
                 acc += tl.load(parts + part * (BLOCK_R * BLOCK_N), cache_modifier=".cg")
@@ -191,9 +198,9 @@ def norm_linear(
 ) -> None:
     """out = epilogue(norm(x) Wᵀ + b), or out += norm(x) Wᵀ + b for the epilogue "add".
 
-    x: (rows, K) fp32, or without a norm of any dtype of ours; weight: (N, K); bias: (N,) fp32; out: (rows, N) of any
-    dtype, written. epilogue: "none", "gelu" or "add". precision: "ieee" or "tf32", of fp32 products. pdl: see
-    `launch.py`. Raises ArgumentError.
+    x: (rows, K) fp32, or without a norm of any dtype in `DTYPES`. weight: (N, K). bias: (N,) fp32. out: (rows, N) of
+    any dtype in `DTYPES`, written. epilogue: "none", "gelu" or "add". scratch: memory for splits, default allocated.
+    precision: "ieee" or "tf32", for products of fp32. pdl: see `launch.py`. Raises ArgumentError.
     """
     check_choice("epilogue", epilogue, ("none", "gelu", "add"))
     N, K = check_operand("weight", weight, (-1, -1), DTYPES).shape
@@ -219,11 +226,12 @@ def norm_qkv(
     precision: str = "ieee",
     pdl: bool = False,
 ) -> None:
-    """(q, k, v) = norm(x) Wᵀ + b, the keys and values of the tokens position + offset … + window − 1 into the cache.
+    """(q, k, v) = norm(x) Wᵀ + b, where k and v go into the cache at the tokens from position + offset on.
 
-    x: (R·window, C) fp32, row r·window + w is token w of the window of row r; weight: (3C, C), rows ordered (q|k|v,
-    head, channel); bias: (3C,) fp32; queries: (R·window, C); keys, values: (R, H, T, d); position: (1,) int32, read on
-    the device. queries, keys and values have the dtype of W and are written. Raises ArgumentError.
+    x: (R·window, C) fp32, where row r·window + w is token w of the window of row r. weight: (3C, C), rows ordered
+    (q|k|v, head, channel). bias: (3C,) fp32. queries: (R·window, C). keys, values: (R, H, T, d). position: (1,) int32,
+    read on the device. queries, keys and values have the dtype of W and are written. scratch, precision, pdl: see
+    `norm_linear`. Raises ArgumentError.
     """
     N, C = check_operand("weight", weight, (-1, -1), DTYPES).shape
     device, dtype = weight.device, weight.dtype

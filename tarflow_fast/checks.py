@@ -16,18 +16,19 @@ from . import host_ops
 from .errors import ArgumentError, TarFlowWarning
 from .scalars import plain
 
-Label = int | str | np.integer | np.ndarray | Tensor  # the last two without dimensions
+Label = int | str | np.integer | np.ndarray | Tensor  # arrays and tensors without dimensions
 Labels = Label | Sequence[Label] | None
 Number = float | np.number | np.ndarray | Tensor
 Count = int | np.integer | np.ndarray | Tensor
 Flag = bool | int | np.bool_
-"""What is taken for labels, numbers and flags: Python's, numpy's and torch's, and the names of classes."""
+"""The types taken for labels, numbers and flags: Python's, numpy's and torch's, and strings that name classes."""
 
-WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the dtypes that they may have
+WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # the dtypes that weights may have
 GUIDE_WHAT = ("a", "b", "ab")
 
 
 def short(dtype: torch.dtype) -> str:
+    """Returns a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -42,7 +43,7 @@ def check_dense(name: str, x: Tensor, *, values: bool = True) -> None:
 
 
 def check_weights(module: nn.Module) -> None:
-    """Raises ArgumentError, with the mend, where the weights of a module are not plain floats that have values."""
+    """Raises ArgumentError, with what would mend it, where a module's weights are not plain floats that have values."""
     for name, part in module.named_modules():
         where = type(part).__name__ + (f" at {name}" if name else "")
         hooks = {type(hook).__module__.partition("torch.nn.utils.")[2] for hook in part._forward_pre_hooks.values()}
@@ -66,9 +67,10 @@ def check_weights(module: nn.Module) -> None:
 
 
 def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool = True) -> Tensor:
-    """x: a floating-point tensor of shape (B >= 1, *shape), of finite values unless finite=False.
+    """Returns x if it is a floating-point tensor of shape (B >= 1, *shape), of finite values unless finite=False.
 
-    To look at the values is to wait for the device: the training path asks only for the shape.
+    Raises ArgumentError otherwise. To look at the values is to wait for the device, so the training path asks only for
+    the shape.
     """
     wanted = "(B, " + ", ".join(map(str, shape)) + ")"
     if not isinstance(x, Tensor):
@@ -84,7 +86,7 @@ def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool =
 
 
 def warn_range(name: str, x: Tensor, most: float, meant: str) -> None:
-    """Warns of finite values beyond ±most, which nobody who means `meant` gives."""
+    """Warn of finite values beyond ±most, which nobody who means `meant` gives."""
     largest = float(x.detach().abs().max())
     if largest > most:
         warnings.warn(f"{name}: values of up to {largest:.3g}, where {meant} is meant", TarFlowWarning, stacklevel=4)
@@ -93,7 +95,7 @@ def warn_range(name: str, x: Tensor, most: float, meant: str) -> None:
 def check_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> float:
-    """A finite real number in [low, high], or in (low, high] when open_low."""
+    """Returns a finite real number in [low, high], or in (low, high] when open_low. Raises ArgumentError otherwise."""
     bound = f"a finite number {'>' if open_low else '>='} {low:g}" + ("" if math.isinf(high) else f" and <= {high:g}")
     if math.isinf(low):
         bound = "a finite number"
@@ -106,6 +108,7 @@ def check_number(
 
 
 def check_count(name: str, value: object, low: int = 1, high: int | None = None) -> int:
+    """Returns an integer in [low, high]. Raises ArgumentError for anything else, a bool too."""
     count = plain(value)
     if isinstance(count, bool) or not isinstance(count, int) or count < low or (high is not None and count > high):
         bound = f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
@@ -114,6 +117,7 @@ def check_count(name: str, value: object, low: int = 1, high: int | None = None)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """Returns one of the choices. Raises ArgumentError for anything else."""
     if not isinstance(value, str) or value not in choices:
         raise ArgumentError(name, "one of " + ", ".join(map(repr, choices)), repr(value))
     return value
@@ -122,10 +126,11 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
 def label_tensor(
     labels: Labels, num_classes: int, name: str = "labels", class_names: Sequence[str] | None = None
 ) -> Tensor | None:
-    """One label, a sequence, an array or a tensor of labels as (n,) int64, any negative value becoming -1, "no class".
+    """Returns labels as (n,) int64, every negative value becoming -1, "no class".
 
-    None stays None. An unconditional model (num_classes = 0) takes only None and negative labels, and gives None.
-    class_names: of the model, by which labels may be called too.
+    labels: one label, or a sequence, an array or a tensor of them. None stays None. An unconditional model (num_classes
+    = 0) takes only None and negative labels, for which None is returned. class_names: the names that the model knows
+    its classes by, which labels may be too. Raises ArgumentError for other labels.
     """
     if labels is None:
         return None
@@ -162,7 +167,7 @@ def label_tensor(
 
 
 def _from_array(name: str, labels: np.ndarray) -> Any:
-    """A list, or a single label, of an array of integers or names."""
+    """Returns the list, or the single label, in an array of integers or names. Raises ArgumentError."""
     if labels.dtype.kind not in "iuUO" or labels.ndim > 1:
         expected = "a 1-D array of integers or class names"
         raise ArgumentError(name, expected, f"a {labels.dtype} array of shape {labels.shape}")
@@ -170,9 +175,10 @@ def _from_array(name: str, labels: np.ndarray) -> Any:
 
 
 def find_class(name: str, names: Sequence[str], argument: str = "labels") -> int | None:
-    """The number of the class of that name, in any case where none is spelt exactly so; None if there is none.
+    """Returns the number of the class of that name, or None if there is none.
 
-    Raises ArgumentError where several classes are called that.
+    A name that is spelt exactly so comes before one in another case. Raises ArgumentError where several classes are
+    called that.
     """
     for spelt in (str, str.casefold):
         found = [i for i, known in enumerate(names) if spelt(known) == spelt(name)]
@@ -185,6 +191,7 @@ def find_class(name: str, names: Sequence[str], argument: str = "labels") -> int
 
 
 def _label_named(argument: str, label: str, class_names: Sequence[str] | None) -> int:
+    """Returns the number of the class that a label names. Raises ArgumentError where the model has no such name."""
     if not class_names:
         raise ArgumentError(argument, "integers, as this model records no names of classes", repr(label))
     found = find_class(label, class_names, argument)
@@ -202,7 +209,10 @@ def batch_labels(
     name: str = "y",
     class_names: Sequence[str] | None = None,
 ) -> Tensor | None:
-    """Labels for a batch of given rows: (batch,) int64 on `device`, -1 for no class. One label serves all rows."""
+    """Returns labels for a batch of given rows, (batch,) int64 on `device`, -1 for no class.
+
+    One label serves all rows. None is returned as in `label_tensor`. Raises ArgumentError for another number of labels.
+    """
     out = label_tensor(labels, num_classes, name, class_names)
     if out is None:
         return None

@@ -1,6 +1,6 @@
-"""What the control groups of Linux (v1 and v2), that is a container, let this process have: memory, and cores.
+"""The memory and the cores that Linux's control groups (v1 and v2), and so a container, let this process have.
 
-A group is within all its parents' limits. What cannot be read, as on other systems, limits nothing.
+A group is within the limits of all its parents. What cannot be read, as on other systems, limits nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from typing import NamedTuple
 
 
 class _Mount(NamedTuple):
-    """A hierarchy of groups. within: the group that its folder shows; controllers: None in version 2, which has all."""
+    """A mounted hierarchy of groups.
+
+    folder: where it is mounted. within: the group that this folder shows. controllers: the names of its controllers, or
+    None in version 2, which has all.
+    """
 
     folder: Path
     within: str
@@ -21,9 +25,9 @@ class _Mount(NamedTuple):
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still get before a group is at its limit, or None without one.
+    """Returns the bytes that this process may still get before a group is at its limit, or None without a limit.
 
-    Pages of files count as free, as the kernel drops them first. root: where `proc` and the mounts are.
+    Pages of files count as free, since the kernel drops them first. root: the folder where `proc` and the mounts are.
     """
     free = []
     for group, version in _groups("memory", root):
@@ -39,20 +43,20 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def cores(root: Path = Path("/")) -> int | None:
-    """Cores' worth of time that this process may take, rounded up, or None without a limit."""
+    """Returns how many cores' worth of time this process may take, rounded up, or None without a limit."""
     shares = []
     for group, version in _groups("cpu", root):
         if version == 2:
             quota, period = [*_text(group / "cpu.max").split(), "", ""][:2]
         else:
             quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
-        if quota.isdecimal() and period.isdecimal() and int(period) > 0:  # not "max", nor -1
+        if quota.isdecimal() and period.isdecimal() and int(period) > 0:  # "max" and -1 are no limit
             shares.append(math.ceil(int(quota) / int(period)))
     return max(1, min(shares)) if shares else None
 
 
 def _groups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
-    """This process's groups of a controller and all their parents, as folders, with the version of each."""
+    """Yield this process's groups of a controller and all their parents, as folders, each with its version."""
     mounts = _mounts(root)
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
@@ -70,7 +74,10 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
 
 @functools.cache
 def _mounts(root: Path) -> list[_Mount]:
-    """36 35 98:0 /within /folder rw,noatime … - cgroup2 source options"""
+    """Returns the mounted hierarchies of groups.
+
+    Lines of mountinfo read `36 35 98:0 /within /folder rw,noatime … - cgroup2 source options`.
+    """
     found = []
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
@@ -83,6 +90,7 @@ def _mounts(root: Path) -> list[_Mount]:
 
 
 def _text(path: Path) -> str:
+    """Returns the text of a file without the space around it, or "" where it cannot be read."""
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -90,12 +98,12 @@ def _text(path: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    """None where there is no such file, or no limit ("max")."""
+    """Returns the number in a file, or None where there is no such file or no limit ("max")."""
     text = _text(path)
     return int(text) if text.isdecimal() else None
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Returns the lines of a file that have a name and a number."""
     pairs = (line.split() for line in _text(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}

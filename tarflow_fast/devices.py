@@ -1,4 +1,4 @@
-"""Devices and dtypes: which can be had here, why not, and how much memory they have left."""
+"""Devices and dtypes: which of them can be had here, why others cannot, and how much memory is left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def device_missing(kind: str) -> str | None:
-    """Why there is no device of this kind, or None if there is one."""
+    """Returns why there is no device of this kind, or None if there is one."""
     if kind == "cuda" and not torch.cuda.is_available():
         if torch.version.cuda is None and torch.version.hip is None:
             return f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
@@ -38,7 +38,7 @@ def device_missing(kind: str) -> str | None:
 
 
 def triton_missing() -> str | None:
-    """Why Triton cannot be used here, whatever the device, or None if it can."""
+    """Returns why Triton cannot be used here, whatever the device, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with PyTorch for CUDA on Linux (pip install triton)"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -47,7 +47,7 @@ def triton_missing() -> str | None:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """A device that exists here, with its index where it has one. Raises ArgumentError or BackendError."""
+    """Returns a device that exists here, with its index where it has one. Raises ArgumentError or BackendError."""
     try:
         out = torch.device(device)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
@@ -68,7 +68,7 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def check_dtype(dtype: object, device: torch.device) -> torch.dtype:
-    """A dtype that the engines compute in. Raises ArgumentError, or BackendError where the device lacks it."""
+    """Returns a dtype that the engines compute in. Raises ArgumentError, or BackendError where the device lacks it."""
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise ArgumentError("dtype", "one of torch." + ", torch.".join(map(short, DTYPES)), repr(dtype))
     if device.type == "mps" and dtype == torch.float64:
@@ -80,7 +80,10 @@ def check_dtype(dtype: object, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def own_defaults() -> Iterator[None]:
-    """Within it torch's defaults are fp32 and the CPU, whatever the process has set: modules are made by them."""
+    """Set torch's default dtype to fp32 and its default device to the CPU within this context.
+
+    Modules are made by these defaults, whatever the process has set.
+    """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -91,7 +94,11 @@ def own_defaults() -> Iterator[None]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation on this device could get: what the machine has, and this process may have of it."""
+    """Returns the bytes that a new allocation on this device could get.
+
+    Except on CUDA, that is what the machine has free, within what the container and `ulimit -v` still allow this
+    process.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -100,14 +107,17 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_addresses() -> int | None:
-    """Bytes left of the address space that `ulimit -v` allows, or None without such a limit."""
+    """Returns the bytes left of the address space that `ulimit -v` allows, or None without such a limit."""
     if resource is None or (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
         return None
     return max(0, limit - int(psutil.Process().memory_info().vms))
 
 
 def usable_cores() -> int | None:
-    """Cores that this process may use: those it is bound to, and what its container grants. None: not known."""
+    """Returns the number of cores that this process may use, or None where it is not known.
+
+    These are the cores that the process is bound to, but no more than its container grants.
+    """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     known = [each for each in (bound, _granted_cores()) if each is not None]
     return min(known, default=None)
@@ -119,9 +129,9 @@ def _granted_cores() -> int | None:
 
 
 def default_threads() -> int:
-    """Threads of a native pass: as many as torch's, and no more than there are cores to run them.
+    """Returns the number of threads of a native pass: as many as torch's, but no more than there are cores to run them.
 
-    They meet after every product, and where two share a core, or all wait for the container's next share of time, each
+    Threads meet after every product. Where two share a core, or all wait for the container's next share of time, each
     waits for the other.
     """
     cores = usable_cores()

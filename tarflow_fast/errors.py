@@ -1,4 +1,7 @@
-"""Every error that this package raises on purpose. Each message names the argument, what was expected, what came."""
+"""The errors and warnings that this package raises on purpose.
+
+The message of an error names the argument or the file, and says what was expected and what came.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import signal
 
 
 def printable(text: object) -> str:
-    """Text of a foreign file or library, without what a terminal would obey."""
+    """Returns text of a foreign file or library without characters that a terminal would obey."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign library's error says, in one line; its type where it says nothing."""
+    """Returns the first line of a foreign library's error, or the error's type where it says nothing."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _in_a_line(value: object, most: int = 200) -> str:
-    """As it is, unless it has several lines, as a tensor has."""
+    """Returns the text of a value.
+
+    If it has several lines, as a tensor has, they are joined and cut to `most` characters.
+    """
     text = str(value)
     if "\n" not in text:
         return text
@@ -25,15 +31,24 @@ def _in_a_line(value: object, most: int = 200) -> str:
 
 
 class TarFlowWarning(UserWarning):
-    """Something was decided for the user who may want it otherwise; one line, which the command line shows as such."""
+    """A warning of something that was decided for the user, who may want it otherwise.
+
+    The message is one line, which the command line shows as it is.
+    """
 
 
 class TarFlowError(Exception):
-    """Base of all errors raised by tarflow_fast."""
+    """The base class of all errors that tarflow_fast raises on purpose."""
 
 
 class ArgumentError(TarFlowError, ValueError):
-    """An argument has the wrong type, shape, range or name."""
+    """An argument has the wrong type, shape, range or name.
+
+    Attributes:
+        argument: The name of the argument.
+        expected: A description of what was expected.
+        got: The value that came, or a description of it.
+    """
 
     def __init__(self, argument: str, expected: str, got: object):
         self.argument, self.expected, self.got = argument, expected, got
@@ -41,7 +56,7 @@ class ArgumentError(TarFlowError, ValueError):
 
 
 class CheckpointError(TarFlowError, ValueError):
-    """A file is not a checkpoint that can be loaded whole."""
+    """A file is not a checkpoint that can be loaded whole, and the message says why."""
 
 
 class DataError(TarFlowError, ValueError):
@@ -49,11 +64,14 @@ class DataError(TarFlowError, ValueError):
 
 
 class TrainingDiverged(TarFlowError, ArithmeticError):
-    """The loss or the gradient became infinite or NaN; the last checkpoint is from before that."""
+    """The loss or the gradient became infinite or NaN. The last checkpoint is from before that."""
 
 
 class TrainingStopped(TarFlowError):
-    """A signal ended a training run early; its checkpoint is written. signal: the signal's number."""
+    """A signal ended a training run early, and its checkpoint is written.
+
+    signal: the signal's number.
+    """
 
     def __init__(self, number: int, step: int, steps: int):
         self.signal = number
@@ -66,17 +84,20 @@ class ProcessLost(TarFlowError, ConnectionError):
 
 
 class BackendError(TarFlowError, RuntimeError):
-    """A backend, device or dtype was asked for that cannot be had here; the message says why and how to mend it."""
+    """A backend, device or dtype was asked for that cannot be had here. The message says why, and how to mend it."""
 
 
 class OutOfMemoryError(TarFlowError, MemoryError):
-    """The batch does not fit in memory; the message says how many samples would."""
+    """The batch does not fit in memory, and the message says how many samples would."""
 
 
 class NonFiniteError(TarFlowError, ArithmeticError):
     """Sampling produced an infinity or a NaN.
 
-    block: index of the flow block; token: index in that block's processing order; sample: image number.
+    Attributes:
+        block: The index of the flow block.
+        token: The index of the token, in the order in which that block processes them.
+        sample: The number of the image.
     """
 
     def __init__(self, block: int, token: int, sample: int):

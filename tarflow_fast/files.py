@@ -1,4 +1,4 @@
-"""Writing files whole: under another name first, which takes the file's place when all of it is there."""
+"""Files are written whole: under another name first, which takes the file's place when all of it is there."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ if sys.platform != "win32":
 PathLike = str | os.PathLike[str]
 
 _UNFINISHED = re.compile(r"\.tarflow-[0-9a-f]{16}(\.[^.]+)?")
-_OS_ERROR = re.compile(r"(?:\(os error |\bcode: )(\d+)")  # how Rust's libraries tell errno
+_OS_ERROR = re.compile(r"(?:\(os error |\bcode: )(\d+)")  # errno in the messages of Rust's libraries
 
 
 def check_path(argument: str, path: PathLike, suffixes: Sequence[str] = ()) -> Path:
-    """`path` as a file that can be written: one of the suffixes, if any, in an existing folder, not itself a folder.
+    """Returns `path` as a file that can be written.
 
-    Raises ArgumentError that names the argument.
+    It has one of the suffixes, if any are given, and is in an existing folder, not itself a folder. Raises
+    ArgumentError that names the argument.
     """
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise ArgumentError(argument, "a path", type(path).__name__)
@@ -37,7 +38,7 @@ def check_path(argument: str, path: PathLike, suffixes: Sequence[str] = ()) -> P
         mode = os.stat(out).st_mode
     except FileNotFoundError:
         mode = None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+    except (OSError, ValueError) as error:  # a NUL in the name raises ValueError
         raise ArgumentError(argument, "a file name", f"{text} ({getattr(error, 'strerror', None) or error})") from error
     if mode is not None and stat.S_ISDIR(mode):
         raise ArgumentError(argument, "a file", f"the folder {text}")
@@ -51,13 +52,15 @@ def check_path(argument: str, path: PathLike, suffixes: Sequence[str] = ()) -> P
 
 @contextlib.contextmanager
 def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> Iterator[Path]:
-    """The name of a new, empty file of the same suffix, which takes the place of `path` when the block ends.
+    """Yield the name of a new, empty file of the same suffix, which takes the place of `path` when the block ends.
 
-    If the block raises, `path` stays as it was and nothing is left beside it; what a killed process left in the
-    folder is removed by the next one that writes there. A link at `path` is replaced, not followed; the mode of a file
-    that was there is kept. A device or a pipe is written to directly. durable: waits until the disk has it. sweep:
-    looks for what killed processes have left, which takes a while in a folder of very many files.
-    Raises OSError that names `path` where the system refuses (no space, no permission).
+    If the block raises, `path` stays as it was and nothing is left beside it. What a killed process left in the folder
+    is removed by the next one that writes there. A link at `path` is replaced, not followed; the mode of a file that
+    was there is kept. A device or a pipe is written to directly.
+
+    durable: whether to wait until the disk has the file. sweep: whether to look for what killed processes have left,
+    which takes a while in a folder of very many files. Raises OSError that names `path` where the system refuses (no
+    space, no permission).
     """
     path = Path(path)
     try:
@@ -87,7 +90,7 @@ def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> I
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
         finally:
-            os.close(descriptor)  # its lock with it
+            os.close(descriptor)  # which also gives up its lock
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -106,24 +109,25 @@ def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> I
 
 
 def _about(path: Path, error: OSError) -> OSError:
+    """Returns this error as one that names `path`."""
     return OSError(error.errno or errno.EIO, error.strerror or str(error), str(path))
 
 
 def _create(path: Path) -> tuple[int, Path]:
-    """(descriptor, name) of a new file beside `path` that is locked while this process lives."""
+    """Returns the descriptor and the name of a new file beside `path` that is locked while this process lives."""
     while True:
         partial = path.with_name(f".tarflow-{secrets.token_hex(8)}{path.suffix}")
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if sys.platform == "win32":
             return descriptor, partial
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:  # else somebody took it for a dead one's, before it was locked
+        if os.fstat(descriptor).st_nlink:  # else another process took it for a dead one's before it was locked
             return descriptor, partial
         os.close(descriptor)
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Removes what processes that are no more have left unfinished in a folder."""
+    """Remove what processes that are no more have left unfinished in a folder."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if _UNFINISHED.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
@@ -132,7 +136,8 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _remove_if_dead(name: str) -> None:
-    if sys.platform == "win32":  # where a file that is open cannot be removed
+    """Remove an unfinished file unless its writer is alive. Raises OSError where it cannot be removed."""
+    if sys.platform == "win32":  # Windows does not remove a file that is open
         os.unlink(name)
         return
     descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -1,6 +1,7 @@
 """What sampling needs of a model: its flow blocks in order, its prior, and how tokens become data.
 
-A model is anything that has a method `flow(device)` which returns a `Flow`; nothing below knows more of it.
+A model is any object with a method `flow(device)` that returns a `Flow`. Engines, solvers and sampling know no more of
+a model than that.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from .permutation import Permutation
 
 @dataclass(frozen=True)
 class Stage:
-    """One flow block of a model, as its inverse needs it.
+    """A stage is one flow block of a model, as its inverse needs it.
 
-    shape: the block's sizes. weights: makes its weights, when an engine packs them. order: in which it reads the data's
-    tokens. start: (D,), a token of the block's own that stands before the data's and passes unchanged, so that the
-    first of these is transformed too; the block then has T + 1 tokens. None: the first of the data's passes unchanged.
+    Attributes:
+        shape: The block's sizes.
+        weights: A function that makes the block's weights; it is called when an engine packs them.
+        order: The order in which the block reads the tokens of the data.
+        start: (D,), a token of the block's own that stands before those of the data and passes unchanged, so that the
+            first token of the data is transformed too. The block then has T + 1 tokens. None means that there is no
+            such token, and the first token of the data passes unchanged.
     """
 
     shape: BlockShape
@@ -32,24 +37,48 @@ class Stage:
     start: Tensor | None = None
 
     def enter(self, tokens: Tensor) -> Tensor:
-        """(B, T, D) in the data's order as the block's tokens, in its own."""
+        """Put the data's tokens in the order of the block, after its own start token if it has one.
+
+        Args:
+            tokens: (B, T, D) in the data's order.
+
+        Returns:
+            (B, T, D), or (B, T + 1, D) with a start token, in the block's order.
+        """
         own = self.order.enter(tokens)
         if self.start is None:
             return own
         return torch.cat([self.start.to(own).expand(len(own), 1, -1), own], dim=1)
 
     def leave(self, tokens: Tensor) -> Tensor:
-        """The inverse of `enter`; also of what is (B, T) of a block's tokens."""
+        """Invert `enter`: put the block's tokens in the data's order, without its start token.
+
+        Args:
+            tokens: (B, T', D) or (B, T') in the block's order, T' being T, or T + 1 with a start token.
+
+        Returns:
+            (B, T, D) or (B, T) in the data's order.
+        """
         return self.order.leave(tokens if self.start is None else tokens[:, 1:])
 
     def enter_marks(self, marks: Tensor) -> Tensor:
-        """(B, T), a number for each of the data's tokens, in the block's order; 0 for a token of its own."""
+        """Put numbers that belong to the data's tokens in the order of the block.
+
+        Args:
+            marks: (B, T), a number for each of the data's tokens.
+
+        Returns:
+            (B, T), or (B, T + 1) with a start token, whose number is 0.
+        """
         own = self.order(marks)
         return own if self.start is None else torch.nn.functional.pad(own, (1, 0))
 
 
 class Denoise(Protocol):
-    """x + scale · σ² ∇_x log p(x | y), of data (B, …); see `models/denoising.py` for the arguments."""
+    """A function that returns x + scale · σ² ∇_x log p(x | y) for data x of shape (B, …).
+
+    `models/denoising.py` describes the arguments.
+    """
 
     def __call__(
         self,
@@ -69,12 +98,20 @@ class Denoise(Protocol):
 class Flow:
     """A model as sampling takes it.
 
-    stages: the flow blocks in the order in which data go through them; sampling goes the other way. prior_var: (T, D),
-    the variance of the latents' normal distribution. data_shape: of one of the data, as (in_channels, H, W). to_tokens:
-    data (B, …) to tokens (B, T, D); to_data: its inverse. dtype, device: of the weights. num_classes: 0 for an
-    unconditional model. metadata: what the model records, as `TarFlow.metadata`. denoise: Tweedie's step, or None where
-    the model has none. model: what the flow is of, kept for copies of a sampler. check_unchanged: raises ArgumentError
-    where weights that the flow shares with the model have changed since.
+    Attributes:
+        stages: The flow blocks in the order in which data go through them. Sampling goes the other way.
+        prior_var: (T, D), the variance of the latents' normal distribution.
+        data_shape: The shape of one of the data, such as (in_channels, H, W).
+        to_tokens: A function from data (B, …) to tokens (B, T, D).
+        to_data: The inverse of `to_tokens`.
+        dtype: The dtype of the weights.
+        device: The device of the weights.
+        model: The model itself, from which copies of a sampler are made.
+        num_classes: The number of classes, 0 for an unconditional model.
+        metadata: What the model records of itself, see `TarFlow.metadata`.
+        denoise: Tweedie's step, or None where the model has none.
+        check_unchanged: A function that raises ArgumentError where weights that the flow shares with the model have
+            changed since the flow was made.
     """
 
     stages: tuple[Stage, ...]
@@ -92,21 +129,31 @@ class Flow:
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(T, D) of the data's tokens."""
+        """Returns (T, D), the number of the data's tokens and the size of each."""
         tokens, token_dim = self.prior_var.shape
         return tokens, token_dim
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of all blocks together, for one of the data."""
+        """Returns the number of tokens of all blocks together, for one of the data."""
         return sum(stage.shape.tokens for stage in self.stages)
 
     @property
     def class_names(self) -> list[str]:
+        """Returns the class names that the model records, in the order of the classes; an empty list if it records
+        none.
+        """
         return known_names(self.metadata)
 
 
 def known_names(metadata: Mapping[str, Any]) -> list[str]:
-    """The class names that a model records, in the order of the classes; none if there are none."""
+    """Return the class names that a model records.
+
+    Args:
+        metadata: What a model records of itself.
+
+    Returns:
+        The names in the order of the classes; empty if there are none.
+    """
     names = metadata.get("class_names")
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else []

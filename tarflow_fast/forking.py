@@ -1,4 +1,4 @@
-"""Forked children of this process: torch's threads for CPUs do not live on in them, and are waited for without end."""
+"""Forked child processes: torch's CPU threads do not live on in them, and would be waited for without end."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from contextlib import contextmanager
 
 import torch
 
-_PROCESS = os.getpid()  # that imported this package
+_PROCESS = os.getpid()  # the process that imported this package
 
 
 @contextmanager
 def safe_in_forked_child() -> Iterator[None]:
-    """Within it a forked child leaves torch a single thread, which works there; elsewhere nothing changes.
+    """Leave torch a single thread within this context in a forked child; elsewhere nothing changes.
 
-    Where the parent has computed with several threads, OpenMP in the child waits for those that it has not got.
+    Where the parent has computed with several threads, OpenMP in the child would wait for threads that it does not
+    have.
     """
     threads = torch.get_num_threads()
     if os.getpid() == _PROCESS or threads == 1:

@@ -24,16 +24,16 @@ from .limits import MOST_SIZE
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 PAD_VALUE = 255
 MOST_PIXELS = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".gif": 65535}
-"""Along a side, by the kind of file: the format's limit, for JPEG that of the library which everybody uses."""
-INFO_KEY = "tarflow_fast"  # of the text chunk that says how a PNG was made
+"""The most pixels along a side, by the kind of file: the format's limit, or for JPEG that of the usual library."""
+INFO_KEY = "tarflow_fast"  # the keyword of the text chunk that says how a PNG was made
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """v = round((x + 1) · 127.5), saturated to 0..255.
 
-    images: any shape, floating point, [-1, 1] being black to white. An 8-bit picture holds no more than that,
-    so values outside become black or white. A uint8 tensor comes back as it is.
-    Returns uint8 of the same shape, on the CPU. Raises ArgumentError for other dtypes, infinities and NaNs.
+    images: any shape, floating point, where -1 is black and 1 is white. An 8-bit picture holds no more than that, so
+    values outside become black or white. A uint8 tensor comes back as it is. Returns uint8 of the same shape, on the
+    CPU. Raises ArgumentError for other dtypes, infinities and NaNs.
     """
     if not isinstance(images, Tensor):
         raise ArgumentError("images", "a tensor", type(images).__name__)
@@ -49,7 +49,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid_size(count: int, height: int, width: int, columns: int, pad: int, scale: int) -> tuple[int, int]:
-    """(height, width) in pixels of the `grid` of so many images."""
+    """Returns (height, width) in pixels of the `grid` of so many images."""
     rows = -(-count // columns)
     return rows * (height * scale + pad) + pad, columns * (width * scale + pad) + pad
 
@@ -65,10 +65,10 @@ def check_grid(
     scale: int = 1,
     frames: int = 1,
 ) -> None:
-    """Raises ArgumentError that names the argument if a grid of so many images cannot be made, or not be held by a file
-    of that kind.
+    """Raises ArgumentError, which names the argument, unless a grid of so many images can be made and saved.
 
-    image_shape: (ch, H, W); frames: of an animation.
+    The limits are those of memory and of that kind of file. image_shape: (ch, H, W). frames: the number of frames of an
+    animation.
     """
     ch, *size = image_shape
     if ch not in (1, 3):
@@ -78,7 +78,7 @@ def check_grid(
     what = f"{count} images, {columns} in a row, {width} × {height} pixels"
     if max(height, width) > MOST_PIXELS[kind]:
         raise ArgumentError(argument, f"at most {MOST_PIXELS[kind]} pixels along a side of a {kind} file", what)
-    needed = (3 + frames) * ch * height * width  # 3: what `grid` makes on the way
+    needed = (3 + frames) * ch * height * width  # `grid` makes three copies on the way
     free = free_memory(torch.device("cpu"))
     if needed > free:
         lacking = f"{what}, for which {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} are free"
@@ -86,11 +86,11 @@ def check_grid(
 
 
 def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int = 1) -> NDArray[np.uint8]:
-    """Images side by side, row after row, with a white frame around each.
+    """Returns images side by side, row after row, with a white frame around each: (height, width, ch) uint8.
 
-    images: (N, ch, H, W) as for `to_uint8`, N >= 1, ch 1 or 3; columns: images in a row, ⌈√N⌉ unless given
-    (cells left over are white); pad: width of the frame in pixels; scale: enlarges each image so many times,
-    its pixels becoming squares. Returns (height, width, ch) uint8, height = rows · (H · scale + pad) + pad.
+    images: (N, ch, H, W) as for `to_uint8`, N >= 1, ch 1 or 3. columns: the number of images in a row, ⌈√N⌉ unless
+    given; cells left over are white. pad: the width of the frame in pixels. scale: how many times each image is
+    enlarged, its pixels becoming squares. The height is rows · (H · scale + pad) + pad. Raises ArgumentError.
     """
     pixels = to_uint8(images).numpy()
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
@@ -109,11 +109,12 @@ def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int = 
 
 
 def _picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Returns the picture of pixels (height, width, 1 or 3)."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def _how(info: Mapping[str, Any] | None) -> PngInfo | None:
-    """A PNG's text chunk of that; JSON is ASCII, as the chunk has to be."""
+    """Returns a PNG's text chunk with `info` as JSON, which is ASCII, as the chunk has to be. Raises ArgumentError."""
     if info is None:
         return None
     chunks = PngInfo()
@@ -133,9 +134,24 @@ def save_grid(
     scale: int = 1,
     info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `grid(images, columns, pad, scale)` to a .png or .jpg file, replacing it; returns its path.
+    """Write images side by side, row after row, to a PNG or JPEG file, replacing it.
 
-    info: how it was made, which a PNG then holds as JSON in its text chunk "tarflow_fast".
+    Args:
+        images: (N, ch, H, W), N >= 1, ch = 1 or 3. Floating-point values of -1 are black and 1 white, and values
+            outside become black or white; uint8 values are pixels already.
+        path: A file name that ends in .png, .jpg or .jpeg, in an existing folder.
+        columns: The number of images in a row, ⌈√N⌉ unless given. Cells left over are white.
+        pad: The width in pixels of the white frame around each image.
+        scale: How many times each image is enlarged, its pixels becoming squares.
+        info: How the images were made. A PNG holds it as JSON in its text chunk "tarflow_fast"; a JPEG leaves it out.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ArgumentError: An argument has the wrong type, shape or range, the images have infinities or NaNs, the picture
+            is too large for that kind of file, or `info` cannot be written as JSON.
+        OSError: The system refuses to write.
     """
     out = check_path("path", path, PICTURE_SUFFIXES)
     picture = _picture(grid(images, columns, pad, scale))
@@ -149,9 +165,10 @@ def save_grid(
 def save_png(
     image: Tensor, path: PathLike, *, scale: int = 1, info: Mapping[str, Any] | None = None, sweep: bool = True
 ) -> Path:
-    """Writes one image, (ch, H, W) as for `to_uint8`, without a frame; returns its path.
+    """Write one image without a frame to a PNG file, replacing it, and return its path.
 
-    info: see `save_grid`; sweep: see `files.replacing`.
+    image: (ch, H, W) as for `to_uint8`. scale: see `grid`. info: see `save_grid`. sweep: see `files.replacing`. Raises
+    ArgumentError.
     """
     out = check_path("path", path, (".png",))
     if not isinstance(image, Tensor) or image.dim() != 3:
@@ -181,10 +198,10 @@ def save_gif(
     seconds: float = 0.25,
     hold: float = 2.0,
 ) -> Path:
-    """Writes an endless animation, one grid a frame; returns its path.
+    """Write an endless animation, one grid a frame, to a GIF file, replacing it, and return its path.
 
-    frames: batches (N, ch, H, W) of one shape, the first shown first; columns, pad, scale: as for `grid`;
-    seconds: how long each frame shows; hold: how long the last one does.
+    frames: batches (N, ch, H, W) of one shape, the first shown first. columns, pad, scale: see `grid`. seconds: how
+    long each frame shows. hold: how many seconds the last frame shows. Raises ArgumentError.
     """
     out = check_path("path", path, (".gif",))
     seconds, hold = check_number("seconds", seconds, 0.01), check_number("hold", hold, 0.01)

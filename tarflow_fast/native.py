@@ -1,5 +1,4 @@
-"""The compiled module of the CPU (`csrc/cpu/`), which of its instruction sets this machine has, and what native code
-is given of a tensor: its address."""
+"""The compiled module of the CPU (`csrc/cpu/`), the instruction sets of this machine, and tensors' addresses."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def load_native() -> ModuleType:
-    """The compiled module. Raises BackendError with the mend where it was not built."""
+    """Returns the compiled module. Raises BackendError, which says what to install, where it was not built."""
     try:
         return import_module("tarflow_fast._cpu")
     except ImportError as error:
@@ -30,11 +29,11 @@ def load_native() -> ModuleType:
 def address(
     name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu", count: int | None = None
 ) -> int:
-    """Where a tensor's values begin, for native code, which takes what is there for `count` values of this dtype.
+    """Returns the address at which a tensor's values begin, for native code.
 
-    This is the one place where addresses are taken. The caller keeps the tensor alive. Raises ArgumentError if it is
-    of another dtype or kind of device, or has gaps or fewer than `count` values: native code would read other numbers,
-    or beyond the end.
+    Native code takes `count` values of this dtype there. This is the one place where addresses are taken. The caller
+    keeps the tensor alive. Raises ArgumentError if the tensor has another dtype or kind of device, or has gaps or
+    another number of values: native code would read other numbers, or beyond the end.
     """
     wanted = f"a contiguous {dtype} tensor on {device}" + ("" if count is None else f" of {count} values")
     if (
@@ -48,12 +47,15 @@ def address(
 
 
 def instruction_sets() -> list[str]:
-    """Those that this machine has, best first. Raises BackendError."""
+    """Returns the instruction sets that this machine has, best first. Raises BackendError where nothing was built."""
     return [name for name, usable in reversed(load_native().instruction_sets()) if usable]
 
 
 def choose_instruction_set(wanted: str | None = None) -> str:
-    """`wanted`, else what the environment variable TARFLOW_FAST_CPU_ISA names, else the best there is."""
+    """Returns `wanted`, or else the set that the environment variable TARFLOW_FAST_CPU_ISA names, or else the best one.
+
+    Raises BackendError where this machine does not have it.
+    """
     names = instruction_sets()
     wanted = wanted or os.environ.get(ISA_VARIABLE) or names[0]
     if wanted not in names:

@@ -1,4 +1,4 @@
-"""The order in which a flow block reads the tokens: the data's own, its reverse, or any other."""
+"""The order in which a flow block reads the tokens: the data's own order, its reverse, or any other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .errors import ArgumentError
 
 
 class Permutation:
-    """A block's token order, called as ml-tarflow's `Permutation`.
+    """A block's token order, which can be called like ml-tarflow's `Permutation`.
 
-    indices: (T,), which of the data's tokens the block reads as its i-th. Raises ArgumentError for another list.
+    indices: (T,), the data's token that the block reads as its i-th. Raises ArgumentError for another list.
     """
 
     def __init__(self, indices: Sequence[int]):
@@ -30,25 +30,29 @@ class Permutation:
 
     @classmethod
     def identity(cls, tokens: int) -> Permutation:
-        """The data's own order of so many tokens."""
+        """Returns the data's own order of so many tokens."""
         return cls(range(tokens))
 
     @classmethod
     def reverse(cls, tokens: int) -> Permutation:
-        """From the last of so many tokens to the first."""
+        """Returns the order from the last of so many tokens to the first."""
         return cls(range(tokens - 1, -1, -1))
 
     @property
     def is_identity(self) -> bool:
+        """Returns whether tokens are read in the data's own order."""
         return self._identity
 
     @property
     def is_reverse(self) -> bool:
-        """Whether tokens are read from the last to the first, and these are two at least."""
+        """Returns whether tokens are read from the last to the first, and there are two at least."""
         return self._reversed
 
     def __call__(self, x: Tensor, dim: int = 1, inverse: bool = False) -> Tensor:
-        """x with the tokens along `dim` in the block's order, or, inverse, back in the data's; autograd records it."""
+        """Returns x with the tokens along `dim` in the block's order, or with inverse=True back in the data's.
+
+        Autograd records it.
+        """
         if self._identity:
             return x
         if self._reversed:
@@ -57,11 +61,11 @@ class Permutation:
         return x.index_select(dim, torch.tensor(indices, device="cpu").to(x.device))
 
     def enter(self, x: Tensor) -> Tensor:
-        """As `__call__` along dimension 1, contiguous and by one thread (see `host_ops.py`)."""
+        """Returns x, (B, T, …), contiguous with its tokens in the block's order, by one thread (see `host_ops.py`)."""
         return x if self._identity else host_ops.reordered(x, self.indices)
 
     def leave(self, x: Tensor) -> Tensor:
-        """The inverse of `enter`."""
+        """Returns x, (B, T, …), with its tokens back in the data's order, the inverse of `enter`."""
         return x if self._identity else host_ops.reordered(x, self._inverse)
 
     def __eq__(self, other: object) -> bool:
@@ -78,13 +82,13 @@ class Permutation:
 
 
 def check_permutation(given: object, own: Permutation) -> None:
-    """Raises ArgumentError unless `given` reorders tokens as `own` does: trained weights go with their order."""
+    """Raises ArgumentError unless `given` reorders tokens as `own` does, since trained weights go with their order."""
     tokens = torch.arange(len(own.indices), device="cpu").view(1, -1, 1)
     same = callable(given)
     if callable(given):
         try:
             same = all(torch.equal(given(tokens, inverse=way), own(tokens, inverse=way)) for way in (False, True))
-        except Exception:  # whatever a foreign function raises, it is not this order
+        except Exception:  # a foreign function that raises an error is not this order
             same = False
     if not same:
         order = "the data's own order" if own.is_identity else "reversed order" if own.is_reverse else repr(own)

@@ -1,4 +1,4 @@
-"""Progress bars."""
+"""The progress bar of commands and sampling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 
 class Bar(tqdm):
-    """tqdm's bar, which says nothing more if it was interrupted before it was whole."""
+    """A bar of tqdm's that says nothing more if it was interrupted before it was whole."""
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):

@@ -1,4 +1,4 @@
-"""The backends that engines run on, a folder each; `registry.py` has the table of them."""
+"""The backends that engines run on, each in a folder of its own; `registry.py` has the table of them."""
 
 from .registry import BackendStatus, backends, check_compile, check_threads, choose_backend, make_engines
 

@@ -1,4 +1,4 @@
-"""The table of backends: which there are, which can run here and why, and how their engines are made."""
+"""The table of backends: which there are, which of them can run here and why, and how their engines are made."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ..errors import ArgumentError, BackendError
 from ..limits import most_threads
 from ..scalars import check_flag
 
-# Name and folder of each, the best of a kind of device first. A folder has a `BACKEND`.
+# The name and folder of each backend, the best for a kind of device first. Every folder has a `BACKEND`.
 FOLDERS = {"cuda": "cuda", "triton": "triton", "cpu": "cpu", "torch": "pytorch"}
-# What backend="auto" chooses from on a GPU. An engine belongs here once its tests and its bench have been run on one.
+# backend="auto" chooses from these on a GPU. A backend belongs here once its tests and its bench have been run on one.
 PROVEN_ON_GPU = ("torch",)
 
 _registered: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Adds a backend from outside the package, for this process. Raises ArgumentError for a name that is taken."""
+    """Add a backend from outside the package, for this process. Raises ArgumentError if its name is taken."""
     if not isinstance(backend, Backend):
         raise ArgumentError("backend", "a Backend", type(backend).__name__)
     if backend.name in names() or backend.name == "auto":
@@ -40,17 +40,17 @@ def register(backend: Backend) -> None:
 
 
 def unregister(name: str) -> None:
-    """Takes back `register`."""
+    """Remove a backend that `register` added."""
     del _registered[name]
 
 
 def names() -> tuple[str, ...]:
-    """The names of all backends, those from outside first."""
+    """Returns the names of all backends, those from outside first."""
     return (*_registered, *FOLDERS)
 
 
 def backend_named(name: str) -> Backend:
-    """The backend of this name. Raises ArgumentError."""
+    """Returns the backend of this name. Raises ArgumentError if there is none."""
     check_choice("backend", name, names())
     if name in _registered:
         return _registered[name]
@@ -60,7 +60,14 @@ def backend_named(name: str) -> Backend:
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One backend on one kind of device: whether it can run here, and why, or why not and what would mend it."""
+    """One backend on one kind of device, and whether it can run here.
+
+    Attributes:
+        name: The name of the backend.
+        device: The kind of device: "cuda", "mps" or "cpu".
+        available: Whether the backend can run here on such a device.
+        reason: What runs there if it can; else why it cannot, and what would mend that.
+    """
 
     name: str
     device: str
@@ -68,17 +75,23 @@ class BackendStatus:
     reason: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the attributes as a dictionary."""
         return asdict(self)
 
 
 def backends() -> list[BackendStatus]:
-    """Every backend on every kind of device, best first, with the reason why it can or cannot run here."""
+    """List every backend on every kind of device, with the reason why it can or cannot run here.
+
+    Returns:
+        The status of each pair of backend and kind of device that it is for. Kinds come in the order cuda, mps, cpu,
+        and the best backend of each first.
+    """
     all_backends = [backend_named(name) for name in names()]
     return [_status(each, kind) for kind in ("cuda", "mps", "cpu") for each in all_backends if kind in each.devices]
 
 
 def _status(backend: Backend, kind: str) -> BackendStatus:
-    # Both reasons, where both have to be mended.
+    # Where the device and the backend are both missing, both reasons are given, as both have to be mended.
     missing = "; ".join(filter(None, (device_missing(kind), backend.not_installed()))) or None
     if missing is None:
         device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
@@ -96,7 +109,7 @@ def _unproven(name: str, kind: str) -> str:
 
 
 def check_compile(compile: object, device: torch.device) -> bool:
-    """Whether to compile, if that can be had. Raises ArgumentError, or BackendError without a compiler."""
+    """Returns whether to compile. Raises ArgumentError, or BackendError where there is no compiler for it."""
     compile = check_flag("compile", compile)
     if compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise BackendError("compile=True cannot be had: torch.compile needs a C++ compiler; install g++ or set CXX")
@@ -104,9 +117,9 @@ def check_compile(compile: object, device: torch.device) -> bool:
 
 
 def choose_backend(backend: str, request: Request) -> tuple[str, str]:
-    """(name, why) of the backend that serves this request; "auto" is the quickest of several.
+    """Returns the name of the backend that serves this request, and the reason; "auto" is the quickest of several.
 
-    Raises BackendError if the one asked for cannot.
+    Raises ArgumentError for an unknown name, and BackendError if the backend that was asked for cannot serve.
     """
     check_choice("backend", backend, ("auto", *names()))
     if backend != "auto":
@@ -127,9 +140,9 @@ def choose_backend(backend: str, request: Request) -> tuple[str, str]:
 
 
 def check_threads(threads: object, backend: str) -> int | None:
-    """The number of threads of a backend that has its own, or None.
+    """Returns the number of threads, or None for the default.
 
-    Raises ArgumentError, or BackendError for other backends.
+    Raises ArgumentError for another value, and BackendError for a backend that has no threads of its own.
     """
     if threads is None:
         return None
@@ -142,9 +155,10 @@ def check_threads(threads: object, backend: str) -> int | None:
 
 
 def make_engines(backend: str, blocks: Iterable[BlockWeights], request: Request) -> list[BlockEngine]:
-    """The engines of a model's flow blocks; `backend` is a name that `choose_backend` gave.
+    """Returns the engines of a model's flow blocks.
 
-    Raises BackendError where the backend does not take blocks of such a shape.
+    backend: a name that `choose_backend` gave. blocks: the weights of each block. Raises BackendError where the backend
+    does not take blocks of such a shape.
     """
     if backend != "auto":
         chosen = backend_named(backend)

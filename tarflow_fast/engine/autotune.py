@@ -1,7 +1,7 @@
-"""The quickest of several engines: for each size of batch they are measured when it first comes, and one serves it.
+"""The autotuned engine: it measures several engines for each size of batch that comes, and the quickest one serves.
 
-What is measured is a piece of the sequential pass, half way through the block. On the way there each engine's tokens
-are held against the `torch` engine's, and one that disagrees is not used.
+What is measured is a piece of the sequential pass, half way through the block. On the way there the tokens of each
+engine are held against those of the `torch` engine, and an engine that disagrees is not used.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from .windows import Bounds
 BASELINE = "torch"
 OUT_OF_MEMORY = (OutOfMemoryError, torch.OutOfMemoryError)
 Factories = dict[str, Callable[[], BlockEngine]]
-Size = tuple[int, bool]  # of a batch: samples, and whether they are guided
+Size = tuple[int, bool]  # a batch's number of samples, and whether they are guided
 
 
 class Choices:
-    """What the blocks of a model have in common.
+    """The choices that the blocks of a model have in common.
 
-    chosen: by size of batch. left_out: engines that are not used for this model, and why not. bytes_per_sample: by
-    whether guided, the most that any engine takes. ragged: whether all that were chosen are.
+    chosen: the engine that was chosen for each size of batch. left_out: the engines that are not used for this model,
+    each with the reason. bytes_per_sample: by whether the batch is guided, the most memory that any engine takes for a
+    sample, in bytes. ragged: whether all engines that were chosen are ragged.
     """
 
     def __init__(self) -> None:
@@ -41,17 +42,19 @@ class Choices:
         self.ragged = True
 
     def leave_out(self, name: str, why: str) -> None:
+        """Take an engine out of the choice for this model, also for the sizes of batch that it serves."""
         self.left_out[name] = why
         self.chosen = {size: choice for size, choice in self.chosen.items() if choice.name != name}
 
 
 class AutotunedEngine(EngineBase):
-    """BlockEngine that hands each batch to another, which it makes when it is needed.
+    """A BlockEngine that hands each batch to another engine, which it makes when it is needed.
 
-    factories: by name, what makes each engine to choose from, `BASELINE` among them. dtype: of their weights and cache.
-    choices: shared by the blocks of a model: the block that a size of batch comes to first makes all engines and
-    measures them, the others make the one that was chosen. An engine that cannot be had for this model is left out; so
-    is one that fails, or disagrees with the baseline, with a warning.
+    factories: functions without arguments that make the engines to choose from, by name; `BASELINE` is among them.
+    dtype: the dtype of weights and cache. choices: what the blocks of a model share. The block that a size of batch
+    reaches first makes all engines and measures them; the other blocks make only the one that was chosen. An engine
+    that cannot be had for this model is left out. An engine that fails or disagrees with the baseline is left out too,
+    with a warning.
     """
 
     def __init__(self, factories: Factories, dtype: torch.dtype, choices: Choices):
@@ -60,10 +63,10 @@ class AutotunedEngine(EngineBase):
         self._engines: dict[str, BlockEngine] = {}
         self._seconds = 0.0
 
-    # What serves, and why.
+    # Which engine serves, and why.
 
     def served_by(self, batch: int, guided: bool) -> Choice:
-        """Of a size of batch that has come."""
+        """Returns the engine that serves batches of this size, which must have begun before, with the reason."""
         return self.choices.chosen[batch, guided]
 
     @property
@@ -83,7 +86,7 @@ class AutotunedEngine(EngineBase):
             engine.empty_cache()
 
     def bytes_per_sample(self, guided: bool) -> int:
-        """The most that any of the engines takes: a size that has not come yet is tried with all of them."""
+        """Returns the most that any of the engines takes, since a new size of batch is tried with all of them."""
         if guided not in self.choices.bytes_per_sample:
             engines = self._make_all()
             self.choices.bytes_per_sample[guided] = max(engine.bytes_per_sample(guided) for engine in engines.values())
@@ -94,7 +97,7 @@ class AutotunedEngine(EngineBase):
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         size = (z.shape[0], condition.guidance.active)
         engine = None
-        while engine is None:  # what was chosen in another block may not be had for this one
+        while engine is None:  # an engine that another block chose may be unavailable for this block
             if size not in self.choices.chosen:
                 with self._setting_up():
                     self.choices.chosen[size] = self._choose(z, condition)
@@ -116,7 +119,7 @@ class AutotunedEngine(EngineBase):
         return _delegate(state).fixed_point(state, start, stop)
 
     def max_window(self, state: BlockState) -> int:
-        """0 where what serves makes one pass at a time."""
+        """Returns the limit of the engine that serves this state, or 0 where that engine makes one pass at a time."""
         engine = _delegate(state)
         return engine.max_window(state) if isinstance(engine, FrontierEngine) else 0
 
@@ -138,7 +141,7 @@ class AutotunedEngine(EngineBase):
 
     @contextmanager
     def _setting_up(self) -> Iterator[None]:
-        """All that is done in here counts as setup, once."""
+        """Count all time that is spent within this context as setup, once."""
         before, started = self.setup_seconds, time.perf_counter()
         try:
             yield
@@ -147,7 +150,7 @@ class AutotunedEngine(EngineBase):
             self._seconds = before + time.perf_counter() - started - within
 
     def _make(self, name: str) -> BlockEngine | None:
-        """The engine of this name, or None if it is left out."""
+        """Returns the engine of this name, or None if it is left out."""
         if name not in self._engines and name not in self.choices.left_out:
             try:
                 # An engine outlives the mode that it is made in.
@@ -164,7 +167,7 @@ class AutotunedEngine(EngineBase):
         return {name: engine for name, engine in made.items() if engine is not None}
 
     def _make_room(self, name: str, z: Tensor, condition: Condition) -> None:
-        """Memory that other engines hold for batches to come is given up if this one needs it."""
+        """Free the memory that other engines hold for later batches if the engine of this name needs it."""
         needed = z.shape[0] * self._engines[name].bytes_per_sample(condition.guidance.active)
         others = [engine for other, engine in self._engines.items() if other != name]
         if others and needed > free_memory(z.device):
@@ -172,10 +175,13 @@ class AutotunedEngine(EngineBase):
                 engine.empty_cache()
 
     def _choose(self, z: Tensor, condition: Condition) -> Choice:
+        """Try all engines on this batch, leave out those that fail or disagree, and return the quickest with the
+        reason.
+        """
         choices, batch = self.choices, _batch(z, condition)
         most = MAX_DEVIATION[self.dtype] * (1 + condition.guidance.scale)
         taken: dict[str, float] = {}
-        too_large: dict[str, str] = {}  # for this size
+        too_large: dict[str, str] = {}  # engines that lack memory for this size of batch
         trusted: list[Tensor] = []
         for name, engine in self._make_all().items():
             self._make_room(name, z, condition)
@@ -193,7 +199,7 @@ class AutotunedEngine(EngineBase):
             off = difference(pieces, trusted)
             if off <= most:
                 taken[name] = took
-            else:  # or NaN
+            else:  # too far off, or NaN
                 self._distrust(name, f"at {batch} it is {off:.3g} off {BASELINE!r}, and at most {most:.3g} would do")
         best = min(taken, key=taken.__getitem__)
         for name in self._engines.keys() - {best, *(choice.name for choice in choices.chosen.values())}:

@@ -1,4 +1,4 @@
-"""What a backend says of itself: where it can run, which blocks it takes, and how its engines are made."""
+"""The description of a backend: where it can run, which blocks it takes, and how its engines are made."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ Maker = Callable[[BlockWeights], BlockEngine]
 
 
 class Request(NamedTuple):
-    """What engines are asked for.
+    """The device, dtype and options that engines are requested with.
 
-    device: where they run. dtype: of weights and KV cache. compile: whether by torch.compile. threads: of a backend
-    that has threads of its own, None for its default.
+    Attributes:
+        device: The device that the engines run on.
+        dtype: The dtype of weights and KV cache.
+        compile: Whether the engines use torch.compile.
+        threads: The number of threads, for a backend that has threads of its own. None is the backend's default.
     """
 
     device: torch.device
@@ -32,12 +35,20 @@ class Request(NamedTuple):
 class Backend:
     """A backend, as `registry.register` takes it.
 
-    name: what `backend=` calls it. devices: the kinds of device, as torch.device.type has them, that it can run on.
-    missing: why it cannot serve a request, with the mend, or None if it can; it may raise BackendError for what is a
-    mistake and no reason to fall back. unsupported: why it cannot take blocks of this shape in this dtype, or None.
-    maker: what makes the engines of one model, called once for each of its blocks. describe: in a few words what runs
-    on a device. not_installed: what this installation lacks of it, whatever the device, or None. has_threads: whether
-    it takes `Request.threads`.
+    Attributes:
+        name: The name that `backend=` selects it by.
+        devices: The kinds of device that it can run on, spelt as in `torch.device.type`.
+        missing: A function of a request that returns why the backend cannot serve it and what would mend that, or None
+            if it can. It may raise BackendError for a request that is a mistake, where no other backend should stand
+            in.
+        maker: A function of a request that returns the function that makes the engines of one model. The returned
+            function is called once for each block, with the block's weights.
+        describe: A function of a device that returns, in a few words, what runs there.
+        unsupported: A function that returns why the backend cannot take blocks of this shape in this dtype, or None if
+            it can.
+        not_installed: A function that returns what this installation lacks for the backend on any device, or None if it
+            lacks nothing.
+        has_threads: Whether the backend takes `Request.threads`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the engines of all backends have in common."""
+"""The base class of engines: the parts that the engines of all backends have in common."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from .shape import BlockShape
 
 
 class Choice(NamedTuple):
-    """Which engine serves a size of batch, and why."""
+    """The name of the engine that serves a size of batch, and the reason why it does."""
 
     name: str
     why: str
 
 
 class EngineBase:
-    """The parts of `BlockEngine` that most engines share: nothing is held between batches, or set up for them.
+    """The parts of `BlockEngine` that most engines share.
 
-    device: where the state's tensors are. dtype: of weights and KV cache.
+    An engine holds no memory between batches and has no setup unless it overrides this.
+
+    device: the device of the state's tensors. dtype: the dtype of weights and KV cache.
     """
 
     shape: BlockShape
@@ -31,29 +33,34 @@ class EngineBase:
 
     @property
     def setup_seconds(self) -> float:
+        """Returns the seconds spent so far on setup, here none."""
         return 0.0
 
     @property
     def cached_bytes(self) -> int:
+        """Returns the bytes that are held for later batches, here none."""
         return 0
 
     def empty_cache(self) -> None:
-        """Nothing is held."""
+        """Free what `cached_bytes` counts, here nothing."""
 
     def served_by(self, batch: int, guided: bool) -> Choice | None:
-        """Which of several engines serves such a batch; None where this one does."""
+        """Returns which of several engines serves such a batch, or None where this engine does."""
         return None
 
     @staticmethod
     def branches(condition: Condition) -> int:
-        """Rows of the KV cache for each sample: the unguided branch has one of its own."""
+        """Returns the number of KV cache rows for each sample: 2 when guided, one for each branch, else 1."""
         return 2 if condition.guidance.active else 1
 
     def latents(self, z: Tensor, dtype: torch.dtype) -> Tensor:
-        """z, (B, T, D), on the device in this dtype. Raises ArgumentError for another shape."""
+        """Returns z detached and contiguous, (B, T, D), on the engine's device in this dtype.
+
+        Raises ArgumentError for another shape.
+        """
         check_latents(z, self.shape)
         return z.detach().to(self.device, dtype).contiguous()
 
     def state(self, z: Tensor, x: Tensor, condition: Condition, cache: object, cache_bytes: int) -> BlockState:
-        """The state that `begin` returns. x: a copy of z."""
+        """Returns a new `BlockState` with log-dets of zero, as `begin` returns it. x: (B, T, D), a copy of z."""
         return BlockState(z, x, z.new_zeros(z.shape[:2]), condition, cache, cache_bytes)

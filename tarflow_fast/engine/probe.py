@@ -1,4 +1,4 @@
-"""How an engine is tried: a part of the sequential pass, what it takes, and how far it is off that of a trusted one."""
+"""The probe of an engine: a part of the sequential pass is timed, and held against that of a trusted engine."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ from .contract import BlockEngine, Condition
 from .timing import STEPS, seconds
 
 MAX_DEVIATION = {torch.float64: 1e-9, torch.float32: 4e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""The most that an engine may be off, see `difference`, by the dtype of weights and cache, with guidance of weight w
-1 + w times as much: xa + w (xa − xa_u) has that share of the errors of xa. On the trained models of Fashion-MNIST and
-CIFAR-10 two ways of rounding are up to 1.5e-2 off each other in bf16, 1.2e-3 in fp16 and 1.2e-6 in fp32, and three
-times that with w = 2; fp32 may be computed in tf32, whose products are rounded as in fp16. What is wrong by a tenth,
-or in one sample of a batch alone, is far beyond."""
+"""The largest `difference` that an engine may have from the baseline, by the dtype of weights and cache.
+
+With guidance of weight w the limit is 1 + w times as much, because xa + w (xa − xa_u) has about 1 + w times the error
+of xa. On the trained models of Fashion-MNIST and CIFAR-10, two ways of rounding differ by up to 1.5e-2 in bf16, 1.2e-3
+in fp16 and 1.2e-6 in fp32, and by three times that with w = 2. fp32 has the limit of fp16 because it may be computed in
+tf32, whose products are rounded as in fp16. An engine that is wrong by a tenth, even in one sample of a batch, is far
+beyond these limits.
+"""
 
 
 @torch.no_grad()
 def probe(engine: BlockEngine, z: Tensor, condition: Condition, trusted: list[Tensor]) -> tuple[list[Tensor], float]:
-    """Tokens and log-dets of pieces of the sequential pass, (B, STEPS, D + 1) each, and the seconds of the last one.
+    """Returns pieces of the sequential pass, and the seconds that the last one takes.
 
-    trusted: pieces of another engine. Each piece goes on from these, so that differences do not add up.
+    A piece holds the tokens and log-dets of up to STEPS tokens, (B, STEPS, D + 1).
+
+    engine: the engine to try. z: (B, T, D), the latents, not mutated. condition: the labels and the guidance. trusted:
+    the pieces of a trusted engine, or an empty list. Each piece then goes on from the trusted tokens, so that
+    differences do not add up.
     """
     state = engine.begin(z.clone(), condition)
     T = z.shape[1]
@@ -42,9 +49,13 @@ def probe(engine: BlockEngine, z: Tensor, condition: Condition, trusted: list[Te
 
 
 def difference(pieces: list[Tensor], trusted: list[Tensor]) -> float:
-    """How far pieces are off the trusted ones, of the piece and sample where it is most: the root mean square of the
-    tokens' differences in units of the tokens' own, or of the log-dets' in nats for each value of a token. What is not
-    finite in a trusted piece does not count; where the other alone is not, the result is infinite or NaN."""
+    """Returns the largest difference between pieces and the trusted ones, over all pieces and samples.
+
+    The difference of a piece and sample is the larger of two numbers: the root mean square of the tokens' differences
+    divided by that of the trusted tokens, and the root mean square of the log-dets' differences in nats, divided by D.
+    A value that is not finite in a trusted piece does not count. Where only the other piece has a value that is not
+    finite, the result is infinite or NaN.
+    """
     most = torch.zeros((), dtype=torch.float64, device=trusted[0].device if trusted else "cpu")
     for piece, sure in zip(pieces, trusted, strict=True):
         sure = sure.double()

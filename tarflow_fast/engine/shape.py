@@ -1,4 +1,4 @@
-"""The sizes of one flow block: all that an engine knows of the model that the block is part of."""
+"""The sizes of one flow block, which are all that an engine knows of the model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ TRANSFORMS = ("affine", "shift")
 class BlockShape:
     """The sizes of a flow block: a causal transformer over T tokens of D values, and the transform that it conditions.
 
-    tokens: T. token_dim: D. channels: width C of the residual stream. layers: L. heads, head_dim: H and d, H · d = C.
-    hidden: width of the MLP between its two products, in TarFlow 4 C. classes: of a conditional block, else 0.
-    transform: what the parameters do to a token: "affine", x = z · exp(xa) + xb, or "shift", x = z + xb.
+    Attributes:
+        tokens: T, the number of tokens.
+        token_dim: D, the number of values of a token.
+        channels: C, the width of the residual stream.
+        layers: L, the number of transformer layers.
+        heads: H, the number of attention heads.
+        head_dim: d, the width of a head, where H · d = C.
+        hidden: F, the width of the MLP between its two products; in TarFlow 4 C.
+        classes: The number of classes of a conditional block, else 0.
+        transform: How the parameters transform a token: "affine" is x = z · exp(xa) + xb, "shift" is x = z + xb.
 
-    Raises ArgumentError for sizes that no block can have.
+    Raises:
+        ArgumentError: No block can have these sizes.
     """
 
     tokens: int
@@ -42,16 +50,16 @@ class BlockShape:
 
     @property
     def affine(self) -> bool:
-        """Whether tokens are scaled, and not shifted alone."""
+        """Returns whether tokens are scaled as well as shifted."""
         return self.transform == "affine"
 
     @property
     def parameters(self) -> int:
-        """The number of parameters that transform one token: 2 D, or D where it is shifted alone."""
+        """Returns the number of parameters that transform one token: 2 D, or D where tokens are only shifted."""
         return 2 * self.token_dim if self.affine else self.token_dim
 
     @property
     def native(self) -> dict[str, int]:
-        """The sizes as native code takes them, see `Sizes` in csrc/cpu/kernels.h."""
+        """Returns the sizes by the names of native code, see `Sizes` in csrc/cpu/kernels.h."""
         names = ("tokens", "token_dim", "channels", "layers", "head_dim", "hidden")
         return {**{name: getattr(self, name) for name in names}, "affine": int(self.affine)}

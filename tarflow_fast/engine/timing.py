@@ -1,4 +1,4 @@
-"""What a run of an engine takes, without what it does once for a shape."""
+"""How long a run of an engine takes, without the setup that it does once for a shape."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Callable
 from .contract import BlockEngine
 
 STEPS = 8  # tokens of the sequential pass that are timed together: as many as engines put into one CUDA graph
-RUNS, SECONDS = (2, 7), 0.01  # least and most; beyond the least no more than take so long
+RUNS, SECONDS = (2, 7), 0.01  # least and most runs, and the time after which there are no more than the least
 
 
 def seconds(engine: BlockEngine, run: Callable[[], None]) -> float:
-    """Of a run that waits for the device: the least of some. Those in which the engine sets itself up do not count."""
+    """Returns the shortest time of several runs, in seconds. A run in which the engine sets itself up does not count.
+
+    run: a function without arguments that returns when the device has finished.
+    """
     taken: list[float] = []
     while len(taken) < RUNS[0] or (len(taken) < RUNS[1] and sum(taken) < SECONDS):
         setup, started = engine.setup_seconds, time.perf_counter()

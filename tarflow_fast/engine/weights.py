@@ -11,7 +11,7 @@ from .shape import BlockShape
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One transformer layer. Linear weights are (out, in), as in torch."""
+    """The weights of one transformer layer. Weights of linear layers are (out, in), as in torch."""
 
     norm1_weight: Tensor  # (C,)
     norm1_bias: Tensor
@@ -29,7 +29,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A flow block: its sizes, and tensors of any float dtype on any one device."""
+    """The sizes and weights of a flow block. The tensors may have any float dtype and be on any one device."""
 
     shape: BlockShape
     proj_in_weight: Tensor  # (C, D)

@@ -1,4 +1,4 @@
-"""Which tokens a pass is over: the arguments `start` and `stop` of the engine contract."""
+"""Checks of the tokens that a pass is over: the arguments `start` and `stop` of the engine contract."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from collections.abc import Sequence
 from ..errors import ArgumentError
 
 Bounds = int | Sequence[int]
-"""The starts or the stops of a parallel pass: one for all samples, or one for each."""
+"""The starts or the stops of a parallel pass: one number for all samples, or one for each."""
 
 
 def check_part(start: int, stop: int, tokens: int) -> None:
-    """1 <= start <= stop <= T, of a sequential pass. Raises ArgumentError."""
+    """Raises ArgumentError unless 1 <= start <= stop <= T, as a sequential pass needs."""
     if not _fits(start, stop, tokens):
         raise ArgumentError("start, stop", f"integers with 1 <= start <= stop <= {tokens}", (start, stop))
 
 
 def check_window(start: Bounds, stop: Bounds, tokens: int) -> tuple[int, int]:
-    """1 <= start < stop <= T, of a parallel pass. Raises ArgumentError."""
+    """Returns the start and the stop of a parallel pass over one window. Raises ArgumentError unless 1 <= start < stop
+    <= T.
+    """
     if isinstance(start, int) and isinstance(stop, int) and start < stop and _fits(start, stop, tokens):
         return start, stop
     raise ArgumentError("start, stop", f"integers with 1 <= start < stop <= {tokens}", (start, stop))
 
 
 def check_windows(start: Bounds, stop: Bounds, batch: int, tokens: int) -> tuple[Sequence[int], Sequence[int]]:
-    """B starts and stops, 1 <= start[b] <= stop[b] <= T, of a parallel pass. Raises ArgumentError."""
+    """Returns B starts and B stops of a parallel pass. Raises ArgumentError unless 1 <= start[b] <= stop[b] <= T."""
     if (
         isinstance(start, Sequence)
         and isinstance(stop, Sequence)

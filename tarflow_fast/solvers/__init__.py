@@ -1,4 +1,4 @@
-"""How a flow block is inverted: strategies over one engine's passes. Nothing here knows a backend."""
+"""The solvers: how a flow block is inverted by the passes of one engine. Solvers know no backend."""
 
 from __future__ import annotations
 
@@ -22,29 +22,36 @@ from .windows import widths
 
 SOLVERS = ("auto", "sequential", "adaptive")
 TOL = {torch.float64: 3e-6, torch.float32: 3e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
-"""Of the parallel passes, if none is given, by the dtype of weights and cache. In fp32 the images of trained models are
-then within 1e-3 of the sequential ones; in bf16 about as near to the fp32 images as the sequential bf16 ones are. Less
-would be of no use there: by rounding alone, tokens go on moving until those before them are the same to the last bit.
-fp16 has three more bits than bf16, and an eighth of its tolerance."""
+"""The default tolerance of the parallel passes, by the dtype of weights and cache.
+
+In fp32 the images of trained models are then within 1e-3 of the sequential ones. In bf16 they are about as near to
+the fp32 images as the sequential bf16 images are. A smaller tolerance would be of no use there, because rounding alone
+keeps tokens moving until those before them are the same to the last bit. fp16 has three more bits than bf16, and an
+eighth of its tolerance.
+"""
 
 
 class Solvers(list[Solver]):
-    """The solvers of a model's flow blocks. setup_seconds: spent so far on measuring, beside what engines count."""
+    """The solvers of a model's flow blocks, one for each.
+
+    costs: the measured costs that the solvers of "auto" share, else None.
+    """
 
     costs: CostTable | None = None
 
     @property
     def setup_seconds(self) -> float:
+        """Returns the seconds spent so far on measuring costs, beside what engines count as their own setup."""
         return 0.0 if self.costs is None else self.costs.seconds
 
 
 def make_solvers(
     solver: str, tol: float | None, plan: SolverPlan | None, *, dtype: torch.dtype, shapes: Sequence[BlockShape]
 ) -> Solvers:
-    """One for each flow block; those of "auto" learn from what goes through them. Raises ArgumentError.
+    """Returns a solver for each flow block; those of "auto" learn from the batches that go through them.
 
-    solver: one of `SOLVERS`. tol: see `adaptive`; None for that of the dtype in TOL. plan: of a model of such blocks.
-    shapes: of the blocks.
+    solver: one of `SOLVERS`. tol: see `adaptive`; None is the dtype's own in `TOL`. plan: a plan of a model with such
+    blocks, or None. dtype: the dtype of weights and cache. shapes: the sizes of each block. Raises ArgumentError.
     """
     check_choice("solver", solver, SOLVERS)
     if solver == "sequential":

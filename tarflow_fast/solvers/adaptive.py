@@ -11,12 +11,12 @@ from ..engine.contract import BlockEngine, BlockState, Progress
 from .frontier import Frontier
 from .solution import Solution
 
-GROWTH = 300
-LEAST = 4  # units of rounding: with a smaller tol tokens go on moving by rounding alone
+GROWTH = 300  # errors beyond so many times tol make the passes go on with a smaller one
+LEAST = 4  # units of rounding, as with a smaller tol tokens go on moving by rounding alone
 
 
 def least_tol(dtype: torch.dtype) -> float:
-    """Of weights and cache of this dtype."""
+    """Returns the smallest tolerance that is of use with weights and cache of this dtype."""
     return LEAST * torch.finfo(dtype).eps
 
 
@@ -33,13 +33,18 @@ def adaptive(
     dtype: torch.dtype | None = None,
     least: float | None = None,
 ) -> Solution:
-    """tol: how far a token may still move when it is taken as final, in units of the images ([-1, 1] across); 0 gives
-    the sequential result up to rounding. Where the passes show that this makes errors of more than `GROWTH` · tol, they
-    go on from what they found with the tol `least`, default `least_tol` of dtype, and then with 0. dtype: of weights
-    and cache, by default the stream's. guess:
-    where the passes start, from the latents (B, T, D); default there. window: tokens of a sample in a pass at most;
-    default all from its frontier on. most: passes after which the rest is left to the engine's sequential pass; default
-    as many as it takes.
+    """Invert a flow block by parallel passes.
+
+    Where the passes show that tol makes errors of more than `GROWTH` · tol, they go on from what they found with the
+    tolerance `least`, and then with 0.
+
+    engine, state: the engine, and a state that its `begin` gave. progress: called with the number of tokens that the
+    slowest sample has gained. tol: how far a token may still move when it is taken as final, in units of the images,
+    which are in [-1, 1]; 0 gives the sequential result up to rounding. guess: a function of the latents (B, T, D) that
+    returns where the passes start; default the latents themselves. window: the most tokens of each sample in a pass;
+    default all from its frontier on. most: the number of passes after which the rest is left to the engine's sequential
+    pass; default as many as it takes. dtype: the dtype of weights and cache, by default that of the state's tokens.
+    least: default `least_tol` of dtype.
     """
     B, T, _ = state.x.shape
     window = T - 1 if window is None else window
@@ -52,7 +57,7 @@ def adaptive(
             break
         shown = frontier.trail.shown(state.x)
         errors = shown.errors(rounding=False).amax(1)
-        large = (errors > GROWTH * tol).tolist()  # not NaN: of a sample that failed
+        large = (errors > GROWTH * tol).tolist()  # a NaN, of a sample that failed, is not larger
         if not any(large):
             break
         frontier.refine(less, large)

@@ -1,9 +1,9 @@
 """The solver that looks for the quickest way through each block: the sequential pass, or parallel passes in windows.
 
-What a pass costs is measured for each size of batch; how many passes a block takes is learnt from the batches that go
-through it (`pass_estimate.py`). A window that may be the quickest is tried. One that turns out to be slower than the
-sequential pass is given up when as much time was spent on it, and the rest is left to the sequential pass: that batch
-then takes up to twice as long, and those after it do not.
+The cost of a pass is measured for each size of batch. The number of passes that a block takes is learnt from the
+batches that go through it (`pass_estimate.py`). A window that may be the quickest is tried. If it turns out to be
+slower than the sequential pass, it is given up once as much time was spent on it, and the rest is left to the
+sequential pass. That batch then takes up to twice as long, and those after it do not.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .windows import widths
 
 
 class CostTable:
-    """Costs by the size of a batch, of one device's engines for blocks of one shape.
+    """The costs of one device's engines for blocks of one shape, by the size of a batch.
 
-    seconds: spent on measuring them, beside what the engine counts as its own setup.
+    seconds: the time spent on measuring them, beside what the engine counts as its own setup.
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class CostTable:
         self._costs: dict[tuple[int, bool], Costs] = {}
 
     def of(self, engine: BlockEngine, state: BlockState) -> Costs:
+        """Returns the costs for batches like this one, which are measured when such a batch first comes."""
         size = (state.x.shape[0], state.condition.guidance.active)
         if size not in self._costs:
             started, setup = time.perf_counter(), engine.setup_seconds
@@ -43,8 +44,12 @@ class CostTable:
 
 
 class Auto:
-    """The solver of one block. costs: shared by the blocks of a model. pace: of this block, and learns. guess: where
-    the passes start, from z; default at z. tol, dtype: see `adaptive`."""
+    """The solver of one block, which chooses a window by what it has learnt.
+
+    tol, dtype: see `adaptive`. pace: how many passes this block takes, learnt from each batch. costs: the table that
+    the blocks of a model share. guess: a function of the latents that returns where the passes start; default the
+    latents.
+    """
 
     def __init__(
         self,
@@ -57,8 +62,9 @@ class Auto:
         self.tol, self.pace, self.costs, self.guess, self.dtype = tol, pace, costs, guess, dtype
 
     def __call__(self, engine: BlockEngine, state: BlockState, progress: Progress | None = None) -> Solution:
+        """Invert the block in the way that is expected to take the least time."""
         B, T, _ = state.x.shape
-        if T < 3:  # one step at most
+        if T < 3:  # there is one step at most
             return sequential(engine, state, progress)
         costs = self.costs.of(engine, state)
         window = self.pace.choose(costs)
@@ -68,7 +74,7 @@ class Auto:
         solution = adaptive(
             engine, state, progress, tol=self.tol, guess=self.guess, window=window, most=most, dtype=self.dtype
         )
-        whole = (T - 1) / (T - 1 - solution.steps)  # if it was given up: what the block would take at that rate
+        whole = (T - 1) / (T - 1 - solution.steps)  # a window that was given up is extrapolated to the whole block
         passes, evaluations = solution.passes - solution.steps, solution.evaluations / B - solution.steps
         self.pace.learn(window, whole * passes, whole * evaluations)
         return solution

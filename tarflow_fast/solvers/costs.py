@@ -1,4 +1,4 @@
-"""What a token of the sequential pass and a parallel pass cost on an engine: measured, in the middle of a block."""
+"""The measured costs of a token of the sequential pass and of a parallel pass, in the middle of a block."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from .windows import hoped_advance
 
 @dataclass(frozen=True)
 class Costs:
-    """In seconds. token: of a token in the sequential pass. passes: of a parallel pass with everything that the solver
-    does beside it, by its width in tokens of each sample, ascending."""
+    """The times that passes of an engine take for one size of batch.
+
+    token: seconds for a token of the sequential pass. passes: seconds for a parallel pass, including all that the
+    solver does beside it, by the width of its window in tokens, ascending.
+    """
 
     token: float
     passes: dict[int, float] = field(default_factory=dict)
 
     def of_pass(self, width: float) -> float:
-        """Linear between two widths that were measured; beyond the last one in proportion."""
+        """Returns the seconds of a pass of this width.
+
+        They are linear between two widths that were measured, and proportional to the width beyond the last.
+        """
         widths = list(self.passes)
         i = bisect.bisect_left(widths, width)
         if i == len(widths):
@@ -36,11 +42,13 @@ class Costs:
 
 @torch.no_grad()
 def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
-    """Of this engine, for batches like this one, whose tokens and log-dets are put back.
+    """Returns the costs of this engine for batches like this one.
 
-    widths: ascending. Where rows fill the machine, and what a wider window adds takes longer than in the sequential
-    pass even at best, those that are wider still are left out. Runs in which the engine compiles, or captures a graph,
-    do not count.
+    The state's tokens and log-dets are put back afterwards.
+
+    widths: the widths of windows to measure, ascending. The widest are left out where rows fill the machine, and what a
+    wider window adds takes longer than in the sequential pass even at best. A run in which the engine compiles or
+    captures a graph does not count.
     """
     x, log_det = state.x.clone(), state.token_log_det.clone()
     T = x.shape[1]
@@ -55,7 +63,7 @@ def measure(engine: BlockEngine, state: BlockState, widths: list[int]) -> Costs:
 
     steps = min(STEPS, T - middle)
     costs = Costs(seconds(engine, lambda: tokens(steps)) / steps)
-    gain = before = 0.0  # tokens that a pass gains at best, less those that the sequential pass makes in its time
+    gain = before = 0.0  # tokens that a pass gains at best, less those that the sequential pass makes in the same time
     for width in widths:
         costs.passes[width] = seconds(engine, functools.partial(one_pass, width))
         before, gain = gain, hoped_advance(width) - costs.passes[width] / costs.token

@@ -1,23 +1,22 @@
 """One parallel pass over the tokens ahead of each sample's frontier, and what it makes final.
 
-A block's inverse is a triangular fixed-point problem: x_i = z_i · exp(xa_{i−1}) + xb_{i−1}, with parameters that depend
-on the tokens before i. A pass evaluates them for a window of tokens from the *frontier* on, from guesses for those
-tokens. Then, for each sample:
+The inverse of a block is a triangular fixed-point problem, x_i = z_i · exp(xa_{i−1}) + xb_{i−1}, whose parameters
+depend on the tokens before i. A pass evaluates them for a window of tokens from the *frontier* on, from guesses for
+those tokens. Then, for each sample:
 
-- the frontier's own token is final, whatever was guessed: all tokens before it are;
-- if a token at the frontier moved by no more than `tol`, or than rounding moves one of its size where that is more,
-  what was guessed for it is kept. Its keys and values, which
-  this pass has computed, are then the right ones, so the token after it has been computed from final tokens too, and
-  the frontier goes on to that one, and so forth;
-- the first token that moved by more is given its new value and is final as well, but the tokens after it have been
-  computed from its old one: they are the guesses of the next pass.
+- The frontier's own token is final, whatever was guessed, because all tokens before it are.
+- If the token at the frontier moved by no more than `tol`, or than rounding moves a token of its size where that is
+  more, the guess for it is kept. Its keys and values, which this pass has computed, are then the right ones, so the
+  token after it has been computed from final tokens too. The frontier goes on to that token, and so forth.
+- The first token that moved by more gets its new value and is final as well. The tokens after it have been computed
+  from its old value, so they are the guesses of the next pass.
 
-So every pass gains at least one token: T − 1 passes are the worst case, with the sequential result. Of every token that
-was kept, |forward(x) − z| has been computed in the pass that kept it; that of the others is 0 up to rounding.
+So every pass gains at least one token: T − 1 passes are the worst case, with the sequential result. For every token
+that was kept, the pass that kept it has computed |forward(x) − z|; for the others this is 0 up to rounding.
 
-A guess may overflow. Nothing is clamped: engines see to it that a token that is infinite or NaN does not reach the
-tokens before it, and here such a guess is replaced by the one that it started from, so that it spoils the guesses after
-it for one pass at most. A sample whose *final* token is not finite has failed; its later tokens become NaN, and it no
+A guess may overflow, and nothing is clamped. Engines see to it that a token that is infinite or NaN does not reach the
+tokens before it. Here such a guess is replaced by the one that it started from, so that it spoils the guesses after it
+for one pass at most. A sample whose *final* token is not finite has failed: its later tokens become NaN, and it no
 longer counts.
 """
 
@@ -34,15 +33,15 @@ from .trail import Trail
 
 
 class Frontier:
-    """How far the samples of a batch are.
+    """The frontiers of a batch: how far each sample is.
 
     tol: how far a token may still move when it is kept; 0 for not at all. guess: (B, T, D), where the passes start;
-    default the tokens as they stand in the state. start: the first token that is not final, >= 1; keys and values of
-    those before start − 1 must be in the cache.
+    default the tokens as they stand in the state. start: the first token that is not final, >= 1; the keys and values
+    of the tokens before start − 1 must be in the cache. dtype: see `Trail`.
 
-    reached: the first token of each sample that is not final, T if none is left. evaluations: tokens that passes have
-    evaluated, of all samples. residual: (B,), the largest |forward(x) − z| of the tokens that were kept. trail: what
-    the passes showed.
+    reached: the first token of each sample that is not final, or T if none is left. evaluations: the number of tokens
+    that passes have evaluated, over all samples. residual: (B,), the largest |forward(x) − z| of the tokens that were
+    kept. trail: what the passes showed.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Frontier:
         x[:, start:] = self._guess[:, start:]
 
     def refine(self, tol: float, samples: Sequence[bool]) -> None:
-        """Begins again with these samples, from the tokens as they are."""
+        """Begin again with another tol for the samples that are marked, from their tokens as they are."""
         self.trail.tol = tol
         self.reached = [1 if again else done for again, done in zip(samples, self.reached, strict=True)]
         self.residual.masked_fill_(torch.tensor(samples, device=self.residual.device), 0)
@@ -76,12 +75,15 @@ class Frontier:
 
     @property
     def slowest(self) -> int:
+        """Returns the frontier that is furthest back: the first token that is not final in some sample."""
         return min(self.reached)
 
     def run(self, window: int, most: int | None = None, progress: Progress | None = None) -> int:
-        """Passes over so many tokens of each sample at most, until all are done, or `most` of them. Returns how many.
+        """Make passes until all samples are done, or until there were `most`, and return how many there were.
 
-        progress(n): the slowest sample has n more tokens. An engine that can makes the passes by itself.
+        window: the most tokens of each sample in a pass. progress: called with the number of tokens that the slowest
+        sample has gained. An engine that is a `FrontierEngine` makes the passes by itself where the window is not too
+        wide for it.
         """
         T = self.state.x.shape[1]
         most = T if most is None else most
@@ -97,6 +99,7 @@ class Frontier:
         return passes
 
     def _converge(self, engine: FrontierEngine, window: int, most: int) -> int:
+        """Let the engine make passes without the host, and return how many it made."""
         done = engine.iterate_on_device(
             self.state, self._guess, self.reached, self.trail, window=window, max_passes=most
         )
@@ -106,16 +109,16 @@ class Frontier:
         return done.passes
 
     def advance(self, window: int) -> None:
-        """A pass over so many tokens of each sample at most, with one small read from the device.
+        """Make a pass over at most `window` tokens of each sample, with one small read from the device.
 
-        Samples have windows of their own, and those that are done take no part. If the engine is not ragged it
-        evaluates all tokens that any of them has, and what it gives for others is not used: a sample's result does not
-        depend on its batch mates.
+        Each sample has a window of its own, and samples that are done take no part. An engine that is not ragged
+        evaluates all tokens that any sample has in its window, and the results for other samples are not used: a
+        sample's result does not depend on its batch mates.
         """
         x = self.state.x
         B, T, _ = x.shape
         fronts, ends = self.reached, [min(front + window, T) for front in self.reached]
-        own = self.engine.ragged or B == 1  # each sample's window is evaluated, and no more
+        own = self.engine.ragged or B == 1  # the engine evaluates each sample's window, and no more
         last = max(end for front, end in zip(fronts, ends, strict=True) if front < T)
         starts, stops = (fronts, ends) if own else ([min(fronts)] * B, [last] * B)
         at, token = _tokens(starts, stops, x.device)
@@ -137,7 +140,7 @@ class Frontier:
         flags = torch.isfinite(moved.change).all().long().view(1)
         *counts, finite = torch.cat([still.sum(1), flags]).tolist()
 
-        # The token that was given its new value, or the end of the window if all were kept.
+        # For each sample, the token that was given its new value, or the end of the window if all were kept.
         first = [min(start + n, end) for start, n, end in zip(starts, counts, ends, strict=True)]
         failed = [False] * B if finite else self._mend(first, ends)
         self.reached = [
@@ -146,7 +149,7 @@ class Frontier:
         ]
 
     def _mend(self, first: list[int], ends: list[int]) -> list[bool]:
-        """Put where they started the guesses after `first` that overflowed. Returns which samples failed."""
+        """Put guesses after `first` that overflowed back to where they started, and return which samples failed."""
         x = self.state.x
         T = x.shape[1]
         new, end = torch.tensor([first, ends], device=x.device).unsqueeze(-1)
@@ -160,9 +163,9 @@ class Frontier:
 
 
 def _tokens(starts: list[int], stops: list[int], device: torch.device) -> tuple[Any, Tensor]:
-    """The index of x that gives each sample's window, (B, W, D), and the numbers of its tokens, (B, W) or (1, W).
+    """Returns the index of x that gives each sample's window, (B, W, D), and its tokens' numbers, (B, W) or (1, W).
 
-    Beyond its window a sample's token 0 stands in.
+    Beyond the window of a sample, its token 0 stands in.
     """
     start, stop = torch.tensor([starts, stops], device=device).unsqueeze(-1)
     token = start + torch.arange(max(b - a for a, b in zip(starts, stops, strict=True)), device=device)

@@ -1,11 +1,11 @@
-"""What was learnt of a model for its parallel solvers: where passes are to start, and how many of them a block takes.
+"""The plan of a model for its parallel solvers: where passes start, and how many of them a block takes.
 
 A pass refines guesses, and the better the first one, the fewer passes. The guess is affine for each position and value,
 
     x ≈ slope · z + shift,      slope = cov(z, x) / var(z),   shift = mean(x) − slope · mean(z),
 
-fitted by least squares to the tokens that each flow block took in and gave out for images of the model itself. From
-those guesses, the passes and evaluations that each window takes are counted, which no machine has a part in.
+fitted by least squares to the tokens that each flow block took in and gave out for images of the model itself. The
+passes and evaluations that each window takes are counted from those guesses; they do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -29,8 +29,18 @@ from .windows import widths
 
 @dataclass(frozen=True, eq=False)
 class SolverPlan:
-    """By flow block, in fp32. slope, shift: (K, T, D), each in its block's own token order. passes, evaluations: (K, n)
-    for the n windows of `widths(T)`; evaluations are those of one sample; NaN where they are not known."""
+    """A plan of a model for its parallel solvers: guesses for tokens, and known numbers of passes.
+
+    All tensors are fp32 and have the flow blocks along their first dimension. K is the number of blocks, and n that of
+    the windows `widths(T)`.
+
+    Attributes:
+        slope: (K, T, D), the slope of the guess x ≈ slope · z + shift, in each block's own token order.
+        shift: (K, T, D), the shift of the guess.
+        passes: (K, n), the passes that a block takes with each window; NaN where it is not known.
+        evaluations: (K, n), the evaluations of one sample that a block takes with each window; NaN where it is not
+            known.
+    """
 
     slope: Tensor
     shift: Tensor
@@ -39,15 +49,22 @@ class SolverPlan:
 
     @classmethod
     def fit(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> SolverPlan:
-        """pairs: what each block took in and gave out, (n, T, D) each, by block and in its token order, n >= 2.
+        """Fit the guesses of a plan by least squares.
 
-        Passes and evaluations are not known yet.
+        Its passes and evaluations are not known yet.
+
+        Args:
+            pairs: For each block, the tokens that it took in and those that it gave out: (n, T, D) each, in its own
+                token order, n >= 2.
+
+        Returns:
+            The plan, on the CPU.
         """
         slopes, shifts = [], []
         for z, x in pairs:
             mean_z, mean_x = z.mean(0), x.mean(0)
             slope = ((z - mean_z) * (x - mean_x)).mean(0) / (z - mean_z).square().mean(0)
-            slope = torch.where(slope.isfinite(), slope, 0)  # of a token that is the same in all images
+            slope = torch.where(slope.isfinite(), slope, 0)  # 0 / 0 where a value is the same in all images
             slopes.append(slope)
             shifts.append(mean_x - slope * mean_z)
         unknown = torch.full(
@@ -56,12 +73,27 @@ class SolverPlan:
         return cls(torch.stack(slopes).float().cpu(), torch.stack(shifts).float().cpu(), unknown, unknown.clone())
 
     def guess(self, k: int, z: Tensor) -> Tensor:
-        """Where block k's passes start for the latents z: (B, T, D) in the block's token order."""
+        """Return where the passes of a block start.
+
+        Args:
+            k: The number of the block.
+            z: (B, T, D), the block's latents, in its own token order.
+
+        Returns:
+            (B, T, D), slope · z + shift, in the dtype and on the device of z.
+        """
         slope, shift = self.slope[k].to(z), self.shift[k].to(z)
         return torch.addcmul(shift, slope, z)
 
     def pace(self, k: int) -> PassEstimate:
-        """What block k takes, as far as it is known."""
+        """Return what a block takes, as far as it is known.
+
+        Args:
+            k: The number of the block.
+
+        Returns:
+            The passes and evaluations of the block for each window that is known.
+        """
         tokens = self.slope.shape[1]
         passes, evaluations = (
             {window: value for window, value in zip(widths(tokens), row[k].tolist(), strict=True) if value == value}
@@ -70,7 +102,18 @@ class SolverPlan:
         return PassEstimate(tokens, passes, evaluations)
 
     def check(self, shape: tuple[int, int, int]) -> SolverPlan:
-        """Raises ArgumentError unless this plan is of a model of (K, T, D) = shape, and finite where it has to be."""
+        """Check that this is a plan of a model of these sizes.
+
+        Args:
+            shape: (K, T, D) of the model.
+
+        Returns:
+            The plan itself.
+
+        Raises:
+            ArgumentError: A tensor has another shape, a guess is not finite, or a number of passes or evaluations is
+                not positive.
+        """
         K, T, _ = shape
         for field in fields(self):
             tensor = getattr(self, field.name)
@@ -91,7 +134,15 @@ class SolverPlan:
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """As a `.safetensors` file."""
+        """Write the plan to a `.safetensors` file, replacing it.
+
+        Args:
+            path: A file name that ends in `.safetensors`, in an existing folder.
+
+        Raises:
+            ArgumentError: The path is not a place where such a file can be written.
+            OSError: The system refuses to write.
+        """
         path = check_path("path", path, (".safetensors",))
         tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
         with replacing(path) as partial:
@@ -99,7 +150,18 @@ class SolverPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SolverPlan:
-        """What `save` wrote. Raises CheckpointError for anything else."""
+        """Read a plan that `save` wrote.
+
+        Args:
+            path: The file to read.
+
+        Returns:
+            The plan, on the CPU.
+
+        Raises:
+            ArgumentError: `path` is not a path.
+            CheckpointError: The file is missing, damaged, or no solver plan.
+        """
         if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
             raise ArgumentError("path", "a path", type(path).__name__)
         if not Path(path).is_file():
@@ -112,7 +174,7 @@ class SolverPlan:
                 plan = cls(**{name: file.get_tensor(name).clone() for name in names})
         except CheckpointError:
             raise
-        except Exception as error:  # whatever a foreign or damaged file makes the parser raise
+        except Exception as error:  # a foreign or damaged file may make the parser raise any error
             raise CheckpointError(f"{path}: not a solver plan (no whole .safetensors file)") from error
         tensors = [getattr(plan, name) for name in names]
         shapes = [tuple(tensor.shape) for tensor in tensors]

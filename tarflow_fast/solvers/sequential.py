@@ -1,4 +1,4 @@
-"""The exact solver: token after token."""
+"""The exact solver, which makes one token after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .solution import Solution
 
 
 def sequential(engine: BlockEngine, state: BlockState, progress: Progress | None = None) -> Solution:
-    """T − 1 dependent steps in the engine's fused pass."""
+    """Invert a flow block by T − 1 dependent steps, in the engine's fused pass."""
     engine.reverse(state, progress)
     B, T, _ = state.x.shape
     return Solution(T - 1, B * (T - 1), T - 1, state.x.new_zeros(B), 1)

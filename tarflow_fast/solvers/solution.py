@@ -1,4 +1,4 @@
-"""What a solver is, and what it says of a block that it has solved."""
+"""The interface of solvers, and what a solver reports of a block that it has solved."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .trail import Shown
 
 @dataclass(frozen=True)
 class Solution:
-    """How a block was solved, whose result is in its state.
+    """How a block was solved; the result itself is in the block's state.
 
-    passes: dependent steps, each an evaluation of the transformer on one token or a window of tokens. evaluations:
-    tokens evaluated, of all samples together. steps: of the passes, those of the engine's sequential pass. residual:
-    (B,), max |forward(x) − z| of each sample, up to rounding; 0 for an exact solver, and at most this where the last
-    tokens were left to one. window: tokens of a sample in a pass; 1 for the sequential pass. shown: what the
-    passes showed, if there were any.
+    passes: the number of dependent steps, each an evaluation of the transformer on one token or on a window of tokens.
+    evaluations: the number of tokens that were evaluated, over all samples. steps: how many of the passes were steps of
+    the engine's sequential pass. residual: (B,), max |forward(x) − z| of each sample up to rounding; it is 0 for an
+    exact solver, and an upper bound where the last tokens were left to one. window: the most tokens of a sample in a
+    pass, 1 for the sequential pass. shown: what parallel passes showed, or None if there were none.
     """
 
     passes: int
@@ -31,6 +31,9 @@ class Solution:
 
 
 class Solver(Protocol):
-    """Inverts a flow block: from a state that `begin` gave to one whose x and token_log_det are the result."""
+    """A function that inverts a flow block.
+
+    It takes a state that `begin` gave, and leaves the result in its x and token_log_det.
+    """
 
     def __call__(self, engine: BlockEngine, state: BlockState, progress: Progress | None = None) -> Solution: ...

@@ -1,24 +1,25 @@
-"""What the passes over a batch showed of each token, and from it how far the tokens are from the sequential result.
+"""The trail of passes: what they showed of each token, and how far tokens are from the sequential result.
 
-A token that was kept although it would have moved by δ differs from the sequential one by that, by what rounding moves
-it when it is evaluated beside others instead of alone, and by what the errors of the tokens before it do to it. With Z
-the error of the latents that the block was given, and ε the unit of rounding of weights and cache and that of the
-stream together, to first order
+A token that was kept although it would have moved by δ differs from the sequential one by three things: by δ, by what
+rounding moves it when it is evaluated beside others instead of alone, and by what the errors of the tokens before it do
+to it. Let Z be the error of the latents that the block was given, and ε the unit of rounding of weights and cache plus
+that of the stream. To first order
 
     E_i ≤ a_i Z_i + δ_i + ε |x_i| + s_i max_{j<i} E_j,
 
-where a = exp(xa) and s_i is how far token i moves if tokens before it move by one at most. The passes show both: in one
-of them token i moves by what the movements of the pass before, of the tokens before it, do to it. The linear law holds
-only near the solution, so what is older counts less, and movements that rounding alone may make, or that are as large
-as the tokens, show nothing. Over the blocks of trained models and their samples, guided and not, the error that δ makes
-was at most 5.5 times the E that comes out of it; what is stated is eight times that δ.
+where a = exp(xa), and s_i is how far token i moves if tokens before it move by one at most. The passes show both: in
+one of them, token i moves by what the movements of the pass before, of the tokens before it, do to it. The linear law
+holds only near the solution, so older movements count less, and movements that rounding alone may make, or that are as
+large as the tokens, show nothing. Over the blocks of trained models and their samples, guided and not, the error that δ
+makes was at most 5.5 times the E that comes out of this law; what is stated is the E of eight times δ.
 
-The law says nothing of errors as large as the tokens: those are said to be infinite, unknown. In bf16 with guidance
-that is so of most images, of which rounding alone may make others. Rounding's part is an estimate like the rest:
-evaluations that round in the same way as the sequential ones, as those of the `cpu` backend, leave none of it.
+The law says nothing of errors as large as the tokens: those are said to be infinite, that is, unknown. In bf16 with
+guidance that is so for most images, of which rounding alone may make others. The part of rounding is an estimate like
+the rest: evaluations that round in the same way as the sequential ones, such as those of the `cpu` backend, leave none
+of it.
 
-A block that was solved exactly passes on the errors of its latents by the same law, and adds none of its own: its
-evaluations are the sequential ones. There s and a are measured, by passes from the solution moved a little.
+A block that was solved exactly passes on the errors of its latents by the same law and adds none of its own, because
+its evaluations are the sequential ones. There s and a are measured, by passes from the solution moved a little.
 """
 
 from __future__ import annotations
@@ -32,28 +33,30 @@ from torch import Tensor
 
 from ..engine.contract import BlockEngine, BlockState, Moved
 
-SAFETY = 8.0  # times δ, see above
-NEAR = 0.5  # movements that the linear law holds for, at most, as a share of the tokens' size
+SAFETY = 8.0  # δ is multiplied by this, see above
+NEAR = 0.5  # the largest movement that the linear law is taken to hold for, as a share of the tokens' size
 LARGE = 4.0  # values beyond those of images and of most latents
-FORGET = 0.9  # what a pass leaves of sensitivity and scale that earlier ones showed
+FORGET = 0.9  # each pass multiplies by this the sensitivity and scale that earlier passes showed
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 MOVED, SENSITIVITY, DEFECT, SCALE = range(4)
 UNSEEN = -1.0
 
 
 class Trail:
-    """What is kept of the passes over a batch. It is what `FrontierEngine.iterate_on_device` is given of a solver.
+    """The record of the passes over a batch.
 
-    tol: how far a token may move and still keep what was guessed. rounding, stream: the share of a token's largest
-    value, at least 1, by which rounding of weights and cache (of `dtype`, by default the stream's), and of the residual
-    stream, may move it; guidance adds that of w + 1 parameters and w unguided ones. values: (4, B, T) fp32, of each
-    token, in the block's order:
+    `FrontierEngine.iterate_on_device` is given it as its `PassTrail`.
 
-    - MOVED: how far the last pass moved it; 0 if it was kept; infinite where it was put back after it overflowed;
+    tol: how far a token may move and still keep its guess. rounding, stream: the shares of a token's largest value, or
+    of 1 where that is larger, by which rounding may move it: rounding of weights and cache, whose dtype is `dtype` (by
+    default that of the stream), and of the residual stream. Guidance adds the rounding of w + 1 guided parameters and w
+    unguided ones. values: (4, B, T) fp32, of each token in the block's order:
+
+    - MOVED is how far the last pass moved it; 0 if it was kept; infinite where it was put back after it overflowed;
       UNSEEN where the last pass did not evaluate it.
-    - SENSITIVITY: s above; UNSEEN where no two passes in succession evaluated it.
-    - DEFECT: δ above.
-    - SCALE: a above; 0 where no pass moved it.
+    - SENSITIVITY is s above; UNSEEN where no two passes in succession evaluated it.
+    - DEFECT is δ above.
+    - SCALE is a above; 0 where no pass moved it.
     """
 
     def __init__(self, state: BlockState, dtype: torch.dtype | None = None, tol: float = 0.0):
@@ -68,24 +71,27 @@ class Trail:
         self.values[SCALE, :, 0] = 1  # the first token passes unchanged
 
     def noise(self, size: Tensor) -> Tensor:
-        """By how much rounding of weights and cache alone may move tokens whose largest value is `size`."""
+        """Returns by how much rounding of weights and cache alone may move tokens whose largest value is `size`."""
         return self.rounding * size.clamp(min=1)
 
     def least(self, size: Tensor) -> Tensor | float:
-        """How far such tokens may move and still keep what was guessed."""
+        """Returns how far tokens whose largest value is `size` may move and still keep their guesses."""
         return (self.stream * size.clamp(min=1)).clamp(min=self.tol) if self.tol > 0 else 0.0
 
     def forget_passes(self) -> None:
-        """Other guesses have taken the place of what the last pass left."""
+        """Mark all tokens as unseen by the last pass, because other guesses have taken their place."""
         self.values[MOVED] = UNSEEN
 
     def record(self, at: Any, front: Tensor, mine: Tensor, kept: Tensor, moves: Moved, size: Tensor) -> None:
-        """Adds a pass. at: index of the tokens that it evaluated in a (B, T) tensor. front: (B, 1), the first of each
-        sample's own ones. (B, W) each: mine, which are its own; kept, which of them keep what was guessed; moves;
-        size, max_d |x| of what was guessed."""
+        """Add a pass.
+
+        at: the index of the tokens that it evaluated in a (B, T) tensor. front: (B, 1), the first of each sample's own
+        tokens. mine: (B, W), which tokens are the sample's own. kept: (B, W), which tokens keep their guesses. moves:
+        how far they moved. size: (B, W), max_d |x| of the guesses.
+        """
         moved, sensitivity, defect, scale = (value[at] for value in self.values)
         reach = torch.where(mine, moved.clamp(min=0), 0).cummax(1).values
-        reach = torch.cat([torch.zeros_like(reach[:, :1]), reach[:, :-1]], 1)  # of the tokens before
+        reach = torch.cat([torch.zeros_like(reach[:, :1]), reach[:, :-1]], 1)  # over the tokens before each
         reach = torch.maximum(reach, self.values[MOVED].gather(1, front - 1).clamp(min=0))
         change, residual = moves
         finite = torch.isfinite(change)
@@ -104,7 +110,10 @@ class Trail:
             self.values[which][at] = value.float()
 
     def shown(self, x: Tensor) -> Shown:
-        """What the passes have shown so far, of the tokens (B, T, D): the one read from the device."""
+        """Returns what the passes have shown so far of the tokens x, (B, T, D).
+
+        This is the only read from the device.
+        """
         size = x.abs().amax(-1).clamp(min=1).float()
         _, sensitivity, defect, scale, largest = torch.cat([self.values, size.unsqueeze(0)]).cpu().double().numpy()
         return Shown(sensitivity, defect, scale, largest, (self.rounding + self.stream) * largest)
@@ -112,8 +121,11 @@ class Trail:
 
 @dataclass(frozen=True)
 class Shown:
-    """A trail on the host, (B, T) each. size: the largest value of a token, at least 1. rounding: what an evaluation
-    beside other tokens instead of alone may move it by."""
+    """A trail on the host, as arrays (B, T).
+
+    sensitivity, defect, scale: see `Trail`. size: the largest value of a token, at least 1. rounding: by how much an
+    evaluation beside other tokens, instead of alone, may move it.
+    """
 
     sensitivity: Floats
     defect: Floats
@@ -122,13 +134,14 @@ class Shown:
     rounding: Floats
 
     def errors(self, latents: Tensor | None = None, rounding: bool = True) -> Tensor:
-        """(B, T) fp32 on the CPU: how far each token may be from the sequential result, max_d |x − x′|; infinite where
-        that is unknown.
+        """Returns how far each token may be from the sequential result, max_d |x − x′|: (B, T) fp32 on the CPU.
 
-        latents: (B, T) of the same kind, of what the block was given; default none. rounding: whether these evaluations
-        round otherwise than the sequential ones. A token whose sensitivity was not shown is taken to be as sensitive as
-        its sample's are on average, and to pass on no less than it is given. Where tokens outgrow all before them
-        beyond LARGE, errors grow at least as they do.
+        An error is infinite where it is unknown. A token whose sensitivity was not shown is taken to be as sensitive as
+        those of its sample are on average, and to pass on no less than it is given. Where tokens outgrow all before
+        them beyond LARGE, errors grow at least as they do.
+
+        latents: (B, T), the errors of what the block was given, of the same kind; default none. rounding: whether these
+        evaluations round otherwise than the sequential ones.
         """
         seen = self.sensitivity >= 0
         usual = (self.sensitivity * seen).sum(1, keepdims=True) / np.maximum(seen.sum(1, keepdims=True), 1)
@@ -142,7 +155,7 @@ class Shown:
         largest = np.maximum.accumulate(self.size, 1)
         beyond = np.maximum(largest, LARGE)
         before = np.zeros(len(error))
-        with np.errstate(invalid="ignore", over="ignore"):  # of a sample that failed, which stays NaN
+        with np.errstate(invalid="ignore", over="ignore"):  # a sample that failed stays NaN
             for i in range(1, error.shape[1]):
                 before = np.maximum(before, error[:, i - 1])
                 growth = beyond[:, i] / beyond[:, i - 1]
@@ -152,11 +165,16 @@ class Shown:
 
 
 PROBES = 2
-PROBE = 1e-3  # how far a probe moves tokens, times their size, or as far as rounding does
+PROBE = 1e-3  # how far a probe moves tokens, as a share of their size; further where rounding does
 
 
 def probe(engine: BlockEngine, state: BlockState, dtype: torch.dtype | None = None) -> Trail:
-    """The trail of a block that is solved: without defects. The state's x and token_log_det stay as they are."""
+    """Returns the trail of a block that is solved, without defects.
+
+    The state's x and token_log_det stay as they are.
+
+    dtype: see `Trail`.
+    """
     x, log_det = state.x.clone(), state.token_log_det.clone()
     T = x.shape[1]
     trail, generator = Trail(state, dtype), torch.Generator("cpu").manual_seed(0)
@@ -182,7 +200,11 @@ def errors(
     latents: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | None:
-    """`Shown.errors` of a block that was solved, by passes or exactly. None: there are none. dtype: see `Trail`."""
+    """Returns `Shown.errors` of a block that was solved, by passes or exactly, or None where there are no errors.
+
+    shown: what the passes showed, or None where the block was solved exactly. latents: (B, T), the errors of the
+    latents that the block was given, or None. dtype: see `Trail`.
+    """
     if shown is not None:
         return shown.errors(latents)
     if latents is None:

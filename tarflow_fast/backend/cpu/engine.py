@@ -1,8 +1,8 @@
 """The `cpu` backend: a flow block's whole token loop in C++ (`csrc/cpu/`), without Python, torch or the GIL.
 
-Its threads are its own, by default as many as torch's, if there are cores for them; results do not depend on their
-number, nor on what else is in the batch. Linear layers and the KV cache have the chosen dtype, the first and last layer
-are fp32 in both.
+The engine has threads of its own, by default as many as torch's where there are cores for them. Results depend neither
+on their number nor on what else is in the batch. Linear layers and the KV cache have the chosen dtype; the first and
+the last layer are fp32 in both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ...native import CPU_DTYPES, address, choose_instruction_set, load_native
 
 
 def cpu_missing(dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
-    """Why this engine cannot serve such a request, with the mend, or None if it can.
+    """Returns why this engine cannot serve such a request, and what would mend that, or None if it can.
 
     Raises BackendError if TARFLOW_FAST_CPU_ISA names instructions that this machine lacks: that is a mistake, and no
     reason to fall back.
@@ -48,10 +48,10 @@ def cpu_missing(dtype: torch.dtype = torch.float32, compile: bool = False) -> st
 
 @dataclass
 class _Cache:
-    rows: int  # R: B, or 2B when guided (conditional branch first)
+    rows: int  # R = B, or 2B when guided (conditional branch first)
     keys_values: Tensor  # (R · elements,), laid out by the kernels
     embedding: Tensor | None  # (R, channel_stride) fp32
-    guidance: Tensor | None  # (T − 1,) fp32, g_i; None when not guided
+    guidance: Tensor | None  # (T − 1,) fp32, g_i, or None without guidance
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -63,9 +63,11 @@ def _addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 class CpuEngine(EngineBase):
-    """BlockEngine in C++. dtype: float32 or bfloat16. threads: default `default_threads()` at each call.
+    """A BlockEngine in C++.
 
-    instruction_set: one of `native.instruction_sets()`; default see `native.choose_instruction_set`.
+    dtype: the dtype of weights and KV cache, float32 or bfloat16. threads: the number of threads, by default
+    `default_threads()` at each call. instruction_set: one of `native.instruction_sets()`, by default see
+    `native.choose_instruction_set`.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class CpuEngine(EngineBase):
         layer: dict[str, Tensor] = {}
 
         def layer_addresses(i: int) -> dict[str, int]:
-            layer.clear()  # a bf16 model's fp32 copy is of one layer at a time
+            layer.clear()  # only one layer of a bf16 model is copied to fp32 at a time
             layer.update({name: _plain(tensor) for name, tensor in vars(weights.layers[i]).items()})
             return _addresses(layer)
 
@@ -103,10 +105,10 @@ class CpuEngine(EngineBase):
 
     @property
     def packed_bytes(self) -> int:
-        """Memory of the packed weights."""
+        """Returns the bytes of memory that the packed weights take."""
         return int(self._native.packed_bytes)
 
-    ragged = True  # a window for each sample
+    ragged = True  # each sample may have a window of its own
 
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         shape = self.shape
@@ -156,8 +158,11 @@ class CpuEngine(EngineBase):
     def _run(
         self, state: BlockState, starts: list[int], stops: list[int], moved: Moved | None, progress: Progress | None
     ) -> None:
-        """Tokens [starts[b], stops[b]) of state.x: all at once if `moved` is there to be filled, else one after the
-        other, with the same window for every sample."""
+        """Make the tokens [starts[b], stops[b]) of state.x.
+
+        They are made all at once if `moved` is given, which is filled. Otherwise they are made one after the other, and
+        all samples have the same window.
+        """
         cache, rule = state.cache, state.condition.guidance
         check_plain(state)
         if starts == stops:  # a single token passes unchanged

@@ -1,7 +1,7 @@
 """The `cuda` backend: all steps of a flow block's pass in one launch of one kernel (`csrc/cuda/`).
 
-Rows (tokens that are evaluated at once: B, or 2B when guided) are taken in groups of at most 64, each a launch. Weights
-and KV cache have the chosen dtype, all else is fp32.
+A row is a token of a sample, or of its unguided branch, that is evaluated. A launch takes at most 64 rows, and more are
+divided among several launches. Weights and KV cache have the chosen dtype, and all else is fp32.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from .plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
-WEIGHT_BUFFERS = ("weights", "hidden", "keys_values")  # in the weights' dtype; all others are fp32, or
-INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # see params.h
-Positions = list[tuple[int, int, int]]  # of each row of a branch: sample, token that is evaluated, column of `Moved`
+WEIGHT_BUFFERS = ("weights", "hidden", "keys_values")  # these have the dtype of the weights
+INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # all others are fp32, see params.h
+Positions = list[tuple[int, int, int]]  # for each row of a branch: sample, token to evaluate, column of `Moved`
 
 
 def load_native() -> ModuleType:
-    """The compiled module. Raises BackendError with the mend where it was not built."""
+    """Returns the compiled module. Raises BackendError, which says what to install, where it was not built."""
     try:
         return import_module("tarflow_fast._cuda")
     except ImportError as error:
@@ -57,7 +57,7 @@ def load_native() -> ModuleType:
 
 
 def native_missing() -> str | None:
-    """Why there is no compiled module, with the mend, or None if there is."""
+    """Returns why there is no compiled module, and what would mend that, or None if there is one."""
     try:
         load_native()
     except BackendError as error:
@@ -66,7 +66,7 @@ def native_missing() -> str | None:
 
 
 def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
-    """Why this engine cannot serve such a request, with the mend, or None if it can."""
+    """Returns why this engine cannot serve such a request, and what would mend that, or None if it can."""
     missing = native_missing()
     if missing is not None:
         return missing
@@ -83,7 +83,11 @@ def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compi
 
 
 def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:
-    """A warp takes a key, each lane 16 bytes of it, or one element where it is not a whole number of 16 bytes."""
+    """Returns why this engine cannot take heads of this width, and what would mend that, or None if it can.
+
+    A key is read by lanes that take 16 bytes each, or one element each where a head is not a whole number of 16 bytes,
+    and it has at most the 32 lanes of a warp.
+    """
     lane = 16 // dtype.itemsize
     if head_dim <= 32 or (head_dim % lane == 0 and head_dim <= 32 * lane):
         return None
@@ -94,11 +98,14 @@ def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:
 
 
 class _Workspace:
-    """What a state holds on the device. buffers: in the kernel's names and shapes (see params.h); also attributes."""
+    """The memory that a state holds on the device.
+
+    buffers: tensors by the kernel's names and in its shapes (see params.h), which are also attributes.
+    """
 
     def __init__(self, buffers: dict[str, Tensor | None]):
         self.buffers = buffers
-        self.launch: Any = None  # with these buffers, of the engine that made it
+        self.launch: Any = None  # the native launch with these buffers, from the engine that made them
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -108,9 +115,9 @@ class _Workspace:
 
 
 class CudaEngine(EngineBase):
-    """BlockEngine in one CUDA kernel. dtype: float32, bfloat16 or float16, of weights and KV cache."""
+    """A BlockEngine in one CUDA kernel. dtype: the dtype of weights and KV cache, float32, bfloat16 or float16."""
 
-    ragged = True  # a window for each sample
+    ragged = True  # each sample may have a window of its own
 
     def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype):
         missing = cuda_missing(device, dtype) or head_dim_missing(weights.shape.head_dim, dtype)
@@ -130,11 +137,14 @@ class CudaEngine(EngineBase):
             self._position = self._fp32(weights.position)
             self._classes = None if weights.classes is None else self._fp32(weights.classes)
         self._plans: dict[int, Plan] = {}
-        # Of any launch; the largest also needs the most shared memory.
+        # The most parts of the attention in any launch. Planning them all also shows that each fits in shared memory.
         self._most_parts = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1)) * self.shape.heads
 
     def plan(self, rows: int) -> Plan:
-        """How a launch of so many rows is divided. Raises BackendError."""
+        """Returns how a launch of so many rows is divided.
+
+        Raises BackendError where the model is too wide for the kernel.
+        """
         if rows not in self._plans:
             instances = self._native.instances()
             most_rows, warps = next((n, w) for name, n, w in instances if name == self._dtype_name and n >= rows)
@@ -168,7 +178,7 @@ class CudaEngine(EngineBase):
     def bytes_per_sample(self, guided: bool) -> int:
         shape = self.shape
         row = 2 * shape.layers * shape.tokens * shape.channels * self.dtype.itemsize
-        tokens = 3 * shape.tokens * (shape.token_dim + 1) * 4  # z and x of the state, and a copy in a pass
+        tokens = 3 * shape.tokens * (shape.token_dim + 1) * 4  # the state's z and x, and a copy in a pass
         return (2 if guided else 1) * (row + 4 * shape.channels) + tokens
 
     @torch.no_grad()
@@ -194,7 +204,7 @@ class CudaEngine(EngineBase):
             first, end = check_window(start, stop, T)
             start, stop = [first] * B, [end] * B
         starts, stops = check_windows(start, stop, B, T)
-        # A sample's tokens in their order: a launch finds the keys of those before it in the cache.
+        # The tokens of a sample stay in their order, so that a launch finds the keys of those before it in the cache.
         rows = [(b, starts[b] - 1 + j, j) for b in range(B) for j in range(stops[b] - starts[b])]
         widest = max((column for _, _, column in rows), default=-1) + 1
         moved = Moved(*(state.x.new_zeros(B, widest) for _ in Moved._fields))
@@ -249,7 +259,7 @@ class CudaEngine(EngineBase):
         counts = numbers.tolist()
         return Converged(max(counts[2 * B :], default=0), counts[:B], sum(counts[B : 2 * B]), residual)
 
-    # What a launch is given.
+    # The parts of a launch.
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -258,12 +268,12 @@ class CudaEngine(EngineBase):
         return x.detach().to(self.device, torch.float32, copy=True).contiguous()
 
     def _most_rows(self, state: BlockState) -> int:
-        """Of a branch, in one launch."""
+        """Returns the most rows of one branch that a launch can take."""
         return MOST_ROWS // (2 if state.condition.guidance.active else 1)
 
     @staticmethod
     def _groups(rows: list[Any], most: int) -> Iterator[list[Any]]:
-        """As few as can be, of about the same size."""
+        """Divide the rows into as few groups of at most `most` as can be, of about the same size."""
         count = math.ceil(len(rows) / most)
         for i in range(count):
             yield rows[len(rows) * i // count : len(rows) * (i + 1) // count]

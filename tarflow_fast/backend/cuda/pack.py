@@ -1,7 +1,9 @@
-"""A flow block's weights as the CUDA kernel streams them: tiles of 16 outputs × 16 inputs, one after the other.
+"""The weights of a flow block as the CUDA kernel streams them: tiles of 16 outputs × 16 inputs, one after the other.
 
-The layers are in the order in which a token meets them: proj_in, then qkv, proj, fc1, fc2 of each layer, then proj_out.
-LayerNorm's γ and β are folded into the product after it: W (γ·y + β) + b = (W γ) y + (W β + b).
+    W (γ·y + β) + b = (W γ) y + (W β + b)
+
+By this equation, LayerNorm's γ and β are folded into the product after it. The layers are in the order in which a token
+meets them: proj_in, then qkv, proj, fc1, fc2 of each layer, then proj_out.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ TILE = 16
 
 
 class LinearSize(NamedTuple):
-    """Of a packed layer, in tiles."""
+    """The size of a packed layer in tiles: `tiles` along its outputs, `k_tiles` along its inputs."""
 
     tiles: int
     k_tiles: int
 
 
 def linear_sizes(shape: BlockShape) -> list[LinearSize]:
-    """Of the packed layers, in their order."""
+    """Returns the sizes of the packed layers, in their order."""
     C, D, hidden = shape.channels, shape.token_dim, shape.hidden
 
     def size(outputs: int, inputs: int) -> LinearSize:
@@ -38,10 +40,11 @@ def linear_sizes(shape: BlockShape) -> list[LinearSize]:
 
 
 def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, K) to (tiles, k_tiles, 256), zero beyond N and K.
+    """Returns a weight (N, K) as (tiles, k_tiles, 256), with zeros beyond N and K.
 
-    In fp32 a tile is 16 rows of 16. In a half precision it is in the order of tensor cores: each lane 8 elements of its
-    own, W[g][2t, 2t+1], W[g+8][2t, 2t+1], W[g][2t+8, 2t+9], W[g+8][2t+8, 2t+9], where g = lane // 4, t = lane % 4.
+    In fp32 a tile is 16 rows of 16. In a half precision it is in the order of tensor cores: each lane has 8 elements of
+    its own, W[g][2t, 2t+1], W[g+8][2t, 2t+1], W[g][2t+8, 2t+9], W[g+8][2t+8, 2t+9], where g = lane // 4 and t = lane %
+    4.
     """
     N, K = weight.shape
     tiles, k_tiles = -(-N // TILE), -(-K // TILE)
@@ -55,7 +58,7 @@ def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pack(weights: BlockWeights, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(weights, biases) of all packed layers: 1-D, in `dtype` and in fp32."""
+    """Returns (weights, biases) of all packed layers, both 1-D, the weights in `dtype` and the biases in fp32."""
     sizes = linear_sizes(weights.shape)
     packed = torch.empty(sum(n * k for n, k in sizes), TILE * TILE, dtype=dtype, device=device)
     biases = torch.zeros(sum(n for n, _ in sizes) * TILE, dtype=torch.float32, device=device)
@@ -68,7 +71,7 @@ def pack(weights: BlockWeights, device: torch.device, dtype: torch.dtype) -> tup
 
 
 def _linears(weights: BlockWeights, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """fp32 on the device, LayerNorms folded in."""
+    """Yield the weight and bias of each layer, fp32 on the device, with LayerNorms folded in."""
 
     def plain(x: Tensor) -> Tensor:
         return x.detach().to(device, torch.float32)

@@ -1,8 +1,8 @@
-"""How the CUDA kernel's work is divided: which block has which tiles, and what shared memory is used for.
+"""How the CUDA kernel's work is divided: which block has which tiles, and how shared memory is used.
 
 Every tile of 16 outputs of a layer belongs to one block. Blocks fetch weights ahead of the work, so a block that has
-more than its share in one phase may have fetched it during those before: what counts is that over a token all blocks
-fetch about as much.
+more than its share in one phase may have fetched it during the phases before. What counts is that over a whole token
+all blocks fetch about as much.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from ...engine.shape import BlockShape
 from ...errors import BackendError
 from .pack import TILE, LinearSize, linear_sizes
 
-MOST_ROWS = 64  # that one launch evaluates at once
-MOST_SLOTS = 8  # of the ring
-GOOD_SLOTS = 4  # with so many, weights arrive during several phases
-LEAST_KEYS = 128  # that are worth a block of their own
+MOST_ROWS = 64  # rows that one launch evaluates at once
+MOST_SLOTS = 8  # slots of the ring of weights
+GOOD_SLOTS = 4  # enough slots for weights to arrive during several phases
+LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
-PART_KEYS, SPLIT_KEYS = 64, 16  # what a part of the attention costs beside its keys, and to add it up, in keys
+PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a launch, in the kernel's names (see params.h), and the shared memory of a block in bytes."""
+    """The division of a launch, in the kernel's names (see params.h).
+
+    shared_bytes: the shared memory that a block takes, in bytes.
+    """
 
     slots: int
     slot_k: int
@@ -37,23 +40,25 @@ class Plan:
 
 
 def whole(n: int, of: int) -> int:
+    """Returns n rounded up to a whole multiple."""
     return -(-n // of) * of
 
 
 def slot_inputs(shape: BlockShape) -> int:
-    """slot_k: all inputs of every layer but fc2."""
+    """Returns slot_k: all inputs of every layer but fc2, which takes several slots."""
     return whole(max(shape.channels, shape.token_dim), TILE)
 
 
 def grid_blocks(shape: BlockShape, multiprocessors: int) -> int:
-    """A block on each multiprocessor, but no more than have something to do in the largest layer."""
+    """Returns one block for each multiprocessor, but no more blocks than have something to do in the largest layer."""
     return min(multiprocessors, max(tiles for tiles, _ in linear_sizes(shape)))
 
 
 def share(sizes: list[LinearSize], blocks: int) -> Tensor:
-    """(layers, blocks, 2) int32: first tile and number of tiles of each layer and block.
+    """Returns the first tile and the number of tiles of each layer and block, (layers, blocks, 2) int32.
 
-    In each layer the blocks' numbers differ by one at most; those with one more are those that have the least so far.
+    In each layer the blocks' numbers differ by one at most, and the blocks with one more are those that have the least
+    work so far.
     """
     load = torch.zeros(blocks, dtype=torch.int64, device="cpu")
     work = torch.empty(len(sizes), blocks, 2, dtype=torch.int32, device="cpu")
@@ -67,7 +72,10 @@ def share(sizes: list[LinearSize], blocks: int) -> Tensor:
 
 
 def fetches(sizes: list[LinearSize], work: Tensor, slot_k: int) -> Tensor:
-    """(blocks, most, 2) int32: place and number of the 16 × 16 tiles that a block fetches for a token, slot by slot."""
+    """Returns the weights that each block fetches for a token, slot by slot, (blocks, most, 2) int32.
+
+    Each entry is the place of the first 16 × 16 tile among all packed tiles, and the number of tiles.
+    """
     most_tiles = slot_k // TILE
     jobs: list[list[tuple[int, int]]] = [[] for _ in range(work.shape[1])]
     begin = 0
@@ -87,7 +95,10 @@ def fetches(sizes: list[LinearSize], work: Tensor, slot_k: int) -> Tensor:
 
 
 def choose_splits(pairs: int, tokens: int, blocks: int) -> int:
-    """Blocks that share the keys of a row and head: least time where blocks take rounds over all parts."""
+    """Returns the number of blocks that share the keys of a row and head, by which the attention takes the least time.
+
+    pairs: the number of rows times heads. The blocks take rounds over all parts.
+    """
 
     def cost(splits: int) -> int:
         keys = max(-(-tokens // splits), min(LEAST_KEYS, tokens))
@@ -107,8 +118,13 @@ def make_plan(
     blocks: int,
     shared_bytes: int,
 ) -> Plan:
-    """rows: R; most_rows, warps: of the kernel's instance; jobs: the most that a block fetches; shared_bytes: that a
-    block can have. Raises BackendError if the model is too wide for it."""
+    """Returns the plan of a launch.
+
+    Raises BackendError if the model is too wide for a block's shared memory.
+
+    rows: R. most_rows, warps: the rows and the warps of the kernel's instance. jobs: the most fetches of any block.
+    blocks: the blocks of the grid. shared_bytes: the shared memory that a block can have, in bytes.
+    """
     slot_k, size = slot_inputs(shape), dtype.itemsize
     layers = 4 * shape.layers + 2
     sums = max(most_rows // 8 * warps * 128, whole(warps * (shape.head_dim + 2), 4))

@@ -1,4 +1,4 @@
-"""The `torch` backend: PyTorch's own kernels on any device."""
+"""The `torch` backend: PyTorch's own kernels, on any device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `torch` backend: PyTorch's own kernels on any device, with a preallocated KV cache and no host sync per token."""
+"""The `torch` backend: PyTorch's own kernels, with a preallocated KV cache and no wait for the device at each token."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from ...engine.windows import Bounds, check_part, check_window, check_windows
 from .linear import Linear
 from .windows import Windows, attention
 
-# torch.compile wants fixed shapes: a compiled step attends to a whole multiple of this many tokens, masked.
+# torch.compile wants fixed shapes, so a compiled step attends to a whole multiple of this many tokens, under a mask.
 COMPILED_KEYS = 128
 
 
 @dataclass
 class _Cache:
-    rows: int  # R: B, or 2B when guided (conditional branch first)
+    rows: int  # R = B, or 2B when guided (conditional branch first)
     keys_values: Tensor  # (L, 2, R, H, T, d)
-    embedding: Tensor | None  # (R, 1, C), class embedding of each row
-    query_scale: Tensor | None  # (R, 1, 1, 1), 1/attn_temp in the unguided half; None when 1 everywhere
+    embedding: Tensor | None  # (R, 1, C), the class embedding of each row
+    query_scale: Tensor | None  # (R, 1, 1, 1), 1/attn_temp in the unguided half, or None where all are 1
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One transformer layer: products in the engine's dtype; norms, which meet the residual stream, in its dtype."""
+    """One transformer layer.
+
+    Products have the engine's dtype; norms, which read the residual stream, have the stream's.
+    """
 
     norm1: tuple[Tensor, Tensor]
     qkv: Linear
@@ -41,9 +44,12 @@ class _Layer:
 
 
 class TorchEngine(EngineBase):
-    """BlockEngine in plain PyTorch. dtype: of weights and cache; the residual stream is fp32 (fp64 for float64).
+    """A BlockEngine in plain PyTorch.
 
-    compile: the step under torch.compile, on CUDA as a CUDA graph (mode "reduce-overhead").
+    The residual stream is fp32, or fp64 where dtype is float64.
+
+    dtype: the dtype of weights and cache. compile: whether a step runs under torch.compile, on CUDA as a CUDA graph
+    (mode "reduce-overhead").
     """
 
     def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype, compile: bool = False):
@@ -59,8 +65,11 @@ class TorchEngine(EngineBase):
         self._compiled = torch.compile(self._transformer, dynamic=False, mode=mode) if compile else None
 
     def _static(self, x: Tensor) -> Tensor:
-        """x itself, said to stay where it is: a CUDA graph copies any other input at each replay, and torch makes no
-        graph of a step that writes to one, as this one does to the cache."""
+        """Returns x itself, after telling torch that it stays where it is.
+
+        A CUDA graph copies any other input at each replay, and torch makes no graph of a step that writes to such an
+        input, as a step writes to the cache.
+        """
         if self.graphs:
             torch._dynamo.mark_static_address(x)
         return x
@@ -85,7 +94,7 @@ class TorchEngine(EngineBase):
             fc2=self._linear(w.fc2_weight, w.fc2_bias),
         )
 
-    ragged = True  # a window for each sample
+    ragged = True  # each sample may have a window of its own
 
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         shape, guidance = self.shape, condition.guidance
@@ -104,7 +113,7 @@ class TorchEngine(EngineBase):
         if self._compiled is None and reuse is not None and reuse.cache.keys_values.shape == sizes:
             keys_values = reuse.cache.keys_values
         else:
-            # A compiled step has whole lengths of keys before it, of which the last are zeros until they are written.
+            # A compiled step attends to whole lengths of keys, the last of which must be zeros until they are written.
             keys_values = self._static(torch.zeros(sizes, dtype=self.dtype, device=self.device))
         cache = _Cache(R, keys_values, embedding, query_scale)
         return self.state(z, z.clone(), condition, cache, keys_values.nbytes)
@@ -125,7 +134,7 @@ class TorchEngine(EngineBase):
         check_part(start, stop, T)
         schedule = state.condition.guidance.schedule(T)
         if self._compiled is not None and start < stop:
-            # A compiled step reads beyond the position, under a mask: those values must be finite (0 · NaN is NaN).
+            # A compiled step reads beyond the position, under a mask. Those values must be finite, as 0 · NaN is NaN.
             state.cache.keys_values[..., start - 1 :, :] = 0
         with torch.autocast(self.device.type, enabled=False):
             for i in range(start - 1, stop - 1):
@@ -148,7 +157,7 @@ class TorchEngine(EngineBase):
 
     def _one_window(self, state: BlockState, start: int, stop: int) -> Moved:
         keys = torch.arange(stop - 1, device=self.device)
-        mask = keys <= keys[start - 1 :, None]  # query j of the window sees the prefix and the window up to itself
+        mask = keys <= keys[start - 1 :, None]  # a query of the window sees the prefix and the window up to itself
         window = slice(start - 1, stop - 1)
         out = self._transformer(state.cache, state.x[:, window], self.position[window], window, stop - 1, mask)
         before = state.x[:, start:stop].clone()
@@ -157,7 +166,7 @@ class TorchEngine(EngineBase):
         return Moved(moved.amax(-1), (moved if xa is None else moved * (-xa).exp()).amax(-1))
 
     def _windows(self, state: BlockState, windows: Windows) -> Moved:
-        """A window for each sample; `fixed_point` of one window, on N tokens instead of (B, W)."""
+        """Make a parallel pass over a window for each sample, on N tokens instead of (B, W)."""
         B, places = state.x.shape[0], (windows.samples, windows.tokens)
         out = self._evaluate_windows(state, windows)
         xa, xb = self._parameters(out, self._schedule(state)[windows.tokens - 1], state.condition.guidance)
@@ -173,23 +182,27 @@ class TorchEngine(EngineBase):
         return found
 
     def _schedule(self, state: BlockState) -> Tensor:
-        """g_i, (T − 1, 1)."""
+        """Returns g_i on the device, (T − 1, 1)."""
         schedule = state.condition.guidance.schedule(state.x.shape[1])
         return torch.tensor(schedule, dtype=self.residual_dtype, device="cpu").to(self.device).unsqueeze(1)
 
     def _evaluate(self, state: BlockState, i: int) -> Tensor:
+        """Returns proj_out of token i, raw, (R, 1, 2D or D)."""
         window = slice(i, i + 1)
         return self._transformer(state.cache, state.x[:, window], self.position[window], window, i + 1, None)
 
     def _evaluate_compiled(self, state: BlockState, i: int) -> Tensor:
-        """The same with the position in a tensor, so that one compiled step serves many positions."""
+        """Returns the same as `_evaluate`, by a compiled step.
+
+        The position is in a tensor, so that one step serves many positions.
+        """
         assert self._compiled is not None
         T = state.x.shape[1]
-        index = torch.full((1,), i, device=self.device)  # a kernel; torch.tensor would copy, and wait for the device
+        index = torch.full((1,), i, device=self.device)  # torch.tensor would copy, and wait for the device
         keys = min(T, -(-(i + 1) // COMPILED_KEYS) * COMPILED_KEYS)
         mask = (torch.arange(keys, device=self.device) <= index).unsqueeze(0)
         x, position = state.x[:, i : i + 1].clone(), self.position[i : i + 1].clone()
-        if self.graphs:  # the last step's output, which the next replay overwrites, has been used
+        if self.graphs:  # the next replay may overwrite the last step's output, which has been used
             torch.compiler.cudagraph_mark_step_begin()
         out: Tensor = self._compiled(state.cache, x, position, index, keys, mask)
         return out
@@ -203,15 +216,15 @@ class TorchEngine(EngineBase):
         keys: int,
         mask: Tensor | None,
     ) -> Tensor:
-        """proj_out of W tokens, raw. x: (B, W, D); position: (W, C); mask: (W, keys), True where a key is seen.
+        """Returns proj_out of W tokens, raw: (R, W, 2D), or (R, W, D) if volume-preserving, in the stream's dtype.
 
-        Writes the tokens' keys and values into cache positions `window`, and attends to the first `keys` positions.
-        Returns (R, W, 2D), or (R, W, D) for volume-preserving blocks, in the stream's dtype.
+        The tokens' keys and values are written into the cache positions `window`, and the queries attend to the first
+        `keys` positions. x: (B, W, D). position: (W, C). mask: (W, keys), True where a key is seen.
         """
         R, (B, W, D) = cache.rows, x.shape
         H, d = self.shape.heads, self.shape.head_dim
         h = self.proj_in(x.to(self.dtype).reshape(B * W, D)).to(self.residual_dtype).view(B, W, -1) + position
-        if B != R:  # guided: both branches read the same tokens
+        if B != R:  # with guidance both branches read the same tokens
             h = h.repeat(2, 1, 1)
         if cache.embedding is not None:
             h = h + cache.embedding
@@ -226,7 +239,7 @@ class TorchEngine(EngineBase):
         return self._layers(cache, h.view(R * W, -1), attend).view(R, W, -1)
 
     def _evaluate_windows(self, state: BlockState, windows: Windows) -> Tensor:
-        """proj_out of the token before each token of the windows, raw: (M, 2D or D), in the stream's dtype."""
+        """Returns proj_out of the token before each token of the windows, raw: (M, 2D or D), in the stream's dtype."""
         cache, before = state.cache, windows.tokens - 1
         h = (
             self.proj_in(state.x[windows.samples, before].to(self.dtype)).to(self.residual_dtype)
@@ -243,7 +256,11 @@ class TorchEngine(EngineBase):
         return self._layers(cache, h, attend)
 
     def _layers(self, cache: _Cache, h: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """All layers and proj_out. h: the residual stream, (M, C); attend(qkv (M, 3C), keys_values) has M·C values."""
+        """Returns the output of all layers and proj_out, (M, 2D or D), in the stream's dtype.
+
+        h: (M, C), the residual stream. attend: a function of qkv (M, 3C) and a layer's keys and values that returns M ·
+        C values.
+        """
         dtype, width = self.dtype, (h.shape[1],)
         for layer, keys_values in zip(self.layers, cache.keys_values, strict=True):
             a = torch.layer_norm(h, width, *layer.norm1).to(dtype)
@@ -253,9 +270,9 @@ class TorchEngine(EngineBase):
         return self.proj_out(h.to(dtype)).to(self.residual_dtype)
 
     def _parameters(self, out: Tensor, scale: float | Tensor, guidance: Guidance) -> tuple[Tensor | None, Tensor]:
-        """(xa, xb) of tokens, guided, from their raw (…, 2D or D), both branches of guidance along dimension 0.
+        """Returns the guided parameters (xa, xb) of tokens; xa is None if the block is volume-preserving.
 
-        xa is None if volume-preserving. scale: g_i.
+        out: (…, 2D or D), the raw parameters, with both branches of guidance along dimension 0. scale: g_i.
         """
         D = self.shape.token_dim
         if guidance.active:
@@ -270,9 +287,9 @@ class TorchEngine(EngineBase):
         return (out[..., :D], out[..., D:]) if self.shape.affine else (None, out)
 
     def _affine(self, state: BlockState, out: Tensor, scale: float | Tensor, start: int, stop: int) -> Tensor | None:
-        """Apply x = z · exp(xa) + xb to tokens [start, stop), out: (R, W, 2D or D) from the tokens before.
+        """Apply x = z · exp(xa) + xb to the tokens [start, stop), and return xa.
 
-        Returns xa (B, W, D), or None if volume-preserving.
+        out: (R, W, 2D or D), the raw parameters after the tokens before. xa: (B, W, D), or None if volume-preserving.
         """
         xa, xb = self._parameters(out, scale, state.condition.guidance)
         z, x = state.z[:, start:stop], state.x[:, start:stop]

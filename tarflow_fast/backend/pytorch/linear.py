@@ -1,4 +1,4 @@
-"""The linear layer of the `torch` backend: which product is quick for few rows depends on device and dtype."""
+"""The linear layer of the `torch` backend, for which device and dtype decide what product is quick for few rows."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# From so many rows on, oneDNN's product with a weight laid out in advance beats the BLAS that torch was built with:
-# by 2.2 with MKL on an AMD EPYC (family 26), for widths 128 to 1024; below, the matrix-vector product is ahead.
+# From so many rows on, oneDNN's product with a weight laid out in advance beats the BLAS that torch was built with: by
+# 2.2 with MKL on an AMD EPYC (family 26), for widths 128 to 1024. With fewer rows the matrix-vector product is quicker.
 ONEDNN_ROWS = 8
 
 
 class Linear:
-    """y = x Wᵀ + b, or gelu(x Wᵀ + b) with the exact (erf) GELU.
+    """A linear layer y = x Wᵀ + b, or gelu(x Wᵀ + b) with the exact (erf) GELU.
 
-    weight: (out, in), bias: (out,), of one dtype and device. On a CPU in fp32 the weight is kept transposed, for
-    torch.addmm, and from the first call with ONEDNN_ROWS rows or more also in oneDNN's own layout; elsewhere, and with
+    weight: (out, in). bias: (out,), of the same dtype and device. On a CPU in fp32 the weight is kept transposed, for
+    torch.addmm, and from the first call with ONEDNN_ROWS rows or more also in oneDNN's own layout. Elsewhere, and with
     fused=False (under torch.compile, which lowers the plain expression itself), this is torch's linear.
     """
 
@@ -28,7 +28,7 @@ class Linear:
             self.weight = weight.t().contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: (rows, in). Returns (rows, out)."""
+        """Returns y, (rows, out). x: (rows, in)."""
         if not self.fp32_cpu:
             y = F.linear(x, self.weight, self.bias)
         elif self.onednn and x.shape[0] >= ONEDNN_ROWS:

@@ -1,4 +1,4 @@
-"""Attention of the `torch` backend, and windows that differ from sample to sample."""
+"""The attention of the `torch` backend, and windows that differ from sample to sample."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 class Windows:
-    """The windows [start[b], stop[b]) of a batch, their N tokens one after the other, without gaps.
+    """The windows [start[b], stop[b]) of a batch, as N tokens one after the other, without gaps.
 
-    samples, tokens, columns: (N,), of each token and its place in the window. rows, places: (M,), where the token
-    before it is in the cache; M = N, or 2N when guided (conditional branch first). At least one window has a token.
+    At least one window has a token. samples, tokens, columns: (N,), the sample of each token, its number, and its place
+    in the window. rows, places: (M,), the row and the place in the cache of the token before it; M = N, or 2N when
+    guided (conditional branch first).
     """
 
     def __init__(self, start: Sequence[int], stop: Sequence[int], branches: int, device: torch.device):
@@ -35,14 +36,14 @@ class Windows:
         self.rows, self.places = branched(self.samples, B), branched(self.tokens - 1)
         self._queries = branched(pair, len(taken)), branched(self.columns)
         self._taken: Tensor | slice = branched(taken.to(device), B) if len(taken) < B else slice(None)
-        seen = self.rows.new_zeros(branches * len(taken), self.width)  # a column beyond a window sees token 0
+        seen = self.rows.new_zeros(branches * len(taken), self.width)  # columns beyond a window see token 0
         seen[self._queries] = self.places
         self._mask = torch.arange(self.keys, device=device) <= seen[:, None, :, None]  # (A or 2A, 1, W, keys)
 
     def attend(self, qkv: Tensor, keys_values: Tensor, query_scale: Tensor | None) -> Tensor:
-        """qkv: (M, 3, H, d), whose keys and values go into keys_values (2, R, H, T, d). Returns (M, H, d).
+        """Put keys and values into the cache, and return what the queries attend to, (M, H, d).
 
-        query_scale: (R, 1, 1, 1) or None.
+        qkv: (M, 3, H, d). keys_values: (2, R, H, T, d), the cache of a layer. query_scale: (R, 1, 1, 1) or None.
         """
         keys_values[:, self.rows, :, self.places] = qkv[:, 1:]
         pairs, columns = self._queries
@@ -56,13 +57,15 @@ class Windows:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √d, mask) v; q: (R, H, W, d), k, v: (R, H, keys, d).
+    """Returns softmax(q kᵀ / √d, mask) v, (R, H, W, d).
 
-    mask: (W, keys), or (R, 1, W, keys), True where a key is seen; None: everywhere. A key that some query does not see
-    may be infinite or NaN: a later token of a window. Its weight is 0, but 0 · NaN is NaN: such keys and values are
-    left out, and the result is NaN for the queries that do see them. What no query of a row sees is memory that nothing
-    was written to, where a large number is as bad, as its logit overflows: it is left out too. A mask (1, keys) must
-    hide zeros, or keys and values of other tokens.
+    q: (R, H, W, d). k, v: (R, H, keys, d). mask: (W, keys) or (R, 1, W, keys), True where a key is seen; None means
+    everywhere.
+
+    A key that some query does not see may be infinite or NaN, if it is of a later token of the window. Its weight is 0,
+    but 0 · NaN is NaN, so such keys and values are left out, and the result is NaN for the queries that do see them.
+    What no query of a row sees is memory that nothing was written to. There a large number is as bad, because its logit
+    overflows, so it is left out too. A mask (1, keys) must hide only zeros, or keys and values of other tokens.
     """
     if mask is None or mask.shape[:-1] == (1,):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -1,6 +1,6 @@
 """The `triton` backend: a step of the token loop as a chain of fused kernels (`kernels/`).
 
-Triton is imported when an engine is asked for, as it is not everywhere.
+Triton is imported only when an engine is asked for, because not every platform has it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _maker(request: Request) -> Maker:
     from .engine import TritonEngine
     from .workspace import Pool
 
-    pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()  # one, kept by the engines that share it
+    pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()  # one pool, kept alive by the engines that share it
 
     def make(weights: BlockWeights) -> BlockEngine:
         pool = pools.setdefault("model", Pool())

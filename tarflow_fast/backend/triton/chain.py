@@ -1,7 +1,7 @@
 """One pass of a flow block as a chain of kernels: a step of the token loop, or a window of the parallel solver.
 
-A step of L layers is 5 L + 2 launches: norm and qkv, attention, projection, norm and fc1, fc2; then proj_out, and the
-affine step, which ends with the embedding of the next token.
+A step of L layers is 5 L + 2 launches. Each layer has five: norm and qkv, attention, projection, norm and fc1, fc2.
+Then come proj_out and the affine step, which ends with the embedding of the next token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ END = ("proj_out", "affine_step")
 
 
 class Operation(NamedTuple):
-    """One of the launches of a step. bytes: what it must at least read or write of weights, keys and values."""
+    """One launch of a step. bytes: the least that it must read or write of weights, keys and values."""
 
     name: str
     run: Launch
@@ -78,7 +78,7 @@ class Chain:
         )
 
     def steps(self, workspace: Workspace, window: Window, rule: Rule, tokens: int) -> None:
-        """So many tokens from workspace.position on, which is moved on."""
+        """Launch the steps of so many tokens from workspace.position on, which is moved on."""
         for offset in range(tokens):
             self._transformer(workspace, window, offset, 1)
             affine_step(
@@ -89,6 +89,7 @@ class Chain:
         workspace.position.add_(tokens)
 
     def window_pass(self, workspace: Workspace, window: Window, rule: Rule, tokens: int) -> None:
+        """Launch a parallel pass over so many tokens from workspace.position on."""
         self.embed(workspace, window, tokens, rule.branches)
         self._transformer(workspace, window, 0, tokens)
         fixed_point_update(
@@ -100,13 +101,14 @@ class Chain:
         return Embedding(self.proj_in.weight, self.proj_in.bias, self.position, workspace.classes)
 
     def embed(self, workspace: Workspace, window: Window, tokens: int, branches: int) -> None:
+        """Launch the embedding of so many tokens from workspace.position on, into window.h."""
         embed(
             workspace.x, self._embedding(workspace), window.h, workspace.position, tile=window.plan.step,
             branches=branches, window=tokens, precision=self.precision, pdl=self.pdl,
         )  # fmt: skip
 
     def _transformer(self, workspace: Workspace, window: Window, offset: int, tokens: int) -> None:
-        """From window.h to window.parameters, with keys and values of these tokens into the cache."""
+        """Launch all layers, from window.h to window.parameters. The tokens' keys and values go into the cache."""
         plan, h = window.plan, window.h
         options: dict[str, Any] = {"scratch": window.scratch, "precision": self.precision, "pdl": self.pdl}
         where: dict[str, Any] = {"offset": offset, "window": tokens, **options}
@@ -130,7 +132,7 @@ class Chain:
         norm_linear(h, self.proj_out.weight, self.proj_out.bias, window.parameters, tile=plan.proj_out, **options)
 
     def operations(self, workspace: Workspace, window: Window, rule: Rule, position: int) -> list[Operation]:
-        """The launches of a step at this position, in their order."""
+        """Returns the launches of a step at this position, in their order."""
         with recording() as launches:
             self.steps(workspace, window, rule, 1)
         workspace.position.fill_(position)
@@ -140,7 +142,7 @@ class Chain:
             "affine_step": self.proj_in,
         }  # fmt: skip
         moved = {name: linear.weight.nbytes for name, linear in matrices.items()}
-        token = 2 * size.rows * size.shape.channels * self.dtype.itemsize  # one token's keys and values
+        token = 2 * size.rows * size.shape.channels * self.dtype.itemsize  # bytes of one token's keys and values
         moved["qkv"] += token
         moved["attention"] = token * (position + 1)
         names = LAYER * len(self.layers) + END

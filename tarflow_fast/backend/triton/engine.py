@@ -34,12 +34,12 @@ from .graph import capture, timed
 from .plan import Candidates, PassShape, Plan
 from .workspace import Pool, Size, Window, Workspace, widened
 
-TOKENS_PER_GRAPH = 8  # long enough for the GPU that the next graph is launched meanwhile
-MULTIPROCESSORS = 132  # assumed where there is no GPU to ask
+TOKENS_PER_GRAPH = 8  # enough work for the GPU while the next graph is launched
+MULTIPROCESSORS = 132  # assumed where there is no GPU
 
 
 def triton_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
-    """Why this engine cannot serve such a request, with the mend, or None if it can."""
+    """Returns why this engine cannot serve such a request, and what would mend that, or None if it can."""
     if not can_launch(device):
         return f"Triton kernels need a CUDA device, and this is {device}; use device='cuda'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -63,11 +63,12 @@ def _on_device(device: torch.device, workspace: Workspace | None) -> Iterator[No
 
 
 class TritonEngine(EngineBase):
-    """BlockEngine in Triton kernels. dtype: float32, bfloat16 or float16, of weights and KV cache.
+    """A BlockEngine in Triton kernels.
 
-    pool: shared by the engines of a model. pdl: programmatic dependent launch; default where the device has it. On the
-    device "meta" nothing can run, but `possible_launches` can be had. fp32 products are done in tf32 if
-    torch.set_float32_matmul_precision says so when the engine is made.
+    dtype: the dtype of weights and KV cache, float32, bfloat16 or float16. pool: the workspaces that the engines of a
+    model share; default a pool of its own. pdl: whether kernels use programmatic dependent launch, by default where the
+    device has it. On the device "meta" nothing can run, but `possible_launches` can be had. Products of fp32 are done
+    in tf32 if torch.set_float32_matmul_precision says so when the engine is made.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class TritonEngine(EngineBase):
 
     def bytes_per_sample(self, guided: bool) -> int:
         size = Size(self.shape, self.dtype, self.device, 1, 2 if guided else 1)
-        tokens = 2 * self.shape.tokens * (self.shape.token_dim + 1) * 4  # z and x of the state
+        tokens = 2 * self.shape.tokens * (self.shape.token_dim + 1) * 4  # the state's z and x
         return size.bytes + tokens
 
     @property
@@ -171,7 +172,7 @@ class TritonEngine(EngineBase):
         first, last = widened(start, stop, T)
         with self._on_device(workspace):
             window = self._window(workspace, last - first)
-            # Also of the tokens that are there for the width alone: the pass before this one updated them.
+            # Tokens that are there only for the width are copied too, as the pass before this one updated them.
             workspace.x[:, first - 1 : last] = state.x[:, first - 1 : last]
             workspace.position.fill_(first - 1)
             self._play(window, rule.what, lambda: self.chain.window_pass(workspace, window, rule, last - first))
@@ -192,13 +193,13 @@ class TritonEngine(EngineBase):
         return workspace, Rule(self.shape.affine, workspace.guidance if guidance.active else None, guidance.what)
 
     def _on_device(self, workspace: Workspace | None = None) -> AbstractContextManager[Any]:
-        """Launches go to this device; afterwards the point up to which the workspace is in use is marked."""
+        """Direct launches to this device, and mark afterwards the point up to which the workspace is in use."""
         return _on_device(self.device, workspace) if self.device.type == "cuda" else nullcontext()
 
     # Graphs and tiles.
 
     def _play(self, window: Window, key: Any, run: Callable[[], None]) -> None:
-        """Run these launches: the first time one by one, which compiles what is not compiled, then as a CUDA graph."""
+        """Run these launches, the first time one by one, which compiles them where needed, and then as a CUDA graph."""
         if self.device.type != "cuda":
             run()
             return
@@ -228,22 +229,25 @@ class TritonEngine(EngineBase):
             plan = self._tuned(workspace, shape)
         return Window(workspace.size, tokens, plan, shape.out_dim)
 
-    # For the bench, and for the checks that need no GPU.
+    # What follows is for the bench, and for checks that need no GPU.
 
     @property
     def launches_per_token(self) -> int:
+        """Returns the number of launches of a step."""
         return len(LAYER) * self.shape.layers + len(END)
 
     def operations(self, state: BlockState) -> list[Operation]:
-        """The launches of a step three quarters through the sequence, in their order, with the state's buffers."""
+        """Returns the launches of a step three quarters through the sequence, in order, with the state's buffers."""
         workspace, rule = self._owned(state)
         position = 3 * (self.shape.tokens - 1) // 4
         with self._on_device(workspace):
             return self.chain.operations(workspace, self._window(workspace, 1), rule, position)
 
     def possible_launches(self, state: BlockState, tokens: int = 1, *, every: bool = True) -> list[Launch]:
-        """Every launch that a pass over so many tokens may consist of, under any of the tiles to choose from, or under
-        those of first choice."""
+        """Returns every launch that a pass over so many tokens may consist of.
+
+        every: whether to take all tiles that there are to choose from, or only those of first choice.
+        """
         workspace, rule = self._owned(state)
         shape = self._shape(workspace.size, tokens)
         among = triton_plan.candidates(shape)
@@ -262,7 +266,10 @@ class TritonEngine(EngineBase):
         return launches
 
     def _shape(self, size: Size, tokens: int) -> PassShape:
-        """Batches between two powers of two have the same: they share a choice of tiles."""
+        """Returns the shape of a pass.
+
+        Batches between two powers of two have the same one, and so share a choice of tiles.
+        """
         shape, multiprocessors = self.shape, MULTIPROCESSORS
         batch = triton.next_power_of_2(size.batch)
         if self.device.type == "cuda":
@@ -283,7 +290,7 @@ class TritonEngine(EngineBase):
         )
 
     def _tuned(self, workspace: Workspace, shape: PassShape) -> Plan:
-        """The tiles of a token step: from disk, or the quickest in a step half way through the sequence."""
+        """Returns the tiles of a token step: from disk, or else the quickest in a step half way through the block."""
         device = {
             "gpu": torch.cuda.get_device_name(self.device),
             "triton": triton.__version__,
@@ -308,9 +315,9 @@ class TritonEngine(EngineBase):
             return timed(steps(plan), lambda: workspace.position.fill_((self.shape.tokens - tokens) // 2))
 
         launches = self._launches(workspace, rule, shape, among)
-        kernels = {(each.kernel.__name__, repr(each.constants), each.warps): each for each in launches}  # of all layers
-        # What does not compile is compiled again when it is launched, and fails there: an error that leaves this mode
-        # would leave it switched on.
+        kernels = {(each.kernel.__name__, repr(each.constants), each.warps): each for each in launches}  # each once
+        # A kernel that does not compile is compiled again when it is launched, and fails there. An error that left this
+        # context would leave the asynchronous mode switched on.
         with ThreadPoolExecutor() as workers, triton.AsyncCompileMode(workers, ignore_errors=True):
             for launch in kernels.values():
                 launch.compile()

@@ -1,4 +1,4 @@
-"""CUDA graphs: a sequence of launches, captured once and replayed in one go, and what it takes."""
+"""CUDA graphs: a sequence of launches that is captured once and replayed in one go, and the time that it takes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from statistics import median
 import torch
 from triton.runtime.errors import OutOfResources
 
-REPLAYS = 7  # whose median is taken
+REPLAYS = 7  # the time is the median of so many replays
 
 
 def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """What `run` launches on the current device, nothing of which is executed.
+    """Returns a graph of what `run` launches on the current device, without executing it.
 
-    Every kernel must have been launched before (to load one is not allowed during capture), and no memory may be
+    Every kernel must have been launched before, because to load one is not allowed during capture, and no memory may be
     allocated. Other threads may go on using the device.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     collecting = gc.isenabled()
-    gc.disable()  # what it would free may be another graph, whose end no capture survives
+    gc.disable()  # it might free another graph, which would break the capture
     try:
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
@@ -37,9 +37,9 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def timed(run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float | None:
-    """Seconds that the launches of `run` take as a graph, or None if they do not fit on this device.
+    """Returns the seconds that the launches of `run` take as a graph, or None if they do not fit on this device.
 
-    before: called ahead of each replay, outside of the time.
+    before: a function that is called ahead of each replay, outside of the time.
     """
     try:
         before()

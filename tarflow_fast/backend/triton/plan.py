@@ -1,8 +1,8 @@
-"""Which tiles the Triton kernels work in: candidates for a shape, and the choice among them by measurement.
+"""The tiles that the Triton kernels work in: candidates for a shape, and the choice among them by measurement.
 
-A kernel timed alone, with cold or warm caches, is not the kernel that runs: in a step every one is followed at once by
-the next, whose weights are already on their way. So what is timed here is the whole chain of a step, with the tile of
-one operation changed at a time. The choice is kept on disk, for each device, shape and version.
+A kernel timed alone, with cold or warm caches, is not the kernel that runs: in a step every kernel is followed at once
+by the next, whose weights are already on their way. So the whole chain of a step is timed, with the tile of one
+operation changed at a time. The choice is kept on disk, for each device, shape and version.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from ...kernels import affine_step, cached_attention, fixed_point_update, norm_l
 from ...kernels.launch import padded
 
 CACHE_VARIABLE = "TARFLOW_FAST_CACHE"
-FORMAT = 1  # of the files on disk; a new one whenever kernels or candidates change their meaning
+FORMAT = 1  # version of the files on disk, raised whenever kernels or candidates change their meaning
 
 
 @dataclass(frozen=True)
 class PassShape:
-    """What the tiles of a pass depend on."""
+    """The sizes that the tiles of a pass depend on."""
 
-    rows: int  # R · window, of the linear layers
+    rows: int  # R · window, rows of the linear layers
     pairs: int  # R · heads
     samples: int  # B · window
     window: int
     tokens: int  # T
     channels: int  # C
-    hidden: int  # of the MLP
+    hidden: int  # width of the MLP
     token_dim: int  # D
-    out_dim: int  # 2D, or D
+    out_dim: int  # 2D, or D where tokens are only shifted
     head_dim: int
     dtype: torch.dtype
     multiprocessors: int
@@ -75,18 +75,18 @@ _TILES: dict[str, Any] = {
 }
 
 Candidates = dict[str, list[Any]]
-"""Tiles by the name of an operation; the first is the one to begin with."""
+"""The tiles that each operation may have, by its name; the first is the one to begin with."""
 
 
 def _power_of_two(n: float) -> int:
-    """The largest one that is not above n, at least 1."""
+    """Returns the largest power of two that is not above n, at least 1."""
     return 1 << max(int(n).bit_length() - 1, 0)
 
 
 def linear_tiles(
     rows: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int, *, norm: bool = False
 ) -> list[norm_linear.Tile]:
-    """Tiles for a product of (rows, K) by (N, K)ᵀ, after a norm or not."""
+    """Returns the tiles to choose from for a product of (rows, K) by (N, K)ᵀ, after a norm or not."""
     Tile = norm_linear.Tile
     full = dtype == torch.float32  # products in full precision hold their operands in registers
     tiles = []
@@ -106,7 +106,7 @@ def linear_tiles(
         sizes = [(64, 64, 64, 4), (128, 64, 64, 8), (64, 128, 64, 8), (128, 128, 64, 8)]
     else:
         sizes = [(128, 128, 64, 8), (128, 64, 64, 8), (64, 128, 64, 8)]
-    if norm:  # which needs registers of its own
+    if norm:  # a norm needs registers of its own
         sizes = [size for size in sizes if size[:2] not in ((128, 128), (32, 32 if full else 0))]
     widest = max(padded(N), min(size[1] for size in sizes))
     sizes = [size for size in sizes if size[1] <= widest]
@@ -115,17 +115,18 @@ def linear_tiles(
         tile = Tile(r, c, k, warps=warps, stages=2 if full else 3)
         across, down, _ = tile.grid(rows, N)
         most = _power_of_two(min(1.5 * multiprocessors / (across * down), K / k, 8))
-        if r * c >= 128 * 128:  # its registers are full
+        if r * c >= 128 * 128:  # such a tile leaves no registers for a split
             most = 1
         tiles += [replace(tile, splits=splits) for splits in sorted({most, max(most // 2, 1)}, reverse=True)]
     return tiles
 
 
 def attention_tiles(shape: PassShape) -> list[cached_attention.Tile]:
+    """Returns the tiles to choose from for the attention of a pass of this shape."""
     Tile = cached_attention.Tile
     full, d = shape.dtype == torch.float32, padded(shape.head_dim)
     if shape.window == 1:
-        most = min(1024 // d, 16)  # tokens for each warp: more do not fit in its registers
+        most = min(1024 // d, 16)  # tokens for each warp, as more do not fit in its registers
         sizes = [(1, max(t, 1), warps) for t, warps in ((2 * most, 4), (4 * most, 4), (2 * most, 2), (most, 2))]
     elif shape.window <= 16 or full:
         sizes = [(16, 32 if d <= 64 else 16, 4)] if full else [(16, 64, 4), (16, 32, 4)]
@@ -141,7 +142,7 @@ def attention_tiles(shape: PassShape) -> list[cached_attention.Tile]:
 
 
 def candidates(shape: PassShape) -> Candidates:
-    """For every operation of a pass of this shape."""
+    """Returns the tiles to choose from for every operation of a pass of this shape."""
     C = shape.channels
 
     def linear(N: int, K: int, norm: bool = False) -> list[norm_linear.Tile]:
@@ -168,11 +169,12 @@ def candidates(shape: PassShape) -> Candidates:
 
 
 def first(among: Candidates) -> Plan:
+    """Returns the plan that takes the first candidate of every operation."""
     return Plan(**{name: tiles[0] for name, tiles in among.items()})
 
 
 def interpreted(shape: PassShape) -> Plan:
-    """As few programs as can be: in the interpreter each takes milliseconds, whatever it computes."""
+    """Returns a plan of as few programs as can be, since each takes milliseconds in the interpreter."""
     C = padded(shape.channels)
     linear = norm_linear.Tile(16, max(4 * C, padded(shape.hidden)), C)
     window = 1 if shape.window == 1 else max(16, padded(shape.window))
@@ -185,9 +187,12 @@ def interpreted(shape: PassShape) -> Plan:
 
 
 def tune(among: Candidates, seconds: Callable[[Plan], float | None]) -> Plan:
-    """The plan whose step is quickest, one operation after the other, each given the choices before it.
+    """Returns the plan whose step is quickest.
 
-    seconds: what a step takes under a plan, or None if that plan cannot run on this device.
+    Each operation is chosen in turn, given the choices before it.
+
+    seconds: a function that returns what a step takes under a plan, or None if that plan cannot run on this device.
+    Raises OutOfMemoryError if no plan can.
     """
     best = first(among)
     least = seconds(best)
@@ -203,7 +208,7 @@ def tune(among: Candidates, seconds: Callable[[Plan], float | None]) -> Plan:
 
 
 def cache_folder() -> Path:
-    """$TARFLOW_FAST_CACHE, else tarflow_fast in $XDG_CACHE_HOME or ~/.cache."""
+    """Returns $TARFLOW_FAST_CACHE, or else the folder tarflow_fast in $XDG_CACHE_HOME or ~/.cache."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given)
@@ -211,13 +216,16 @@ def cache_folder() -> Path:
 
 
 def _path(shape: PassShape, device: dict[str, Any]) -> Path:
-    """device: everything beside the shape that a choice depends on."""
+    """Returns the file of a choice. device: everything beside the shape that a choice depends on."""
     key = json.dumps({"format": FORMAT, **asdict(shape), "dtype": short(shape.dtype), **device}, sort_keys=True)
     return cache_folder() / "tiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def read(shape: PassShape, device: dict[str, Any]) -> Plan | None:
-    """What was chosen before, or None. A file that cannot be understood is no choice, and will be replaced."""
+    """Returns the plan that was kept before, or None.
+
+    A file that cannot be understood counts as none, and will be replaced.
+    """
     path = _path(shape, device)
     try:
         return Plan.from_dict(json.loads(path.read_text(encoding="utf-8"))["plan"])
@@ -226,7 +234,10 @@ def read(shape: PassShape, device: dict[str, Any]) -> Plan | None:
 
 
 def write(shape: PassShape, device: dict[str, Any], plan: Plan) -> None:
-    """Keep a choice, all at once, so that another process never reads half of it. Raises OSError."""
+    """Keep a plan on disk.
+
+    It is written all at once, so that another process never reads half of it. Raises OSError.
+    """
     path = _path(shape, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"shape": {**asdict(shape), "dtype": short(shape.dtype)}, "device": device, "plan": plan.to_dict()}

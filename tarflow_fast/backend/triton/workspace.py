@@ -1,7 +1,7 @@
 """The memory that the Triton engine works in, at addresses that stay: a CUDA graph replays launches with pointers.
 
-A workspace belongs to one state at a time. The engines of a model share a `Pool`, from which each block's state takes
-the workspace of the block before, and the next batch that of the batch before.
+A workspace belongs to one state at a time. The engines of a model share a `Pool`: the state of each block takes the
+workspace of the block before, and the next batch takes that of the batch before.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ...kernels import cached_attention, norm_linear
 from ...kernels.launch import Scratch
 from .plan import Plan
 
-KEPT = 2  # workspaces that a pool keeps for batches to come
+KEPT = 2  # workspaces that a pool keeps for later batches
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a workspace: B samples, each a row of the cache, or two when guided."""
+    """The size of a workspace for B samples, each of which has one row of the cache, or two when guided."""
 
     shape: BlockShape
     dtype: torch.dtype
@@ -39,26 +39,28 @@ class Size:
 
     @property
     def rows(self) -> int:
+        """Returns R, the number of rows of the cache."""
         return self.batch * self.branches
 
     @property
     def cache_bytes(self) -> int:
+        """Returns the bytes of the KV cache."""
         shape = self.shape
         return 2 * shape.layers * self.rows * shape.tokens * shape.channels * self.dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """All of it for windows of one token, without the scratch memory that rows share."""
+        """Returns the bytes of a workspace for windows of one token, without the scratch memory that rows share."""
         shape, stream = self.shape, 4
         step = self.rows * (10 * shape.channels + 2 * shape.token_dim) * stream
         return self.cache_bytes + step + 2 * self.batch * shape.tokens * (shape.token_dim + 1) * stream
 
 
 def widened(start: int, stop: int, tokens: int) -> tuple[int, int]:
-    """A window around [start, stop) of one of few widths: the powers of two below T − 1, and T − 1 itself.
+    """Returns a window around [start, stop) of one of few widths: the powers of two below T − 1, and T − 1 itself.
 
-    Each width has kernels, buffers and graphs of its own, and a solver's windows have any. It is widened to the left as
-    far as there are tokens, and then to the right.
+    Each width has kernels, buffers and graphs of its own, and a solver's windows may have any width. A window is
+    widened to the left as far as there are tokens, and then to the right.
     """
     width = min(triton.next_power_of_2(stop - start), tokens - 1)
     first = max(1, stop - width)
@@ -66,7 +68,7 @@ def widened(start: int, stop: int, tokens: int) -> tuple[int, int]:
 
 
 class Window:
-    """Activations of a pass over so many tokens of each row, its tiles, and the graphs that were captured with them."""
+    """The activations of a pass over so many tokens of each row, its tiles, and the graphs captured with them."""
 
     def __init__(self, size: Size, window: int, plan: Plan, out_dim: int):
         shape, device = size.shape, size.device
@@ -99,7 +101,7 @@ class Window:
 
 @dataclass(eq=False)
 class Workspace:
-    """Of one batch: its tokens, what it is conditioned on, its KV cache, and activations for each size of window."""
+    """The workspace of one batch: its tokens, its condition, its KV cache, and activations for each size of window."""
 
     size: Size
     z: Tensor = field(init=False)
@@ -108,10 +110,10 @@ class Workspace:
     nonfinite: Tensor = field(init=False)
     position: Tensor = field(init=False)
     guidance: Tensor = field(init=False)
-    scale: Tensor = field(init=False)  # (R,), of the logits
+    scale: Tensor = field(init=False)  # (R,), multiplies the logits
     classes: Tensor | None = field(init=False)
     keys_values: Tensor = field(init=False)  # (L, 2, R, H, T, d)
-    windows: dict[int, Window] = field(default_factory=dict)  # by tokens
+    windows: dict[int, Window] = field(default_factory=dict)  # by their number of tokens
     owner: Callable[[], BlockState | None] = lambda: None
     used: Any = None  # a CUDA event after the last kernel that touched it
 
@@ -125,17 +127,18 @@ class Workspace:
         self.keys_values = empty(shape.layers, 2, R, shape.heads, T, shape.head_dim, dtype=size.dtype)
         self.z, self.x, self.token_log_det = empty(B, T, D), empty(B, T, D), empty(B, T)
         self.nonfinite = empty(B, dtype=torch.int32)
-        # a stale one may be prefetched from, but none that never was
+        # A prefetch may read a stale position, but not one that was never written.
         self.position = torch.zeros(1, dtype=torch.int32, device=size.device)
         self.guidance, self.scale = empty(max(T - 1, 0)), empty(R)
         self.classes = empty(R, shape.channels) if shape.classes else None
 
     @property
     def idle(self) -> bool:
+        """Returns whether no state uses this workspace any more."""
         return self.owner() is None
 
     def window(self, tokens: int, make: Callable[[], Window]) -> Window:
-        """Buffers for windows of so many tokens, see `widened`."""
+        """Returns the buffers for windows of so many tokens, see `widened`; `make` makes them the first time."""
         if tokens not in self.windows:
             with torch.inference_mode(False):  # see Pool.take
                 self.windows[tokens] = make()
@@ -143,21 +146,25 @@ class Workspace:
 
 
 class Pool:
-    """Workspaces of a model's engines."""
+    """The workspaces of a model's engines."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Size, Workspace] = OrderedDict()
 
     @property
     def cached_bytes(self) -> int:
-        """Memory that is held for batches to come, and would be given up for another batch."""
+        """Returns the bytes of memory that are held for later batches, and that `empty_cache` frees."""
         return sum(size.bytes for size, workspace in self._kept.items() if workspace.idle)
 
     def empty_cache(self) -> None:
+        """Free the workspaces that no state uses."""
         self._kept = OrderedDict((size, workspace) for size, workspace in self._kept.items() if not workspace.idle)
 
     def take(self, size: Size, reuse: BlockState | None) -> Workspace:
-        """A workspace of this size that nobody uses, or nobody will. Raises OutOfMemoryError."""
+        """Returns a workspace of this size that is idle or belongs to `reuse`, or a new one.
+
+        Raises OutOfMemoryError.
+        """
         workspace = reuse.cache if reuse is not None else None
         if isinstance(workspace, Workspace) and workspace.size == size and workspace.owner() is reuse:
             return workspace
