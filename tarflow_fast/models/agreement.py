@@ -179,8 +179,7 @@ def _ends(images: list[Tensor], ours: TarFlowDensity, tokens: int) -> list[Tenso
 
 
 def _labels(model: TarFlowDensity, most: int) -> Tensor | None:
-    """Returns classes at even distances, the first and the last included, (B,): `most` or all, and two rows at least.
-    """
+    """Returns classes at even distances, first and last included, (B,): `most` or all, and two rows at least."""
     classes = model.config.num_classes
     rows = max(2, min(classes, most))
     return torch.arange(rows, device=model.device) * (classes - 1) // (rows - 1) if classes else None
