@@ -31,7 +31,7 @@ NAMES = (
 )
 CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-TIMEOUT = 30.0  # seconds without an answer
+TIMEOUT = 30.0  # seconds that a server may take without an answer
 _REPOSITORY = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _REVISION = r"(?P<revision>refs/[\w.-]+/[\w.-]+|[^/@]+)"
 _HF = re.compile(rf"hf:/{{1,2}}{_REPOSITORY}(@{_REVISION})?(/(?P<file>.+?))?/?", re.ASCII)

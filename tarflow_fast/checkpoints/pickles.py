@@ -230,7 +230,7 @@ def _made(function: Any, arguments: Any) -> Any:
         return Foreign("?")
     name = str(function)
     if name in ("collections.OrderedDict", "collections.defaultdict"):
-        pairs = arguments[0] if arguments and isinstance(arguments[0], list) else ()  # as Python 2 wrote them
+        pairs = arguments[0] if arguments and isinstance(arguments[0], list) else ()  # Python 2 wrote a list of pairs
         return {key: value for key, value in pairs if isinstance(key, _SCALARS)}
     if name.startswith("torch._utils._rebuild_tensor") and not isinstance(arguments[0], Storage):
         raise ValueError("a damaged description of a tensor")

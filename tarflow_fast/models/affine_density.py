@@ -28,7 +28,7 @@ def affine_density(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tup
     for the token that passes unchanged.
     """
     if fused(x):
-        from ..kernels import affine_density as kernel  # imports triton, which nothing else here needs
+        from ..kernels import affine_density as kernel  # this imports triton, which nothing else here needs
 
         return kernel.affine_density(out, x, nvp, flip)
     if flip:

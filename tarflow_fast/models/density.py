@@ -111,7 +111,7 @@ class TarFlowDensity(nn.Module):
         """
         return cls.from_config(TarFlowConfig.for_tokens(tokens, token_dim, *sizes, **named))
 
-    # The sizes may be read, as in ml-tarflow, and are those that the model was made with.
+    # The sizes may be read, as in ml-tarflow, but not changed.
 
     @property
     def img_size(self) -> Size:
@@ -326,7 +326,7 @@ class TarFlowDensity(nn.Module):
         if low > -1 and high > IMAGE_RANGE and self.metadata.get("values") != "raw":
             expected = "values of about -1 to 1 (v/127.5 - 1, or dequantize(v), of 8-bit values v)"
             raise ArgumentError("x", expected, f"{low:g} to {high:g}")
-        if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # trained on 8-bit images
+        if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # it learnt 8-bit images
             warn_range("x", x, IMAGE_RANGE, "an image of −1 to 1 (v / 127.5 − 1, for 8-bit values v) and some noise")
         z, _, mean_log_det = self.forward(x, y)
         return self.prior_log_prob(z) + mean_log_det * z[0].numel()

@@ -176,6 +176,7 @@ class FlowBlock(_Closed):
         )
 
     def _initialise(self) -> None:
+        """Draws new weights: small embeddings, and a last layer of zeros, so that the block begins as the identity."""
         for embedding in (self.pos_embed, self.class_embed):
             if embedding is not None:
                 nn.init.normal_(embedding, std=1e-2)

@@ -136,6 +136,10 @@ class TarFlow(TarFlowDensity):
             NonFiniteError: An image overflows and on_nonfinite is "raise".
             OutOfMemoryError: Not even one image fits in memory.
             TypeError: An argument has a name that GS-Jacobi's scripts do not know either.
+
+        Warns:
+            TarFlowWarning: x has values beyond ±20, which no noise of a standard normal distribution has.
+            UserWarning: `num_GS_list` asks for iterations; the result is the inverse itself all the same.
         """
         check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
         check_weights(self)

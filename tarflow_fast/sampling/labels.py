@@ -42,5 +42,6 @@ class LabelRule:
         return self._table[torch.tensor([number % period for number in numbers], device="cpu")]
 
     def _tensor(self, labels: Any) -> Tensor | None:
+        """Returns labels as (n,) int64 on the CPU, or None."""
         table = label_tensor(labels, self._num_classes, class_names=self._names)
         return None if table is None else table.cpu()
