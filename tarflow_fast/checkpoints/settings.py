@@ -12,7 +12,7 @@ from .pickles import Foreign
 NOISE_TYPES = ("gaussian", "uniform")
 # Training scripts keep their settings under these names, ours and Lightning's among them.
 _PLACES = ("config", "hyper_parameters", "model_config", "hparams", "args", "cfg", "params", "settings", "metadata")
-_ALIASES = {"channel_size": "in_channels", "head_channels": "head_dim"}  # ml-tarflow has other names
+_ALIASES = {"channel_size": "in_channels", "head_channels": "head_dim"}  # ml-tarflow's names come first here
 
 
 def check_metadata(metadata: Mapping[str, Any], num_classes: int) -> None:

@@ -176,7 +176,7 @@ class FlowBlock(_Closed):
         )
 
     def _initialise(self) -> None:
-        """Draws new weights: small embeddings, and a last layer of zeros, so that the block begins as the identity."""
+        """Draws small embeddings, and sets the weight of the last layer to zero and the mask to the causal one."""
         for embedding in (self.pos_embed, self.class_embed):
             if embedding is not None:
                 nn.init.normal_(embedding, std=1e-2)

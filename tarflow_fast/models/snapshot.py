@@ -26,7 +26,7 @@ class Snapshot:
 
 
 def _checksum(x: Tensor) -> int:
-    """Returns a number that a change of the values changes, all but surely."""
+    """Returns a checksum of the values."""
     if x.device.type == "cpu":
         return zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return int(x.contiguous().reshape(-1).view(torch.uint8).to(torch.int64).sum())
