@@ -1,7 +1,7 @@
-"""A fast, drop-in sampler for TarFlow, the transformer autoregressive flow (arXiv 2412.06329).
+"""tarflow_fast is a fast, drop-in sampler for TarFlow, the transformer autoregressive flow (arXiv 2412.06329).
 
-Names are imported at first use, so that `import tarflow_fast`, and the command line's --help, do not wait for
-torch. No module here may bear the name of a public function: importing it would put the module in its place.
+Names are imported at first use, so that `import tarflow_fast`, and the command line's --help, do not wait for torch. No
+module here may bear the name of a public function: importing it would put the module in its place.
 """
 
 from __future__ import annotations

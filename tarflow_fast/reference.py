@@ -1,10 +1,10 @@
-"""TarFlow as plain as its equations (Zhai et al., arXiv 2412.06329): the oracle of the tests.
+"""This module is TarFlow as plain as its equations (Zhai et al., arXiv 2412.06329): the oracle of the tests.
 
-Slow on purpose: no cache, no fused call, one function for both directions. All is computed and returned
-in the dtype of the weights, up to float64, and is differentiable. `weights` is any TarFlow's state dict under
-ml-tarflow's keys. Shapes: B batch, T tokens, D values per token, K flow blocks. Tokens are in the image's
-order unless "the block's order" is said: odd blocks read them backwards. Labels y: (B,) int64, negative for
-no class, or None. Log-determinants are in nats.
+It is slow on purpose: it has no cache and no fused call, and one function serves both directions. All is computed and
+returned in the dtype of the weights, up to float64, and is differentiable. `weights` is any TarFlow's state dict under
+ml-tarflow's keys, and `k` the index of a flow block. Shapes: B batch, T tokens, D values per token, C width, K flow
+blocks. Tokens are in the image's order unless "the block's order" is said: odd blocks read them backwards. Labels y:
+(B,) int64, negative for no class, or None. Log-determinants are in nats.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ Weights = Mapping[str, Tensor]
 
 
 class Density(NamedTuple):
-    """z: (B, T, D); outputs: z after each block, K of (B, T, D); log_det: (B,), log|det dz/dx|;
-    token_log_det: (K, B, T), each block's share by token, in the block's order, −Σ_d xa."""
+    """A `Density` is the result of `density`.
+
+    z: (B, T, D). outputs: z after each block, K of (B, T, D). log_det: (B,), log|det dz/dx|. token_log_det: (K, B, T),
+    each block's share by token, in the block's order, −Σ_d xa.
+    """
 
     z: Tensor
     outputs: list[Tensor]
@@ -31,9 +34,12 @@ class Density(NamedTuple):
 
 
 class Inverse(NamedTuple):
-    """x: (B, T, D); sequence: the input z and what each block made of it, K + 1 of (B, T, D);
-    log_det: (B,), log|det dx/dz|, the prior's scale included; token_log_det: (K, B, T), row k is block k's
-    share by token, in the block's order, +Σ_d xa."""
+    """An `Inverse` is the result of `inverse`.
+
+    x: (B, T, D). sequence: the input z and what each block made of it, K + 1 of (B, T, D). log_det: (B,), log|det
+    dx/dz|, the prior's scale included. token_log_det: (K, B, T), row k is block k's share by token, in the block's
+    order, +Σ_d xa.
+    """
 
     x: Tensor
     sequence: list[Tensor]
@@ -60,19 +66,22 @@ def unpatchify(tokens: Tensor, patch_size: int | tuple[int, int], rows: int | No
 
 
 def num_blocks(weights: Weights) -> int:
+    """Returns K, the number of flow blocks."""
     return sum(name.endswith(".proj_in.weight") for name in weights)
 
 
 def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """Returns W x + b, by the weights under this name."""
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
 def _layer_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """Returns LayerNorm of x, by the weights under this name."""
     return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
 
 
 def _attention(weights: Weights, name: str, x: Tensor, head_dim: int, temp: float) -> Tensor:
-    """softmax(q kᵀ / (√d · temp), causal) v, then the output projection; x: (B, n, C)."""
+    """Returns the output projection of softmax(q kᵀ / (√d · temp), causal) v, for the stream x, (B, n, C) both."""
     n = x.shape[1]
     qkv = _linear(weights, f"{name}.qkv", _layer_norm(weights, f"{name}.norm", x))
     q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)  # each (B, H, n, d)
@@ -83,13 +92,13 @@ def _attention(weights: Weights, name: str, x: Tensor, head_dim: int, temp: floa
 
 
 def _mlp(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """W₂ gelu(W₁ norm(x)), gelu(h) = h · ½(1 + erf(h / √2))."""
+    """Returns W₂ gelu(W₁ norm(x)), gelu(h) = h · ½(1 + erf(h / √2))."""
     h = _linear(weights, f"{name}.main.0", _layer_norm(weights, f"{name}.norm", x))
     return _linear(weights, f"{name}.main.2", h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
 
 
 def class_embedding(weights: Weights, k: int, y: Tensor | None, batch: int) -> Tensor | float:
-    """(B, 1, C): the label's embedding, the mean of all where there is no class; 0 if unconditional."""
+    """Returns the label's embedding, (B, 1, C), the mean of all where there is no class; 0 if unconditional."""
     table = weights.get(f"blocks.{k}.class_embed")
     if table is None:
         return 0.0
@@ -101,9 +110,10 @@ def class_embedding(weights: Weights, k: int, y: Tensor | None, batch: int) -> T
 def affine_parameters(
     weights: Weights, k: int, x: Tensor, y: Tensor | None, *, attn_temp: float = 1.0, head_dim: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """(xa, xb)_i of block k, which transform token i + 1: a causal transformer's output at token i.
+    """Returns (xa, xb)_i of block k, which transform token i + 1: a causal transformer's output at token i.
 
-    x: (B, n, D), the first n ≤ T tokens in the block's order. Returns xa and xb, each (B, n, D).
+    x: (B, n, D), the first n ≤ T tokens in the block's order. attn_temp: what the attention logits are divided by.
+    head_dim: d, the channels of one attention head. xa and xb are (B, n, D) each.
     """
     block = f"blocks.{k}"
     pos = weights[f"{block}.pos_embed"]
@@ -134,9 +144,10 @@ def guided_parameters(
     annealed_guidance: bool = False,
     head_dim: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """xa_i + g_i (xa_i − xa_u_i), and the same for xb, u being the branch without class and with attn_temp.
+    """Returns xa_i + g_i (xa_i − xa_u_i), and the same for xb; u is the branch without class and with attn_temp.
 
-    g_i = guidance, or guidance · (i + 1)/(T − 1) when annealed; guide_what: which of "a" and "b" are guided.
+    g_i = guidance, or guidance · (i + 1)/(T − 1) when annealed. guide_what: which of "a" (xa) and "b" (xb) are guided.
+    The other arguments are those of `affine_parameters`.
     """
     xa, xb = affine_parameters(weights, k, x, y, head_dim=head_dim)
     if guidance == 0:
@@ -158,7 +169,7 @@ def block_density(
 ) -> tuple[Tensor, Tensor]:
     """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i).
 
-    Returns z (B, T, D) and −Σ_d xa (B, T), the latter in the block's order.
+    x: (B, T, D). Returns z (B, T, D) and −Σ_d xa (B, T), the latter in the block's order.
     """
     x = x.to(weights[f"blocks.{k}.pos_embed"].dtype)
     x = x.flip(1) if k % 2 else x
@@ -172,8 +183,8 @@ def block_inverse(
 ) -> tuple[Tensor, Tensor]:
     """x_0 = z_0, x_{i+1} = z_{i+1} · exp(xa_i) + xb_i, one token at a time, the whole prefix anew for each.
 
-    options: those of `guided_parameters`. Returns x (B, T, D) and Σ_d xa (B, T) in the block's order, of the
-    guided xa if guided: the map stays triangular, so that this is its log-determinant too.
+    z: (B, T, D). options: those of `guided_parameters`. Returns x (B, T, D) and Σ_d xa (B, T) in the block's order, of
+    the guided xa if guided: the map stays triangular, so that this is its log-determinant too.
     """
     z = z.to(weights[f"blocks.{k}.pos_embed"].dtype)
     z = z.flip(1) if k % 2 else z
@@ -187,7 +198,10 @@ def block_inverse(
 
 
 def density(weights: Weights, x: Tensor, y: Tensor | None = None, *, head_dim: int = 64) -> Density:
-    """x to z through blocks 0 … K − 1; x: (B, T, D) tokens. (ml-tarflow's forward gives log_det / (T·D).)"""
+    """Takes x to z through blocks 0 … K − 1; x: (B, T, D) tokens.
+
+    ml-tarflow's forward gives log_det / (T·D) instead.
+    """
     outputs, log_dets = [], []
     for k in range(num_blocks(weights)):
         x, log_det = block_density(weights, k, x, y, head_dim=head_dim)
@@ -198,9 +212,9 @@ def density(weights: Weights, x: Tensor, y: Tensor | None = None, *, head_dim: i
 
 
 def inverse(weights: Weights, z: Tensor, y: Tensor | None = None, **options: Any) -> Inverse:
-    """z to x: scale by the prior's √var, then undo blocks K − 1 … 0; z: (B, T, D), standard normal.
+    """Takes z to x: scales by the prior's √var, then undoes blocks K − 1 … 0; z: (B, T, D), standard normal.
 
-    options: those of `guided_parameters`. Unguided, log N(z; 0, 1) − log_det = log_prob(x).
+    options: those of `guided_parameters`. Without guidance, log N(z; 0, 1) − log_det = log_prob(x).
     """
     sequence, log_dets = [z.to(weights["var"].dtype)], []
     x = sequence[0] * weights["var"].sqrt()

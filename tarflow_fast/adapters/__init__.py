@@ -1,4 +1,4 @@
-"""Samplers for the models of other libraries, one file a library."""
+"""This package makes samplers for the models of other libraries, one file for each library."""
 
 from .ml_tarflow import accelerate
 

@@ -1,4 +1,4 @@
-"""Samplers for modules with ml-tarflow's state dict."""
+"""This module makes samplers for modules with ml-tarflow's state dict."""
 
 from __future__ import annotations
 
@@ -17,13 +17,26 @@ from ..scalars import check_flag
 
 
 def accelerate(model: nn.Module, *, check: bool = True, **options: Any) -> Sampler:
-    """A `Sampler` for any module with ml-tarflow's state dict, such as its `Model`: same `.reverse`, same result, fast.
+    """Returns a fast `Sampler` for any module with ml-tarflow's state dict: same `.reverse`, same result.
 
-    The module is read, not changed. Its patch_size, and the number of attention heads of its
-    first layer, are taken from its attributes where it has them, else as in `load`. options: see `Sampler`.
-    One difference from ml-tarflow: a negative label means "no class" when sampling too.
-    check: hold small density and sampling passes against the module's own, which tells of an order of tokens of its
-    own, of hooks and of overridden methods; see `agreement.py`. Raises ArgumentError if they differ.
+    The module, such as ml-tarflow's `Model`, is read, not changed. Its patch_size, and the number of attention heads of
+    its first layer, are taken from its attributes where it has them, else found as in `load`. One thing differs from
+    ml-tarflow: a negative label means "no class" when sampling too.
+
+    Args:
+        model: The module; its keys may stand behind one prefix, as in a wrapper.
+        check: Whether small density and sampling passes are compared with the module's own, which tells of another
+            order of tokens, of hooks and of overridden methods; see `agreement.py`.
+        **options: The keyword arguments of `Sampler`.
+
+    Returns:
+        A sampler of the module's weights.
+
+    Raises:
+        ArgumentError: The model is no module of plain weights with values, or `check` found that it computes another
+            thing than a TarFlow with its weights; or an option is wrong, as in `Sampler`.
+        BackendError: As in `Sampler`.
+        CheckpointError: The state dict is not that of a whole, finite TarFlow.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", "a torch module with ml-tarflow's state dict", type(model).__name__)

@@ -1,4 +1,4 @@
-"""How a file becomes a model, and a model a file."""
+"""This package makes a model of a file, and a file of a model."""
 
 from .card import model_card
 from .checkpoint import load, load_pretrained, save

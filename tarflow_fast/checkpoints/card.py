@@ -1,4 +1,4 @@
-"""The model card: what a stranger has to know of a model's file, as the README.md of a repository."""
+"""The model card tells a stranger what there is to know of a model's file, as the README.md of a repository."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from ..models.density import check_model
 from ..models.tarflow import TarFlow
 from ..sizes import by
 
-CARD = "library_name: tarflow_fast"  # by which `save` knows a card of its own making
+CARD = "library_name: tarflow_fast"  # `save` knows a card of its own making by this line
 
 
 def model_card(model: TarFlow) -> str:
-    """A model card in Markdown, with the front matter that the Hugging Face Hub reads: sizes, noise, classes, use.
+    """Returns a model card: sizes, noise, classes and use, with the front matter that the Hugging Face Hub reads.
 
-    It says what the model itself records, and leaves a place for data, licence and results, which it does not.
+    The card says what the model itself records, and leaves a place for data, licence and results, which it does not.
+
+    Args:
+        model: A TarFlow.
+
+    Returns:
+        The card in Markdown.
+
+    Raises:
+        ArgumentError: `model` is no TarFlow.
     """
     check_model(model, values=False)
     config, known, sequences = model.config, model.metadata, model.config.layout == "tokens"
@@ -78,4 +87,5 @@ Not recorded in the model; to be written by whoever publishes it.
 
 
 def _cell(text: str) -> str:
+    """Returns text as a cell of a Markdown table can hold it."""
     return text.replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Reading and writing models: any file with a TarFlow's state dict, and `.safetensors` that tells its sizes too."""
+"""Models are read from any file with a TarFlow's state dict, and written to `.safetensors` with their sizes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from .stored import INDEX, StoredTensor, open_content, read_json
 from .torch_files import save_torch
 from .weight_sets import choose, is_mask, shown, some
 
-HEADER = "tarflow_fast"  # our entry in a safetensors file's metadata: JSON of {"config": …, "metadata": …}
+HEADER = "tarflow_fast"  # this entry of a safetensors file's metadata is ours: JSON of {"config": …, "metadata": …}
 PRETRAINED = ("fashion_mnist",)
-HEAD_DIM = 64  # of models that do not record it
-# {dataset}_model_{patch}_{channels}_{blocks}_{layers}_{noise}.pth, as ml-tarflow's train.py names its files, and what
-# browsers and people put behind that, which tells nothing else of a model. Another number would.
+HEAD_DIM = 64  # a model that does not record its head size has this one
+# ml-tarflow's train.py names its files {dataset}_model_{patch}_{channels}_{blocks}_{layers}_{noise}.pth. Browsers and
+# people put more behind that: what is listed here tells nothing else of a model, as another number would.
 _ML_TARFLOW_NAME = re.compile(
     r"_model_([0-9]{1,9})_([0-9]{1,9})_[0-9]+_[0-9]+_(uniform|[0-9]{1,9}(?:\.[0-9]{1,9})?)"
     r"(?: ?\((?:[0-9]{1,9}|(?:another )?copy(?: [0-9]{1,9})?)\)"
@@ -48,17 +48,22 @@ _ML_TARFLOW_NAME = re.compile(
     r"|pth|pt|ckpt|safetensors)(?:[ ._=-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)?)*$",
     re.IGNORECASE,
 )
-# Causal masks, T × T a block, are made, and what a file has of them is held against these: what a small file may ask
-# for, and how many times its weights.
+# Causal masks, T × T values a block, are made whether or not a file has them. A file may ask for so many values of
+# them, or for so many times its weights if that is more.
 _FREE_MASKS, _MASKS_TO_WEIGHTS = 2**26, 64
-MASK_ITEMSIZE = 8  # bytes of a value, at most
+MASK_ITEMSIZE = 8  # a value of a mask in a file has at most so many bytes
 
 Weights = Mapping[str, Tensor | StoredTensor]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model was loaded from. path: the file; on a hub, with the commit. weights: the set that was taken."""
+    """An `Origin` tells where a model was loaded from.
+
+    Attributes:
+        path: The file; on a hub, its name with the commit.
+        weights: The name of the set of weights that was taken.
+    """
 
     path: str
     weights: str
@@ -76,22 +81,38 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TarFlow:
-    """A model from a file: `.safetensors`, sharded or not, or whatever torch.save made of a TarFlow's state dict.
+    """Returns a model from a file: `.safetensors`, sharded or not, or whatever torch.save made of its state dict.
 
-    path: of a file, of a folder that has `model.safetensors` or `model.safetensors.index.json`, or
-    "hf://owner/name[@revision][/file]", or an https URL; the last two are kept in a cache. The state dict may stand
-    behind any prefix ("module.", "model.", …) and in dicts, as training code, Lightning and averages save it; the
-    trainer's `checkpoint.pt` is one. No code of a file is run. weights: which set, where a file holds several: a name,
-    or "ema" or "model"; by default the average, and a TarFlowWarning says so.
+    The state dict may stand behind any prefix ("module.", "model.", …) and in dicts, as training code, Lightning and
+    averages save it; the trainer's `checkpoint.pt` is one. No code of a file is run.
 
     Sizes are read off the weights. They tell in_channels·patch_size² but not its factors; these are, in this order,
-    what is given here, what the file records, what a name in ml-tarflow's scheme says
-    (`…_model_8_768_8_8_0.07.pth`: patch, width, blocks, layers, noise), else 3 channels if that makes the patch
-    square, else 1. head_dim: given, recorded, or 64. img_size: height and width, given, recorded, or those of a square.
-    The model comes in `dtype` on `device`; its `origin` says where
-    it was found, its `metadata` what is known of noise and class names.
+    what is given here, what the file records, what a name in ml-tarflow's scheme says (`…_model_8_768_8_8_0.07.pth`:
+    patch, width, blocks, layers, noise), what settings beside the weights say, else 3 channels if that makes the patch
+    square, else 1.
 
-    Raises CheckpointError for a file that is not a whole, finite TarFlow; nothing half-loaded is returned.
+    Args:
+        path: A file; a folder that has `model.safetensors`, `model.safetensors.index.json` or another of the usual
+            names; "hf://owner/name[@revision][/file]"; or an https URL. The last two are kept in a cache.
+        weights: Which set is taken where a file holds several: its name, or "ema" or "model". By default it is the
+            average, and a warning says so.
+        patch_size: The height and width of a patch, as one number where it is a square.
+        in_channels: The number of channels of an image.
+        head_dim: The number of channels of an attention head, by default what the file records, else 64.
+        img_size: The height and width of an image, by default what the file records, else those of a square.
+        device: The device of the model.
+        dtype: The dtype of the model, whatever the file stores.
+
+    Returns:
+        The model. Its `origin` says where it was found, its `metadata` what is known of noise and class names.
+
+    Raises:
+        ArgumentError: An argument has the wrong type or range, or does not fit the weights.
+        BackendError: The device or dtype cannot be had, or huggingface_hub is needed and not installed.
+        CheckpointError: The file is not a whole, finite TarFlow, or cannot be had; nothing half-loaded is returned.
+
+    Warns:
+        TarFlowWarning: There was a choice of weights or of sizes, and the warning says what was taken.
     """
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise ArgumentError("path", "the path of a file, a folder, hf://owner/name or an https URL", _kind(path))
@@ -130,7 +151,7 @@ def _load(
     dtype: torch.dtype,
     source: str,
 ) -> tuple[TarFlow, list[str]]:
-    """(model, what is to be said of it). Raises CheckpointError and ArgumentError without the file's name."""
+    """Returns a model and notes on it. Raises CheckpointError and ArgumentError without the file's name."""
     content = open_content(file, stack)
     taken, note = choose(content.tree, weights)
     notes = [note] if note else []
@@ -149,7 +170,7 @@ def _load(
             patch_size = _fitting_patch(state, hints)
         if patch_size is None:
             notes += _open_sizes(state)
-    elif sizes:  # what is given overrules the file
+    elif sizes:  # sizes that are given overrule the file's
         sizes = {
             key: value for key, value in sizes.items() if key not in ("patch_size", "in_channels", "img_size", "layout")
         }
@@ -178,7 +199,19 @@ def _load(
 
 
 def load_pretrained(name: str = "fashion_mnist", *, device: str | torch.device = "cpu") -> TarFlow:
-    """A model that ships with the package. "fashion_mnist": class-conditional, 28×28 grey, ten classes of garments."""
+    """Returns a model that ships with the package.
+
+    Args:
+        name: "fashion_mnist", a class-conditional model of 28×28 grey images of ten classes of garments.
+        device: The device of the model.
+
+    Returns:
+        The model, in float32.
+
+    Raises:
+        ArgumentError: No model of that name ships with the package, or `device` is no device.
+        BackendError: The device cannot be had.
+    """
     check_choice("name", name, PRETRAINED)
     return load(Path(str(files("tarflow_fast") / "pretrained" / f"{name}.safetensors")), device=device)
 
@@ -187,14 +220,26 @@ def load_pretrained(name: str = "fashion_mnist", *, device: str | torch.device =
 def save(
     model: TarFlow, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, card: bool | str = False
 ) -> None:
-    """Write a model: `.safetensors` (weights, configuration, model.metadata) or `.pth` (ml-tarflow's state dict alone).
+    """Write a model: `.safetensors` (weights, configuration, metadata) or `.pth` (ml-tarflow's state dict alone).
 
-    dtype: of the stored floats, default the model's own; `load` gives fp32 whatever is stored. card: also write
-    `README.md` beside it, `model_card(model)` or this text; one that is there and was not written with a model is kept,
-    and an error. The file appears whole or not at all. A TarFlowWarning says what a `.pth` leaves out that `load` would
-    need.
+    The file appears whole or not at all.
 
-    Raises ArgumentError for another suffix, or for a dtype that the weights overflow; OSError that names the path.
+    Args:
+        model: A TarFlow.
+        path: The file, whose suffix says the format.
+        dtype: The dtype of the stored floats, by default the model's own; `load` gives fp32 whatever is stored, unless
+            told otherwise.
+        card: Whether to write `README.md` beside the model too, as `model_card(model)`, or as this text. One that is
+            there and was not written with a model is kept, and an error.
+
+    Raises:
+        ArgumentError: The suffix is another, the dtype is none of float16, bfloat16, float32 and float64, the weights
+            overflow it or are not finite, a file cannot hold the model's metadata or its order of tokens, or another
+            README.md is there.
+        OSError: The system refuses; the error names the path.
+
+    Warns:
+        TarFlowWarning: A `.pth` leaves out what `load` would need; the warning says what.
     """
     if not isinstance(model, TarFlow):
         raise ArgumentError("model", "a TarFlow (save takes the model first, then the path)", _kind(model))
@@ -244,6 +289,7 @@ def save(
 
 
 def _card_text(model: TarFlow, card: bool | str) -> bytes | None:
+    """Returns the card as UTF-8, or None where none is to be written. Raises ArgumentError."""
     if card is False:
         return None
     if card is not True and not isinstance(card, str):
@@ -255,7 +301,7 @@ def _card_text(model: TarFlow, card: bool | str) -> bytes | None:
 
 
 def _card_path(path: Path, text: bytes) -> Path:
-    """README.md beside the model, if there is none or one that `save` has written."""
+    """Returns README.md beside the model. Raises ArgumentError if there is one that `save` has not written."""
     beside = check_path("card", path.with_name("README.md"))
     if beside.is_file():
         there = beside.read_bytes()
@@ -265,7 +311,7 @@ def _card_path(path: Path, text: bytes) -> Path:
 
 
 def _recorded_card(path: Path) -> str | None:
-    """The SHA-256 of the card that was written with the model in this file, where it tells."""
+    """Returns the SHA-256 of the card that was written with the model in this file, or None where it does not tell."""
     try:
         with ExitStack() as stack:
             record = json.loads(open_content(path, stack).header[HEADER])
@@ -283,7 +329,7 @@ def _lost(config: TarFlowConfig, stem: str, state: Weights) -> str:
 
 
 def _left_open(config: TarFlowConfig, stem: str, state: Weights) -> dict[str, Any]:
-    """What `load` has to be told to get this model from its weights alone."""
+    """Returns what `load` has to be told, by the name of the argument, to get this model from its weights alone."""
     wanted: dict[str, Any] = {"patch_size": config.patch_size}
     if config.head_dim != HEAD_DIM:
         wanted["head_dim"] = config.head_dim
@@ -306,7 +352,12 @@ def infer_config(
     img_size: Size | None = None,
     layout: str = "image",
 ) -> TarFlowConfig:
-    """The sizes of an ml-tarflow state dict, by the rule in `load`. Raises CheckpointError or ArgumentError."""
+    """Returns the sizes of an ml-tarflow state dict, by the rule in `load`.
+
+    state: the tensors by name, without a prefix. The other arguments are sizes that are known, under the names of
+    `TarFlowConfig`. Raises CheckpointError for weights that are not a TarFlow's, and ArgumentError for sizes that do
+    not fit them.
+    """
     blocks = _count(state, re.compile(r"blocks\.([0-9]+)\."), "blocks")
     layers = _count(state, re.compile(r"blocks\.0\.attn_blocks\.([0-9]+)\."), "blocks.0.attn_blocks")
     needed = ("blocks.0.proj_in.weight", "blocks.0.proj_out.weight", "blocks.0.pos_embed")
@@ -343,7 +394,7 @@ def infer_config(
 
 
 def _image_size(T: int, patch_size: Size, img_size: Size | None) -> Size:
-    """Height and width of an image of T patches: those given, if they fit, else those of a square."""
+    """Returns height and width of an image of T patches: those given, if they fit, else those of a square."""
     rows, columns = pair(patch_size)
     if img_size is not None:
         height, width = pair(img_size)
@@ -360,9 +411,11 @@ def _image_size(T: int, patch_size: Size, img_size: Size | None) -> Size:
 def build(
     state: Weights, config: TarFlowConfig, *, device: str | torch.device, dtype: torch.dtype, share: bool = False
 ) -> TarFlow:
-    """A model from a whole state dict: every key present, no other, right shapes, finite. Raises CheckpointError.
+    """Returns a model from a whole state dict: every key present, no other, right shapes, finite.
 
-    share: whether tensors that are on this device in this dtype are taken as they are, and not copied.
+    state: the tensors by name; causal masks may be left out. config: the sizes. device, dtype: those of the model.
+    share: whether tensors that are on this device in this dtype are taken as they are, and not copied. Raises
+    CheckpointError for another state dict.
     """
     _check_keys(state, config)
     with torch.device("meta"):
@@ -381,7 +434,10 @@ def build(
 
 
 def _check_keys(state: Weights, config: TarFlowConfig) -> None:
-    """Every key and shape, before a model of these sizes is made: by one block of one layer, as all are alike."""
+    """Raises CheckpointError for wrong keys and shapes, before a model of these sizes is made.
+
+    The shapes are those of one block of one layer, as all blocks are alike.
+    """
     with torch.device("meta"):
         one = TarFlow.from_config(TarFlowConfig(**{**config.to_dict(), "num_blocks": 1, "layers_per_block": 1}))
     expected: dict[str, torch.Size] = {}
@@ -414,7 +470,7 @@ def _check_masks(state: Weights, T: int) -> None:
     for key in filter(is_mask, state):
         value, got = state[key], f"shape {tuple(state[key].shape)}"
         if tuple(value.shape) == causal.shape:
-            if isinstance(value, StoredTensor) and value.span > MASK_ITEMSIZE * causal.size:  # bounds what is read
+            if isinstance(value, StoredTensor) and value.span > MASK_ITEMSIZE * causal.size:  # this bounds what is read
                 raise CheckpointError(f"{key}: its values lie far apart in the file; save a contiguous one")
             if np.array_equal(_read(key, value).to("cpu", torch.float32).numpy() != 0, causal):
                 continue
@@ -423,6 +479,7 @@ def _check_masks(state: Weights, T: int) -> None:
 
 
 def _read(key: str, value: Tensor | StoredTensor) -> Tensor:
+    """Returns the tensor, read from its file if it is stored. Raises CheckpointError with its key where that fails."""
     if not isinstance(value, StoredTensor):
         return value.detach()
     if value.broken:
@@ -437,6 +494,7 @@ def _read(key: str, value: Tensor | StoredTensor) -> Tensor:
 def _weight(
     key: str, value: Tensor | StoredTensor, device: str | torch.device, dtype: torch.dtype, share: bool
 ) -> Tensor:
+    """Returns a weight on this device in this dtype. Raises CheckpointError if it is not finite or overflows."""
     value = _read(key, value)
     if not host_ops.all_finite(value):
         raise CheckpointError(f"{key}: expected finite weights, got infinities or NaNs")
@@ -451,7 +509,10 @@ def _weight(
 
 
 def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor | StoredTensor]:
-    """Those of a file that are really there: no size of a model is more than the file can hold."""
+    """Returns the tensors of a file, which are really there: no size of a model is more than the file can hold.
+
+    Raises CheckpointError for any others.
+    """
     held = 0
     storages: dict[tuple[str, str], int] = {}
     for key, value in tensors.items():
@@ -470,7 +531,7 @@ def _checked_tensors(tensors: Mapping[str, Any]) -> dict[str, Tensor | StoredTen
 
 
 def _recorded(tree: Any, header: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(sizes, metadata) as `save` and the trainer write them; empty if neither did."""
+    """Returns sizes and metadata as `save` and the trainer write them, which are empty if neither did."""
     if HEADER in header:
         try:
             record = json.loads(header[HEADER])
@@ -478,7 +539,7 @@ def _recorded(tree: Any, header: Mapping[str, str]) -> tuple[dict[str, Any], dic
             raise CheckpointError("the header that tells its sizes is not JSON") from error
         sizes = record.get("config") if isinstance(record, dict) else None
         metadata = record.get("metadata", {}) if isinstance(record, dict) else None
-    elif isinstance(tree, Mapping) and "fingerprint" in tree and "sizes" in tree:  # the trainer's
+    elif isinstance(tree, Mapping) and "fingerprint" in tree and "sizes" in tree:  # the trainer's checkpoint has both
         sizes, metadata = tree["sizes"], tree.get("metadata", {})
     else:
         return {}, {}
@@ -486,12 +547,12 @@ def _recorded(tree: Any, header: Mapping[str, str]) -> tuple[dict[str, Any], dic
         raise CheckpointError("the metadata that it records is not an object")
     try:
         return TarFlowConfig(**(sizes or {})).to_dict(), metadata
-    except TypeError as error:  # names that no model has
+    except TypeError as error:  # some name is one that no model has
         raise CheckpointError("the sizes that it records are not those of a TarFlow") from error
 
 
 def _file(path: Path) -> Path:
-    """The file that a path means: itself, or what a folder of a model has."""
+    """Returns the file that a path means: itself, or what a folder of a model has. Raises CheckpointError."""
     if path.is_dir():
         for name in hub.NAMES:
             if (path / name).is_file():
@@ -503,7 +564,7 @@ def _file(path: Path) -> Path:
 
 
 def _beside(file: Path) -> dict[str, Any]:
-    """Settings from the config.json that huggingface_hub's mixin keeps beside `model.safetensors`."""
+    """Returns settings from the config.json that huggingface_hub's mixin keeps beside `model.safetensors`."""
     config = file.with_name(hub.CONFIG)
     if file.name not in hub.NAMES or not config.is_file():
         return {}
@@ -511,7 +572,7 @@ def _beside(file: Path) -> dict[str, Any]:
 
 
 def _read_name(stem: str, state: Weights) -> dict[str, Any]:
-    """Patch size and noise from a name in ml-tarflow's scheme, if the width in it is that of the weights."""
+    """Returns patch size and noise from a name in ml-tarflow's scheme, if the width in it is that of the weights."""
     match = _ML_TARFLOW_NAME.search(stem)
     weight = state.get("blocks.0.proj_in.weight")
     if match is None or weight is None or weight.shape[:1] != (int(match[2]),):
@@ -522,12 +583,13 @@ def _read_name(stem: str, state: Weights) -> dict[str, Any]:
 
 
 def _token_size(state: Weights) -> int:
+    """Returns D, the number of values of a token, or 0 where the weights do not tell."""
     weight = state.get("blocks.0.proj_in.weight")
     return 0 if weight is None or len(weight.shape) != 2 else int(weight.shape[1])
 
 
 def _fitting_patch(state: Weights, hints: Mapping[str, Any]) -> int | None:
-    """The patch size of the settings beside the weights, if these can have it."""
+    """Returns the patch size of the settings beside the weights if the weights can have it, else None."""
     D, patch, channels = _token_size(state), hints.get("patch_size"), hints.get("in_channels")
     if patch is None and channels is not None and D % channels == 0:
         patch = math.isqrt(D // channels)
@@ -537,7 +599,7 @@ def _fitting_patch(state: Weights, hints: Mapping[str, Any]) -> int | None:
 
 
 def _open_sizes(state: Weights) -> list[str]:
-    """What is to be said where the weights of a grey model are as well those of one of four channels, a latent's."""
+    """Returns a note where the weights of a grey model are as well those of one of four channels, as latents have."""
     D = _token_size(state)
     side = math.isqrt(D)
     if side * side != D or side % 2:
@@ -549,7 +611,7 @@ def _open_sizes(state: Weights) -> list[str]:
 
 
 def _split_token(D: int, in_channels: int | None, patch_size: Size | None) -> tuple[int, Size]:
-    """(in_channels, patch_size) of a token of D values."""
+    """Returns (in_channels, patch_size) of a token of D values. Raises ArgumentError or CheckpointError."""
     if patch_size is not None:
         pixels = math.prod(pair(patch_size))
         if D % pixels:
@@ -567,7 +629,7 @@ def _split_token(D: int, in_channels: int | None, patch_size: Size | None) -> tu
 
 
 def _count(state: Weights, pattern: re.Pattern[str], what: str) -> int:
-    """How many there are, numbered from 0 without a gap."""
+    """Returns how many there are, numbered from 0 without a gap. Raises CheckpointError where there is a gap."""
     numbers = {match[1] for key in state if (match := pattern.match(key))}
     missing = next((n for n in range(len(numbers)) if str(n) not in numbers), None)
     if missing is not None:
@@ -576,4 +638,5 @@ def _count(state: Weights, pattern: re.Pattern[str], what: str) -> int:
 
 
 def _kind(value: object) -> str:
+    """Returns the name of a value's type for a message."""
     return "None" if value is None else type(value).__name__

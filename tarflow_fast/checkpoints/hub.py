@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, by `huggingface_hub` (extra [hub]), and behind other URLs; both kept in a cache."""
+"""Models are found on the Hugging Face Hub, by `huggingface_hub` (extra [hub]), and behind other URLs, and cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .stored import INDEX, shard_names
 
 T = TypeVar("T")
 
-# What a folder or a repository of a model holds, the first that is there.
+# A folder or a repository of a model holds one of these files; the first that is there is the model's.
 NAMES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
@@ -31,7 +31,7 @@ NAMES = (
 )
 CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-TIMEOUT = 30.0  # seconds without an answer
+TIMEOUT = 30.0  # seconds that a server may take without an answer
 _REPOSITORY = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _REVISION = r"(?P<revision>refs/[\w.-]+/[\w.-]+|[^/@]+)"
 _HF = re.compile(rf"hf:/{{1,2}}{_REPOSITORY}(@{_REVISION})?(/(?P<file>.+?))?/?", re.ASCII)
@@ -39,7 +39,10 @@ _WEB = re.compile(rf"/{_REPOSITORY}(/(resolve|blob|raw|tree)/{_REVISION}(/(?P<fi
 
 
 def reference(path: str) -> HubFile | Url | None:
-    """What a path that is none refers to, or None for a path of this machine. Raises ArgumentError for a wrong one."""
+    """Returns the place outside this machine that a path refers to, or None for a path of this machine.
+
+    Raises ArgumentError for a path that begins as such a place and is none.
+    """
     if re.match(r"hf:/", path):
         match = _HF.fullmatch(path)
         if match is None or ".." in path.split("/"):
@@ -65,7 +68,11 @@ def reference(path: str) -> HubFile | Url | None:
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository; file None: the model of that repository; revision None: its main branch."""
+    """A `HubFile` is a file of a repository on the Hugging Face Hub.
+
+    repo: "owner/name". revision: a branch, tag or commit, or None for the main branch. file: the name of the file in
+    the repository, or None for the model of that repository.
+    """
 
     repo: str
     revision: str | None
@@ -76,7 +83,7 @@ class HubFile:
         return f"hf://{self.repo}{at}" + ("" if self.file is None else f"/{self.file}")
 
     def fetch(self) -> tuple[Path, str]:
-        """(the file in the cache, its name with the commit), with shards and settings beside it."""
+        """Returns the file in the cache, with shards and settings beside it, and its name with the commit."""
         path = self._download(self.file, self.revision) if self.file is not None else self._model()
         snapshot = next(folder for folder in path.parents if folder.parent.name == "snapshots")
         commit, name = snapshot.name, PurePosixPath(path.relative_to(snapshot).as_posix())
@@ -92,6 +99,7 @@ class HubFile:
         return path, f"hf://{self.repo}@{commit}/{name}"
 
     def _model(self) -> Path:
+        """Downloads the model of the repository, and returns its file. Raises CheckpointError if none is clearly it."""
         found = self._find(NAMES, self.revision)
         if found is not None:
             return found
@@ -104,7 +112,7 @@ class HubFile:
         return self._download(fits[0], self.revision)
 
     def _find(self, names: tuple[str, ...], revision: str | None) -> Path | None:
-        """The first of these that the repository has. Where it cannot be reached, the first in the cache."""
+        """Returns the first of these files that the repository has, or, where it cannot be reached, the cache."""
         hub, local, unreached = library(), False, None
         for name in names:
             try:
@@ -124,11 +132,12 @@ class HubFile:
         return None
 
     def _download(self, file: str, revision: str | None) -> Path:
+        """Downloads a file of the repository, and returns where the cache has it."""
         hub = library()
         return Path(self.ask(lambda: hub.hf_hub_download(self.repo, file, revision=revision)))
 
     def ask(self, question: Callable[[], T]) -> T:
-        """The hub's answer, or its refusal in one line."""
+        """Returns the hub's answer. Raises CheckpointError or ArgumentError with its refusal in one line."""
         errors = library().errors
         try:
             return question()
@@ -148,22 +157,22 @@ class HubFile:
             raise _NotCached(f"{self}: HF_HUB_OFFLINE is set") from error
         except errors.HFValidationError as error:
             raise ArgumentError("path", "the name of a repository, owner/name", repr(self.repo)) from error
-        except Exception as error:  # the library's and its HTTP client's many others
+        except Exception as error:  # the library and its HTTP client have many others
             status = getattr(getattr(error, "response", None), "status_code", None)
             said = f"HTTP status {status}" if status else getattr(error, "strerror", None) or type(error).__name__
             raise CheckpointError(f"{self}: the hub cannot be reached or refuses ({said})") from error
 
 
 class _NotCached(CheckpointError):
-    pass
+    """The hub cannot be reached, and the file is not in the cache."""
 
 
 class _NoSuchFile(CheckpointError):
-    pass
+    """The repository has no file of that name."""
 
 
 def library() -> Any:
-    """The module huggingface_hub. Raises BackendError that says how to install it."""
+    """Returns the module huggingface_hub. Raises BackendError that says how to install it."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -177,12 +186,12 @@ def library() -> Any:
 
 @dataclass(frozen=True)
 class Url:
-    """A file behind a URL. It is downloaded once, into torch.hub's cache folder."""
+    """A `Url` is a file behind a URL. It is downloaded once, into torch.hub's cache folder."""
 
     url: str
 
     def fetch(self) -> tuple[Path, str]:
-        """(the file in the cache, the URL with the file's SHA-256)."""
+        """Returns the file in the cache, and the URL with the file's SHA-256."""
         name = urllib.parse.unquote(PurePosixPath(urllib.parse.urlsplit(self.url).path).name)
         name = re.sub(r"[^\w.+-]", "_", name)[-128:].lstrip(".") or "model"
         key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
@@ -195,6 +204,7 @@ class Url:
             return path, f"{self.url} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
 
     def _download(self, path: Path) -> None:
+        """Downloads the file to this path. Raises CheckpointError where it does not arrive whole."""
         try:
             with urllib.request.urlopen(self.url, timeout=TIMEOUT) as answer, path.open("wb") as file:
                 shutil.copyfileobj(answer, file, 1 << 20)

@@ -1,4 +1,4 @@
-"""Pickles read as data: a machine that knows lists, dicts, text and numbers, and tensors as the places where they lie.
+"""Pickles are read as data here, by a machine that knows lists, dicts, text, numbers, and places where tensors lie.
 
 Nothing that a pickle names is imported or called. What is of another class becomes a `Foreign`, which tells its name;
 so files whose settings hold objects of other programs still give their weights, and a hostile one gives nothing.
@@ -37,7 +37,7 @@ _STORAGES = {
 
 @dataclass
 class Foreign:
-    """An object of a class that is not looked up: its name, and what the pickle gave it."""
+    """A `Foreign` is an object of a class that is not looked up: its name, and what the pickle gave it."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -47,7 +47,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the pickle refers to."""
+    """A `Global` is a name that the pickle refers to."""
 
     module: str
     name: str
@@ -58,7 +58,11 @@ class Global:
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of values, by the key under which the file holds it. numel: what the pickle claims."""
+    """A `Storage` is a run of values in a file.
+
+    key: the name under which the file holds it. dtype: the dtype of its values. numel: how many there are, as the
+    pickle claims.
+    """
 
     key: str
     dtype: torch.dtype
@@ -67,7 +71,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor: places in a storage, in values of `dtype`."""
+    """A `View` is a tensor, as places in a storage: offset and stride count values of `dtype`."""
 
     storage: Storage
     dtype: torch.dtype
@@ -77,16 +81,22 @@ class View:
 
 
 def load_pickle(file: IO[bytes]) -> Any:
-    """The next object of the file. Raises ValueError for what is no pickle; takes time in proportion to its length."""
+    """Returns the next object of the file. Raises ValueError for what is no pickle.
+
+    The time that it takes is proportional to the length of the pickle.
+    """
     return _Machine().run(file)
 
 
 class _Machine:
+    """A `_Machine` carries out the opcodes of one pickle, with a stack and a memo."""
+
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
     def run(self, file: IO[bytes]) -> Any:
+        """Returns the object that the pickle describes. Raises ValueError for a pickle that breaks the rules."""
         try:
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name == "STOP":
@@ -94,11 +104,12 @@ class _Machine:
                 self._step(opcode.name, argument)
         except ValueError:
             raise
-        except Exception as error:  # of the stack machine, on a pickle that breaks its rules
+        except Exception as error:  # the stack machine fails on a pickle that breaks its rules
             raise ValueError("a damaged pickle") from error
         raise ValueError("a pickle without an end")
 
     def _step(self, name: str, argument: Any) -> None:
+        """Carries out one opcode."""
         stack = self.stack
         if name in _CONSTANTS:
             stack.append(_CONSTANTS[name]())
@@ -167,6 +178,7 @@ class _Machine:
             raise ValueError(f"a pickle with {name}")
 
     def _since_mark(self) -> list[Any]:
+        """Takes what stands on the stack since the last mark, and returns it."""
         for at in range(len(self.stack) - 1, -1, -1):
             if self.stack[at] is _MARK:
                 values = self.stack[at + 1 :]
@@ -175,6 +187,7 @@ class _Machine:
         raise ValueError("a damaged pickle")
 
     def _set(self, values: list[Any]) -> None:
+        """Puts keys and values, which alternate in the list, into the dict on top of the stack."""
         target = self.stack[-1]
         items = target.items if isinstance(target, Foreign) else target
         for key, value in zip(values[::2], values[1::2], strict=True):
@@ -182,6 +195,7 @@ class _Machine:
                 items[key] = value
 
     def _extend(self, values: list[Any]) -> None:
+        """Appends values to what is on top of the stack, if that is a list."""
         if isinstance(self.stack[-1], list):
             self.stack[-1].extend(values)
 
@@ -205,17 +219,18 @@ _LITERALS = frozenset(
 
 
 def _named(module: str, name: str) -> Any:
+    """Returns the dtype of torch that the name stands for, else the name as a `Global`."""
     dtype = getattr(torch, name, None) if module == "torch" and name.isidentifier() else None
     return dtype if isinstance(dtype, torch.dtype) else Global(module, name)
 
 
 def _made(function: Any, arguments: Any) -> Any:
-    """What a call of that name would make, where it is one of torch's that only describe tensors."""
+    """Returns what a call of that name makes, if it is one that only describes tensors or dicts; else a `Foreign`."""
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         return Foreign("?")
     name = str(function)
     if name in ("collections.OrderedDict", "collections.defaultdict"):
-        pairs = arguments[0] if arguments and isinstance(arguments[0], list) else ()  # as Python 2 wrote them
+        pairs = arguments[0] if arguments and isinstance(arguments[0], list) else ()  # Python 2 wrote a list of pairs
         return {key: value for key, value in pairs if isinstance(key, _SCALARS)}
     if name.startswith("torch._utils._rebuild_tensor") and not isinstance(arguments[0], Storage):
         raise ValueError("a damaged description of a tensor")
@@ -235,7 +250,7 @@ def _made(function: Any, arguments: Any) -> Any:
 
 
 def _storage(given: Any) -> Storage:
-    """What torch's persistent id ("storage", class, key, device, number of values) stands for."""
+    """Returns what torch's persistent id ("storage", class, key, device, number of values) stands for."""
     _, kind, key, _, numel, *_ = given
     name = kind.name if isinstance(kind, Global) and kind.module in ("torch", "torch.storage") else ""
     if name not in _STORAGES or not isinstance(key, str) or type(numel) is not int or numel < 0:
@@ -244,6 +259,7 @@ def _storage(given: Any) -> Storage:
 
 
 def _view(storage: Storage, offset: Any, shape: Any, stride: Any, dtype: Any = None) -> View:
+    """Returns a view of a storage. Raises ValueError for numbers that no tensor has."""
     numbers = (offset, *shape, *stride)
     if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride):
         raise ValueError("a damaged description of a tensor")

@@ -1,4 +1,4 @@
-"""Uploading a model to the Hugging Face Hub."""
+"""This module uploads a model to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -21,11 +21,25 @@ def push_to_hub(
     message: str = "A TarFlow model",
     card: bool | str = True,
 ) -> str:
-    """Uploads a model to the Hugging Face Hub, and returns its name with the commit, as `load` takes it.
+    """Uploads a model to the Hugging Face Hub, in one commit of `model.safetensors` and the card.
 
-    repo_id: "owner/name", made if it is not there. revision: a branch, default the main one. private: of a new
-    repository. card: `README.md`, `model_card(model)` or this text; True keeps one that is there. token: default the
-    one of `hf auth login`. It is one commit of `model.safetensors` and the card.
+    Args:
+        model: A TarFlow.
+        repo_id: "owner/name", a repository that is made if it is not there.
+        revision: The branch, by default the main one.
+        private: Whether a repository that is made is private, by default as the hub decides.
+        token: An access token, by default that of `hf auth login`.
+        message: The message of the commit.
+        card: The text of `README.md`, or True for `model_card(model)`, which leaves one that is there as it is; False
+            uploads none.
+
+    Returns:
+        The model's name with the commit, as `load` takes it: "hf://owner/name@commit/model.safetensors".
+
+    Raises:
+        ArgumentError: `repo_id` is not of this form, or the model cannot be saved (see `save`).
+        BackendError: huggingface_hub is not installed.
+        CheckpointError: The hub cannot be reached, or refuses.
     """
     place = reference(f"hf://{repo_id}") if isinstance(repo_id, str) else None
     if not isinstance(place, HubFile) or place.file is not None or place.revision is not None:

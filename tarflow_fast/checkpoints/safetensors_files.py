@@ -1,4 +1,4 @@
-"""Writing safetensors to a file that may not be finished."""
+"""This module writes safetensors to a file that may not be finished."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_ALIGNMENT = 8  # of the first tensor's first byte
+_ALIGNMENT = 8  # the first tensor begins at a multiple of so many bytes
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """As safetensors.torch.save_file, into the file at `path` itself; equal contents give equal bytes.
+    """Write a file that safetensors.torch.load_file reads, into `path` itself; equal contents give equal bytes.
 
-    The library's own writer makes a file of its own name beside `path`, which a killed process leaves behind, and
-    puts the metadata in an order that changes from run to run.
-    The format: the header's length as eight bytes, little endian; the header, JSON padded with spaces; the tensors.
-    tensors: floats, contiguous, on the CPU. Raises OSError where the system refuses.
+    The library's own writer makes a file of its own name beside `path`, which a killed process leaves behind, and puts
+    the metadata in an order that changes from run to run. The format is the header's length as eight bytes, little
+    endian; then the header, JSON padded with spaces; then the tensors.
+
+    tensors: floats by name, contiguous, on the CPU. metadata: text by name. path: the file. Raises OSError where the
+    system refuses.
     """
     # The reader wants no gaps, and every tensor at a multiple of its dtype's size: the widest dtypes come first.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))

@@ -1,4 +1,4 @@
-"""What files say of a model besides its weights: sizes that weights leave open, noise and class names."""
+"""Files say more of a model than its weights do: sizes that weights leave open, noise and class names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..errors import CheckpointError
 from .pickles import Foreign
 
 NOISE_TYPES = ("gaussian", "uniform")
-# Under which names training scripts keep their settings, ours and Lightning's among them.
+# Training scripts keep their settings under these names, ours and Lightning's among them.
 _PLACES = ("config", "hyper_parameters", "model_config", "hparams", "args", "cfg", "params", "settings", "metadata")
-_ALIASES = {"channel_size": "in_channels", "head_channels": "head_dim"}  # ml-tarflow's names
+_ALIASES = {"channel_size": "in_channels", "head_channels": "head_dim"}  # ml-tarflow's names come first here
 
 
 def check_metadata(metadata: Mapping[str, Any], num_classes: int) -> None:
@@ -32,17 +32,22 @@ def check_metadata(metadata: Mapping[str, Any], num_classes: int) -> None:
 
 
 def is_noise(value: object) -> bool:
+    """Returns whether a value can be the standard deviation of noise: a finite number >= 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _cut(value: object) -> str:
+    """Returns what the value looks like, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
 
 
 def find_settings(tree: Any) -> dict[str, Any]:
-    """patch_size, in_channels, head_dim, noise_type, noise_std and class_names from the settings beside the weights,
-    where they have the right type. They are hints: sizes that do not fit the weights are not used."""
+    """Returns what the settings beside the weights say of a model, by name, where it has the right type.
+
+    The names are patch_size, in_channels, head_dim, noise_type, noise_std and class_names. The sizes are hints: those
+    that do not fit the weights are not used.
+    """
     found: dict[str, Any] = {}
     for place in _PLACES:
         settings = _mapping(_mapping(tree).get(place))
@@ -59,6 +64,7 @@ def find_settings(tree: Any) -> dict[str, Any]:
 
 
 def _is_setting(name: str, value: Any) -> bool:
+    """Returns whether a setting of this name can have this value."""
     if name in ("patch_size", "in_channels", "head_dim"):
         return type(value) is int and 0 < value < 2**31
     if name == "noise_std":
@@ -69,6 +75,7 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 def _mapping(node: Any) -> Mapping[str, Any]:
+    """Returns a node of a file's tree as a mapping, which is empty if it is none."""
     if isinstance(node, Foreign):
         return {**(node.state if isinstance(node.state, dict) else {}), **node.items}
     return node if isinstance(node, Mapping) else {}

@@ -1,4 +1,4 @@
-"""Files of tensors, opened without reading them: torch's `.pth` in both of its formats, `.safetensors`, sharded or not.
+"""Files of tensors are opened without reading them: torch's `.pth` in both formats, `.safetensors`, sharded or not.
 
 What a file claims is held against what it has before anything of the claimed size is made.
 """
@@ -26,8 +26,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .pickles import Foreign, Storage, View, load_pickle
 
-INDEX = ".index.json"  # how the name of a sharded checkpoint's table ends
-LARGEST_TABLE = 64 * 2**20  # bytes of such a table, or of another JSON file
+INDEX = ".index.json"  # the name of a sharded checkpoint's table ends so
+LARGEST_TABLE = 64 * 2**20  # such a table, or another JSON file, has at most so many bytes
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NOT_TENSORS = {
@@ -42,8 +42,12 @@ _NOT_TENSORS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. dtype: torch's, or the file's own name of another. storage, nbytes: what it is part of. span:
-    bytes from its first value to its last, which is what `read` reads."""
+    """A `StoredTensor` is a tensor in a file.
+
+    shape: its shape. dtype: torch's dtype, or the file's own name of another. storage: the name of the run of values
+    that it is part of. nbytes: the size of that run. span: how many bytes lie from its first value to its last, which
+    is what `read` reads. read: returns the tensor, on the CPU. broken: why it cannot be read, or None.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -51,23 +55,27 @@ class StoredTensor:
     nbytes: int
     span: int
     read: Callable[[], Tensor]
-    broken: str | None = None  # why it cannot be read
+    broken: str | None = None
 
     @property
     def numel(self) -> int:
+        """Returns how many values the tensor has."""
         return math.prod(self.shape)
 
 
 @dataclass
 class Content:
-    """What a file holds: dicts and lists as saved, tensors as `StoredTensor`, and safetensors' own metadata."""
+    """A `Content` is what a file holds.
+
+    tree: dicts and lists as saved, with each tensor as a `StoredTensor`. header: safetensors' own metadata.
+    """
 
     tree: Any
     header: dict[str, str] = field(default_factory=dict)
 
 
 def open_content(path: Path, stack: ExitStack) -> Content:
-    """The content of a file, which `stack` closes. Raises CheckpointError, with the reason alone."""
+    """Returns the content of a file, which `stack` closes. Raises CheckpointError, with the reason alone."""
     try:
         size = path.stat().st_size
         file = stack.enter_context(path.open("rb"))
@@ -92,23 +100,25 @@ def open_content(path: Path, stack: ExitStack) -> Content:
 
 
 def _reason(error: OSError) -> str:
+    """Returns what the system says of an error."""
     return error.strerror or type(error).__name__
 
 
 def _open(kind: str, read: Callable[[], Content]) -> Content:
+    """Returns what `read` returns. Raises CheckpointError for whatever it raises; kind: what the file should be."""
     try:
         return read()
     except CheckpointError:
         raise
     except MemoryError as error:
         raise CheckpointError("too large for this machine's memory") from error
-    except Exception as error:  # whatever a foreign or damaged file makes a parser raise
+    except Exception as error:  # a foreign or damaged file makes a parser raise anything
         said = str(error) if type(error) is ValueError else "damaged or cut off"
         raise CheckpointError(f"not {kind} ({said})") from error
 
 
 def read_json(path: Path) -> Any:
-    """Raises CheckpointError, with the reason alone."""
+    """Returns what a JSON file holds. Raises CheckpointError, with the reason alone."""
     try:
         if path.stat().st_size > LARGEST_TABLE:
             raise CheckpointError(f"{path.name!r} is too large to be a table")
@@ -120,7 +130,10 @@ def read_json(path: Path) -> Any:
 
 
 def shard_names(path: Path) -> dict[str, str]:
-    """Names of tensors to names of files in the folder of this table. Raises CheckpointError, with the reason alone."""
+    """Returns a dict from names of tensors to names of files in the folder of this table.
+
+    Raises CheckpointError, with the reason alone.
+    """
     table = read_json(path)
     shards = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(shards, dict) or not shards:
@@ -132,6 +145,7 @@ def shard_names(path: Path) -> dict[str, str]:
 
 
 def _open_shards(path: Path, stack: ExitStack) -> Content:
+    """Returns the content of all shards that a table lists."""
     tree: dict[str, Any] = {}
     header: dict[str, str] = {}
     shards: dict[str, Content] = {}
@@ -152,6 +166,7 @@ def _open_shards(path: Path, stack: ExitStack) -> Content:
 
 
 def _open_safetensors(path: Path, stack: ExitStack) -> Content:
+    """Returns the content of a safetensors file."""
     file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
     tree = {}
     for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -163,12 +178,12 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Content:
     return Content(tree, dict(file.metadata() or {}))
 
 
-# torch.save's formats
+# torch.save has two formats, which are read from here on.
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Bytes of a file. crc: their checksum, where the file has one."""
+    """A `_Place` is a run of bytes in a file. crc: their checksum, where the file has one, else 0."""
 
     start: int
     nbytes: int
@@ -176,9 +191,11 @@ class _Place:
 
 
 def _tensor_of(path: Path, key: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor, mapped from the file by a mapping of its own: what has been read of one file goes with its tensors,
-    and not when all of the file has been read."""
-    # torch.device: older versions put it on torch's default device.
+    """Returns a tensor of a safetensors file, mapped by a mapping of its own.
+
+    So what has been read of a file is given up with its tensors, and not when all of the file has been read.
+    """
+    # Without torch.device, older versions put the tensor on torch's default device.
     with torch.device("cpu"), safetensors.safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(key)
     if tuple(tensor.shape) != shape:
@@ -187,7 +204,7 @@ def _tensor_of(path: Path, key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _read_zip(file: IO[bytes], size: int) -> Any:
-    """What torch.save writes since 1.6: a zip of data.pkl and, for each storage, data/KEY."""
+    """Returns what torch.save has written since 1.6: a zip of data.pkl and, for each storage, data/KEY."""
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename: info for info in archive.infolist()}
     roots = [name[: -len("data.pkl")] for name in entries if name.endswith("data.pkl") and name.count("/") <= 1]
@@ -218,7 +235,7 @@ def _read_zip(file: IO[bytes], size: int) -> Any:
 
 
 class _Clipped:
-    """A file for `load_pickle` that never asks for more than is there: what is asked for would be allocated."""
+    """A `_Clipped` is a file that never reads more than is there: `load_pickle` allocates whatever it asks for."""
 
     def __init__(self, file: IO[bytes], size: int):
         self.file, self.size = file, size
@@ -229,12 +246,12 @@ class _Clipped:
 
 
 def _read_legacy(file: IO[bytes], size: int) -> Any:
-    """What torch.save wrote before 1.6: pickles, then each storage's number of values and the values."""
+    """Returns what torch.save wrote before 1.6: pickles, then each storage's number of values and the values."""
     file.seek(0)
     clipped: Any = _Clipped(file, size)
     head = load_pickle(clipped)
     if head != _LEGACY_MAGIC:
-        return head  # another pickle, for what it says of itself
+        return head  # it is another pickle, which says of itself what it is
     protocol, system = load_pickle(clipped), load_pickle(clipped)
     if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
         raise ValueError("an unknown version of torch.save's format")
@@ -258,6 +275,7 @@ def _read_legacy(file: IO[bytes], size: int) -> Any:
 
 
 def _read(file: IO[bytes], place: _Place) -> bytearray:
+    """Returns the bytes of a place. Raises ValueError where the file is cut off or a checksum differs."""
     file.seek(place.start)
     data = bytearray(place.nbytes)
     if file.readinto(data) != place.nbytes:  # type: ignore[attr-defined]
@@ -268,13 +286,14 @@ def _read(file: IO[bytes], place: _Place) -> bytearray:
 
 
 def _children(node: Any) -> list[Any]:
+    """Returns the parts of a node of a tree."""
     if isinstance(node, Foreign):
         return [*node.args, node.items, node.state]
     return list(node.values()) if isinstance(node, dict) else list(node) if isinstance(node, (list, tuple)) else []
 
 
 def _nodes(tree: Any) -> Iterator[Any]:
-    """Every part of a tree once, whatever the number of ways to it."""
+    """Yields every part of a tree once, whatever the number of ways to it."""
     seen: set[int] = set()
     waiting = [tree]
     while waiting:
@@ -286,7 +305,7 @@ def _nodes(tree: Any) -> Iterator[Any]:
 
 
 def _with_tensors(tree: Any, file: IO[bytes], place: Callable[[Storage], _Place]) -> Any:
-    """Puts a `StoredTensor` into the dicts of a tree where a view stood."""
+    """Puts a `StoredTensor` into the dicts of a tree where a view stood, and returns the tree."""
     for node in _nodes(tree):
         if isinstance(node, dict):
             for key, value in node.items():
@@ -296,7 +315,7 @@ def _with_tensors(tree: Any, file: IO[bytes], place: Callable[[Storage], _Place]
 
 
 def _stored(view: View, file: IO[bytes], place: Callable[[Storage], _Place]) -> StoredTensor:
-    """A view that lies within its storage, and that within the file; else one that tells what is wrong."""
+    """Returns the tensor of a view, broken unless the view lies within its storage, and that within the file."""
     numel, claimed = math.prod(view.shape), view.storage.numel * view.storage.dtype.itemsize
     last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.stride, strict=True))
     first, span = view.offset * view.dtype.itemsize, (last + 1 - view.offset) * view.dtype.itemsize
@@ -314,7 +333,7 @@ def _stored(view: View, file: IO[bytes], place: Callable[[Storage], _Place]) -> 
     def read() -> Tensor:
         if not numel:
             return torch.empty(view.shape, dtype=view.dtype, device="cpu")
-        crc = found.crc if span == found.nbytes else 0  # a part of a storage has none of its own
+        crc = found.crc if span == found.nbytes else 0  # a part of a storage has no checksum of its own
         data = _read(file, _Place(found.start + first, span, crc))
         return torch.frombuffer(data, dtype=view.dtype).as_strided(view.shape, view.stride)
 

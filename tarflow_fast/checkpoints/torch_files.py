@@ -1,4 +1,4 @@
-"""torch.save to a file that may not be finished."""
+"""This module writes by torch.save to a file that may not be finished."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class _Sink:
-    """A file for torch.save that keeps an error until torch is done: on one its writer in C++ ends the process."""
+    """A `_Sink` is a file that keeps an error until torch.save is done, whose writer in C++ would end the process."""
 
     def __init__(self, file: IO[bytes]):
         self.file = file
@@ -27,7 +27,7 @@ class _Sink:
 
 
 def save_torch(content: Any, path: Path) -> None:
-    """As torch.save. Raises OSError where the system refuses, as it does when a disk is full."""
+    """Write a file by torch.save. Raises OSError where the system refuses, as it does when a disk is full."""
     with path.open("wb") as file:
         sink = _Sink(file)
         torch.save(content, sink)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Finding a TarFlow's weights in what a file holds: under any prefix, beside others, in whatever wraps them."""
+"""A TarFlow's weights are found in what a file holds: under any prefix, beside others, in whatever wraps them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..errors import ArgumentError, CheckpointError
 from .pickles import Foreign
 
 FIRST = "blocks.0.proj_in.weight"  # every TarFlow has it
-_DEEPEST, _MOST = 6, 64  # of dicts in one another; of sets in a file
+_DEEPEST, _MOST = 6, 64  # dicts are searched so deep, and a file may have so many sets
 _WRAPPERS = frozenset(("module", "_orig_mod", "state_dict", "_fsdp_wrapped_module"))  # these say nothing of a set
-# What wraps a part of a model, as each block may be.
+# These wrap a part of a model, as each block may be wrapped.
 _INNER = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"))
 _BLOCK = re.compile(r"((?:.*?\.)?blocks\.[0-9]+\.)(.+)", re.DOTALL)
 _EMA = re.compile(r"(^|[^a-z])(ema|average[ds]?|avg|swa|shadow)([^a-z]|$)")
@@ -22,7 +22,11 @@ _OPTIMIZER = re.compile(r"optim|sched|scaler|exp_avg")
 
 @dataclass(frozen=True)
 class WeightSet:
-    """A state dict in a file. name: where it lies, less prefixes that say nothing; prefix: of its keys as stored."""
+    """A `WeightSet` is a state dict in a file.
+
+    name: where the set lies, less prefixes that say nothing. prefix: the beginning of its keys as stored. tensors: the
+    state dict, without the prefix. averaged: whether it is an average of weights.
+    """
 
     name: str
     prefix: str
@@ -31,20 +35,21 @@ class WeightSet:
 
 
 def shown(text: object, most: int = 80) -> str:
-    """Text from a file for a message: as it is where that can do no harm, else quoted; cut where it is long."""
+    """Returns text from a file for a message: as it is where that can do no harm, else quoted; cut where it is long."""
     text = str(text)
     text = text if len(text) <= most else text[: most - 1] + "…"
     return text if text.isprintable() and text.strip() == text and text else repr(text)
 
 
 def some(names: list[str], most: int = 3) -> str:
+    """Returns the first names for a message, with "…" where there are more."""
     return ", ".join(map(shown, names[:most])) + (", …" if len(names) > most else "")
 
 
 def split_prefix(state: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(prefix, state dict without it) where keys of a TarFlow stand behind one prefix, such as "module." or "model.".
+    """Returns (prefix, state dict without it) where a TarFlow's keys stand behind one prefix, such as "module.".
 
-    ("", the same) where there is none, or more than one. What else the state dict holds is left out.
+    It is ("", the same) where there is none, or more than one. What else the state dict holds is left out.
     """
     groups = _groups(state)
     if len(groups) != 1:
@@ -54,7 +59,7 @@ def split_prefix(state: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """State dicts by the prefix of their keys. A key belongs to the longest prefix that it starts with."""
+    """Returns state dicts by the prefix of their keys. A key belongs to the longest prefix that it starts with."""
     if any(isinstance(key, str) and not _INNER.isdisjoint(key.split(".")) for key in state):
         state = _unwrapped(state)
     prefixes = sorted(
@@ -77,7 +82,10 @@ def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys without what wraps parts of blocks: "blocks.0._orig_mod.proj_in.weight" is the block's proj_in.weight."""
+    """Returns a state dict with keys that do not tell what wraps parts of blocks.
+
+    "blocks.0._orig_mod.proj_in.weight" becomes the block's proj_in.weight.
+    """
     out: dict[str, Any] = {}
     for key, value in state.items():
         match = _BLOCK.fullmatch(key) if isinstance(key, str) else None
@@ -88,11 +96,12 @@ def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_weight(key: str, value: Any) -> bool:
+    """Returns whether a bare key beside those of blocks is a weight of the model."""
     return key == "var" or (hasattr(value, "shape") and key != "n_averaged")
 
 
 def _flattened(state: Mapping[str, Any], groups: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The averages that latent-diffusion's LitEma keeps beside a model: its names without their dots, no buffers."""
+    """Returns the averages that latent-diffusion's LitEma keeps beside a model: its names without dots, no buffers."""
     end = FIRST.replace(".", "")
     found = {}
     for prefix in [key[: -len(end)] for key in state if isinstance(key, str) and key.endswith("." + end)][:4]:
@@ -104,12 +113,15 @@ def _flattened(state: Mapping[str, Any], groups: Mapping[str, dict[str, Any]]) -
 
 
 def is_mask(key: str) -> bool:
-    """Whether this is the causal mask that ml-tarflow stores with every block, which `build` makes anew."""
+    """Returns whether this is the causal mask that ml-tarflow stores with every block, which `build` makes anew."""
     return key.endswith(".attn_mask")
 
 
 def find_sets(tree: Any) -> list[WeightSet]:
-    """Every set of weights of a TarFlow in what a file holds. Raises CheckpointError, with advice, if there is none."""
+    """Returns every set of a TarFlow's weights in what a file holds.
+
+    Raises CheckpointError, with advice, if there is none.
+    """
     found: list[WeightSet] = []
     seen: set[int] = set()
 
@@ -140,10 +152,11 @@ def find_sets(tree: Any) -> list[WeightSet]:
 
 
 def choose(tree: Any, weights: str | None) -> tuple[WeightSet, str | None]:
-    """(a set, one sentence that says what was taken, where there was a choice).
+    """Returns a set of weights, and one sentence that says what was taken, or None where there was no choice.
 
-    weights: a set's name, or "ema" or "model" for the one that is an average or is none. Default: the only set, or
-    the only average. Raises ArgumentError for another name, CheckpointError where there is no telling.
+    tree: what the file holds. weights: the name of a set, or "ema" or "model" for the one that is an average or is
+    none; None takes the only set, or the only average. Raises ArgumentError for another name, and CheckpointError where
+    there is no telling.
     """
     sets = find_sets(tree)
     names = ", ".join(repr(each.name) for each in sets)
@@ -161,7 +174,7 @@ def choose(tree: Any, weights: str | None) -> tuple[WeightSet, str | None]:
     others = [each for each in sets if each is not taken]
     buffers = next((each.tensors for each in others if not each.averaged), {})
     completed = dict(taken.tensors)
-    if "var" not in completed and "var" in buffers:  # averages of parameters alone
+    if "var" not in completed and "var" in buffers:  # some averages are of parameters alone
         completed["var"] = buffers["var"]
     taken = WeightSet(taken.name, taken.prefix, completed, taken.averaged)
     if weights is not None:
@@ -176,7 +189,7 @@ def choose(tree: Any, weights: str | None) -> tuple[WeightSet, str | None]:
 
 
 def _unread_average(tree: Any, taken: WeightSet) -> str | None:
-    """What seems to be an average, and is not the set that was taken."""
+    """Returns the name of what seems to be an average, and is not the set that was taken; None if there is none."""
     if taken.averaged or not isinstance(tree, Mapping):
         return None
     for key, value in tree.items():
@@ -187,7 +200,7 @@ def _unread_average(tree: Any, taken: WeightSet) -> str | None:
 
 
 def _advice(tree: Any) -> str:
-    """Why there is no state dict of a TarFlow, and what to do."""
+    """Returns why there is no state dict of a TarFlow, and what to do."""
     if isinstance(tree, Foreign):
         if isinstance(tree.state, dict) and "_modules" in tree.state:
             return (

@@ -1,4 +1,4 @@
-"""The models, one file an architecture, and what is particular to them."""
+"""This package holds the models, one file for each architecture, and what is particular to them."""
 
 from .config import TarFlowConfig
 from .denoising import denoise

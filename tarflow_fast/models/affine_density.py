@@ -1,4 +1,4 @@
-"""What the density pass computes in one kernel where it can: Triton's on a GPU, else the same in PyTorch."""
+"""The affine transform of the density pass is one Triton kernel on a GPU where it can be, else PyTorch's operations."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ HAS_TRITON = triton_missing() is None
 
 
 def fused(x: Tensor) -> bool:
-    """Whether kernels serve this tensor: fp32 on a GPU. Not in Triton's interpreter, which is for tests of kernels."""
+    """Returns whether kernels serve this tensor, which they do in fp32 on a GPU.
+
+    Triton's interpreter serves none, as it is for the tests of kernels.
+    """
     return x.is_cuda and x.dtype == torch.float32 and HAS_TRITON
 
 
 def affine_density(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tuple[Tensor, Tensor]:
-    """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i), and the log-det of each token, −Σ_d xa in nats.
+    """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i), and the log-det of each token is −Σ_d xa in nats.
 
-    out: (B, T, 2D), xa and xb of every token in the block's order, or (B, T, D), xb alone, unless nvp; x: (B, T, D)
-    fp32 or fp64, in which all is computed; flip: x's tokens are in the opposite of the block's order. Returns z
-    (B, T, D) in x's order and the log-det (B, T) in the block's: 0 for the token that passes unchanged.
+    out: (B, T, 2D), xa and xb of every token in the block's order; (B, T, D), xb alone, unless nvp. x: (B, T, D) fp32
+    or fp64, the tokens, in whose dtype all is computed. nvp: whether `out` has xa. flip: whether x's tokens are in the
+    opposite of the block's order. Returns z (B, T, D) in x's order and the log-det (B, T) in the block's, which is 0
+    for the token that passes unchanged.
     """
     if fused(x):
-        from ..kernels import affine_density as kernel  # imports triton, which nothing else here needs
+        from ..kernels import affine_density as kernel  # this imports triton, which nothing else here needs
 
         return kernel.affine_density(out, x, nvp, flip)
     if flip:

@@ -1,6 +1,6 @@
-"""Whether a module computes what our own model makes of its weights: small passes of each, both ways, held together.
+"""These checks tell whether a module computes what our own model makes of its weights, by small passes of both.
 
-A state dict does not tell of another order of tokens, of hooks, of methods that were overridden, of heads of another
+A state dict does not tell of another order of tokens, of hooks, of methods that were overridden, or of heads of another
 size.
 """
 
@@ -21,35 +21,40 @@ from ..errors import ArgumentError, first_line
 from .density import TarFlowDensity
 
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far tokens may be off, see `_distance`, by the dtype of the module's weights: in half precision the module's own
-residual stream is rounded, and ours is fp32."""
+"""The table gives how far results may be off (see `_distance`), by the dtype of the module's weights. In half precision
+the module's own residual stream is rounded, and ours is fp32."""
 
-SENSITIVE, MOST = 30, 0.3  # times what a rounding of the inputs makes of them, where that is more, and at most
+# Where SENSITIVE times the effect of a rounding of the inputs is more than AGREE allows, it is allowed, up to MOST.
+SENSITIVE, MOST = 30, 0.3
 ALTERNATIVE = "accelerate(model, check=False) takes the weights without asking what the module makes of them"
-DENSITY_TOKENS, LATENTS = 4096, 2**22  # of a comparison: so many images of different classes, and at least two
-PREFIX = 3  # tokens of a block that sampling is compared for: a whole pass takes a foreign module T − 1 steps a block
+# The tokens of a density pass, and the values of all latents, that a comparison takes; it takes two samples at least.
+DENSITY_TOKENS, LATENTS = 4096, 2**22
+PREFIX = 3  # sampling is compared for so many tokens, as a whole pass takes a foreign module T − 1 steps a block
 GUIDANCE = 0.5
 
 
 def check_agreement(module: nn.Module, ours: TarFlowDensity) -> None:
-    """Raises ArgumentError if what the module makes of a few images and latents is not ours.
+    """Raises ArgumentError if what the module makes of a few images and latents is not what our model makes of them.
 
-    Of images it is the tokens after any block, and the log-det; of latents, where the module has a `reverse`, the
-    images, with and without guidance. Labels are as many as are cheap, at even distances, and none.
-    ours: made of the module's weights, on its device and in its dtype. A module that has no forward pass holds weights
-    and no more: there is nothing to compare. The module is as before: its mode of training, its gradients, and the
-    states of torch's random generators.
+    Of images it compares the tokens after every block, and the log-det; of latents, where the module has a `reverse`,
+    the images that it makes, with and without guidance. Passes with labels use as many classes as are cheap, at even
+    distances; where there are classes, the density pass is compared without labels too. A module that has no forward
+    pass holds weights and no more, so that there is nothing to compare. The module is left as it was: its mode of
+    training, its gradients, and the states of torch's random generators.
+
+    module: what is checked, a torch module that is called as ml-tarflow's `Model`. ours: the model made of its weights,
+    on its device and in its dtype.
     """
     if type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
         return
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(ours.device.type, enabled=False):
         try:
             theirs = _density(module, ours)
-            # That of a model of ours is a sampler's.
+            # The `reverse` of a model of ours is a sampler's, so that there is nothing to compare.
             sampled = (
                 None if isinstance(module, TarFlowDensity) or not hasattr(module, "reverse") else _sampled(module, ours)
             )
-        except Exception as error:  # whatever a foreign module raises
+        except Exception as error:  # a foreign module may raise anything
             if ours.dtype == torch.float32:
                 expected = f"a module that gives (z, outputs, log-det) of images, and images of latents; {ALTERNATIVE}"
                 raise ArgumentError("model", expected, f"{type(error).__name__}: {first_line(error)}") from error
@@ -64,7 +69,11 @@ def check_agreement(module: nn.Module, ours: TarFlowDensity) -> None:
 
 
 def _hold(what: str, found: list[Tensor], wanted: list[Tensor], rounded: list[Tensor], ours: TarFlowDensity) -> None:
-    """Raises ArgumentError where results, (B, …) fp64 each, are farther off than rounding of the inputs explains."""
+    """Raises ArgumentError where results, each (B, …) fp64, are farther off than rounding of the inputs explains.
+
+    what: the name of the pass, for the message. found: what the module gave. wanted: what our model gave. rounded: what
+    our model gave of inputs a rounding off.
+    """
     for part, true, moved in zip(found, wanted, rounded, strict=True):
         off, most = _distance(part, true), max(AGREE[ours.dtype], min(SENSITIVE * _distance(moved, true), MOST))
         if not off <= most:
@@ -74,8 +83,11 @@ def _hold(what: str, found: list[Tensor], wanted: list[Tensor], rounded: list[Te
 
 
 def _density(module: nn.Module, ours: TarFlowDensity, rounded: bool = False) -> list[Tensor]:
-    """The tokens after each block, and the log-det of a value, (B, …) fp64 each; where there are classes, of images
-    with labels and then of images without. rounded: of images a rounding off."""
+    """Returns the tokens after each block and the log-det of a value, (B, …) fp64 each.
+
+    Where there are classes, these are the results of images with labels, and then those of images without. rounded:
+    whether the images are a rounding off.
+    """
     labels = _labels(ours, DENSITY_TOKENS // ours.config.num_patches)
     x = _images(ours, 2 if labels is None else len(labels))
     x = _rounded(x) if rounded else x
@@ -92,7 +104,7 @@ def _density(module: nn.Module, ours: TarFlowDensity, rounded: bool = False) -> 
 
 
 class _Prefix(nn.Module):
-    """A block that inverts the first tokens of its order, and leaves the others as they are."""
+    """A `_Prefix` is a block that inverts the first tokens of its order, and leaves the others as they are."""
 
     def __init__(self, block: nn.Module, flip: bool):
         super().__init__()
@@ -106,8 +118,8 @@ class _Prefix(nn.Module):
 
 
 def _sampled(module: nn.Module, ours: TarFlowDensity) -> tuple[list[Tensor], int]:
-    """(images that the module makes of latents, unguided and guided; of how many tokens its blocks inverted)."""
-    if "reverse" not in module.__dict__:  # which is bound to the module as it is
+    """Returns the module's images of latents, unguided and guided, and how many tokens its blocks inverted."""
+    if "reverse" not in module.__dict__:  # one that is an attribute is bound to the module as it is
         view = object.__new__(type(module))
         blocks: Any = getattr(module, "blocks", ())
         own: Any = ours.blocks
@@ -123,13 +135,14 @@ def _sampled(module: nn.Module, ours: TarFlowDensity) -> tuple[list[Tensor], int
 
 
 def _reversed(view: Any, module: nn.Module, ours: TarFlowDensity, tokens: int) -> list[Tensor]:
+    """Returns the images that `view`, a module or a view of one, makes of latents, unguided and guided."""
     z, labels = _latents(ours, tokens)
     with _undisturbed(module):
         return [view.reverse(z.clone(), labels), view.reverse(z.clone(), labels, guidance=GUIDANCE)]
 
 
 def _wanted(ours: TarFlowDensity, tokens: int, rounded: bool) -> list[Tensor]:
-    """What `_ends` is to be."""
+    """Returns what `_ends` is to give of the module's images; rounded: whether the latents are a rounding off."""
     z, labels = _latents(ours, tokens)
     z = (_rounded(z) if rounded else z).to(residual_dtype(ours.dtype))
     found = []
@@ -142,7 +155,7 @@ def _wanted(ours: TarFlowDensity, tokens: int, rounded: bool) -> list[Tensor]:
 
 
 def _inverted(block: Any, x: Tensor, labels: Tensor | None, guidance: float, tokens: int) -> Tensor:
-    """ml-tarflow's loop, for the first tokens of the block's order; x: (B, T, D), in that of the data."""
+    """Returns x, (B, T, D) in the data's order, with the first tokens of the block's inverted by ml-tarflow's loop."""
     x, position = block.permutation(x.clone()), block.permutation(block.pos_embed, dim=0)
     block.set_sample_mode(True)
     for i in range(tokens - 1):
@@ -157,7 +170,7 @@ def _inverted(block: Any, x: Tensor, labels: Tensor | None, guidance: float, tok
 
 
 def _ends(images: list[Tensor], ours: TarFlowDensity, tokens: int) -> list[Tensor]:
-    """The tokens that blocks inverted, and all, of each batch: (B, …) fp64, for `_hold`."""
+    """Returns for each batch the tokens at both ends, which blocks inverted, and all tokens: (B, …) fp64 each."""
     found = []
     for each in images:
         x = ours.patchify(each).double().cpu()
@@ -166,14 +179,14 @@ def _ends(images: list[Tensor], ours: TarFlowDensity, tokens: int) -> list[Tenso
 
 
 def _labels(model: TarFlowDensity, most: int) -> Tensor | None:
-    """Different classes, the first and the last among them, (B,): so many or all, and at least two rows."""
+    """Returns classes at even distances, first and last included, (B,): `most` or all, and two rows at least."""
     classes = model.config.num_classes
     rows = max(2, min(classes, most))
     return torch.arange(rows, device=model.device) * (classes - 1) // (rows - 1) if classes else None
 
 
 def _latents(model: TarFlowDensity, tokens: int) -> tuple[Tensor, Tensor | None]:
-    """z, (B, T, D), and labels; two rows where all tokens are to be inverted."""
+    """Returns latents z (B, T, D) and their labels (B,), two rows of them where all tokens are to be inverted."""
     T, D = model.var.shape
     labels = _labels(model, LATENTS // (T * D) if tokens < T else 2)
     draw = np.random.Generator(np.random.Philox(1))
@@ -182,11 +195,12 @@ def _latents(model: TarFlowDensity, tokens: int) -> tuple[Tensor, Tensor | None]
 
 
 def _rounded(x: Tensor) -> Tensor:
+    """Returns x with every value a rounding off, upwards or downwards."""
     return x * (1 + torch.finfo(x.dtype).eps * torch.sign(x.flip(-1)))
 
 
 def _images(model: TarFlowDensity, count: int) -> Tensor:
-    """Images as a model may know them: smooth, and a little noise. No random generator of torch is drawn from."""
+    """Returns smooth images with a little noise, as a model may know them, without torch's random generators."""
     shape = model.config.data_shape
     draw = np.random.Generator(np.random.Philox(0))
     ch, *size = shape if len(shape) == 3 else (1, *shape)
@@ -196,8 +210,11 @@ def _images(model: TarFlowDensity, count: int) -> Tensor:
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of a sample's differences in units of its values, or of 1 where these are less, of the sample
-    where it is most. What is not finite in `wanted` does not count; where the other alone is not, it is infinite."""
+    """Returns the largest distance of a sample: the root mean square of its differences over that of its values.
+
+    Where the values have a root mean square below 1, the unit is 1. What is not finite in `wanted` does not count; what
+    is not finite in `found` alone makes the distance infinite.
+    """
     known = wanted.isfinite()
     gap = torch.where(known, found - wanted, 0).nan_to_num(torch.inf)
     size = torch.where(known, wanted, 0).square().mean(1).sqrt().clamp(min=1)
@@ -206,7 +223,7 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """The module without dropout, and afterwards as it was."""
+    """Within this context the module has no dropout; afterwards it and torch's random generators are as they were."""
     training = [(each, each.training) for each in module.modules()]
     cuda = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):

@@ -1,4 +1,4 @@
-"""Causal self-attention for the density pass: PyTorch's fused kernels, or flash-attn where it can be used."""
+"""The causal self-attention of the density pass runs in PyTorch's fused kernels, or in flash-attn if usable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXPLICIT_MAX_TOKENS = 512
 
 
 def flash_unusable(q: Tensor) -> str | None:
-    """Why flash-attn cannot serve these queries, or None if it can."""
+    """Returns why flash-attn cannot serve these queries, or None if it can."""
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed (pip install 'tarflow_fast[flash]')"
     if q.device.type != "cuda":
@@ -27,7 +27,7 @@ def flash_unusable(q: Tensor) -> str | None:
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """causal_attention as matrix products, the softmax in fp32. q, k, v: (B, H, T, d); returns the same."""
+    """Computes `causal_attention` as matrix products, the softmax in fp32. q, k, v, result: (B, H, T, d)."""
     T, d = q.shape[-2:]
     scores = (q * d**-0.5) @ k.transpose(-1, -2)  # (B, H, T, T)
     scores = scores + scores.new_full((T, T), -math.inf).triu_(1)
@@ -35,22 +35,23 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _explicit_is_faster(q: Tensor) -> bool:
-    """torch's fused kernel for CPUs takes up to 8 times as long for a bf16 backward as matrix products."""
+    """Returns whether matrix products are faster: on CPUs, torch's fused bf16 backward takes up to 8 times as long."""
     return (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
         and q.requires_grad
         and torch.is_grad_enabled()
-        and q.shape[-2] <= EXPLICIT_MAX_TOKENS  # they keep T² scores
+        and q.shape[-2] <= EXPLICIT_MAX_TOKENS  # the products keep T² scores for the backward pass
     )
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """softmax(q kᵀ / √d, causal) v.
+    """Returns softmax(q kᵀ / √d, causal) v, (B, T, H, d).
 
-    q, k, v: (B, T, H, d), one dtype and device. backend: "sdpa" (torch's scaled_dot_product_attention),
-    "flash" (flash-attn), or "auto": flash where it is usable, matrix products to train in bf16 on a CPU,
-    else sdpa. Returns (B, T, H, d). Raises BackendError when "flash" is asked for and cannot be had.
+    q, k, v: (B, T, H, d), of one dtype and on one device. backend: "sdpa" is torch's scaled_dot_product_attention,
+    "flash" is flash-attn, and "auto" is flash where it is usable, matrix products where bf16 is trained on a CPU with
+    at most 512 tokens, else sdpa. Raises ArgumentError for another name, and BackendError when "flash" is asked for and
+    cannot be had.
     """
     if backend not in ATTENTION_BACKENDS:
         raise ArgumentError("attention", f"one of {ATTENTION_BACKENDS}", repr(backend))

@@ -1,4 +1,4 @@
-"""The inverse of a single flow block, for scripts that go through the blocks themselves."""
+"""This module inverts a single flow block, for scripts that go through the blocks themselves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def invert_block(
     attn_temp: Number,
     annealed_guidance: Flag,
 ) -> Tensor:
-    """See `FlowBlock.reverse`."""
+    """Returns what the block makes of latents x, (B, T, D) both; see `FlowBlock.reverse` for the arguments."""
     shape, order = block.shape, block.permutation
     x = check_tensor("x", x, (shape.tokens, shape.token_dim), finite=False)
     check_dense("x", x)

@@ -1,4 +1,4 @@
-"""The sizes of a TarFlow: ml-tarflow's constructor arguments, checked once."""
+"""The sizes of a TarFlow are the arguments of ml-tarflow's constructor, and are checked once, here."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ from ..permutation import Permutation
 from ..scalars import check_flag, plain
 from ..sizes import Size, check_side, checked_size, pair
 
-EXPANSION = 4  # of the MLP's width over the stream's
+EXPANSION = 4  # the MLP is so many times as wide as the residual stream
 LAYOUTS = ("image", "tokens")
 
 
 @dataclass(frozen=True)
 class TarFlowConfig:
-    """The sizes of a TarFlow, under the names of ml-tarflow's constructor.
+    """A `TarFlowConfig` holds the sizes of a TarFlow, under the names of ml-tarflow's constructor.
 
-    in_channels: image channels. img_size: height and width of an image in pixels, one number where it is a square.
-    patch_size: height and width of a patch, one number where it is a square. channels: width C of the transformers.
-    num_blocks: flow blocks K. layers_per_block: transformer layers L. nvp: True for affine blocks, False for
-    volume-preserving ones, which shift alone. num_classes: 0 for an unconditional model. head_dim: channels of one
-    attention head. layout: what the data are, "image", (B, in_channels, H, W), or "tokens", sequences of T tokens of D
-    values, (B, T, D), for which in_channels is D, img_size is (T, 1) and patch_size is 1; see `for_tokens`.
+    Attributes:
+        in_channels: The number of channels of an image.
+        img_size: The height and width of an image in pixels, as one number where it is a square.
+        patch_size: The height and width of a patch in pixels, as one number where it is a square; each divides the
+            image's.
+        channels: The width C of the transformers, a multiple of `head_dim`.
+        num_blocks: The number K of flow blocks.
+        layers_per_block: The number L of transformer layers in a block.
+        nvp: True for affine blocks, False for volume-preserving ones, which shift alone.
+        num_classes: The number of classes, 0 for an unconditional model.
+        head_dim: The number of channels of one attention head.
+        layout: The kind of the data. "image" stands for images (B, in_channels, H, W); "tokens" for sequences of T
+            tokens of D values, (B, T, D), for which in_channels is D, img_size is (T, 1) and patch_size is 1 (see
+            `for_tokens`).
 
-    Raises ArgumentError for sizes that no model can have.
+    Raises:
+        ArgumentError: The sizes are such as no model can have.
     """
 
     in_channels: int
@@ -74,7 +83,21 @@ class TarFlowConfig:
         num_classes: int = 0,
         head_dim: int = 64,
     ) -> TarFlowConfig:
-        """The sizes of a model of sequences, (B, tokens, token_dim)."""
+        """Returns the sizes of a model of sequences, (B, tokens, token_dim).
+
+        Args:
+            tokens: The number T of tokens of a sequence.
+            token_dim: The number D of values of a token.
+            channels: See the class.
+            num_blocks: See the class.
+            layers_per_block: See the class.
+            nvp: See the class.
+            num_classes: See the class.
+            head_dim: See the class.
+
+        Raises:
+            ArgumentError: The sizes are such as no model can have.
+        """
         check_side("tokens", tokens, 1)
         check_side("token_dim", token_dim, 1)
         sizes = (channels, num_blocks, layers_per_block, nvp, num_classes, head_dim)
@@ -82,35 +105,35 @@ class TarFlowConfig:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of an image in pixels."""
+        """Returns the height and width of an image in pixels."""
         return pair(self.img_size)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
+        """Returns the height and width of a patch in pixels."""
         return pair(self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches in an image."""
+        """Returns how many rows and columns of patches an image has."""
         (height, width), (rows, columns) = self.image_size, self.patch_shape
         return height // rows, width // columns
 
     @property
     def num_patches(self) -> int:
-        """T, tokens of an image."""
+        """Returns T, the number of tokens of an image or a sequence."""
         rows, columns = self.grid
         return rows * columns
 
     @property
     def token_dim(self) -> int:
-        """D, values of a token."""
+        """Returns D, the number of values of a token."""
         rows, columns = self.patch_shape
         return self.in_channels * rows * columns
 
     @property
     def block_shape(self) -> BlockShape:
-        """The sizes of each flow block."""
+        """Returns the sizes of a flow block, which are the same for all blocks of the model."""
         return BlockShape(
             tokens=self.num_patches,
             token_dim=self.token_dim,
@@ -124,18 +147,18 @@ class TarFlowConfig:
         )
 
     def permutation(self, k: int) -> Permutation:
-        """The order in which block k reads the tokens: every other one from the last to the first."""
+        """Returns the order in which block k reads the tokens: backwards where k is odd."""
         return Permutation.reverse(self.num_patches) if k % 2 else Permutation.identity(self.num_patches)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """The shape of one of the data: (in_channels, H, W), or (T, D) of a sequence."""
+        """Returns the shape of one of the data: (in_channels, H, W) of an image, (T, D) of a sequence."""
         if self.layout == "tokens":
             return (self.num_patches, self.token_dim)
         return (self.in_channels, *self.image_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """The sizes by name, as a checkpoint records them; the layout only where it is not that of images."""
+        """Returns the sizes by name, as a checkpoint records them; it has no layout where that is "image"."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.layout == "image":
             del values["layout"]

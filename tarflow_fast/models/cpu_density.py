@@ -1,9 +1,9 @@
-"""The density pass of a whole model on a CPU, in C++ (`csrc/cpu/density_pass.h`): z, log-det, and the gradient of the
-log-density, without torch's threads.
+"""This module runs the density pass of a whole model on a CPU in C++ (`csrc/cpu/density_pass.h`).
 
-Weights are read where the modules have them at each call, so that nothing is packed in advance and nothing can be
-out of date. PyTorch's own pass (`flow_block.py`) serves wherever something is asked for that this one does not do:
-gradients of the weights, transforms of torch.func, modules that were exchanged or have hooks.
+The pass gives z, the log-det, and the gradient of the log-density, without torch's threads. Weights are read where the
+modules have them at each call, so that nothing is packed in advance and nothing can be out of date. PyTorch's own pass
+(`flow_block.py`) serves wherever something is asked for that this one does not do: gradients of the weights, transforms
+of torch.func, modules that were exchanged or have hooks.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MOST_BYTES = 2**30
 
 
 class CpuDensity(NamedTuple):
-    """What `cpu_density` found.
+    """A `CpuDensity` is the result of `cpu_density`.
 
-    outputs: (K, B, T, D) fp32, x after each block, the last of which is z; log_det: (B,) fp64, log|det dz/dx| in nats;
-    gradient: (B, T, D) fp32, d(log|det dz/dx| − ½ |z|²)/dx, or None where it was not asked for; workspace_bytes: the
+    outputs: (K, B, T, D) fp32, x after each block, the last of which is z. log_det: (B,) fp64, log|det dz/dx| in nats.
+    gradient: (B, T, D) fp32, d(log|det dz/dx| − ½ |z|²)/dx, or None where it was not asked for. workspace_bytes: the
     memory that the pass took beside these, which it has given back.
     """
 
@@ -41,10 +41,11 @@ class CpuDensity(NamedTuple):
 
 
 def cpu_density_missing(blocks: nn.ModuleList, x: Tensor, dtype: torch.dtype, *, gradients: bool) -> str | None:
-    """Why the C++ pass cannot serve these blocks and this input, with the mend, or None if it can.
+    """Returns why the C++ pass cannot serve these blocks and this input, with a remedy, or None if it can.
 
-    dtype: of the products. gradients: whether autograd is to record the pass. Raises BackendError if
-    TARFLOW_FAST_CPU_ISA names instructions that this machine lacks.
+    blocks: the model's `FlowBlock`s. x: the input of the pass. dtype: the dtype of the linear layers' products.
+    gradients: whether autograd is to record the pass. Raises BackendError if TARFLOW_FAST_CPU_ISA names instructions
+    that this machine lacks.
     """
     if x.device.type != "cpu" or any(p.device.type != "cpu" for p in blocks.parameters()):
         return "it needs the model and x on the CPU"
@@ -69,7 +70,7 @@ def cpu_density_missing(blocks: nn.ModuleList, x: Tensor, dtype: torch.dtype, *,
 
 
 def _watched() -> bool:
-    """Whether torch is to see each operation: it compiles, traces, transforms or counts.
+    """Returns whether torch is to see each operation: it compiles, traces, transforms, counts, or has global hooks.
 
     A default device, which torch keeps as a mode too, has no part in this pass.
     """
@@ -96,15 +97,17 @@ def cpu_density(
 ) -> CpuDensity:
     """z = f_K ∘ … ∘ f_1 (x) and log|det dz/dx|; with `gradient`, also d(log|det dz/dx| − ½ |z|²)/dx.
 
-    tokens: (B, T, D) float on the CPU, x in the image's order; y: (B,) int64, negative for no class, or None; dtype: of
-    the linear layers' products, float32 or bfloat16, all else being fp32; threads: default `default_threads()`.
-    Results do not depend on threads, nor on what else is in the batch. Beyond the result it needs up to 1 GiB, or what
-    a single image needs if that is more: with a gradient, about 40 K L T C bytes. The caller has asked
+    blocks: the model's `FlowBlock`s. tokens: (B, T, D) float on the CPU, x in the data's order. y: (B,) int64, negative
+    for no class, or None. dtype: the dtype of the linear layers' products, float32 or bfloat16; all else is fp32.
+    gradient: whether the gradient is computed. threads: how many threads work, by default `default_threads()`.
+
+    Results do not depend on threads, nor on what else is in the batch. Beyond the result the pass needs up to 1 GiB, or
+    what a single image needs if that is more: with a gradient, about 40 K L T C bytes. The caller has asked
     `cpu_density_missing`.
     """
     x = tokens.detach().to(torch.float32).contiguous()
     B, T, D = x.shape
-    kept: list[Tensor] = []  # copies live until the call is over
+    kept: list[Tensor] = []  # copies have to live until the call is over
 
     def plain(tensor: Tensor) -> int:
         kept.append(tensor.detach().to(torch.float32).contiguous())

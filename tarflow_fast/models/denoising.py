@@ -1,4 +1,4 @@
-"""Tweedie denoising: what a model trained on noisy images says of the clean one."""
+"""Tweedie denoising takes the noise off an image, by what a model trained on noisy images says of the clean one."""
 
 from __future__ import annotations
 
@@ -33,18 +33,33 @@ def denoise(
     backend: str = "auto",
     threads: Count | None = None,
 ) -> Tensor:
-    """x ← x + scale · σ² ∇_x log p(x | y), the posterior mean of the clean image (Tweedie; arXiv 2412.06329, 3.3).
+    """Denoise images: x + scale · σ² ∇_x log p(x | y), the posterior mean of the clean image at scale 1.
 
-    images: (B, in_channels, H, W) float, as sampled; y: labels as in `TarFlow.forward`, or one int for all.
-    noise_std: σ > 0 of the Gaussian noise in training; default model.metadata["noise_std"]. scale: multiplier of the
-    optimal step, >= 0. dtype: bfloat16 or float16 to run the products of the gradient in; default the model's own.
-    backend: what computes the gradient, as in `TarFlow.set_density`: "cpu" (C++, for models on a CPU), "torch"
-    (autograd), or "auto", the first that can be had. batch_size: images in one pass; default 16 with "torch", and with
-    "cpu" all, of which it holds as many at once as fit in 1 GiB. threads: of "cpu", default as in `Sampler`.
-    One forward and one backward pass. p is the density of the training loss, whose prior is N(0, 1) also where a
-    volume-preserving model has learnt another `var`; so does ml-tarflow. Returns new images, fp32 or wider; nothing
-    is mutated. Raises ArgumentError, BackendError for a backend that cannot be had, and TarFlowError for what would
-    come out infinite or NaN.
+    This is Tweedie's formula (arXiv 2412.06329, section 3.3), in one forward and one backward pass. p is the density of
+    the training loss, whose prior is N(0, 1) also where a volume-preserving model has learnt another `var`, as in
+    ml-tarflow. Nothing is mutated.
+
+    Args:
+        model: A `TarFlow`.
+        images: (B, in_channels, H, W) float, or (B, T, D) for a model of sequences, finite, as they were sampled.
+        y: Labels as in `TarFlow.forward`: (B,), or one for all; negative for no class, or None.
+        noise_std: The standard deviation σ > 0 of the Gaussian noise in training; by default
+            model.metadata["noise_std"].
+        scale: A multiplier of the step, >= 0; 1 is the optimal step.
+        batch_size: The number of images in one pass; by default 16 with "torch", and all with "cpu", which holds as
+            many at once as fit in 1 GiB.
+        dtype: bfloat16 or float16 to run the products of the gradient in; by default the model's own dtype.
+        backend: What computes the gradient, as in `TarFlow.set_density`: "cpu" (C++, for models on a CPU), "torch"
+            (autograd), or "auto", the first of these that can be had.
+        threads: The number of threads of "cpu", by default as in `Sampler`.
+
+    Returns:
+        New images of the same shape, fp32 or wider, on the device of `images`.
+
+    Raises:
+        ArgumentError: An argument has the wrong type, shape or range, or σ is neither given nor recorded.
+        BackendError: The backend cannot be had, or threads were given for another than "cpu".
+        TarFlowError: An image would come out infinite or NaN.
     """
     model = check_model(model)
     images = check_tensor("images", images, model.config.data_shape)
@@ -69,7 +84,7 @@ def denoise(
         gradient, size = functools.partial(_gradient_in_cpp, model, products, threads), batch_size or images.shape[0]
     stream = residual_dtype(model.dtype)
     out = []
-    with torch.inference_mode(False):  # in which autograd would record nothing
+    with torch.inference_mode(False):  # autograd records nothing in inference mode
         for start in range(0, images.shape[0], size):
             x = _ordinary(images[start : start + size].detach()).to(model.device, stream)
             slope = gradient(x, None if labels is None else _ordinary(labels[start : start + size]))
@@ -86,23 +101,23 @@ def denoise(
 
 
 def _ordinary(x: Tensor) -> Tensor:
-    """x, as a copy if it was made in inference mode: autograd keeps no such tensor for its backward pass."""
+    """Returns x, as a copy if it was made in inference mode: autograd keeps no such tensor for its backward pass."""
     return x.clone() if x.is_inference() else x
 
 
 def _gradient_in_cpp(
     model: TarFlowDensity, dtype: torch.dtype, threads: int | None, x: Tensor, y: Tensor | None
 ) -> Tensor:
-    """∇_x log p(x | y) for images x, by the C++ pass."""
+    """Returns ∇_x log p(x | y) for images x, by the C++ pass."""
     found = cpu_density(model.blocks, model.patchify(x), y, dtype=dtype, gradient=True, threads=threads)
     assert found.gradient is not None
     return model.unpatchify(found.gradient)
 
 
 def _gradient_by_autograd(model: TarFlowDensity, dtype: torch.dtype | None, x: Tensor, y: Tensor | None) -> Tensor:
-    """∇_x log p(x | y) for images x, by PyTorch; dtype: of autocast, where it is half precision."""
-    # Modules of our own, as others may be using the model's, around its weights. These without gradients: only
-    # activations that lead back to x are kept.
+    """Returns ∇_x log p(x | y) for images x, by PyTorch, under autocast where dtype is half precision."""
+    # The modules are our own, around the model's weights, as others may be using the model's modules. The weights take
+    # no gradients here, so that only activations that lead back to x are kept.
     weights = {id(value): _ordinary(value.detach()) for value in (*model.parameters(), *model.buffers())}
     ours = copy.deepcopy(model, weights).set_density("torch")
     half = dtype in (torch.bfloat16, torch.float16)
@@ -110,6 +125,6 @@ def _gradient_by_autograd(model: TarFlowDensity, dtype: torch.dtype | None, x: T
     with torch.enable_grad(), torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half):
         z, _, mean_log_det = ours(x, y)
         log_prob = (mean_log_det * x[0].numel() - 0.5 * z.to(x.dtype).square().sum(dim=(1, 2))).sum()
-    with torch.autocast(model.device.type, enabled=False):  # the caller's
+    with torch.autocast(model.device.type, enabled=False):  # the caller's autocast has no part in the backward pass
         (gradient,) = torch.autograd.grad(log_prob, x)
     return gradient

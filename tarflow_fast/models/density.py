@@ -1,4 +1,4 @@
-"""The differentiable density pass of a TarFlow, data to latents; `tarflow.py` has the whole model."""
+"""This file has the differentiable density pass of a TarFlow, data to latents; `tarflow.py` has the whole model."""
 
 from __future__ import annotations
 
@@ -32,11 +32,25 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Origin
     from ..engine import BlockWeights
 
-IMAGE_RANGE = 16.0  # beyond any image of −1 to 1 with noise, or any sample; 8-bit values as they are go to 255
+# No image of −1 to 1 with noise, and no sample, has values beyond this; 8-bit values as they are go to 255.
+IMAGE_RANGE = 16.0
 
 
 class TarFlowDensity(nn.Module):
-    """A TarFlow as far as its density goes. Arguments: see `TarFlowConfig`."""
+    """A `TarFlowDensity` is a TarFlow as far as its density goes.
+
+    The constructor takes the fields of `TarFlowConfig`, and raises ArgumentError for sizes that no model can have.
+    Where the layout is "tokens", every method that takes or gives images (B, in_channels, H, W) takes and gives
+    sequences (B, T, D).
+
+    Attributes:
+        config: The `TarFlowConfig` with the sizes of the model.
+        metadata: A dict of what is known of the model besides its weights; see `TarFlow`.
+        origin: Where `load` found the model, else None.
+        blocks: The K flow blocks, an nn.ModuleList in the order in which data go through them.
+        var: (T, D), a buffer: the variance of the prior, a normal distribution of the latents.
+        VAR_LR: The share of a batch in the moving average of `update_prior`.
+    """
 
     VAR_LR: float = 0.1
     origin: Origin | None = None
@@ -64,53 +78,92 @@ class TarFlowDensity(nn.Module):
         self.blocks = nn.ModuleList(
             [FlowBlock(config.block_shape, config.permutation(k)) for k in range(config.num_blocks)]
         )
-        # The prior's variance: ones in nvp models, learnt by update_prior in volume-preserving ones.
+        # The prior's variance stays one in nvp models, and is learnt by update_prior in volume-preserving ones.
         self.register_buffer("var", torch.ones(config.num_patches, config.token_dim))
 
     @classmethod
     def from_config(cls, config: TarFlowConfig) -> Self:
+        """Returns a new model of these sizes, with random weights.
+
+        Args:
+            config: The sizes of the model.
+
+        Raises:
+            ArgumentError: `config` is no `TarFlowConfig`.
+        """
         if not isinstance(config, TarFlowConfig):
             raise ArgumentError("config", "a TarFlowConfig", type(config).__name__)
         return cls(**config.to_dict())
 
     @classmethod
     def for_tokens(cls, tokens: int, token_dim: int, *sizes: Any, **named: Any) -> Self:
-        """A model of sequences, (B, tokens, token_dim); the other sizes are those of the class, from `channels` on.
+        """Returns a new model of sequences, (B, tokens, token_dim), with random weights.
 
-        All that takes or gives images of other models takes and gives (B, T, D) here.
+        Every method that takes or gives images of other models takes and gives (B, T, D) here.
+
+        Args:
+            tokens: The number T of tokens of a sequence.
+            token_dim: The number D of values of a token.
+            *sizes: The other sizes by position, from `channels` on as in `TarFlowConfig.for_tokens`.
+            **named: The other sizes by name.
+
+        Raises:
+            ArgumentError: The sizes are such as no model can have.
         """
         return cls.from_config(TarFlowConfig.for_tokens(tokens, token_dim, *sizes, **named))
 
-    # The sizes may be read, as in ml-tarflow, and are those that the model was made with.
+    # The sizes may be read, as in ml-tarflow, but not changed.
 
     @property
     def img_size(self) -> Size:
+        """Returns the height and width of an image in pixels, as one number where it is a square."""
         return self.config.img_size
 
     @property
     def patch_size(self) -> Size:
+        """Returns the height and width of a patch in pixels, as one number where it is a square."""
         return self.config.patch_size
 
     @property
     def num_patches(self) -> int:
+        """Returns T, the number of tokens of an image or a sequence."""
         return self.config.num_patches
 
     @property
     def device(self) -> torch.device:
+        """Returns the device of the weights."""
         return self.var.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Returns the dtype of the weights."""
         return next(self.parameters()).dtype
 
     def block_weights(self, k: int) -> BlockWeights:
-        """Block k as engines take it; tensors are shared with the model where nothing has to be reordered."""
+        """Returns the weights of block k as engines take them.
+
+        Args:
+            k: The index of the block.
+
+        Returns:
+            Detached tensors, which are shared with the model where nothing has to be reordered or averaged.
+        """
         block: Any = self.blocks[k]
         found: BlockWeights = block.weights()
         return found
 
     def set_attention(self, backend: str) -> Self:
-        """Attention of the density pass: "auto", "sdpa" or "flash" (see `causal_attention`). Returns self."""
+        """Chooses what computes the attention of the density pass.
+
+        Args:
+            backend: "auto", "sdpa" or "flash"; see `causal_attention`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ArgumentError: The name is none of these.
+        """
         check_choice("attention", backend, ATTENTION_BACKENDS)
         for module in self.modules():
             if isinstance(module, Attention):
@@ -118,11 +171,22 @@ class TarFlowDensity(nn.Module):
         return self
 
     def set_density(self, backend: str, threads: int | None = None) -> Self:
-        """Chooses what computes the density pass: "torch", "cpu" or "auto". Returns self.
+        """Chooses what computes the density pass.
 
-        "cpu" is the pass in C++, for models on a CPU where autograd does not record (`torch.no_grad()`); the pass
-        raises BackendError where it cannot be had. "auto", the default, is "cpu" where that can be had, else "torch".
-        Their results agree up to rounding. threads: of "cpu", default as in `Sampler`.
+        The results of "cpu" and "torch" agree up to rounding.
+
+        Args:
+            backend: "torch" is PyTorch. "cpu" is the pass in C++, for models on a CPU where autograd does not record
+                (`torch.no_grad()`); where it cannot be had, the density pass raises BackendError. "auto", the default
+                of a model, is "cpu" where that can be had, else "torch".
+            threads: The number of threads of "cpu", by default as in `Sampler`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ArgumentError: The name is none of these, or the number of threads is none that can be had.
+            BackendError: Threads were given for "torch".
         """
         check_choice("density", backend, DENSITY_BACKENDS)
         if threads is not None:
@@ -133,7 +197,7 @@ class TarFlowDensity(nn.Module):
         return self
 
     def _on_cpu(self, x: Tensor, dtype: torch.dtype, backend: str) -> bool:
-        """Whether the C++ pass serves x. Raises BackendError if it was asked for and cannot."""
+        """Returns whether the C++ pass serves x. Raises BackendError if it was asked for and cannot."""
         if backend == "torch":
             return False
         missing = cpu_density_missing(self.blocks, x, dtype, gradients=torch.is_grad_enabled())
@@ -142,7 +206,17 @@ class TarFlowDensity(nn.Module):
         return missing is None
 
     def patchify(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to tokens (B, T, D), D ordered (channel, row, column)."""
+        """Returns images as tokens: patches row by row, the values of one ordered (channel, row, column).
+
+        Args:
+            x: (B, in_channels, H, W) float images.
+
+        Returns:
+            (B, T, D) tokens. Sequences, where the layout is "tokens", come back as they are.
+
+        Raises:
+            ArgumentError: `x` has another shape or is not of floats.
+        """
         x = check_tensor("x", x, self.config.data_shape, finite=False)
         if self.config.layout == "tokens":
             return x
@@ -151,7 +225,17 @@ class TarFlowDensity(nn.Module):
         return host_ops.rearranged(x, split, (0, 2, 4, 1, 3, 5), (len(x), *self.var.shape))
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Tokens (B, T, D) to images (B, in_channels, H, W); the inverse of patchify."""
+        """Returns tokens as images; this is the inverse of `patchify`.
+
+        Args:
+            x: (B, T, D) float tokens.
+
+        Returns:
+            (B, in_channels, H, W) images. Where the layout is "tokens", x comes back as it is.
+
+        Raises:
+            ArgumentError: `x` has another shape or is not of floats.
+        """
         x = check_tensor("x", x, tuple(self.var.shape), finite=False)
         if self.config.layout == "tokens":
             return x
@@ -160,10 +244,20 @@ class TarFlowDensity(nn.Module):
         return host_ops.rearranged(x, split, (0, 3, 1, 4, 2, 5), (len(x), *self.config.data_shape))
 
     def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The density pass, x to z, under ml-tarflow's conventions.
+        """Runs the density pass, x to z, under ml-tarflow's conventions.
 
-        x: (B, in_channels, H, W) float; y: (B,) labels, or one for all; negative for no class, or None.
-        Returns z (B, T, D), the output of every block [(B, T, D)] * K, and the log-det (B,) as a *mean* over T·D.
+        Args:
+            x: (B, in_channels, H, W) float images.
+            y: (B,) labels, or one for all; a label is an integer, negative for no class, or the name of a class. None
+                stands for no class.
+
+        Returns:
+            z (B, T, D), the output of every block [(B, T, D)] * K, and the log-det (B,) in nats as a *mean* over the
+            T·D values.
+
+        Raises:
+            ArgumentError: `x` has another shape or is not of floats, or the model does not have one of the labels.
+            BackendError: The pass in C++ was chosen by `set_density` and cannot be had.
         """
         x = self.patchify(x)
         if x.is_meta != self.var.is_meta:
@@ -184,51 +278,100 @@ class TarFlowDensity(nn.Module):
         return x, outputs, log_det
 
     def get_loss(self, z: Tensor, logdets: Tensor) -> Tensor:
-        """½ mean(z²) − mean(log-det): the negative log-likelihood per value in nats, less ½ log 2π."""
+        """½ mean(z²) − mean(log-det): the loss is the negative log-likelihood per value in nats, less ½ log 2π.
+
+        Args:
+            z: (B, T, D) latents, as `forward` gives them.
+            logdets: (B,) log-dets, means over T·D values as `forward` gives them.
+
+        Returns:
+            The loss, a tensor without dimensions.
+        """
         return 0.5 * z.pow(2).mean() - logdets.mean()
 
     def update_prior(self, z: Tensor) -> None:
-        """var ← var + VAR_LR (mean_B z² − var), a moving average; z: (B, T, D), finite. Mutates `var`."""
+        """var ← var + VAR_LR (mean_B z² − var): the prior's variance moves towards that of a batch. Mutates `var`.
+
+        Args:
+            z: (B, T, D) latents, finite.
+
+        Raises:
+            ArgumentError: `z` has another shape, is not of floats, or is not finite.
+        """
         z = check_tensor("z", z, tuple(self.var.shape))
         self.var.lerp_(z.detach().pow(2).mean(dim=0).to(self.var.dtype), weight=self.VAR_LR)
 
     def log_prob(self, x: Tensor, y: Labels = None) -> Tensor:
         """log p(x | y) = log N(z; 0, diag var) + log|det dz/dx|, in nats.
 
-        x: (B, in_channels, H, W), finite, on the scale the model was trained on ([-1, 1] for images; 0 to 255 is an
-        error unless metadata["values"] is "raw": a model of data that are no pictures); y as in `forward`.
-        Returns (B,). It is a density over the values of x: for 8-bit images see `bits_per_dim`.
+        It is a density over the values of x: for 8-bit images see `bits_per_dim`.
+
+        Args:
+            x: (B, in_channels, H, W) float images, finite, on the scale that the model was trained on, [-1, 1] for
+                images.
+            y: Labels as in `forward`.
+
+        Returns:
+            (B,), log p(x | y) of each image.
+
+        Raises:
+            ArgumentError: `x` has another shape, is not of floats or not finite, or looks like 8-bit values (0 to 255)
+                although metadata["values"] is not "raw"; or the model does not have one of the labels.
+            BackendError: The pass in C++ was chosen by `set_density` and cannot be had.
+
+        Warns:
+            TarFlowWarning: The model records that it was trained on 8-bit images, and x has values beyond ±16.
         """
         x = check_tensor("x", x, self.config.data_shape)
         low, high = host_ops.span(x.detach())
         if low > -1 and high > IMAGE_RANGE and self.metadata.get("values") != "raw":
             expected = "values of about -1 to 1 (v/127.5 - 1, or dequantize(v), of 8-bit values v)"
             raise ArgumentError("x", expected, f"{low:g} to {high:g}")
-        if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # trained on 8-bit images
+        if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # it learnt 8-bit images
             warn_range("x", x, IMAGE_RANGE, "an image of −1 to 1 (v / 127.5 − 1, for 8-bit values v) and some noise")
         z, _, mean_log_det = self.forward(x, y)
         return self.prior_log_prob(z) + mean_log_det * z[0].numel()
 
     def prior_log_prob(self, z: Tensor) -> Tensor:
-        """log N(z; 0, diag var) in nats; z: (B, T, D). Returns (B,)."""
+        """log N(z; 0, diag var): the log-density of latents under the prior, in nats.
+
+        Args:
+            z: (B, T, D) float latents.
+
+        Returns:
+            (B,), the log-density of each sample.
+
+        Raises:
+            ArgumentError: `z` has another shape or is not of floats.
+        """
         z = check_tensor("z", z, tuple(self.var.shape), finite=False)
         return host_ops.gaussian_log_prob(z, self.var.to(z.dtype))
 
     def bits_per_dim(self, x: Tensor, y: Labels = None) -> Tensor:
-        """−log2 p(x | y) / N + log2(128), N = values per image: bits per 8-bit value.
+        """−log2 p(x | y) / N + log2(128), N being the values of an image: bits per 8-bit value.
 
-        An 8-bit image v becomes x = (v + u)/128 − 1 with uniform dequantisation noise u in [0, 1)^N
-        (`dequantize`). Then E_u[−log2 p(v + u)] ≥ −log2 P(v) (Jensen), and the change of variables from v + u to
-        x adds log2(128) for each value. Give x already dequantised. With Gaussian noise instead of u, the figure
-        is the density of noisy images on the 256-level scale: comparable between models of one noise level only.
-        Returns (B,).
+        An 8-bit image v becomes x = (v + u)/128 − 1 with uniform dequantisation noise u in [0, 1)^N (`dequantize`).
+        Then E_u[−log2 p(v + u)] ≥ −log2 P(v) (Jensen), and the change of variables from v + u to x adds log2(128) for
+        each value. With Gaussian noise instead of u, the figure is the density of noisy images on the 256-level scale,
+        comparable between models of one noise level only.
+
+        Args:
+            x: (B, in_channels, H, W) images that are already dequantised, as in `log_prob`.
+            y: Labels as in `forward`.
+
+        Returns:
+            (B,), the bits per value of each image.
+
+        Raises:
+            ArgumentError: As in `log_prob`.
+            BackendError: As in `log_prob`.
         """
         values = math.prod(self.config.data_shape)
         return -self.log_prob(x, y) / (values * math.log(2)) + math.log2(128)
 
 
 def check_model(model: object, *, values: bool = True) -> TarFlowDensity:
-    """Raises ArgumentError unless this is a TarFlow. values: whether its weights have to have any."""
+    """Returns the model. Raises ArgumentError unless it is a TarFlow; values: whether its weights have to have any."""
     if not isinstance(model, TarFlowDensity):
         raise ArgumentError("model", "a TarFlow", model.__name__ if isinstance(model, type) else type(model).__name__)
     if values:
@@ -237,9 +380,19 @@ def check_model(model: object, *, values: bool = True) -> TarFlowDensity:
 
 
 def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """x = (v + u)/128 − 1, u uniform in [0, 1): 8-bit images (uint8, any shape) to fp32 in [-1, 1).
+    """x = (v + u)/128 − 1, u uniform in [0, 1): 8-bit images become fp32 in [-1, 1).
 
     u has 16 bits, so that v + u is exact in fp32 and ⌊128 (x + 1)⌋ gives v back.
+
+    Args:
+        images: A uint8 tensor of any shape, v.
+        generator: A torch.Generator for u on the device of `images`; by default torch's own.
+
+    Returns:
+        x, fp32 of the same shape, on the same device.
+
+    Raises:
+        ArgumentError: `images` is no dense uint8 tensor, or `generator` is no torch.Generator.
     """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         got = short(images.dtype) if isinstance(images, Tensor) else type(images).__name__

@@ -1,4 +1,4 @@
-"""The inverse with gradients, for training through samples.
+"""The inverse has gradients here, for training through samples.
 
 The pass itself is an engine's, and records nothing. Its result x of one block is the fixed point of a parallel pass,
 
@@ -24,7 +24,7 @@ from .flow_block import FlowBlock
 
 
 def parallel_pass(block: FlowBlock, x: Tensor, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    """F(x, z), (B, T, D), and the log-det of each token, (B, T), Σ_d xa; all in the block's own order."""
+    """Returns F(x, z), (B, T, D), and the log-det of each token, (B, T), Σ_d xa; all is in the block's own order."""
     rule, labels = condition.guidance, condition.labels
     out = block.transformer(x, labels).to(x.dtype)[:, :-1]
     if rule.active:
@@ -45,7 +45,7 @@ def parallel_pass(block: FlowBlock, x: Tensor, z: Tensor, condition: Condition) 
 
 
 class _Invert(torch.autograd.Function):
-    """x and its token log-dets, (B, T, D) and (B, T), of z; parameters: of the block, to which gradients go."""
+    """An `_Invert` makes x (B, T, D) and its token log-dets (B, T) of z; gradients go to z and the parameters."""
 
     @staticmethod
     def forward(ctx: Any, invert: Any, block: FlowBlock, condition: Condition, z: Tensor, *parameters: Tensor) -> Any:
@@ -56,16 +56,16 @@ class _Invert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> Any:
-        with torch.autocast(grad_x.device.type, enabled=False), torch.no_grad():  # the caller's
+        with torch.autocast(grad_x.device.type, enabled=False), torch.no_grad():  # the caller's modes have no part here
             found = _gradients(ctx, grad_x, grad_log_det)
-        if not torch.is_grad_enabled():  # which it is with create_graph=True
+        if not torch.is_grad_enabled():  # create_graph=True enables it
             return found
         anchor = torch.zeros((), device="cpu", requires_grad=True)
         return tuple(None if each is None else _Once.apply(anchor, each) for each in found)
 
 
 class _Once(torch.autograd.Function):
-    """A gradient, which has none itself."""
+    """A `_Once` is a gradient that has none itself."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, gradient: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class _Once(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> Any:
-    """By z and the parameters, in the places of `_Invert.forward`'s arguments."""
-    x, z, *parameters = ctx.saved_tensors  # raises if a parameter has been changed meanwhile
+    """Returns the gradients of z and the parameters, in the places of `_Invert.forward`'s arguments."""
+    x, z, *parameters = ctx.saved_tensors  # this raises if a parameter has been changed meanwhile
     x, z = x.detach().requires_grad_(), z.detach().requires_grad_()
     with torch.enable_grad():
         new, log_det = parallel_pass(ctx.block, x, z, ctx.condition)
@@ -104,9 +104,10 @@ def _gradients(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> Any:
 def differentiable_reverse(
     model: Any, x: Tensor, labels: Tensor | None, rule: Guidance, sampler: Sampler
 ) -> tuple[list[Tensor], Tensor]:
-    """The tokens that go into the blocks and come out of each, K + 1 of (B, T, D), and log|det dx/dz| (B,).
+    """Returns the tokens that go into the blocks and come out of each, K + 1 of (B, T, D), and log|det dx/dz| (B,).
 
-    model: a TarFlow; sampler: made of it. x: (B, T, D) latents on the model's device.
+    model: a TarFlow. x: (B, T, D) float latents on the model's device. labels: (B,) int64, or None. rule: the guidance.
+    sampler: a sampler made of the model, whose engines run the pass.
     """
     condition = Condition(labels, rule)
     std = model.var.to(residual_dtype(model.dtype)).sqrt()

@@ -1,4 +1,4 @@
-"""One flow block as it is trained: a causal transformer, and the affine transform that it determines.
+"""A flow block, as it is trained, is a causal transformer, and the affine transform that it determines.
 
 Modules and state-dict keys are those of the published `ml-tarflow`. This is the differentiable density pass of one
 block; its inverse lives in `engine/`.
@@ -25,15 +25,16 @@ from .block_inverse import invert_block
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """LayerNorm with its statistics in the stream's dtype; the result in the dtype of the weights that follow."""
+    """Returns LayerNorm of x, with statistics in the stream's dtype, in the given dtype of the weights that follow."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps).to(dtype)
 
 
 class _Closed(nn.Module):
-    """A module that refuses attributes which it has no use for, once it is made.
+    """A `_Closed` module, once it is made, refuses attributes which it has no use for.
 
-    A script that sets one expects another result of it, and would get the same as before. Subclasses may do as they
-    please. fixed: attributes that the other passes, in C++ and of the sampler, know from the model's sizes.
+    A script that sets one expects another result of it, and would get the same as before. Subclasses outside this file
+    may do as they please. fixed: attributes that the other passes, in C++ and of the sampler, know from the model's
+    sizes, and which therefore keep their values.
     """
 
     fixed: ClassVar[tuple[str, ...]] = ()
@@ -51,6 +52,8 @@ class _Closed(nn.Module):
 
 
 class Attention(_Closed):
+    """An `Attention` is causal self-attention with its norm and its two linear layers."""
+
     fixed = ("num_heads",)
 
     def __init__(self, channels: int, head_dim: int):
@@ -63,19 +66,19 @@ class Attention(_Closed):
         self._closed = True
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v of the tokens, each (B, T, H, d)."""
+        """Returns q, k and v of the tokens, each (B, T, H, d)."""
         qkv: Tensor = self.qkv(_norm(self.norm, x, self.qkv.weight.dtype))
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(self, x: Tensor, temp: float = 1.0) -> Tensor:
-        """temp: divides the logits."""
+        """Returns what attention adds to the stream x, (B, T, C) both; temp: what the logits are divided by."""
         q, k, v = self._heads(x)
         q = q if temp == 1.0 else q / temp
         out: Tensor = self.proj(causal_attention(q, k, v, self.backend).flatten(-2))
         return out
 
     def step(self, x: Tensor, cache: list[tuple[Tensor, Tensor]], temp: float) -> Tensor:
-        """The same for one more token, x (B, 1, C), after those whose keys and values the cache holds."""
+        """Returns what `forward` does for one more token, x (B, 1, C), after those that the cache holds."""
         q, k, v = (heads.transpose(1, 2) for heads in self._heads(x))
         cache.append((k, v))
         keys, values = (torch.cat(part, dim=2) for part in zip(*cache, strict=True))
@@ -85,6 +88,8 @@ class Attention(_Closed):
 
 
 class MLP(_Closed):
+    """An `MLP` is a norm, and two linear layers with a GELU between them."""
+
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
@@ -92,13 +97,14 @@ class MLP(_Closed):
         self._closed = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns what the MLP adds to the stream x, (B, T, C) both."""
         dtype = next(self.main.parameters()).dtype
         out: Tensor = self.main(_norm(self.norm, x, dtype))
         return out
 
 
 class AttentionBlock(_Closed):
-    """One pre-norm transformer layer on a residual stream in fp32."""
+    """An `AttentionBlock` is one pre-norm transformer layer on a residual stream in fp32."""
 
     def __init__(self, channels: int, head_dim: int, hidden: int):
         super().__init__()
@@ -107,18 +113,19 @@ class AttentionBlock(_Closed):
         self._closed = True
 
     def forward(self, x: Tensor, temp: float = 1.0) -> Tensor:
+        """Returns the stream x, (B, T, C), after the layer; temp: what the attention logits are divided by."""
         x = x + (self.attention(x) if temp == 1.0 else self.attention(x, temp))
         x = x + self.mlp(x)
         return x
 
 
 class FlowBlock(_Closed):
-    """One flow block: permute, then transform token i+1 by what a causal transformer says after token i.
-
-    shape: its sizes. permutation: the order in which it reads the tokens.
+    """A `FlowBlock` permutes tokens, then transforms token i+1 by what a causal transformer says after token i.
 
     The attributes and methods are those of ml-tarflow's `MetaBlock`. The order of tokens is fixed: assigning another
     `permutation` raises ArgumentError, as does an attribute that the block would not look at.
+
+    shape: the sizes of the block. permutation: the order in which it reads the tokens.
     """
 
     attn_mask: Tensor
@@ -133,7 +140,7 @@ class FlowBlock(_Closed):
         self.class_embed = nn.Parameter(torch.empty(shape.classes, 1, C)) if shape.classes else None
         self.attn_blocks = nn.ModuleList([AttentionBlock(C, shape.head_dim, shape.hidden) for _ in range(shape.layers)])
         self.proj_out = nn.Linear(C, shape.parameters)
-        # Unused here (attention is causal by flag); kept so that the state dict is ml-tarflow's.
+        # The mask is unused here (attention is causal by flag), and kept so that the state dict is ml-tarflow's.
         self.register_buffer("attn_mask", torch.ones(T, T))
         if not self.pos_embed.is_meta:  # a model without storage, for its shapes alone, needs no values
             self._initialise()
@@ -148,11 +155,11 @@ class FlowBlock(_Closed):
 
     @property
     def permutation(self) -> Permutation:
-        """The block's token order, as a function (x, dim=1, inverse=False) that puts that dimension of x in it."""
+        """Returns the block's token order, a function (x, dim=1, inverse=False) that puts that dimension of x in it."""
         return self._permutation
 
     def weights(self) -> BlockWeights:
-        """The block as engines take it. Tensors are shared with it where no reordering or mean is needed."""
+        """Returns the block as engines take it; tensors are shared with it unless they are reordered or averaged."""
         position, classes = self.pos_embed.detach(), None
         if self.class_embed is not None:
             embedding = self.class_embed.detach().squeeze(1)
@@ -169,6 +176,7 @@ class FlowBlock(_Closed):
         )
 
     def _initialise(self) -> None:
+        """Draws small embeddings, and sets the weight of the last layer to zero and the mask to the causal one."""
         for embedding in (self.pos_embed, self.class_embed):
             if embedding is not None:
                 nn.init.normal_(embedding, std=1e-2)
@@ -176,7 +184,7 @@ class FlowBlock(_Closed):
         self.attn_mask.tril_()
 
     def _class_embedding(self, y: Tensor | None) -> Tensor | None:
-        """(B, 1, C), or (1, C) without labels: the label's embedding, the mean of all for a label < 0."""
+        """Returns the label's embedding, or the mean of all for a label < 0: (B, 1, C), or (1, C) without labels."""
         if self.class_embed is None:
             return None
         mean = self.class_embed.mean(dim=0)
@@ -187,8 +195,9 @@ class FlowBlock(_Closed):
     def transform(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z_0 = x_0, z_{i+1} = (x_{i+1} − xb_i) · exp(−xa_i), in the block's own token order.
 
-        x: (B, T, D); y: (B,) int64 or None. Returns z (B, T, D) in x's token order and the log-det of each token,
-        (B, T) in the block's order: −Σ_d xa in nats, 0 for the token that passes unchanged. Both fp32 or wider.
+        x: (B, T, D) float. y: (B,) int64, negative for no class, or None. Returns z (B, T, D) in x's token order and
+        the log-det of each token, (B, T) in the block's order: −Σ_d xa in nats, 0 for the token that passes unchanged.
+        Both are fp32 or wider.
         """
         x = x.to(residual_dtype(self.proj_in.weight.dtype))
         order = self._permutation
@@ -199,9 +208,10 @@ class FlowBlock(_Closed):
         return order(z, inverse=True), log_det
 
     def transformer(self, x: Tensor, y: Tensor | None = None, attn_temp: float = 1.0) -> Tensor:
-        """(xa, xb) after each token, (B, T, 2D), or xb alone, (B, T, D), unless nvp.
+        """Returns (xa, xb) after each token, (B, T, 2D), or xb alone, (B, T, D), unless nvp.
 
-        x: (B, T, D) in the block's own order, in the stream's dtype; attn_temp: divides the attention logits.
+        x: (B, T, D) in the block's own order, in the stream's dtype. y: (B,) int64, negative for no class, or None.
+        attn_temp: what the attention logits are divided by.
         """
         dtype = self.proj_in.weight.dtype
         h = self.proj_in(x.to(dtype)).to(x.dtype) + self._permutation(self.pos_embed, dim=0)
@@ -222,15 +232,16 @@ class FlowBlock(_Closed):
         attn_temp: Number = 1.0,
         annealed_guidance: Flag = False,
     ) -> Tensor:
-        """The inverse of `forward`, (B, T, D) to (B, T, D), with ml-tarflow's arguments; x is not mutated.
+        """Returns the inverse of `forward`, (B, T, D), of latents x, (B, T, D), which are not mutated.
 
-        The weights are packed anew at each call, and x.shape[1] tokens made one after the other: a `Sampler` makes
-        images of latents through all blocks, and packs once.
+        The arguments are ml-tarflow's, and are described at `TarFlow.reverse`. The weights are packed anew at each
+        call, and x.shape[1] tokens made one after the other: a `Sampler` makes images of latents through all blocks,
+        and packs once.
         """
         return invert_block(self, x, y, guidance, guide_what, attn_temp, annealed_guidance)
 
     def set_sample_mode(self, flag: Flag = True) -> None:
-        """Empties the keys and values that `reverse_step` gathers, and tells whether it is to gather any."""
+        """Empties the keys and values that `reverse_step` gathers, and sets whether it is to gather any."""
         layers = range(len(self.attn_blocks))
         self._steps = {branch: [[] for _ in layers] for branch in ("cond", "uncond")} if flag else None
 
@@ -243,11 +254,13 @@ class FlowBlock(_Closed):
         attn_temp: float = 1.0,
         which_cache: str = "cond",
     ) -> tuple[Tensor, Tensor]:
-        """(xa, xb) that transform token i + 1, (B, 1, D) each, in the block's own order, as in ml-tarflow.
+        """Returns (xa, xb) that transform token i + 1, (B, 1, D) each, in the block's own order, as in ml-tarflow.
 
         It is for loops over tokens that people write: `set_sample_mode(True)`, then i = 0, 1, … in turn for each cache.
 
-        x: (B, T, D) and pos_embed: (T, C), both as `permutation` gives them; which_cache: "cond" or "uncond".
+        x: (B, T, D) and pos_embed: (T, C), both as `permutation` gives them. i: the token before the one that is
+        transformed. y: (B,) int64, negative for no class, or None. attn_temp: what the attention logits are divided by.
+        which_cache: "cond" or "uncond". Raises ArgumentError for another cache, or without `set_sample_mode(True)`.
         """
         if self._steps is None or which_cache not in self._steps:
             raise ArgumentError("which_cache", "'cond' or 'uncond', after set_sample_mode(True)", repr(which_cache))
@@ -268,13 +281,13 @@ class FlowBlock(_Closed):
         return xa, xb
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `transform`, with the log-det averaged over all T·D values, (B,), as in ml-tarflow."""
+        """Returns z (B, T, D) as `transform`, and the log-det as a mean over all T·D values, (B,), as in ml-tarflow."""
         z, log_det = self.transform(x, y)
         return z, log_det.sum(1) / (x.shape[1] * x.shape[2])
 
 
 def layer_weights(layer: Any) -> LayerWeights:
-    """The twelve tensors of an `AttentionBlock`, which are shared with it."""
+    """Returns the twelve tensors of an `AttentionBlock`, which are shared with it."""
     attention, mlp = layer.attention, layer.mlp
     modules = (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.main[0], mlp.main[2])
     tensors = (tensor.detach() for module in modules for tensor in (module.weight, module.bias))
@@ -282,11 +295,11 @@ def layer_weights(layer: Any) -> LayerWeights:
 
 
 PLAIN = (FlowBlock, AttentionBlock, Attention, MLP, nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential, nn.ModuleList)
-"""The modules whose arithmetic the passes in C++ and of the engines know. A subclass may compute something else."""
+"""These are the modules whose arithmetic the C++ pass and the engines know. A subclass may compute something else."""
 
 
 def unknown_arithmetic(blocks: nn.ModuleList) -> str | None:
-    """Why these blocks may compute something else than their weights and sizes say, or None if they do not."""
+    """Returns why these blocks may compute something else than their weights and sizes say, or None if they do not."""
     for module in blocks.modules():
         name = type(module).__name__
         if type(module) not in PLAIN:

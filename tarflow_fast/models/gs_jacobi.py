@@ -1,7 +1,7 @@
-"""The further arguments of `reverse` in GS-Jacobi's code (arXiv 2505.12849), so that its scripts run with a `TarFlow`.
+"""GS-Jacobi's code (arXiv 2505.12849) gives `reverse` further arguments, which this module checks.
 
-They say how many Gauss-Seidel segments and Jacobi iterations each flow block is given, and where these start: how near
-they come to the exact inverse, which the sequential pass computes.
+So its scripts run with a `TarFlow`. The arguments say how many Gauss-Seidel segments and Jacobi iterations each flow
+block is given, and where these start: how near they come to the exact inverse, which the sequential pass computes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ LISTS = ("num_GS_list", "max_jacobi_list", "guess_list")
 def check_iterations(options: Mapping[str, Any], num_blocks: int) -> None:
     """Raises TypeError for other names, and ArgumentError for what the scripts could not mean.
 
-    Warns where iterations are asked for: the result is that of as many as it takes.
+    options: the further arguments of `reverse` by name. num_blocks: the number K of flow blocks. Where iterations are
+    asked for it warns: the result is that of as many as it takes.
     """
     for name, value in options.items():
         if name in LISTS:

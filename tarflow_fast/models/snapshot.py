@@ -1,4 +1,4 @@
-"""Whether weights that are shared with somebody else's model are still the same."""
+"""A snapshot tells whether weights that are shared with somebody else's model are still the same."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..errors import ArgumentError
 
 
 class Snapshot:
-    """Checksums of a module's parameters and buffers, as they are when this is made."""
+    """A `Snapshot` holds checksums of a module's parameters and buffers, as they are when it is made."""
 
     def __init__(self, module: nn.Module):
         self._tensors = {name: value.detach() for name, value in module.state_dict().items()}
         self._checksums = {name: _checksum(value) for name, value in self._tensors.items()}
 
     def check(self) -> None:
-        """Raises ArgumentError where they have changed since."""
+        """Raises ArgumentError where the weights have changed since the snapshot."""
         for name, value in self._tensors.items():
             if _checksum(value) != self._checksums[name]:
                 expected = "the weights that the sampler was made of; make a new one of a model that has changed"
@@ -26,6 +26,7 @@ class Snapshot:
 
 
 def _checksum(x: Tensor) -> int:
+    """Returns a checksum of the values."""
     if x.device.type == "cpu":
         return zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return int(x.contiguous().reshape(-1).view(torch.uint8).to(torch.int64).sum())

@@ -1,8 +1,7 @@
-"""TarFlow (Zhai et al., arXiv 2412.06329): a stack of autoregressive affine flows made of causal transformers.
+"""A TarFlow (Zhai et al., arXiv 2412.06329) is a stack of autoregressive affine flows made of causal transformers.
 
-Constructor, methods and state-dict keys are those of the published `ml-tarflow`, so that either code loads the
-other's checkpoints. The density pass is in `density.py`; the inverse is a `Sampler`'s, which takes the model as a
-`Flow`.
+Constructor, methods and state-dict keys are those of the published `ml-tarflow`, so that either code loads the other's
+checkpoints. The density pass is in `density.py`; the inverse is a `Sampler`'s, which takes the model as a `Flow`.
 """
 
 from __future__ import annotations
@@ -31,19 +30,39 @@ from .snapshot import Snapshot
 
 
 class TarFlow(TarFlowDensity):
-    """A TarFlow model, interchangeable with ml-tarflow's `Model`.
+    """A `TarFlow` is a model that is interchangeable with ml-tarflow's `Model`.
 
-    Arguments: see `TarFlowConfig`. Attributes beyond ml-tarflow's: `config`, and `metadata`, a dict of what a
-    checkpoint knows besides weights: "noise_std" (float), "noise_type" ("gaussian" or "uniform"), "class_names",
-    "values" ("raw" if it learnt data that are no pictures). origin: where `load` found it, else None.
+    The constructor takes the fields of `TarFlowConfig`, and raises ArgumentError for sizes that no model can have.
+    Where the layout is "tokens", every method that takes or gives images (B, in_channels, H, W) takes and gives
+    sequences (B, T, D).
+
+    Attributes:
+        config: The `TarFlowConfig` with the sizes of the model.
+        metadata: A dict of what a checkpoint knows besides weights: "noise_std" (float, σ of the noise in training),
+            "noise_type" ("gaussian" or "uniform"), "class_names" (a list of names in the order of the classes),
+            "values" ("raw" if the model learnt data that are no pictures).
+        origin: Where `load` found the model, else None.
+        blocks: The K flow blocks, an nn.ModuleList in the order in which data go through them.
+        var: (T, D), a buffer: the variance of the prior, a normal distribution of the latents.
+        VAR_LR: The share of a batch in the moving average of `update_prior`.
     """
 
     def flow(self, device: str | torch.device | None = None, *, check: bool = True, own_reverse: bool = False) -> Flow:
-        """The model as sampling takes it, on this device (default: its own), where it shares the model's weights.
+        """Returns the model as sampling takes it.
 
-        check: whether hooks, overridden methods and the like raise ArgumentError where they make the model compute
-        another thing than its weights say. own_reverse: whether a subclass may have a `reverse` of its own, which
-        calls this.
+        Args:
+            device: The device of the flow, by default the model's own, where the flow shares the model's weights.
+            check: Whether hooks, overridden methods and the like raise ArgumentError where they make the model compute
+                another thing than its weights say.
+            own_reverse: Whether a subclass may have a `reverse` of its own, which calls this.
+
+        Returns:
+            A `Flow`: the blocks in order, the prior, and how tokens become data.
+
+        Raises:
+            ArgumentError: The weights are not plain floats with values, or `check` found the model to compute another
+                thing.
+            CheckpointError: The weights are not those of a TarFlow of these sizes, or not finite.
         """
         check_weights(self)
         if check:
@@ -83,15 +102,44 @@ class TarFlow(TarFlowDensity):
         differentiable: Flag = False,
         **iterations: Any,
     ) -> Any:
-        """The sampling pass, latents (B, T, D) to images (B, in_channels, H, W); ml-tarflow's signature.
+        """Runs the sampling pass, latents to images, with ml-tarflow's signature.
 
-        Images that overflow come back as they are, infinite or NaN, as from ml-tarflow: on_nonfinite="raise" tells
-        which. return_log_det: see `Sampler.reverse`. Under autocast it runs in autocast's dtype. The weights are packed
-        anew at each call: to sample more than once, make a `Sampler`.
-        differentiable: whether autograd records the pass, for gradients of x and the weights. It takes the memory of
-        2 K tensors (B, T, D), and while it goes backward that of one block's density pass at a time, which then takes
-        up to T − 1 backward passes (see `differentiable.py`). It runs in the model's own dtype.
-        iterations: the lists of GS-Jacobi's scripts, see `gs_jacobi.py`.
+        Images that overflow come back as they are, infinite or NaN, as from ml-tarflow; on_nonfinite="raise" tells
+        which. Under autocast the pass runs in autocast's dtype. The weights are packed anew at each call: to sample
+        more than once, make a `Sampler`.
+
+        Args:
+            x: (B, T, D) float latents, finite, not mutated.
+            y: (B,) labels, or one for all; a label is an integer, negative for no class, or the name of a class. None
+                stands for no class.
+            guidance: The weight w >= 0 of guidance; 0 is none. See `Guidance`, as for the next three.
+            guide_what: Which of the log-scale ("a") and the shift ("b") guidance changes: "a", "b" or "ab".
+            attn_temp: A number > 0, which divides the attention logits of the unguided branch.
+            annealed_guidance: Whether the weight grows along the tokens, up to w.
+            return_sequence: Whether to return the K + 1 images that `Sampler.reverse` describes.
+            return_log_det: Whether to return log|det dx/dz| too; see `Sampler.reverse`.
+            on_nonfinite: "return" images that overflow, or "raise" NonFiniteError.
+            differentiable: Whether autograd records the pass, for gradients of x and the weights. It takes the memory
+                of 2 K tensors (B, T, D), and while it goes backward that of one block's density pass at a time, which
+                then takes up to T − 1 backward passes (see `differentiable.py`). It runs in the model's own dtype.
+            **iterations: The lists of GS-Jacobi's scripts, see `gs_jacobi.py`.
+
+        Returns:
+            Images (B, in_channels, H, W) on x's device, or the list of them with `return_sequence`. With
+            `return_log_det`, a pair of these and the log-det (B,) in nats.
+
+        Raises:
+            ArgumentError: An argument has the wrong type, shape or range, or the model computes another thing than its
+                weights say.
+            BackendError: No engine can be had for the model's device and dtype.
+            CheckpointError: The weights are not those of a TarFlow of these sizes, or not finite.
+            NonFiniteError: An image overflows and on_nonfinite is "raise".
+            OutOfMemoryError: Not even one image fits in memory.
+            TypeError: An argument has a name that GS-Jacobi's scripts do not know either.
+
+        Warns:
+            TarFlowWarning: x has values beyond ±20, which no noise of a standard normal distribution has.
+            UserWarning: `num_GS_list` asks for iterations; the result is the inverse itself all the same.
         """
         check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
         check_weights(self)
@@ -128,7 +176,7 @@ class TarFlow(TarFlowDensity):
         return_log_det: Flag,
         on_nonfinite: str,
     ) -> Any:
-        """`reverse`, which autograd records."""
+        """Returns what `reverse` does, recorded by autograd."""
         x = check_tensor("x", x, tuple(self.var.shape))
         check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
         names = self.metadata.get("class_names")
@@ -148,7 +196,7 @@ METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     FlowBlock: ("reverse", "reverse_step"),
     Attention: ("step",),
 }
-"""What sampling is in a module of ours. A sampler has it in its engines, and calls none of these."""
+"""These methods are sampling in our modules. A sampler has its engines for that, and calls none of them."""
 
 
 def _check_methods(model: nn.Module, *, reverse: bool) -> None:
@@ -166,14 +214,14 @@ def _check_methods(model: nn.Module, *, reverse: bool) -> None:
 
 
 def _changed(model: TarFlow) -> bool:
-    """Whether something about the model may make it compute another thing than its weights say."""
+    """Returns whether something about the model may make it compute another thing than its weights say."""
     overridden = type(model) is not TarFlow or model.__dict__.keys() & {"forward", "patchify"}
     hooks = model._forward_hooks or model._forward_pre_hooks
     return bool(overridden or hooks or unknown_arithmetic(model.blocks))
 
 
 def _plain(model: TarFlow, device: torch.device) -> TarFlow:
-    """A TarFlow of the same blocks that shares the weights, without hooks, overridden methods and gradients."""
+    """Returns a TarFlow of the same blocks that shares the weights, without hooks, overridden methods and gradients."""
     blocks: Any = model.blocks
     with torch.device("meta"):
         plain_model = TarFlow.from_config(model.config)
@@ -187,7 +235,7 @@ def _plain(model: TarFlow, device: torch.device) -> TarFlow:
 
 
 def _lasting(x: Tensor) -> Tensor:
-    """x, as a copy if it was made in inference mode: autograd takes no such tensor."""
+    """Returns x, as a copy if it was made in inference mode: autograd takes no such tensor."""
     return x.clone() if x.is_inference() else x
 
 
@@ -200,7 +248,7 @@ def _check_values(model: TarFlow, weights: dict[str, Tensor]) -> None:
     for key, value in weights.items():
         if value.shape != expected[key].shape:
             raise CheckpointError(f"{key}: expected shape {tuple(expected[key].shape)}, got {tuple(value.shape)}")
-        if key.endswith(".attn_mask"):  # attention here looks at no other
+        if key.endswith(".attn_mask"):  # attention here looks at no other mask
             if not torch.equal(value != 0, torch.ones_like(value, dtype=torch.bool).tril()):
                 raise CheckpointError(f"{key}: expected the causal mask, of shape {tuple(value.shape)}, got another")
         elif not host_ops.all_finite(value):

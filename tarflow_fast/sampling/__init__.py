@@ -1,4 +1,4 @@
-"""Sampling: latents to images through the flow blocks of a model, batch by batch."""
+"""This package samples: it takes latents to images through the flow blocks of a model, batch by batch."""
 
 from .report import Report, Samples
 from .sampler import Sampler

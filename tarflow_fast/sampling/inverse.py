@@ -1,4 +1,4 @@
-"""One batch through all blocks of a flow, from latents to data."""
+"""This module takes one batch through all blocks of a flow, from latents to data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from ..solvers import Solution, Solver, errors
 
 @dataclass
 class Inverse:
-    """What became of one batch.
+    """An `Inverse` tells what became of one batch.
 
-    data: (B, …). log_prob: (B,) in nats, of the data, or None under guidance. log_det: (B,), log|det dx/dz|, the
-    prior's scale included. sequence: the latents, then the data after each block, or empty. failures: row to the
-    (block, token) at which it first was not finite. solutions: by block. error: (B,), as in `Samples`.
+    data: (B, …). log_prob: (B,) in nats, the log-density of the data, or None under guidance. log_det: (B,), log|det
+    dx/dz| in nats, the prior's scale included. sequence: the latents, then the data after each block; empty if not
+    asked for. cache_bytes: the size of one block's KV cache. failures: maps a row to the (block, token) at which it
+    first was not finite, the token in the block's order. solutions: how each block was solved, by its index. error:
+    (B,) fp32 on the CPU, as in `Samples`.
     """
 
     data: Tensor
@@ -35,6 +37,7 @@ class Inverse:
 
 
 def _advance(progress: Callable[[int], object], samples: int, tokens: int) -> None:
+    """Tells `progress` of so many tokens of each of so many samples."""
     progress(samples * tokens)
 
 
@@ -51,8 +54,9 @@ def invert(
 ) -> Inverse:
     """x = T_1⁻¹ ∘ … ∘ T_K⁻¹ (z √var).
 
-    engines, solvers: of each block. z: (B, T, D) in the residual dtype, on the engines' device, not mutated.
-    progress(n): n more tokens of the batch are done. trajectory: whether the data after each block are kept.
+    flow: the model. engines, solvers: one for each block, by its index. z: (B, T, D) in the residual dtype, on the
+    engines' device, not mutated. condition: labels and guidance of the batch. progress: a function of n, called when n
+    more tokens of the batch are done. trajectory: whether the data after each block are kept.
     """
     B = z.shape[0]
     prior_std = flow.prior_var.to(z.device).sqrt()
@@ -61,13 +65,13 @@ def invert(
     log_dets = []
     failures: dict[int, tuple[int, int]] = {}
     solutions: dict[int, Solution] = {}
-    state, error = None, None  # error: (B, T), of the data's tokens
+    state, error = None, None  # error: (B, T), in the data's order of tokens
     for k in reversed(range(len(flow.stages))):
         stage, engine = flow.stages[k], engines[k]
         state = engine.begin(stage.enter(tokens), condition, reuse=state)
         advance = None if progress is None else functools.partial(_advance, progress, B)
         solutions[k] = solvers[k](engine, state, advance)
-        first = state.first_nonfinite().tolist()  # the block's one synchronisation
+        first = state.first_nonfinite().tolist()  # this is the block's one synchronisation
         for row in (row for row, token in enumerate(first) if token < stage.shape.tokens):
             failures.setdefault(row, (k, first[row]))
         log_dets.append(state.log_det)

@@ -1,4 +1,4 @@
-"""Which label an image has: a matter of its number alone, so that runs can continue each other."""
+"""The label of an image is a matter of its number alone, so that runs can continue each other."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from ..checks import Label, Labels, label_tensor
 
 LabelsByNumber = Labels | Callable[[int], Label]
-"""None, a label, a sequence or tensor of which image i takes entry i mod its length, or a function of i. A label is an
-int, negative for no class, or the name of a class."""
+"""Labels by image number are None (no class), one label, a sequence, array or tensor of which image i takes entry i mod
+its length, or a function from i to a label. A label is an integer, negative for no class, or the name of a class."""
 
 
 class LabelRule:
-    """Labels by image number: called with numbers, gives (len(numbers),) int64 on the CPU, or None for no labels.
+    """A `LabelRule` is called with image numbers, and returns their labels, (len(numbers),) int64 on the CPU, or None.
 
-    Raises ArgumentError for labels that the model does not have.
+    The result is None where there are no labels. labels: any `LabelsByNumber`. num_classes: how many classes the model
+    has. names: the names of the classes, by which labels may be called. Raises ArgumentError for labels that the model
+    does not have.
     """
 
     def __init__(self, labels: LabelsByNumber, num_classes: int, names: Sequence[str]):
@@ -28,7 +30,7 @@ class LabelRule:
 
     @property
     def none(self) -> bool:
-        """Whether it is known that no image has a class."""
+        """Returns whether it is known that no image has a class."""
         return self._function is None and (self._table is None or bool((self._table < 0).all()))
 
     def __call__(self, numbers: range | Sequence[int]) -> Tensor | None:
@@ -40,5 +42,6 @@ class LabelRule:
         return self._table[torch.tensor([number % period for number in numbers], device="cpu")]
 
     def _tensor(self, labels: Any) -> Tensor | None:
+        """Returns labels as (n,) int64 on the CPU, or None."""
         table = label_tensor(labels, self._num_classes, class_names=self._names)
         return None if table is None else table.cpu()

@@ -1,4 +1,4 @@
-"""The noise that latents are, which depends on the seed and the image number alone, and that of training."""
+"""The latents are noise that depends on the seed and the image number alone; this module makes it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 
-# numpy imports this at its first use otherwise, and an interrupt meanwhile is lost in its compiled modules
+# numpy would import this at its first use, and an interrupt meanwhile is lost in its compiled modules.
 from numpy.random import Generator, Philox, SeedSequence
 from torch import Tensor
 
 from ..checks import Number, check_number
 from ..errors import ArgumentError
 
-LABELS = 2**32 - 1  # in the place of an attempt
+LABELS = 2**32 - 1  # it takes the place of an attempt in the key of a label's stream
 
 
 def latent_noise(seed: int, images: Sequence[int], tokens: int, token_dim: int, attempt: int = 0) -> Tensor:
-    """z ~ N(0, 1) for the given image numbers, (n, T, D) fp32 on the CPU.
+    """Returns z ~ N(0, 1) for the given image numbers, (n, T, D) fp32 on the CPU.
 
     Each image has its own counter-based stream (Philox, keyed through numpy's SeedSequence by seed, image number and
-    attempt), so it is the same in every batch, on every device and in every order.
+    attempt), so that it is the same in every batch, on every device and in every order.
+
+    seed: the seed of the run. images: the n image numbers. tokens, token_dim: T and D. attempt: how many times the
+    images have been drawn before.
     """
     out = np.empty((len(images), tokens, token_dim), dtype=np.float32)
     for row, image in zip(out, images, strict=True):
@@ -32,13 +35,13 @@ def latent_noise(seed: int, images: Sequence[int], tokens: int, token_dim: int, 
 
 
 def random_label(seed: int, image: int, classes: int) -> int:
-    """A class for that image number, each as likely, from a stream that no noise comes from."""
+    """Returns a class for that image number, each as likely, from a stream that no noise comes from."""
     stream = SeedSequence(entropy=seed, spawn_key=(image, LABELS))
     return int(Generator(Philox(stream)).integers(classes))
 
 
 def resolve_noise_std(metadata: Mapping[str, Any], noise_std: Number | None) -> float:
-    """σ as given, or as the model records it. Raises ArgumentError when neither is known."""
+    """Returns σ as given, or as the model records it. Raises ArgumentError when neither is known."""
     if noise_std is None:
         recorded = metadata.get("noise_std")
         if not recorded:

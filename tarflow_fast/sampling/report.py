@@ -1,4 +1,4 @@
-"""What sampling returns: the images, and how they were made."""
+"""Sampling returns images, and a report of how they were made."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from ..solvers import Solution
 
 @dataclass
 class BlockReport:
-    """How one flow block was inverted, over all batches.
+    """A `BlockReport` tells how one flow block was inverted, over all batches.
 
-    passes: dependent steps of a batch, the most that one took. evaluations: tokens that the transformer was evaluated
-    on. residual: the largest |forward(x) − z| of this block alone, 0 if exact, NaN if one is. window: the most tokens
-    of an image in a pass, 1 in the sequential pass.
+    Attributes:
+        passes: The most dependent steps that a batch took.
+        evaluations: The number of tokens that the transformer was evaluated on, over all batches.
+        residual: The largest |forward(x) − z| of this block alone; 0 if the inverse is exact, NaN if one of them is.
+        window: The most tokens of an image in a pass, 1 in the sequential pass.
     """
 
     passes: int = 0
@@ -29,27 +31,46 @@ class BlockReport:
     window: int = 1
 
     def add(self, solution: Solution) -> None:
-        """Counts a batch of this block."""
+        """Counts a batch of this block.
+
+        Args:
+            solution: How the batch was solved.
+        """
         most = float(solution.residual.max())
         self.merge(BlockReport(solution.passes, solution.evaluations, most, solution.window))
 
     def merge(self, other: BlockReport) -> None:
+        """Adds what another report says of the same block and other batches.
+
+        Args:
+            other: The other report.
+        """
         self.passes = max(self.passes, other.passes)
         self.evaluations += other.evaluations
-        self.residual = float(np.maximum(self.residual, other.residual))  # NaN if one is
+        self.residual = float(np.maximum(self.residual, other.residual))  # numpy's maximum is NaN if one of them is
         self.window = max(self.window, other.window)
 
 
 @dataclass
 class Report:
-    """How samples were made.
+    """A `Report` tells how samples were made.
 
-    backend, backend_reason, solver, device, dtype: what ran, and why that backend, or those, where one was measured to
-    be the quickest for each size of batch. batch_size: samples per batch.
-    seconds: wall time of the inverse passes; setup_seconds: of what in them is done once for a batch size (compiling
-    and choosing kernels, capturing graphs, measuring what passes cost), as far as it is known; denoise_seconds: of
-    denoising. tokens: transformed, images · K · T. cache_bytes: KV cache of one block for one batch. redrawn: image
-    number to how many times it was drawn again. blocks: how each flow block was inverted, by its index.
+    Attributes:
+        backend: The name of the backend that ran; the names of several, separated by commas, where one was measured to
+            be the quickest for each size of batch.
+        backend_reason: Why that backend ran; the reasons of several are separated by semicolons.
+        solver: The solver that was asked for.
+        device: The device of the sampler.
+        dtype: The dtype of weights and KV cache, without "torch.".
+        batch_size: The most samples of a batch.
+        seconds: The wall time of the inverse passes.
+        setup_seconds: The part of `seconds` that is spent once for a batch size (compiling and choosing kernels,
+            capturing graphs, measuring what passes cost), as far as it is known.
+        denoise_seconds: The wall time of denoising.
+        tokens: How many tokens were transformed, over all blocks, images that were drawn again counted again.
+        cache_bytes: The size of the KV cache of one block for one batch, the largest that there was.
+        redrawn: A dict from the number of an image to how many times it was drawn again.
+        blocks: How each flow block was inverted, by its index.
     """
 
     backend: str
@@ -68,11 +89,16 @@ class Report:
 
     @property
     def tokens_per_second(self) -> float:
+        """Returns how many tokens were transformed in a second of the inverse passes, 0 if no time has passed."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def merge(self, other: Report) -> None:
-        """Adds what the same sampler did for other images."""
-        if other.backend != self.backend:  # of several, each with its reason
+        """Adds what the same sampler did for other images.
+
+        Args:
+            other: The report of the other images.
+        """
+        if other.backend != self.backend:  # several backends have run, each with its reason
             served = dict(zip(self.backend.split(", "), self.backend_reason.split("; "), strict=True))
             for name, why in zip(other.backend.split(", "), other.backend_reason.split("; "), strict=True):
                 served.setdefault(name, why)
@@ -87,19 +113,27 @@ class Report:
             block.merge(its)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the attributes as a dict of plain Python values, with "tokens_per_second"."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
 @dataclass
 class Samples:
-    """What `Sampler.sample` returns, on the CPU, and what `Sampler.stream` yields, on the sampler's device.
+    """`Samples` are what `Sampler.sample` returns on the CPU, and `Sampler.stream` yields on the sampler's device.
 
-    images: (n, in_channels, H, W) on the training scale, [-1, 1] for images, not clamped. log_prob: (n,) in nats, the
-    model's log p(x | y) of each image before denoising; None under guidance, which draws from another distribution.
-    labels: (n,) or None. error: (n,), how far values of an image may be from those of the sequential solver, before
-    denoising, by `tol` and by rounding, as the parallel passes show it (an estimate: see `solvers/trail.py`); infinite
-    where that is unknown, 0 if there were no such passes.
-    trajectory: the latents, then the images after each block, [(n, in_channels, H, W)] * (K + 1), if asked for.
+    Whatever the device, `error` is on the CPU, and so are the `labels`.
+
+    Attributes:
+        images: (n, in_channels, H, W), or (n, T, D) of a model of sequences, on the training scale, [-1, 1] for images,
+            not clamped.
+        log_prob: (n,) in nats, the model's log p(x | y) of each image before denoising; None under guidance, which
+            draws from another distribution.
+        labels: (n,) int64, -1 for no class, or None where there are none.
+        report: How the samples were made.
+        error: (n,) fp32, how far values of an image may be from those of the sequential solver, before denoising, by
+            `tol` and by rounding, as the parallel passes show it (an estimate: see `solvers/trail.py`); infinite where
+            that is unknown, 0 if there were no such passes.
+        trajectory: The latents, then the images after each block, K + 1 tensors like `images`; None if not asked for.
     """
 
     images: Tensor
@@ -111,7 +145,12 @@ class Samples:
 
     @classmethod
     def collect(cls, n: int, parts: Iterable[Samples]) -> Samples:
-        """Parts of n >= 1 images in all, as one, on the CPU."""
+        """Returns several `Samples` as one, on the CPU.
+
+        Args:
+            n: The number of images of all parts together, >= 1.
+            parts: The parts, in order.
+        """
         whole, done = None, 0
         for part in parts:
             if whole is None:
@@ -126,7 +165,7 @@ class Samples:
         return whole
 
     def _room_for(self, n: int) -> Samples:
-        """Uninitialised memory for n images of this kind, and this report."""
+        """Returns uninitialised memory for n images of this kind, with this report."""
 
         def room(x: Any) -> Any:
             return None if x is None else torch.empty((n, *x.shape[1:]), dtype=x.dtype, device="cpu")
@@ -136,6 +175,6 @@ class Samples:
         return Samples(room(self.images), room(self.log_prob), labels, self.report, error, frames)
 
     def _tensors(self) -> list[Tensor]:
-        """All that have a row for each image."""
+        """Returns all tensors that have a row for each image."""
         found = (self.images, self.log_prob, self.labels, self.error, *(self.trajectory or ()))
         return [x for x in found if x is not None]

@@ -1,4 +1,4 @@
-"""The sampler: seeds, labels, batches, what is drawn again, and the report, over a stream of batches."""
+"""A sampler sees to seeds, labels, batches, what is drawn again, and the report, over a stream of batches."""
 
 from __future__ import annotations
 
@@ -55,32 +55,52 @@ from .report import BlockReport, Report, Samples
 
 MAX_REDRAWS = 3
 MAX_BATCH = 256  # beyond this a batch gains no speed, and progress becomes hard to see
-MEMORY_SHARE = 0.8  # of what is free, for one batch
-LATENT_RANGE = 20.0  # no number of latents has one beyond
-PACED = 16  # images whose passes are counted for a plan
+MEMORY_SHARE = 0.8  # one batch may take so much of the free memory
+LATENT_RANGE = 20.0  # standard normal noise has no value beyond, however much of it is drawn
+PACED = 16  # a plan counts the passes of so many images
 
 
 class Sampler:
-    """Draws images from a TarFlow.
+    """A `Sampler` draws images from a TarFlow.
 
-    model: a TarFlow, or what else has a method `flow` (see `flow.py`). Its weights are packed when the sampler is made,
-    and changing them later has no effect here; denoising, copies and pickles, which read the model's own, then raise
-    ArgumentError.
-    backend: a name from `backends()`, or "auto", for the best that has been measured on such a device; if these are
-    several, the quickest for each size of batch (see `engine/autotune.py`, and `Report.backend` for which).
-    solver: "sequential" (exact, T − 1 steps a block), "adaptive" (parallel
-    passes, as few as a block allows; see `solvers/frontier.py`), or "auto", for each block the one that takes less time
-    (see `solvers/auto.py`). tol: of parallel passes, how far a token may still move when it is taken as final, in units
-    of the images; default 3e-6, in bfloat16 3e-3 (see `solvers.TOL`). plan: where they start and how many a block
-    takes, from `learn_plan`; default at the latents, and learnt from what is sampled. device, dtype: default the
-    model's own; dtype is that of weights and KV cache (float32, bfloat16, float16, float64), the residual stream is
-    fp32.
-    compile: run the `torch` backend's step under torch.compile. threads: of the `cpu` backend; default
-    as many as torch's, if there are cores for them (`devices.default_threads`). Images do not depend on it.
+    The model's weights are packed when the sampler is made, and changing them later has no effect on sampling;
+    denoising, copies and pickles, which read the model's own weights, then raise ArgumentError. A sampler can be copied
+    and pickled: a pickle holds the weights and the options.
 
-    Raises BackendError when an explicit backend, device, dtype or number of threads cannot be had, and ArgumentError if
-    the model computes another thing than its weights say, as with hooks that change what they see, or has a `reverse`
-    of its own.
+    Args:
+        model: A TarFlow, a `Flow`, or any model that has a method `flow` which returns one (see `flow.py`).
+        backend: A name from `backends()`, or "auto" for the best that has been measured on such a device; if these are
+            several, the quickest for each size of batch (see `engine/autotune.py`, and `Report.backend` for which).
+        device: The device to sample on, by default the model's own.
+        dtype: The dtype of weights and KV cache (float32, bfloat16, float16, float64), by default the model's own. The
+            residual stream is fp32, or fp64 in float64.
+        solver: "sequential" (exact, T − 1 steps a block), "adaptive" (parallel passes, as few as a block allows; see
+            `solvers/frontier.py`), or "auto", for each block the one that takes less time (see `solvers/auto.py`).
+        tol: How far a token may still move in a parallel pass when it is taken as final, in units of the images; by
+            default 3e-6 in float32 and float64, 4e-4 in float16, 3e-3 in bfloat16 (see `solvers.TOL`).
+        plan: Where parallel passes start and how many a block takes, from `learn_plan`; by default they start at the
+            latents, and their numbers are learnt from what is sampled.
+        compile: Whether the `torch` backend runs its step under torch.compile.
+        threads: The number of threads of the `cpu` backend, by default as many as torch's, if there are cores for them
+            (`devices.default_threads`). Images do not depend on it.
+
+    Attributes:
+        device: The device that it samples on.
+        dtype: The dtype of weights and KV cache.
+        backend: The name of the backend, or "auto" where each size of batch has its own.
+        backend_reason: Why that backend was chosen.
+        solver: The solver that was asked for.
+        plan: The plan that was given, or None.
+        flow: The `Flow` of the model.
+        engines: The engine of each flow block, by its index.
+        solvers: The solver of each flow block, by its index.
+        config: The `config` of the model, or None where it has none.
+
+    Raises:
+        ArgumentError: An argument has the wrong type, range or name, or the model computes another thing than its
+            weights say, as with hooks that change what they see, or has a `reverse` of its own.
+        BackendError: The backend, device, dtype or number of threads cannot be had.
+        CheckpointError: The weights are not finite, or not those of a TarFlow of the model's sizes.
     """
 
     @safe_in_forked_child()
@@ -140,17 +160,39 @@ class Sampler:
         on_nonfinite: str = "raise",
         progress: bool = False,
     ) -> Samples:
-        """Draw the images numbered first … first+n−1 of a seed; they come on the CPU.
+        """Draws the images numbered first … first+n−1 of a seed.
 
         Image i depends on (seed, i) and its label alone: batch size, device and order do not matter, up to rounding,
         and up to what `tol` allows where passes are parallel.
-        labels: None (no class), one label, a sequence, array or tensor of which image i takes entry i mod its length,
-        or a function from i to a label. A label is an integer, negative for no class, or the name of a class.
-        guidance … annealed_guidance: see `Guidance`. denoise: Tweedie's step afterwards, with σ = noise_std (default:
-        what the checkpoint records) and the optimal step times denoise_scale. trajectory: return the images after each
-        block too.
-        batch_size: default what fits in memory. on_nonfinite: "raise" NonFiniteError, or "redraw" that image, at
-        most three times. progress: show a bar. Raises ArgumentError also for an option that would have no effect.
+
+        Args:
+            n: The number of images.
+            labels: None (no class), one label, a sequence, array or tensor of which image i takes entry i mod its
+                length, or a function from i to a label. A label is an integer, negative for no class, or the name of a
+                class.
+            seed: The seed, an integer >= 0.
+            first: The number of the first image.
+            guidance: The weight w >= 0 of guidance; 0 is none. See `Guidance`, as for the next three.
+            guide_what: Which of the log-scale ("a") and the shift ("b") guidance changes: "a", "b" or "ab".
+            attn_temp: A number > 0, which divides the attention logits of the unguided branch.
+            annealed_guidance: Whether the weight grows along the tokens, up to w.
+            denoise: Whether Tweedie's step follows, which takes off the noise that the model was trained with.
+            noise_std: σ of that noise, by default what the checkpoint records.
+            denoise_scale: A multiplier of the optimal denoising step, >= 0.
+            trajectory: Whether the images after each block are returned too.
+            batch_size: The most images of a batch, by default what fits in memory, and at most 256.
+            on_nonfinite: "raise" NonFiniteError where an image overflows, or "redraw" that image, at most three times.
+            progress: Whether to show a bar.
+
+        Returns:
+            The images and how they were made, on the CPU.
+
+        Raises:
+            ArgumentError: An argument has the wrong type or range, or would have no effect; the model does not have one
+                of the labels, or has changed since, where `denoise` reads it.
+            NonFiniteError: An image is infinite or NaN, with "redraw" after three more attempts too.
+            OutOfMemoryError: The images, or a batch of `batch_size`, do not fit in memory.
+            TarFlowError: A denoised image would be infinite or NaN.
         """
         n = check_count("n", n, high=MOST_NUMBER)
         parts = self.stream(
@@ -192,9 +234,36 @@ class Sampler:
         on_nonfinite: str = "raise",
         progress: bool = False,
     ) -> Generator[Samples, None, None]:
-        """The images of `sample` with these arguments, batch by batch as they are drawn, on the sampler's device.
+        """Draws the images of `sample` batch by batch, on the sampler's device.
 
-        However large n is, no more than a batch is held. Arguments are checked before the first batch is asked for.
+        However large n is, no more than a batch is held. Arguments are checked when this is called, before the first
+        batch is asked for.
+
+        Args:
+            n: See `sample`, as for all other arguments.
+            labels: See `sample`.
+            seed: See `sample`.
+            first: See `sample`.
+            guidance: See `sample`.
+            guide_what: See `sample`.
+            attn_temp: See `sample`.
+            annealed_guidance: See `sample`.
+            denoise: See `sample`.
+            noise_std: See `sample`.
+            denoise_scale: See `sample`.
+            trajectory: See `sample`.
+            batch_size: See `sample`.
+            on_nonfinite: See `sample`.
+            progress: See `sample`.
+
+        Yields:
+            The images of each batch, in the order of their numbers, and how they were made.
+
+        Raises:
+            ArgumentError: As in `sample`.
+            NonFiniteError: As in `sample`, while batches are drawn.
+            OutOfMemoryError: A batch does not fit in memory.
+            TarFlowError: As in `sample`, while batches are drawn.
         """
         n, seed = check_count("n", n, high=MOST_NUMBER), check_count("seed", seed, 0, MOST_SEED)
         first = check_count("first", first, 0, MOST_NUMBER - n)
@@ -239,8 +308,11 @@ class Sampler:
         trajectory: bool,
         redraw: bool,
     ) -> Samples:
-        """The images of these numbers, before denoising. labels: (len(numbers),) on the CPU; batch: the most images of
-        one pass, for the report."""
+        """Returns the images of these numbers, before denoising.
+
+        labels: (len(numbers),) on the CPU, or None. batch: the most images of one pass, for the report. bar: what
+        progress is shown on. redraw: whether images that are not finite are drawn again.
+        """
         report = self._report(batch)
         n, (T, D) = len(numbers), self.flow.latent_shape
         y = None if labels is None else labels.to(self.device)
@@ -248,8 +320,8 @@ class Sampler:
         log_prob = None if rule.active else images.new_empty(n)
         error = torch.empty(n, device="cpu", dtype=torch.float32)
         sequence = [torch.empty_like(images) for _ in range(len(self.flow.stages) + 1)] if trajectory else None
-        sizes: list[int] = []  # of the batches
-        rows = list(range(n))  # those that still have to be drawn
+        sizes: list[int] = []  # how many rows each attempt draws
+        rows = list(range(n))  # the rows that still have to be drawn
         started, setup = time.perf_counter(), self._setup_seconds()
         for attempt in range(MAX_REDRAWS + 1):
             z = latent_noise(seed, [numbers[row] for row in rows], T, D, attempt)
@@ -279,6 +351,7 @@ class Sampler:
         return Samples(images, log_prob, labels, report, error, sequence)
 
     def _denoise(self, part: Samples, noise_std: float | None, scale: float) -> None:
+        """Puts denoised images into `part`, and the time that they took into its report."""
         started = time.perf_counter()
         assert self.flow.denoise is not None
         self.flow.check_unchanged()
@@ -308,13 +381,34 @@ class Sampler:
         return_log_det: Flag = False,
         on_nonfinite: str = "raise",
     ) -> Any:
-        """Latents to images, with the signature and result of ml-tarflow's `Model.reverse`.
+        """Takes latents to images, with the signature and result of ml-tarflow's `Model.reverse`.
 
-        x: (B, T, D) float latents, not mutated. y: (B,) labels, or one for all; negative for no class.
-        on_nonfinite: "raise" NonFiniteError, or "return" such images as they are, beside the others.
-        Returns images (B, in_channels, H, W) on x's device, or with return_sequence the list of K + 1 images: the
-        latents, then the images after each block. With return_log_det it returns these and log|det dx/dz| (B,), in
-        nats, the prior's scale included: log N(x; 0, 1) − log_det is the log-density of the images, if unguided.
+        Args:
+            x: (B, T, D) float latents, finite, not mutated.
+            y: (B,) labels, or one for all; a label is an integer, negative for no class, or the name of a class. None
+                stands for no class.
+            guidance: See `sample`.
+            guide_what: See `sample`.
+            attn_temp: See `sample`.
+            annealed_guidance: See `sample`.
+            return_sequence: Whether to return the K + 1 images of the way: the latents, then the images after each
+                block.
+            return_log_det: Whether to return log|det dx/dz| too.
+            on_nonfinite: "raise" NonFiniteError where an image overflows, or "return" such images as they are, beside
+                the others.
+
+        Returns:
+            Images (B, in_channels, H, W) on x's device, or the list of them with `return_sequence`. With
+            `return_log_det`, a pair of these and log|det dx/dz| (B,) in nats, the prior's scale included: log N(x; 0,
+            1) − log_det is the log-density of the images, if unguided.
+
+        Raises:
+            ArgumentError: An argument has the wrong type, shape or range, or the model does not have one of the labels.
+            NonFiniteError: An image is infinite or NaN, unless on_nonfinite is "return".
+            OutOfMemoryError: Not even one image fits in memory.
+
+        Warns:
+            TarFlowWarning: x has values beyond ±20, which no noise of a standard normal distribution has.
         """
         x = check_tensor("x", x, self.flow.latent_shape)
         warn_range("x", x, LATENT_RANGE, "noise of a standard normal distribution")
@@ -340,7 +434,16 @@ class Sampler:
 
     @torch.no_grad()
     def invert_block(self, k: int, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) and its token log-dets (B, T) of block k, in its own token order, on this sampler's device."""
+        """Inverts block k, in its own token order, on this sampler's device.
+
+        Args:
+            k: The index of the block.
+            z: (B, T, D) latents of the block, not mutated.
+            condition: The labels and guidance of the batch.
+
+        Returns:
+            x (B, T, D) and its token log-dets (B, T), Σ_d xa in nats.
+        """
         state = self.engines[k].begin(z, condition)
         self.solvers[k](self.engines[k], state, None)
         return state.x, state.token_log_det
@@ -349,10 +452,25 @@ class Sampler:
     def learn_plan(
         self, n: Count = 256, labels: Labels = None, *, seed: Count = 0, progress: bool = False
     ) -> SolverPlan:
-        """A plan for parallel passes, from n >= 2 images drawn without guidance by this sampler; see `SolverPlan`.
+        """Learns a plan for parallel passes from images that this sampler draws without guidance; see `SolverPlan`.
 
-        labels, seed: as in `sample`; for a conditional model give the classes that will be drawn. The first 16 images,
-        or fewer, are drawn again with each window, at this sampler's tol, to count passes.
+        The first 16 images, or a batch if that is fewer, are drawn again with each window, at this sampler's tol, to
+        count passes.
+
+        Args:
+            n: The number of images, >= 2.
+            labels: The labels of the images, as in `sample`; for a conditional model give the classes that will be
+                drawn.
+            seed: The seed of the images.
+            progress: Whether to show a bar.
+
+        Returns:
+            A plan, to be given to a sampler of the same model.
+
+        Raises:
+            ArgumentError: As in `sample`.
+            NonFiniteError: An image is infinite or NaN.
+            OutOfMemoryError: The images and their trajectories do not fit in memory.
         """
         n = check_count("n", n, 2)
         samples = self.sample(n, labels, seed=seed, trajectory=True, progress=progress)
@@ -360,7 +478,7 @@ class Sampler:
         tokens = [self.flow.to_tokens(images) for images in samples.trajectory]
         tokens[0] = tokens[0] * self._prior_std.cpu()
         stages = self.flow.stages
-        pairs = [  # block 0 came last
+        pairs = [  # z and x of each block; sampling comes to block 0 last
             (stage.enter(tokens[-2 - k]), stage.enter(tokens[-1 - k])) for k, stage in enumerate(stages)
         ]
         plan = SolverPlan.fit(pairs)
@@ -377,26 +495,27 @@ class Sampler:
                 plan.evaluations[k, i] = max(solution.evaluations / z.shape[0], 1)
         return plan
 
-    # Copies. What the solvers have learnt of times is not handed on: another process, or machine, takes others.
+    # Pickles and deep copies leave out what the solvers have learnt of times: another process or machine takes others.
 
     def __reduce__(self) -> tuple[Callable[[Any], Sampler], tuple[Any]]:
-        """A pickle holds the weights and the options; the engines are made anew where it is read."""
+        """Pickles the weights and the options; the engines are made anew where the pickle is read."""
         self.flow.check_unchanged()
         return functools.partial(type(self), **self._options), (self.flow.model,)
 
     def __copy__(self) -> Sampler:
-        """Shares the weights and the engines, which keep nothing of a batch."""
+        """Returns a sampler that shares the weights and the engines, which keep nothing of a batch."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
+        """Returns a sampler of a copy of the model, with engines of its own."""
         self.flow.check_unchanged()
         return type(self)(copy.deepcopy(self.flow.model), **self._options)
 
     @safe_in_forked_child()
     def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any, trajectory: bool) -> Inverse:
-        """One batch. z: (B, T, D) anywhere; y: (B,) on the sampler's device."""
+        """Takes one batch through all blocks. z: (B, T, D) on any device; y: (B,) on the sampler's device, or None."""
         z = z.detach().to(self.device, residual_dtype(self.dtype))
         advance = None if bar is None else bar.update
         return invert(
@@ -404,7 +523,7 @@ class Sampler:
         )
 
     def _served_by(self, sizes: list[int], guided: bool) -> tuple[str, str]:
-        """Which backends served batches of these sizes, and why."""
+        """Returns which backends served batches of these sizes, and why."""
         served: dict[str, str] = {}
         for size in sizes:
             choice = self.engines[-1].served_by(size, guided)
@@ -414,9 +533,11 @@ class Sampler:
         return ", ".join(served), "; ".join(served.values())
 
     def _setup_seconds(self) -> float:
+        """Returns the seconds that engines and solvers have spent so far on what is done once."""
         return sum(engine.setup_seconds for engine in self.engines) + self.solvers.setup_seconds
 
     def _report(self, batch: int) -> Report:
+        """Returns a report of batches of this size, before anything is drawn."""
         return Report(
             self.backend,
             self.backend_reason,
@@ -428,6 +549,7 @@ class Sampler:
         )
 
     def _bar(self, n: int, progress: bool) -> Any:
+        """Returns a progress bar over the tokens that the blocks of n images transform."""
         total = n * (self.flow.block_tokens - len(self.flow.stages))
         return Bar(total=total, unit="token", unit_scale=True, desc="sampling", disable=not progress)
 
@@ -441,10 +563,10 @@ class Sampler:
             )
 
     def _batch_size(self, n: int, guided: bool, batch_size: Count | None) -> int:
-        """Samples per batch: as asked for if it fits, else as many as do. Raises OutOfMemoryError."""
+        """Returns the batch size, as asked for if it fits, else the largest that does. Raises OutOfMemoryError."""
         if batch_size is not None:
             batch_size = check_count("batch_size", batch_size, high=MOST_BATCH)
-        first = self.engines[-1]  # that a batch comes to
+        first = self.engines[-1]  # a batch comes to the last block first
         each = first.bytes_per_sample(guided)
         free = free_memory(self.device) + first.cached_bytes
         fits = int(MEMORY_SHARE * free / each)
@@ -457,7 +579,10 @@ class Sampler:
 
 
 def check_effect(rule: Guidance, unlabelled: bool) -> None:
-    """Raises ArgumentError for what guidance without an effect would pass over in silence."""
+    """Raises ArgumentError for arguments of guidance that would have no effect.
+
+    rule: the guidance. unlabelled: whether no image has a class.
+    """
     details = {
         "guide_what": (rule.what, "ab"),
         "attn_temp": (rule.attn_temp, 1),
@@ -473,7 +598,7 @@ def check_effect(rule: Guidance, unlabelled: bool) -> None:
 
 
 def check_plan(plan: object, shapes: Sequence[BlockShape]) -> SolverPlan:
-    """Raises ArgumentError if this is no plan of a model of such blocks."""
+    """Returns the plan. Raises ArgumentError if it is no plan of a model whose blocks have these shapes."""
     if not isinstance(plan, SolverPlan):
         raise ArgumentError("plan", "a SolverPlan", type(plan).__name__)
     sizes = {(shape.tokens, shape.token_dim) for shape in shapes}
@@ -483,7 +608,7 @@ def check_plan(plan: object, shapes: Sequence[BlockShape]) -> SolverPlan:
 
 
 def check_flow_of(model: object) -> None:
-    """Raises ArgumentError unless this is a model that gives its flow, of weights that have values."""
+    """Raises ArgumentError unless this is a flow, or a model that gives one, of weights that have values."""
     if isinstance(model, type) or not (isinstance(model, Flow) or callable(getattr(model, "flow", None))):
         got = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", got)
