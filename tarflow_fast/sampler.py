@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ from .denoising import resolve_noise_std
 from .devices import check_device, check_dtype, free_memory
 from .dtypes import residual_dtype
 from .engine import (
+    BlockEngine,
     Condition,
     FastestEngine,
     Guidance,
@@ -63,7 +64,7 @@ from .noise import latent_noise
 from .progress import Bar
 from .report import BlockReport, Report, Samples
 from .scalars import check_flag, plain
-from .solvers import TOL, Auto, Solution, SolverPlan, adaptive, errors, make_solvers, widths
+from .solvers import TOL, Auto, Solution, Solver, SolverPlan, adaptive, errors, make_solvers, widths
 from .weight_sets import split_prefix
 
 MAX_REDRAWS = 3
@@ -378,6 +379,22 @@ class Sampler:
             pieces = zip(*(part.sequence for part in parts), strict=True)
             images = [torch.cat(piece).to(x.device) for piece in pieces]
         return (images, torch.cat([part.log_det for part in parts]).to(x.device)) if return_log_det else images
+
+    @property
+    def engines(self) -> tuple[BlockEngine, ...]:
+        """The engine of each flow block."""
+        return tuple(self._engines)
+
+    @property
+    def solvers(self) -> tuple[Solver, ...]:
+        """The solver of each flow block."""
+        return tuple(self._solvers)
+
+    def with_solvers(self, solvers: Sequence[Solver]) -> Sampler:
+        """A sampler that shares this one's weights and engines, and inverts block k by solvers[k]."""
+        new = copy.copy(self)
+        new._solvers = list(solvers)
+        return new
 
     @torch.no_grad()
     def invert_block(self, k: int, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
