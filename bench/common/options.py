@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
+
+from tarflow_fast import TarFlow, load, load_pretrained
 
 from .machine import ROOT, cores
-from .models import DTYPES
+from .models import DTYPES, SHIPPED
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 MODEL = "A checkpoint, .pth or .safetensors  [default: the Fashion-MNIST model that ships with the package]"
@@ -41,6 +44,11 @@ def checkout() -> click.Option:
     folder = click.Path(exists=True, file_okay=False, path_type=Path)
     help = "A checkout of ml-tarflow; its transformer_flow.py is imported."
     return option("--ml-tarflow", "checkout", required=True, metavar="PATH", type=folder, help=help)
+
+
+def load_model(path: Path | None, device: torch.device) -> tuple[str, TarFlow]:
+    """The model that `model` has chosen, and its name in records."""
+    return (SHIPPED, load_pretrained(device=device)) if path is None else (path.name, load(path, device=device))
 
 
 def model() -> click.Option:

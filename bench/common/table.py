@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .record import Cell, Record, values
 
-COLUMNS = ["run", "seconds", "p20-p80", "n", "faster", "GB/s", "GFLOP/s", "of limit", "max error"]
+COLUMNS = {
+    "run": "{name}", "seconds": "{median:.4g}", "p20-p80": "{p20:.4g}-{p80:.4g}", "n": "{n}", "faster": "{faster}",
+    "GB/s": "{gigabytes:.2f}", "GFLOP/s": "{gigaflops:.2f}", "of limit": "{fraction_of_limit:.1%}",
+    "max error": "{error}",
+}  # fmt: skip
+
+
+def row(columns: Mapping[str, str], part: Mapping[str, Any]) -> list[str]:
+    """A line of a table: for each column its format, filled in from a part of a record; "-" where that lacks it."""
+
+    def filled(form: str) -> str:
+        try:
+            return form.format_map(part)
+        except (KeyError, TypeError):  # a TypeError if it is None
+            return "-"
+
+    return list(map(filled, columns.values()))
+
+
+def shown(run: Any) -> dict[str, Any]:
+    """A run, if it was timed with the number of its samples, and "faster": the median of its ratios, or 1 for the
+    baseline, which has none."""
+    if not run["seconds"]:
+        return dict(run)
+    return {**run, "n": len(run["seconds"]), "faster": f"{run['ratio']['median']:.2f}x" if "ratio" in run else "1"}
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
@@ -22,20 +46,10 @@ def aligned(lines: Sequence[Sequence[str]], left: int) -> list[str]:
     ]
 
 
-def times(run: Any, form: str = ".4g") -> list[str]:
-    """Median, p20-p80 and number of samples, in seconds; form: of the percentiles."""
-    return [f"{run['median']:.4g}", f"{run['p20']:{form}}-{run['p80']:{form}}", str(len(run["seconds"]))]
-
-
 def micro(part: Any) -> list[str]:
     """Median, and p20-p80, in microseconds."""
     low, middle, high = (1e6 * part[key] for key in ("p20", "median", "p80"))
     return [f"{middle:.2f}", f"{low:.2f}-{high:.2f}"]
-
-
-def faster(run: Any) -> str:
-    """The median of a run's ratios; 1 for the baseline, which has none."""
-    return f"{run['ratio']['median']:.2f}x" if "ratio" in run else "1"
 
 
 def _error(check: Any) -> str:
@@ -43,18 +57,16 @@ def _error(check: Any) -> str:
     return check["reason"] if check["max_error"] is None else f"{check['max_error']:.1e}"
 
 
-def _rows(cell: Cell) -> list[list[str]]:
-    label, runs = values(cell), cell["runs"]
-    blank = ["-"] * 7
-    if not runs:
-        return [[*label, "FAILED", *blank, _error(cell["check"])]]
-    rows = []
-    for run in runs:
-        rates = [f"{run[rate] / 1e9:.2f}" for rate in ("bytes_per_second", "flops_per_second")]
+def _rows(cell: Cell) -> Iterator[list[str]]:
+    if not cell["runs"]:
+        yield [*values(cell), *row(COLUMNS, {"name": "FAILED", "error": _error(cell["check"])})]
+        return
+    for run in cell["runs"]:
+        rates = {"gigabytes": run["bytes_per_second"] / 1e9, "gigaflops": run["flops_per_second"] / 1e9}
         error = _error(run if "max_error" in run else cell["check"])
-        share = f"{100 * run['fraction_of_limit']:.1f}%"
-        rows.append([*label, run["name"], *times(run), faster(run), *rates, share, error])
-    return rows + [[*label, out["name"], *blank, out["reason"]] for out in cell.get("left_out", [])]
+        yield [*values(cell), *row(COLUMNS, {**shown(run), **rates, "error": error})]
+    for out in cell.get("left_out", []):
+        yield [*values(cell), *row(COLUMNS, {"name": out["name"], "error": out["reason"]})]
 
 
 def cells_table(record: Record) -> list[str]:
@@ -69,6 +81,6 @@ def cells_table(record: Record) -> list[str]:
     )
     labels = list([*record["cells"], *not_run][0]["label"])
     rows = [row for cell in record["cells"] for row in _rows(cell)]
-    rows += [[*values(case), "not run", *["-"] * 7, case["reason"]] for case in not_run]
+    rows += [[*values(case), *row(COLUMNS, {"name": "not run", "error": case["reason"]})] for case in not_run]
     lines = aligned([[*labels, *COLUMNS], *rows], len(labels) + 1)
     return [f"limits:  {limits['matrix_flops_per_second'] / 1e9:.1f} GFLOP/s, {rates}", "", *lines]

@@ -9,19 +9,22 @@ from typing import Any
 import click
 import torch
 
-from tarflow_fast import NonFiniteError, Sampler, SolverPlan, TarFlow, load, load_pretrained
+from tarflow_fast import NonFiniteError, Sampler, SolverPlan, TarFlow
 from tarflow_fast.devices import check_device
 from tarflow_fast.engine import choose_backend
 
 from ...common import options, plot
-from ...common.models import DTYPES, SHIPPED
+from ...common.models import DTYPES
 from ...common.record import hardware, title, values
 from ...common.suite import Suite
-from ...common.table import aligned, faster, times
+from ...common.table import aligned, row, shown
 from . import cases
 from .cases import ALLOWED, BASELINE, HOPELESS, Problem
 
-RUNS = ["passes", "evaluations", "seconds", "p20-p80", "n", "faster", "max error"]
+RUNS = {
+    "run": "{name}", "passes": "{passes}", "evaluations": "{evaluations:.0f}", "seconds": "{median:.4g}",
+    "p20-p80": "{p20:.3g}-{p80:.3g}", "n": "{n}", "faster": "{faster}", "max error": "{max_error:.1e}",
+}  # fmt: skip
 VERDICTS = ["best fixed", "auto / best", "p20-p80", "first", "runs", "windows", "rule"]
 LEGEND = """\
 passes: dependent steps of all blocks. evaluations: tokens evaluated for each image. faster: than sequential, side by
@@ -53,12 +56,11 @@ def _distinct(context: click.Context, parameter: click.Parameter, paths: tuple[P
 
 def _runs(cell: Any) -> Iterator[list[str]]:
     for run in cell["runs"]:
-        counts = [run["name"], str(run["passes"]), f"{run['evaluations']:.0f}"]
-        ratio = faster(run) if "ratio" in run or run["name"] == BASELINE else "-"
-        yield [*values(cell), *counts, *times(run, ".3g"), ratio, f"{run['max_error']:.1e}"]
+        slow = {"faster": "-"} if "ratio" not in run and run["name"] != BASELINE else {}
+        yield [*values(cell), *row(RUNS, {**shown(run), **slow})]
     for what, outs in (("not run", cell["not_run"]), ("FAILED", cell["left_out"])):
         for out in outs:
-            yield [*values(cell), out["name"], *["-"] * 6, what]
+            yield [*values(cell), *row({**RUNS, "max error": what}, out)]
 
 
 def _verdict(cell: Any) -> list[str]:
@@ -128,11 +130,10 @@ class AutoSuite(Suite[Problem]):
     def cases(self) -> Iterator[Problem]:
         backend, seed = self.chosen.backend, self.chosen.seed
         for path in self.chosen.paths or (None,):
-            model = load_pretrained(device=self.device) if path is None else load(path, device=self.device)
+            name, model = options.load_model(path, self.device)
             plan = learn_plan(model, backend, self.device, self.chosen.plan, seed)
             for dtype in self.chosen.dtypes:
                 for batch in self.chosen.batches:
-                    name = SHIPPED if path is None else path.name
                     yield Problem(name, model, dtype, batch, backend, self.device, seed, plan)
 
     def measure(self, case: Problem) -> Any:
@@ -154,7 +155,7 @@ class AutoSuite(Suite[Problem]):
         """A line for each candidate, and for each cell what auto chose."""
         cells, failures = record["cells"], record["failures"]
         labels = list(cells[0]["label"])
-        runs = [[*labels, "run", *RUNS], *(row for cell in cells for row in _runs(cell))]
+        runs = [[*labels, *RUNS], *(row for cell in cells for row in _runs(cell))]
         verdicts = [[*labels, *VERDICTS], *map(_verdict, cells)]
         names = [", ".join(values(cell)) for cell in cells]
         not_run = [

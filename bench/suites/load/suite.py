@@ -13,15 +13,13 @@ from typing import Any
 
 import click
 
-from tarflow_fast import load, load_pretrained
-
 from ...common import harness, options, plot
 from ...common.harness import Rounds
-from ...common.machine import cores, torch_threads
-from ...common.models import DENSITIES, SHIPPED
+from ...common.machine import CPU, cores, torch_threads
+from ...common.models import DENSITIES
 from ...common.record import Cell, counted, hardware
 from ...common.suite import Suite
-from ...common.table import aligned
+from ...common.table import aligned, row
 from .busy import busy_processes, fair_slowdown, spin, spin_rate
 from .tasks import TASKS, Inputs, Run
 
@@ -105,7 +103,11 @@ def own_time(run: Callable[[], Any]) -> float:
     return float(run())
 
 
-HEAD = ["task", "threads", "quiet", "busy", "n", "slowdown", "p20-p80", "fair", "spin", "/ fair", "/ spin", "max error"]
+COLUMNS = {
+    "task": "{task}", "threads": "{threads}", "quiet": "{quiet:.4g}", "busy": "{busy:.4g}", "n": "{n}",
+    "slowdown": "{median:.2f}", "p20-p80": "{p20:.2f}-{p80:.2f}", "fair": "{fair:.2f}", "spin": "{spin:.2f}",
+    "/ fair": "{over_fair:.2f}", "/ spin": "{over_spin[median]:.2f}", "max error": "{max_error:.1e}",
+}  # fmt: skip
 LEGEND = """\
 quiet, busy: seconds of one call, medians. slowdown: busy / quiet, round by round. fair: max(1, (t + n)/c) of t threads
 beside n busy processes on c cores. spin: slowdown of as many threads that never wait for each other, measured in the
@@ -117,17 +119,13 @@ MARKS = (  # a run, how far beside its number of threads it is drawn, and how
 
 
 def _row(cell: Any) -> list[str]:
-    label, error = cell["label"], cell["check"]["max_error"]
-    start = [label["task"], str(label["threads"])]
+    head = {**cell["label"], "max_error": cell["check"]["max_error"]}
     if not cell["runs"]:
-        return [*start, "FAILED", *["-"] * 8, "-" if error is None else f"{error:.1e}"]
+        return row({**COLUMNS, "quiet": "FAILED", "fair": "-"}, head)
     runs = {run["name"]: run for run in cell["runs"]}
-    slowdown = runs["busy"]["slowdown"]
-    medians = [f"{runs[name]['median']:.4g}" for name in ("quiet", "busy")]
-    spread = [f"{slowdown['median']:.2f}", f"{slowdown['p20']:.2f}-{slowdown['p80']:.2f}"]
-    shares = (cell["fair"], runs["spin busy"]["slowdown"]["median"], cell["over_fair"], cell["over_spin"]["median"])
-    count = str(len(runs["busy"]["seconds"]))
-    return [*start, *medians, count, *spread, *(f"{share:.2f}" for share in shares), f"{error:.1e}"]
+    medians = {"quiet": runs["quiet"]["median"], "busy": runs["busy"]["median"], "n": len(runs["busy"]["seconds"])}
+    spin = runs["spin busy"]["slowdown"]["median"]
+    return row(COLUMNS, {**cell, **head, **medians, **runs["busy"]["slowdown"], "spin": spin})
 
 
 def _named(cell: Cell) -> str:
@@ -177,14 +175,14 @@ class Load(Suite[Case]):
     def prepare(self) -> None:
         chosen, temporary = self.chosen, tempfile.TemporaryDirectory()
         chosen.busy = chosen.busy or cores()
-        model = load_pretrained() if chosen.path is None else load(chosen.path)
+        self.model_name, model = options.load_model(chosen.path, CPU)
         folder = Path(click.get_current_context().with_resource(temporary))
         self.inputs = Inputs.draw(model, chosen.path, chosen.batch, chosen.seed, chosen.density, folder)
         self.rate = spin_rate()
 
     def settings(self) -> dict[str, Any]:
         chosen = self.chosen
-        found = {"model": SHIPPED if chosen.path is None else chosen.path.name, "device": "cpu", "dtype": "float32"}
+        found = {"model": self.model_name, "device": "cpu", "dtype": "float32"}
         found |= {"density": chosen.density, "batch": chosen.batch, "busy": chosen.busy, "cores": cores()}
         return {**found, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "target": TARGET}
 
@@ -211,7 +209,7 @@ class Load(Suite[Case]):
             f"density {settings['density']}; OMP_WAIT_POLICY {settings['omp_wait_policy'] or 'not set'}",
             f"load:    {_machine(settings)}; load average before that {record['machine']['load_average']}",
             "",
-            *aligned([HEAD, *map(_row, cells)], 1),
+            *aligned([list(COLUMNS), *map(_row, cells)], 1),
             "",
             *LEGEND.splitlines(),
             verdict,

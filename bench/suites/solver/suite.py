@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 import torch
 
-from tarflow_fast import load, load_pretrained
 from tarflow_fast.devices import check_device
 from tarflow_fast.engine import choose_backend
 
 from ...common import options, plot
-from ...common.models import SHIPPED
 from ...common.record import hardware, short
 from ...common.suite import Suite
-from ...common.table import aligned, faster, times
+from ...common.table import aligned, row, shown
 from .cases import BASELINE, BOUND, FINAL, TOLS, Problem, candidates, measure, problems
 
 PROMISED = f"adaptive {TOLS[1]:g}"
 
-HEAD = ["block", "policy", "passes", "evaluations", "gained", "max error", "residual", "same error", "seconds"]
-HEAD += ["p20-p80", "n", "faster"]
+COLUMNS = {
+    "block": "{block}", "policy": "{name}", "passes": "{passes}", "evaluations": "{evaluations:.0f}",
+    "gained": "{advance:.1f}", "max error": "{error}", "residual": "{residual:.1e}",
+    "same error": "{jacobi_evaluations}", "seconds": "{median:.4g}", "p20-p80": "{p20:.3g}-{p80:.3g}", "n": "{n}",
+    "faster": "{faster}",
+}  # fmt: skip
 LEGEND = """\
 passes: dependent steps. evaluations: tokens evaluated for each image. gained: tokens by a pass. max error: from the
 sequential result of the same input. residual: as the solver states it, max |forward(x) - z|. same error: tokens that
@@ -34,26 +36,18 @@ SHOWN = {  # colour and width, from the slowest on
 }
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _row(block: str, run: dict[str, Any]) -> list[str]:
-    error = run["max_error"]
-    counts = [block, run["name"], str(run["passes"]), f"{run['evaluations']:.0f}", f"{run['advance']:.1f}"]
-    errors = ["not finite" if error is None else f"{error:.1e}", _number(run["residual"], ".1e")]
-    same = _number(run.get("jacobi_evaluations"), "d")
-    return [*counts, *errors, same, *([*times(run, ".3g"), faster(run)] if run["seconds"] else ["-"] * 4)]
+    error = "not finite" if run["max_error"] is None else f"{run['max_error']:.1e}"
+    return row(COLUMNS, {**shown(run), "block": block, "error": error})
 
 
-def _total(runs: list[dict[str, Any]], tokens: int) -> list[str]:
+def _total(runs: Sequence[dict[str, Any]], tokens: int) -> list[str]:
     """The sums of one candidate's runs over all blocks, of so many tokens each."""
-    passes, evaluations = sum(run["passes"] for run in runs), sum(run["evaluations"] for run in runs)
-    gained = f"{len(runs) * (tokens - 1) / passes:.1f}" if passes else "-"
-    jacobi = [run["jacobi_evaluations"] for run in runs if "jacobi_evaluations" in run]
-    same = str(sum(jacobi)) if len(jacobi) == len(runs) else "-"
-    seconds = f"{sum(run['median'] for run in runs):.4g}" if all(run["seconds"] for run in runs) else "-"
-    return ["all", runs[0]["name"], str(passes), f"{evaluations:.0f}", gained, "-", "-", same, seconds, "-", "-", "-"]
+    summed = ["passes", "evaluations", *(["median"] if all(run["seconds"] for run in runs) else [])]
+    summed += ["jacobi_evaluations"] if all("jacobi_evaluations" in run for run in runs) else []
+    total = {"block": "all", "name": runs[0]["name"], **{key: sum(run[key] for run in runs) for key in summed}}
+    gained = {"advance": len(runs) * (tokens - 1) / total["passes"]} if total["passes"] else {}
+    return row(COLUMNS, {**total, **gained})
 
 
 def _model(settings: dict[str, Any]) -> str:
@@ -94,13 +88,13 @@ class SolverSuite(Suite[Problem]):
     )
 
     def prepare(self) -> None:
-        self.device, path = check_device(self.chosen.device), self.chosen.path
-        self.model = load_pretrained(device=self.device) if path is None else load(path, device=self.device)
+        self.device = check_device(self.chosen.device)
+        self.model_name, self.model = options.load_model(self.chosen.path, self.device)
         self.backend, self.reason = choose_backend(self.chosen.backend, self.device, torch.float32, False)
 
     def settings(self) -> dict[str, Any]:
         chosen = self.chosen
-        found = {"model": SHIPPED if chosen.path is None else chosen.path.name, "sizes": self.model.config.to_dict()}
+        found = {"model": self.model_name, "sizes": self.model.config.to_dict()}
         found |= {"device": self.device.type, "dtype": "float32"}
         found |= {"backend": self.backend, "backend_reason": self.reason, "batch": chosen.batch}
         return {**found, "guidance": chosen.guidance, "final": FINAL, "bound": BOUND}
@@ -120,15 +114,13 @@ class SolverSuite(Suite[Problem]):
 
     def lines(self, record: Any) -> list[str]:
         """A line for each candidate in each block, and over all blocks."""
-        rows, cells, settings = [HEAD], record["cells"], record["settings"]
+        rows, cells, settings = [list(COLUMNS)], record["cells"], record["settings"]
         solved = [cell for cell in cells if cell["runs"]]
         for cell in cells:
             rows += [_row(short(cell["label"]["block"]), run) for run in cell["runs"]]
             if not cell["check"]["passed"]:
-                rows.append([short(cell["label"]["block"]), "FAILED", *["-"] * 10])
-        rows += [
-            _total(list(runs), solved[0]["tokens"]) for runs in zip(*(cell["runs"] for cell in solved), strict=True)
-        ]
+                rows.append(row(COLUMNS, {"block": cell["label"]["block"], "name": "FAILED"}))
+        rows += [_total(runs, solved[0]["tokens"]) for runs in zip(*(cell["runs"] for cell in solved), strict=True)]
         checks = [(f"block {cell['label']['block']}", cell["check"]) for cell in cells]
         failed = [f"{block}: {check['reason']}" for block, check in checks if not check["passed"]]
         sizes = ", ".join(f"block {cell['label']['block']} {cell['largest']:.1f}" for cell in solved)
