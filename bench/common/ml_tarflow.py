@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import click
+import torch
 from torch import Tensor, nn
 
-from tarflow_fast import TarFlowConfig
+from tarflow_fast import TarFlow, TarFlowConfig
 
 FILE = "transformer_flow.py"
 _OPTION = "'--ml-tarflow'"
@@ -54,3 +56,9 @@ class MlTarflow:
         model: nn.Module = self.module.Model(**sizes)
         model.load_state_dict(weights)
         return model.eval()
+
+    def reverse(self, model: TarFlow, device: torch.device) -> Callable[..., Tensor]:
+        """Its reverse with our model's weights, under inference_mode as its own scripts run it."""
+        theirs = self.model(model.config, model.state_dict()).to(device)
+        reverse: Callable[..., Tensor] = torch.inference_mode()(theirs.reverse)
+        return reverse

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tarflow_fast import TarFlow, TarFlowConfig, denoise
+from tarflow_fast import Sampler, TarFlow, TarFlowConfig, denoise
 from tarflow_fast.noise import latent_noise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,6 +70,13 @@ def labels(config: TarFlowConfig, batch: int, device: torch.device | str = "cpu"
         return None
     y = torch.arange(batch, device=device) % (config.num_classes + none)
     return y.masked_fill(y == config.num_classes, -1)
+
+
+def sequential_reverse(model: TarFlow, *, compile: bool = False, **options: Any) -> Callable[..., Tensor]:
+    """The reverse of a sequential sampler. options: its others."""
+    if compile:
+        torch.compiler.reset()  # else the code of earlier cells counts against torch's limit of recompilations
+    return Sampler(model, solver="sequential", compile=compile, **options).reverse
 
 
 def with_density(model: TarFlow, backend: str, threads: int) -> TarFlow:

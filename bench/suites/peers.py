@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
-from tarflow_fast import Sampler, TarFlowConfig
+from tarflow_fast import TarFlowConfig
 from tarflow_fast.engine.cpu_engine import choose_instruction_set
 
 from ..common import limits, options
 from ..common.harness import Candidate, measure_cell
+from ..common.machine import CPU
 from ..common.ml_tarflow import MlTarflow
-from ..common.models import DTYPES, MODELS, labels, latents, one_block, random_model
+from ..common.models import DTYPES, MODELS, labels, latents, one_block, random_model, sequential_reverse
 from ..common.record import Cell, Limits
 from ..common.roofline import Work, inverse_work
 from ..common.suite import Suite
@@ -54,21 +56,16 @@ class Case:
 def candidates(
     case: Case, ml_tarflow: MlTarflow, backends: tuple[str, ...], *, seed: int, compile: bool
 ) -> dict[str, Candidate]:
-    """The published reverse, in fp32 and under inference_mode as its own scripts run it, and then each of ours."""
+    """The published reverse, in fp32, and then each of ours."""
     model = random_model(case.sizes, seed)
-    inputs = (latents(case.sizes, case.batch, seed), labels(case.sizes, case.batch))
+    inputs = (latents(case.sizes, case.batch, seed), labels(case.sizes, case.batch), case.guidance)
 
-    def theirs() -> Callable[[], Any]:
-        reverse = torch.inference_mode()(ml_tarflow.model(case.sizes, model.state_dict()).reverse)
-        return functools.partial(reverse, *inputs, guidance=case.guidance)
+    def ours(backend: str, compile: bool = False) -> Callable[[], Tensor]:
+        reverse = sequential_reverse(model, backend=backend, dtype=DTYPES[case.dtype], compile=compile)
+        return functools.partial(reverse, *inputs)
 
-    def ours(backend: str, compile: bool = False) -> Callable[[], Any]:
-        if compile:
-            torch.compiler.reset()  # else the code of earlier cells counts against torch's limit of recompilations
-        how: dict[str, Any] = {"dtype": DTYPES[case.dtype], "solver": "sequential", "compile": compile}
-        return functools.partial(Sampler(model, backend=backend, **how).reverse, *inputs, guidance=case.guidance)
-
-    found: dict[str, Candidate] = {Peers.baseline: theirs, "torch": functools.partial(ours, "torch")}
+    found: dict[str, Candidate] = {Peers.baseline: lambda: functools.partial(ml_tarflow.reverse(model, CPU), *inputs)}
+    found["torch"] = functools.partial(ours, "torch")
     if compile:
         found["torch compiled"] = functools.partial(ours, "torch", compile=True)
     return found | {name: functools.partial(ours, name) for name in backends if name != "torch"}
@@ -119,7 +116,7 @@ class Peers(Suite[Case]):
         )
 
     def commands(self) -> list[click.Command]:
-        return [self.command(), CPU.command()]
+        return [self.command(), ON_CPU.command()]
 
     def prepare(self) -> None:
         self.ml_tarflow = MlTarflow.load(self.chosen.checkout)
@@ -161,4 +158,4 @@ class Peers(Suite[Case]):
 
 
 SUITE = Peers("peers", "guidance", ("torch",), ("float32",), ("medium", "small"))
-CPU = Peers("cpu", "dtype", ("torch", "cpu"), tuple(DTYPES), ("small", "medium"))
+ON_CPU = Peers("cpu", "dtype", ("torch", "cpu"), tuple(DTYPES), ("small", "medium"))

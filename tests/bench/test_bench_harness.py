@@ -14,8 +14,6 @@ from bench.common.harness import TOLERANCE, Rounds, admit, admit_all, measure_ce
 from bench.suites.gpu.cases import Case
 from tarflow_fast import NonFiniteError
 
-CPU = torch.device("cpu")
-
 
 class Clock:
     """Time that passes only when a candidate runs."""

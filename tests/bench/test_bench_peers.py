@@ -16,7 +16,7 @@ from stand_in import bench, quick_limits, stand_in
 
 from bench.common import machine, record
 from bench.common.harness import TOLERANCE
-from bench.suites.peers import CPU, SIZES, SUITE
+from bench.suites.peers import ON_CPU, SIZES, SUITE
 from tarflow_fast.engine.cpu_engine import cpu_missing
 
 
@@ -46,7 +46,7 @@ def test_cases() -> None:
         {"model": "tiny", "batch": 3, "guidance": 2.0},
     ]
     assert len(chosen(SUITE).cases()) == 8
-    assert len({tuple(case.label.values()) for case in chosen(CPU).cases()}) == 12
+    assert len({tuple(case.label.values()) for case in chosen(ON_CPU).cases()}) == 12
     sizes = SIZES["medium"]
     assert (sizes.channels, sizes.layers_per_block, sizes.num_blocks, sizes.num_patches) == (256, 4, 4, 256)
 

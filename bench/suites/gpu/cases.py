@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_fast import Sampler, TarFlow, TarFlowConfig
+from tarflow_fast import TarFlow, TarFlowConfig
 
 from ...common.harness import Candidate
 from ...common.ml_tarflow import MlTarflow
-from ...common.models import DRY_MODELS, MODELS, labels, latents, one_block, random_model
+from ...common.models import DRY_MODELS, MODELS, labels, latents, one_block, random_model, sequential_reverse
 from ...common.roofline import Work, density_work, inverse_work
 
 DTYPE = torch.bfloat16
@@ -113,8 +113,8 @@ def _short(sizes: TarFlowConfig) -> TarFlowConfig:
 def exact_images(case: Case, inputs: Inputs, device: torch.device) -> Tensor:
     """Images in fp32 by the torch backend, for which a block is a second of work even where ml-tarflow takes minutes.
     That this is not the torch backend checking itself is the baseline's part: it has to agree with these too."""
-    sampler = Sampler(inputs.model, backend="torch", device=device, dtype=torch.float32, solver="sequential")
-    return sampler.reverse(inputs.z, inputs.y, guidance=case.guidance)
+    reverse = sequential_reverse(inputs.model, backend="torch", device=device, dtype=torch.float32)
+    return reverse(inputs.z, inputs.y, case.guidance)
 
 
 def samplers(
@@ -123,30 +123,22 @@ def samplers(
     """The baseline first; compiled, cuda: whether these take part."""
 
     def theirs() -> Callable[[], Tensor]:
-        def reverse(sizes: TarFlowConfig, model: TarFlow) -> Callable[..., Tensor]:
-            run = torch.inference_mode()(ml_tarflow.model(sizes, model.state_dict()).to(device).reverse)
-            return functools.partial(_autocast(run, device), y=inputs.y, guidance=case.guidance)
+        def reverse(model: TarFlow) -> Callable[[], Tensor]:
+            z = inputs.z[:, : model.config.num_patches]
+            return functools.partial(_autocast(ml_tarflow.reverse(model, device), device), z, inputs.y, case.guidance)
 
-        short = _short(case.sizes)
-        reverse(short, random_model(short, 0))(inputs.z[:, : short.num_patches])
-        return functools.partial(reverse(case.sizes, inputs.model), inputs.z)
+        reverse(random_model(_short(case.sizes), 0))()
+        return reverse(inputs.model)
 
     def ours(backend: str, compile: bool = False) -> Callable[[], Tensor]:
-        if compile:
-            torch.compiler.reset()  # else the code of earlier cells counts against torch's limit of recompilations
-        how: dict[str, Any] = {"device": device, "dtype": DTYPE, "solver": "sequential", "compile": compile}
-        sampler = Sampler(inputs.model, backend=backend, **how)
-        return functools.partial(sampler.reverse, inputs.z, inputs.y, guidance=case.guidance)
+        reverse = sequential_reverse(inputs.model, backend=backend, device=device, dtype=DTYPE, compile=compile)
+        return functools.partial(reverse, inputs.z, inputs.y, case.guidance)
 
-    found: dict[str, Candidate] = {
-        BASELINE: theirs,
-        TORCH: functools.partial(ours, "torch"),
-        TRITON: functools.partial(ours, BACKEND),
-    }
+    found: dict[str, Candidate] = {BASELINE: theirs, TORCH: lambda: ours("torch"), TRITON: lambda: ours(BACKEND)}
     if compiled:
-        found[COMPILED] = functools.partial(ours, "torch", compile=True)
+        found[COMPILED] = lambda: ours("torch", compile=True)
     if cuda:  # last: a kernel that goes wrong can leave a process without a GPU
-        found[CUDA] = functools.partial(ours, "cuda")
+        found[CUDA] = lambda: ours("cuda")
     return found
 
 

@@ -182,7 +182,7 @@ class Load(Suite[Case]):
 
     def settings(self) -> dict[str, Any]:
         chosen = self.chosen
-        found = {"model": self.model_name, "device": "cpu", "dtype": "float32"}
+        found: dict[str, Any] = {"model": self.model_name, "device": "cpu", "dtype": "float32"}
         found |= {"density": chosen.density, "batch": chosen.batch, "busy": chosen.busy, "cores": cores()}
         return {**found, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "target": TARGET}
 
