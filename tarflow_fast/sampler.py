@@ -392,6 +392,8 @@ class Sampler:
 
     def with_solvers(self, solvers: Sequence[Solver]) -> Sampler:
         """A sampler that shares this one's weights and engines, and inverts block k by solvers[k]."""
+        if len(solvers) != len(self._engines):
+            raise ArgumentError("solvers", f"one for each of the {len(self._engines)} blocks", len(solvers))
         new = copy.copy(self)
         new._solvers = list(solvers)
         return new

@@ -16,7 +16,8 @@ from .machine import ROOT, cores
 from .models import DTYPES, SHIPPED
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-MODEL = "A checkpoint, .pth or .safetensors  [default: the Fashion-MNIST model that ships with the package]"
+MODEL: dict[str, Any] = {"metavar": "FILE", "type": FILE, "show_default": "the model that ships with the package"}
+MODEL_HELP = "A checkpoint, .pth or .safetensors"
 BUDGET = "Time for timing one cell: slow cells are repeated less often, at least once; the record has the count."
 
 
@@ -37,7 +38,7 @@ def batches(*default: int) -> click.Option:
 
 
 def dtypes(default: Sequence[str] = tuple(DTYPES)) -> click.Option:
-    return several("--dtype", "dtypes", type=DTYPES, default=default, help="Weights and KV cache are of this dtype")
+    return several("--dtype", "dtypes", type=DTYPES, default=default, help="Dtypes to be measured")
 
 
 def checkout() -> click.Option:
@@ -52,7 +53,7 @@ def load_model(path: Path | None, device: torch.device) -> tuple[str, TarFlow]:
 
 
 def model() -> click.Option:
-    return option("--model", "path", metavar="FILE", type=FILE, help=f"{MODEL}.")
+    return option("--model", "path", help=f"{MODEL_HELP}.", **MODEL)
 
 
 def engine() -> tuple[click.Option, ...]:
@@ -61,16 +62,16 @@ def engine() -> tuple[click.Option, ...]:
 
 
 def threads() -> click.Option:
-    help = "Threads of every candidate.  [default: as many as torch takes]"
-    return option("--threads", type=click.IntRange(1), help=help)
+    kind = click.IntRange(1)
+    return option("--threads", type=kind, show_default="as many as torch takes", help="Threads of every candidate.")
 
 
 def every_threads() -> click.Option:
     def chosen(context: click.Context, parameter: click.Parameter, counts: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(dict.fromkeys(counts)) or tuple(range(1, cores() + 1))
 
-    help = "Threads of every candidate  [default: every number up to that of the cores]"
-    return several("--threads", type=click.IntRange(1, cores()), callback=chosen, help=help)
+    how: dict[str, Any] = {"callback": chosen, "show_default": "every number up to that of the cores"}
+    return several("--threads", type=click.IntRange(1, cores()), help="Threads of every candidate", **how)
 
 
 def of_every_suite(name: str, seconds: float, help: str = BUDGET) -> tuple[click.Option, ...]:
@@ -84,10 +85,10 @@ def of_every_suite(name: str, seconds: float, help: str = BUDGET) -> tuple[click
         return path
 
     positive, out = click.FloatRange(0, min_open=True), click.Path(dir_okay=False, path_type=Path)
-    where = f"Where the record goes, its PNG beside it.  [default: bench/results/{name}-DATE-TIME.json]"
+    where: dict[str, Any] = {"metavar": "FILE.json", "show_default": f"bench/results/{name}-DATE-TIME.json"}
     return (
         option("--repeat", type=click.IntRange(1), default=7, help="How often each cell's candidates are timed."),
         option("--budget", type=positive, default=seconds, metavar="SECONDS", help=help),
         option("--seed", type=click.IntRange(0), default=0, help="The seed of weights and noise."),
-        option("--out", type=out, callback=place, metavar="FILE.json", help=where),
+        option("--out", type=out, callback=place, help="Where the record goes, its PNG beside it.", **where),
     )

@@ -107,7 +107,7 @@ class AutoSuite(Suite[Problem]):
     name = "auto"
     baseline = BASELINE
     options = (
-        options.several("--model", "paths", metavar="FILE", type=options.FILE, callback=_distinct, help=options.MODEL),
+        options.several("--model", "paths", callback=_distinct, help=options.MODEL_HELP, **options.MODEL),
         options.batches(1, 16, 64),
         options.dtypes(),
         *options.engine(),

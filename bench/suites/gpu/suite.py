@@ -42,7 +42,7 @@ BASELINE_SHARE = 0.25  # of the time for a cell: a baseline that takes longer th
 SLACK = {BASELINE: 2.0}  # under autocast it rounds exp(xa) too: its error is up to 2.7 times the torch backend's
 DENSITY_TOLERANCE = 0.01  # of the loss and of the gradient's norm, relative to the exact ones
 BUDGET = "Time for the whole run: what has not begun by then is listed as not run."
-CELL = "What to measure, in this order; may be given more than once.  [default: all below]"
+CELL = "What to measure, in this order; may be given more than once."
 DRY = "Tiny sizes, on the CPU, in Triton's interpreter: tries the suite itself."
 
 
@@ -125,7 +125,7 @@ class GpuSuite(Suite[Case]):
     options = (
         options.checkout(),
         options.option(
-            *("--cell", "cases"), multiple=True, default=CASES, show_default=False,
+            *("--cell", "cases"), multiple=True, default=CASES, show_default="all below",
             callback=_cases, metavar="MODEL:BATCH:PASS", help=CELL,
         ),
         options.option("--skip-tests", is_flag=True, help="Run neither the GPU's tests nor the sanitizer first."),

@@ -26,7 +26,7 @@ from .tasks import TASKS, Inputs, Run
 TARGET = 1.5  # times the fair share, at most
 SAMPLE = 0.2  # seconds that a sample takes at least on a quiet machine: many turns of the scheduler
 DENSITY_HELP = "Backend of denoising and densities that the library is called with; the commands choose their own."
-BUSY_HELP = "The number of busy processes.  [default: as many as there are cores]"
+BUSY: dict[str, Any] = {"metavar": "N", "show_default": "as many as there are cores"}
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Load(Suite[Case]):
         options.several("--task", "tasks", type=TASKS, default=tuple(TASKS), help="Tasks to be run"),
         options.option("--batch", type=click.IntRange(1), default=80, help="The number of images of each task."),
         options.option("--density", type=click.Choice(DENSITIES), default="auto", help=DENSITY_HELP),
-        options.option("--busy", type=click.IntRange(1), metavar="N", help=BUSY_HELP),
+        options.option("--busy", type=click.IntRange(1), help="The number of busy processes.", **BUSY),
         options.every_threads(),
         *options.of_every_suite("load", 120.0),
     )
