@@ -12,7 +12,7 @@ from tarflow_fast import TarFlowError
 
 from .common.plot import require_matplotlib
 from .common.record import read
-from .common.suite import find_suites, suite_of
+from .suites import find_suites, suite_of
 
 
 class _Group(click.Group):

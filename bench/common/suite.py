@@ -1,11 +1,9 @@
-"""What a suite is, how it is run, and how suites are found."""
+"""What a suite is, and how it is run."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Iterable, Sized
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -16,7 +14,6 @@ from typing import Any, Generic, TypeVar
 import click
 import torch
 
-from .. import suites
 from . import limits, machine, plot
 from .harness import Rounds
 from .ml_tarflow import MlTarflow
@@ -185,15 +182,3 @@ class Suite(Generic[C]):
             write(record, self.chosen.out)
         record["limits"] = limits.best(record["limits"], self.limits())
         hold()
-
-
-def find_suites() -> list[Suite[Any]]:
-    """The SUITE of every module NAME.py in `bench/suites/`, and of NAME/suite.py in every folder."""
-    found = [f"{each.name}.suite" if each.ispkg else each.name for each in pkgutil.iter_modules(suites.__path__)]
-    return [importlib.import_module(f"{suites.__name__}.{name}").SUITE for name in sorted(found)]
-
-
-def suite_of(record: Record) -> Suite[Any]:
-    """The suite that left this record. Raises LookupError."""
-    name = record["suite"]
-    return {each: suite for suite in find_suites() for each in suite.names or (suite.name,)}[name]

@@ -11,7 +11,7 @@ from stand_in import bench
 from bench import suites
 from bench.common import record
 from bench.common.machine import ROOT
-from bench.common.suite import find_suites, suite_of
+from bench.suites import find_suites, suite_of
 from bench.suites.gpu import checks
 
 COMMANDS = ["auto", "cpu", "density", "gpu", "kernels", "load", "peers", "show", "solver"]
