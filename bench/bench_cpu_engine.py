@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tarflow_fast.backend.cpu.engine import CpuEngine
 from tarflow_fast.engine import Condition
-from tarflow_fast.engine.cpu_engine import CpuEngine
 from tarflow_fast.native import instruction_sets
 
 from .common.models import MODELS, random_model

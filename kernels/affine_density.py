@@ -170,7 +170,7 @@ def density_backward(
     if dlog_det.shape != (B, T):
         raise ArgumentError("dlog_det", f"shape {(B, T)}", tuple(dlog_det.shape))
     nvp = z is not None and out is not None
-    if nvp:
+    if z is not None and out is not None:
         z = check_operand("z", z.contiguous(), (B, T, D), torch.float32, dz.device)
         out = check_operand("out", out.contiguous(), (B, T, 2 * D), dtype, dz.device)
     dout = torch.empty((B, T, 2 * D if nvp else D), dtype=dtype, device=dz.device)

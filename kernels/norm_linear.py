@@ -63,7 +63,8 @@ class Tile:
 def reference(x: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None = None, gelu: bool = False) -> Tensor:
     """The same by PyTorch, in the dtype of W; the residual is the caller's to add. x: (rows, K). Returns (rows, N)."""
     if norm is not None:
-        x = F.layer_norm(x, x.shape[-1:], *(each.to(x.dtype) for each in norm), NORM_EPS)
+        gamma, beta = norm
+        x = F.layer_norm(x, x.shape[-1:], gamma.to(x.dtype), beta.to(x.dtype), NORM_EPS)
     y = F.linear(x.to(weight.dtype), weight, bias.to(weight.dtype))
     return F.gelu(y) if gelu else y
 

@@ -10,12 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .card import model_card
-    from .checkpoint import load, load_pretrained, save
-    from .config import TarFlowConfig
+    from .adapters import accelerate
+    from .backend import backends
+    from .checkpoints import load, load_pretrained, model_card, push_to_hub, save
     from .data import ImageData, load_images
-    from .denoising import denoise
-    from .engine import backends
     from .errors import (
         ArgumentError,
         BackendError,
@@ -26,38 +24,36 @@ if TYPE_CHECKING:
         TarFlowError,
         TarFlowWarning,
     )
-    from .evaluate import bayes_accuracy, bits_per_dim
-    from .hub import push_to_hub
+    from .evaluation import bayes_accuracy, bits_per_dim
     from .images import save_grid
-    from .model import TarFlow, dequantize
-    from .report import Report, Samples
-    from .sampler import Sampler, accelerate
+    from .models import TarFlow, TarFlowConfig, denoise, dequantize
+    from .sampling import Report, Sampler, Samples
     from .solvers import SolverPlan
     from .trainer import TrainConfig, train
 
     __version__: str
 
 _HOME = {
-    "TarFlow": "model",
-    "TarFlowConfig": "config",
-    "dequantize": "model",
-    "load": "checkpoint",
-    "save": "checkpoint",
-    "load_pretrained": "checkpoint",
-    "model_card": "card",
-    "push_to_hub": "hub",
-    "Sampler": "sampler",
-    "Samples": "report",
+    "TarFlow": "models",
+    "TarFlowConfig": "models",
+    "dequantize": "models",
+    "load": "checkpoints",
+    "save": "checkpoints",
+    "load_pretrained": "checkpoints",
+    "model_card": "checkpoints",
+    "push_to_hub": "checkpoints",
+    "Sampler": "sampling",
+    "Samples": "sampling",
     "SolverPlan": "solvers",
-    "Report": "report",
-    "accelerate": "sampler",
-    "denoise": "denoising",
+    "Report": "sampling",
+    "accelerate": "adapters",
+    "denoise": "models",
     "ImageData": "data",
     "load_images": "data",
-    "bits_per_dim": "evaluate",
-    "bayes_accuracy": "evaluate",
+    "bits_per_dim": "evaluation",
+    "bayes_accuracy": "evaluation",
     "save_grid": "images",
-    "backends": "engine",
+    "backends": "backend",
     "TrainConfig": "trainer",
     "train": "trainer",
     "TarFlowError": "errors",

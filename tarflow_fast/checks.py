@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import serial
+from . import host_ops
 from .errors import ArgumentError, TarFlowWarning
 from .scalars import plain
 
@@ -78,7 +78,7 @@ def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool =
         raise ArgumentError(name, "a floating-point tensor", short(x.dtype))
     if x.dim() != len(shape) + 1 or tuple(x.shape[1:]) != shape or x.shape[0] == 0:
         raise ArgumentError(name, f"shape {wanted} with B >= 1", tuple(x.shape))
-    if finite and not serial.all_finite(x.detach()):
+    if finite and not host_ops.all_finite(x.detach()):
         raise ArgumentError(name, "finite values", "a tensor with infinities or NaNs")
     return x
 

@@ -58,7 +58,7 @@ def check_grid(
     argument: str,
     path: PathLike,
     count: int,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     columns: int,
     *,
     pad: int = 2,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import serial
+from . import host_ops
 from .errors import ArgumentError
 
 
@@ -57,12 +57,12 @@ class Permutation:
         return x.index_select(dim, torch.tensor(indices, device="cpu").to(x.device))
 
     def enter(self, x: Tensor) -> Tensor:
-        """As `__call__` along dimension 1, contiguous and by one thread (see `serial.py`)."""
-        return x if self._identity else serial.reordered(x, self.indices)
+        """As `__call__` along dimension 1, contiguous and by one thread (see `host_ops.py`)."""
+        return x if self._identity else host_ops.reordered(x, self.indices)
 
     def leave(self, x: Tensor) -> Tensor:
         """The inverse of `enter`."""
-        return x if self._identity else serial.reordered(x, self._inverse)
+        return x if self._identity else host_ops.reordered(x, self._inverse)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Permutation) and self.indices == other.indices

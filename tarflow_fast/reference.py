@@ -41,18 +41,22 @@ class Inverse(NamedTuple):
     token_log_det: Tensor
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, ch, H, W) to (B, T, D): patches row by row, the values of one ordered (channel, row, column)."""
+def patchify(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """(B, ch, H, W) to (B, T, D): patches row by row, the values of one ordered (channel, row, column).
+
+    patch_size: of a square patch, or its height and width.
+    """
     B, ch, H, W = images.shape
-    p = patch_size
-    return images.reshape(B, ch, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, ch * p * p)
+    p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return images.reshape(B, ch, H // p, p, W // q, q).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, ch * p * q)
 
 
-def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
-    """(B, T, D) to square images (B, ch, H, H); the inverse of patchify."""
+def unpatchify(tokens: Tensor, patch_size: int | tuple[int, int], rows: int | None = None) -> Tensor:
+    """(B, T, D) to images (B, ch, H, W); the inverse of patchify. rows: of patches, by default √T, as in a square."""
     B, T, D = tokens.shape
-    p, n = patch_size, math.isqrt(T)
-    return tokens.reshape(B, n, n, D // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, n * p, n * p)
+    p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    n = math.isqrt(T) if rows is None else rows
+    return tokens.reshape(B, n, T // n, D // (p * q), p, q).permute(0, 3, 1, 4, 2, 5).reshape(B, -1, n * p, T // n * q)
 
 
 def num_blocks(weights: Weights) -> int:
@@ -223,17 +227,24 @@ def denoise(
     *,
     noise_std: float,
     scale: float = 1.0,
+    patch_size: int | tuple[int, int] | None = None,
     head_dim: int = 64,
 ) -> Tensor:
     """x + scale · σ² ∇_x log p(x | y): Tweedie's estimate of the image under noise of std σ = noise_std.
 
-    images: (B, ch, H, H). As published, p has the prior N(0, 1) here, also where a volume-preserving model
-    has learnt another `var`.
+    images: (B, ch, H, W), or tokens (B, T, D) as they are; patch_size: as in `patchify`, by default a square's. As
+    published, p has the prior N(0, 1) here, also where a volume-preserving model has learnt another `var`.
     """
-    patch_size = math.isqrt(weights["var"].shape[1] // images.shape[1])
+    if images.dim() == 4 and patch_size is None:
+        patch_size = math.isqrt(weights["var"].shape[1] // images.shape[1])
+    tokens = images if patch_size is None else patchify(images, patch_size)
     with torch.enable_grad():
-        x = patchify(images, patch_size).to(weights["var"].dtype).detach().requires_grad_()
+        x = tokens.to(weights["var"].dtype).detach().requires_grad_()
         result = density(weights, x, y, head_dim=head_dim)
         log_p = result.log_det.sum() - 0.5 * (result.z**2).sum()
         (score,) = torch.autograd.grad(log_p, x)
-    return unpatchify(x.detach() + scale * noise_std**2 * score, patch_size)
+    denoised = x.detach() + scale * noise_std**2 * score
+    if patch_size is None:
+        return denoised
+    height = patch_size if isinstance(patch_size, int) else patch_size[0]
+    return unpatchify(denoised, patch_size, images.shape[2] // height)

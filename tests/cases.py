@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tarflow_fast.engine.cuda_engine import cuda_missing
-from tarflow_fast.model import TarFlow
+from tarflow_fast.backend.cuda.engine import cuda_missing
+from tarflow_fast.models.tarflow import TarFlow
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 

@@ -98,7 +98,8 @@ def _sequential_is_quickest(monkeypatch: pytest.MonkeyPatch) -> None:
 def _first_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the Triton engine would time all tiles for the sizes of every test: take the first of each instead."""
     if torch.cuda.is_available():
-        from tarflow_fast.engine import triton_engine, triton_plan
+        from tarflow_fast.backend.triton import engine as triton_engine
+        from tarflow_fast.backend.triton import plan as triton_plan
 
         def first(engine: object, workspace: object, shape: triton_plan.PassShape) -> triton_plan.Plan:
             return triton_plan.first(triton_plan.candidates(shape))
@@ -111,6 +112,6 @@ def _emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         from cuda_emulation import emulated
 
-        from tarflow_fast.engine import cuda_engine
+        from tarflow_fast.backend.cuda import engine as cuda_engine
 
         monkeypatch.setattr(cuda_engine, "load_native", emulated)

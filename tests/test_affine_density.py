@@ -14,10 +14,10 @@ from tolerances import SAME_F32, SAME_F64, assert_close, error_budget, max_error
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from tarflow_fast import ops
 from tarflow_fast.errors import ArgumentError, BackendError
 from tarflow_fast.kernels import launch
 from tarflow_fast.kernels.affine_density import TILE, affine_density, affine_density_backward, affine_density_reference
+from tarflow_fast.models import affine_density as ops
 
 SIZES = [(2, 5, 3), (3, 1, 4), (1, 16, 1), (2, 37, 100), (1, 2, 2100)]
 """B, T, D: odd, one token, one value, tokens in several programs, a token larger than a program should be."""

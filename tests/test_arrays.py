@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from tarflow_fast.data import ImageData, load_images
 from tarflow_fast.data.labels import read_labels
+from tarflow_fast.data.values import channel_axis
 from tarflow_fast.errors import ArgumentError, DataError
 
 RNG = np.random.default_rng(0)
@@ -84,6 +86,101 @@ def test_ambiguous_layout(tmp_path: Path) -> None:
         load(tmp_path / "x.npz", {"images": cube})
     for layout, wanted in (("NCHW", cube), ("NHWC", cube.transpose(0, 3, 1, 2))):
         assert np.array_equal(load(tmp_path / "x.npz", layout=layout).images.numpy(), wanted)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sides", [(8, 5), (2, 9), (4, 7)])
+def test_rectangles(tmp_path: Path, channels: int, sides: tuple[int, int]) -> None:
+    """One reading of the shape gives 1 or 3 channels, the other neither that nor square images."""
+    wanted = RNG.integers(0, 256, (6, channels, *sides), dtype=np.uint8)
+    for array in (wanted, wanted.transpose(0, 2, 3, 1), np.asfortranarray(wanted)):
+        assert np.array_equal(load(tmp_path / "x.npz", {"images": array}, size=sides).images, wanted)
+    if channels == 1:
+        assert np.array_equal(load(tmp_path / "x.npz", {"images": wanted[:, 0]}).images, wanted)
+    for layout, array in (("NCHW", wanted), ("NHWC", wanted.transpose(0, 2, 3, 1))):
+        assert np.array_equal(load(tmp_path / "x.npz", {"images": array}, layout=layout).images, wanted)
+    for size in (sides[::-1], sides[0], (sides[0], sides[1] + 1)):
+        with pytest.raises(DataError, match=r"its images are \d pixels (wide|high), not \d"):
+            load(tmp_path / "x.npz", layout="NHWC", size=size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((6, 3, 5, 3), "may be"),
+        ((6, 3, 8, 1), "may be"),
+        ((6, 3, 3, 8), "may be"),
+        ((6, 1, 1, 4), "may be"),
+        ((6, 4, 8, 5), "neither 1 or 3 channels nor square images"),
+    ],
+)
+def test_shapes_that_do_not_tell(tmp_path: Path, shape: tuple[int, ...], said: str) -> None:
+    array = RNG.integers(0, 256, shape, dtype=np.uint8)
+    with pytest.raises(DataError, match=rf"{said}.* \(N, H, W, ch\) or \(N, ch, H, W\): give layout"):
+        load(tmp_path / "x.npz", {"images": array})
+    assert np.array_equal(load(tmp_path / "x.npz", layout="NCHW").images, array)
+    assert np.array_equal(load(tmp_path / "x.npz", layout="NHWC").images, array.transpose(0, 3, 1, 2))
+
+
+@given(sides=st.tuples(st.integers(1, 9), st.integers(1, 9)), channels=st.integers(1, 9), last=st.booleans())
+def test_no_shape_is_read_in_the_wrong_way(sides: tuple[int, int], channels: int, last: bool) -> None:
+    """Pictures, grey or in colour, and square images of any channels are read as they are, or refused."""
+    if channels not in (1, 3) and sides[0] != sides[1]:
+        return
+    shape = (2, *sides, channels) if last else (2, channels, *sides)
+    try:
+        axis = channel_axis("x", np.dtype(np.uint8), shape, "auto")
+    except DataError:
+        return
+    assert (axis == 3) == last or shape[1:] == (1, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ">f4"])
+def test_sequences_are_kept(tmp_path: Path, dtype: Any, remarks: Remarks) -> None:
+    sequences = (100 * RNG.normal(size=(6, 7, 5))).astype(dtype)
+    data = load(tmp_path / "x.npz", {"images": sequences, "labels": LABELS}, layout="tokens")
+    assert data.sequences
+    assert data.images.dtype == torch.float32
+    assert np.array_equal(data.images, sequences.astype(np.float32))
+    assert data.labels is not None
+    assert re.search(r"sequences from -\S+ to \S+ are kept as they are", remarks.messages[-1])
+    np.save(tmp_path / "x.npy", np.asfortranarray(sequences))
+    alone = load_images(tmp_path / "x.npy", layout="tokens", values="raw")
+    assert torch.equal(alone.images, data.images)
+    assert alone.spread(3).images.shape == (3, 7, 5)
+    with pytest.raises(ArgumentError, match="size: expected None, as sequences have no pixels"):
+        load_images(tmp_path / "x.npy", layout="tokens", size=7)
+
+
+def test_three_dimensions_are_grey_images_unless_told(tmp_path: Path) -> None:
+    grey = RNG.random((6, 7, 5))
+    assert load(tmp_path / "x.npz", {"images": grey}).images.shape == (6, 1, 7, 5)
+    with pytest.raises(DataError, match=r"layout='tokens': the same for sequences \(N, T, D\)"):
+        load(tmp_path / "x.npz", {"images": 100 * grey - 50})
+
+
+@pytest.mark.parametrize(
+    ("images", "how", "message"),
+    [
+        (COLOUR / 255, {}, r"expected sequences \(N, T, D\), got float64 \(6, 8, 8, 3\)"),
+        (RNG.normal(size=(6, 5)), {}, r"expected sequences \(N, T, D\)"),
+        (GREY, {}, "expected sequences of floats, got uint8"),
+        (GREY.astype(np.int64), {}, "expected sequences of floats, got int64"),
+        (GREY / 255, {"values": "0..1"}, "expected values 'raw', as sequences are kept as they are, got '0..1'"),
+        (GREY * np.nan, {}, "expected finite sequences"),
+        (np.zeros((6, 0, 5), np.float32), {}, "got none"),
+    ],
+)
+def test_what_are_no_sequences(tmp_path: Path, images: np.ndarray, how: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "x.npz", {"images": images}, layout="tokens", **how)
+
+
+def test_what_sample_writes_of_sequences(tmp_path: Path) -> None:
+    """It has three dimensions, as no pictures of `tarflow-fast sample` have."""
+    sequences = RNG.normal(size=(6, 7, 5)).astype(np.float32)
+    data = load(tmp_path / "x.npz", {"images": sequences, "seed": 0, "first": 0})
+    assert np.array_equal(data.images, sequences)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from cases import random_images, random_model
 from tolerances import error_budget, max_error
 from torch import Tensor
 
-from tarflow_fast.attention import EXPLICIT_MAX_TOKENS, causal_attention
 from tarflow_fast.errors import ArgumentError, BackendError
+from tarflow_fast.models.attention import EXPLICIT_MAX_TOKENS, causal_attention
 
 
 class TestAttention:

@@ -17,8 +17,8 @@ from tolerances import INVERSE_F64, assert_close
 from tarflow_fast import Sampler, load_pretrained
 from tarflow_fast.engine import Condition, timing
 from tarflow_fast.engine.contract import Moved
-from tarflow_fast.solvers import Auto, Costs, CostTable, Pace, auto, costs, widths
-from tarflow_fast.solvers.pace import WORTH
+from tarflow_fast.solvers import Auto, Costs, CostTable, PassEstimate, auto, costs, widths
+from tarflow_fast.solvers.pass_estimate import WORTH
 from tarflow_fast.solvers.windows import hoped_advance
 
 measure = costs.measure  # before the fixture that sets fixed costs
@@ -161,7 +161,7 @@ def test_the_quickest_way_is_found_and_kept(machine: tuple[Costs, dict[int, floa
     """Whatever passes cost and a block takes, within what is hoped for: after some batches the choice stays, and it is
     the quickest, or the sequential pass if that takes at most 1/WORTH of its time."""
     found, passes = machine
-    pace = Pace(TOKENS, {}, {})
+    pace = PassEstimate(TOKENS, {}, {})
     for _ in range(len(passes) + 1):
         window = pace.choose(found)
         if window is not None:
@@ -176,7 +176,7 @@ def test_the_quickest_way_is_found_and_kept(machine: tuple[Costs, dict[int, floa
 @given(machines())
 def test_a_window_has_as_many_passes_as_the_sequential_pass_has_time(machine: tuple[Costs, dict[int, float]]) -> None:
     found, passes = machine
-    pace = Pace(TOKENS, {}, {})
+    pace = PassEstimate(TOKENS, {}, {})
     for window in passes:
         most = pace.most(window, found)
         assert most * found.of_pass(window) < found.token * (TOKENS - 1) + found.of_pass(window) * (1 + 1e-9)
@@ -184,7 +184,7 @@ def test_a_window_has_as_many_passes_as_the_sequential_pass_has_time(machine: tu
 
 
 def test_what_was_learnt_follows_the_batches() -> None:
-    pace = Pace(TOKENS, {}, {})
+    pace = PassEstimate(TOKENS, {}, {})
     for passes in (10.0, 20.0, 20.0):
         pace.learn(8, passes, 8 * passes)
     assert pace.passes == {8: 17.5}
@@ -213,7 +213,7 @@ def test_whatever_it_chooses_the_result_is_the_sequential_one(
     )
     engine, T = engine_of(model, backend, dtype), model.config.num_patches
     condition = Condition(None, GUIDED) if data.draw(st.booleans()) else Condition()
-    solver = Auto(0.0, Pace(T, {}, {}), table(1.0, data.draw(st.floats(0.2, 4)), T))
+    solver = Auto(0.0, PassEstimate(T, {}, {}), table(1.0, data.draw(st.floats(0.2, 4)), T))
     for number in range(4):
         z = random_latents(model, batch, number)
         wanted, state = solved(engine, z, condition), engine.begin(z, condition)
@@ -234,7 +234,7 @@ def test_a_window_that_is_too_slow_is_given_up_and_not_tried_again() -> None:
     costs: Any = SimpleNamespace(
         of=lambda engine, state: Costs(1.0, {w: 10.0 if w == T - 1 else 7.0 for w in widths(T)})
     )
-    solver = Auto(1e-9, Pace(T, {}, {}), costs)
+    solver = Auto(1e-9, PassEstimate(T, {}, {}), costs)
     limit = -(-(T - 1) // 10)
     found = [solver(engine, engine.begin(random_latents(model, 2, i), Condition())) for i in range(4)]
     assert found[0].window == T - 1
@@ -246,7 +246,7 @@ def test_a_window_that_is_too_slow_is_given_up_and_not_tried_again() -> None:
 def test_one_that_is_quicker_is_kept() -> None:
     model = louder(random_model(4, torch.float64, img_size=16), 0.2)
     engine, T = engine_of(model), model.config.num_patches
-    solver = Auto(1e-6, Pace(T, {}, {}), table(1.0, 1.5, T))
+    solver = Auto(1e-6, PassEstimate(T, {}, {}), table(1.0, 1.5, T))
     found = [solver(engine, engine.begin(random_latents(model, 2, i), Condition())) for i in range(4)]
     assert {solution.window for solution in found} == {T - 1}
     assert max(solution.passes for solution in found) < (T - 1) / 3

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tolerances import GOLDEN, assert_close
 
-from tarflow_fast.checkpoint import load, save
-from tarflow_fast.config import TarFlowConfig
+from tarflow_fast.adapters import accelerate
+from tarflow_fast.checkpoints.checkpoint import load, save
 from tarflow_fast.errors import ArgumentError, CheckpointError, TarFlowWarning
-from tarflow_fast.model import TarFlow
-from tarflow_fast.sampler import Sampler, accelerate
+from tarflow_fast.models.config import TarFlowConfig
+from tarflow_fast.models.tarflow import TarFlow
+from tarflow_fast.sampling.sampler import Sampler
 
 SIZES: list[dict[str, Any]] = [
     {},

@@ -27,10 +27,10 @@ from PIL import Image
 import tarflow_fast as tff
 from tarflow_fast.cli import main
 from tarflow_fast.cli.layout import MOST_ROWS, PER_CLASS, default_count, layout
-from tarflow_fast.evaluate import Noise, bayes_accuracy, bits_per_dim
+from tarflow_fast.evaluation import Noise, bayes_accuracy, bits_per_dim
 from tarflow_fast.images import grid, to_uint8
 from tarflow_fast.limits import MOST_NUMBER
-from tarflow_fast.sampler import Sampler
+from tarflow_fast.sampling.sampler import Sampler
 
 Run = Callable[..., Result]
 
@@ -313,7 +313,7 @@ class TestSample:
                 seen.update(given)
                 super().__init__(model, **{**given, "compile": False})
 
-        monkeypatch.setattr("tarflow_fast.sampler.Sampler", Spy)
+        monkeypatch.setattr("tarflow_fast.sampling.sampler.Sampler", Spy)
         run("sample", "-m", "m.safetensors", "-n", 1, *options)
         default = {"backend": "auto", "solver": "auto", "dtype": None, "compile": False, "threads": None}
         assert {name: seen[name] for name in default} == {**default, **made}
@@ -449,7 +449,7 @@ class TestSample:
         assert message in run("sample", *options, code=1).stderr
 
     def test_a_batch_that_does_not_fit(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tarflow_fast.sampler.free_memory", lambda device: 2**16)
+        monkeypatch.setattr("tarflow_fast.sampling.sampler.free_memory", lambda device: 2**16)
         assert "--batch-size: " in run("sample", "-m", "m.safetensors", "--batch-size", 20, code=1).stderr
 
     def test_outputs_are_checked_before_anything_else(self, run: Run) -> None:
@@ -459,7 +459,7 @@ class TestSample:
         assert "--patch-size goes with --model" in run("sample", "--patch-size", 2, code=2).stderr
 
     def test_without_a_model_the_shipped_one_is_drawn_from(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tarflow_fast.checkpoint.load_pretrained", lambda: tff.load("m.safetensors"))
+        monkeypatch.setattr("tarflow_fast.checkpoints.checkpoint.load_pretrained", lambda: tff.load("m.safetensors"))
         monkeypatch.setattr("tarflow_fast.cli.sample.SHIPPED", {"guidance": 1.5, "attn_temp": 2.0})
         facts = json.loads(run("sample", "-n", 1, "--json").stdout)
         assert (facts["guidance"], facts["attn_temp"], facts["denoise"]) == (1.5, 2.0, True)

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tarflow_fast as tff
-from tarflow_fast.checkpoint import HEADER
+from tarflow_fast.checkpoints.checkpoint import HEADER
 from tarflow_fast.cli import main
 from tarflow_fast.cli.options import Option
 from tarflow_fast.limits import MOST_NUMBER
@@ -99,6 +99,7 @@ WRITTEN = [
 WRITTEN += ["", ".", "\udcff.png", "x" * 300 + ".png", "m.safetensors/out.npz", "/dev/null"]
 
 SMALL_INTS = [word for word in INTS if not word.startswith("9")]
+SIZES = [*INTS, "2x4", "4X4", "4×2", "0x4", "4x", "x", "1x2x3", "-4x4"]
 WORDS: dict[str, list[str]] = {
     "-n": ["0", "1", "2", "7", "x", "", "99999999999999999999"],  # others take as long as they take
     "--draws": SMALL_INTS,
@@ -109,6 +110,8 @@ WORDS: dict[str, list[str]] = {
     "--batch-size": [*SMALL_INTS, "7", "300"],
     "--labels": [*TEXTS, "5", "#7", "0-5", "1-3", "#0-#2", "#2-#1", "ALL", "Random", "1.0", "0.5", "1,", "\udcff"],
     "--class-names": ["cat,dog,owl", "dog,cat,owl", "owl", "1,0,2", "a,a,b", "cat,1,a", *TEXTS],
+    "--img-size": SIZES,
+    "--patch-size": SIZES,
     "--threads": ["1", "2", "0", "20000", "x"],  # those that are taken go to torch, for the whole process
     "--backend": ["auto", "cpu", "torch", "x", ""],
     "--solver": ["auto", "sequential", "adaptive", "x"],

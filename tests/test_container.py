@@ -88,7 +88,7 @@ def test_a_batch_is_what_the_container_has_room_for(monkeypatch: pytest.MonkeyPa
     from cases import random_model
 
     sampler = Sampler(random_model())
-    each = sampler._engines[-1].bytes_per_sample(False)
+    each = sampler.engines[-1].bytes_per_sample(False)
     monkeypatch.setattr(container, "free_memory", lambda: 5 * each)
     assert sampler.sample(9).report.batch_size == 4
     monkeypatch.setattr(container, "free_memory", lambda: each)

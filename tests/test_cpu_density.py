@@ -20,13 +20,13 @@ from tolerances import SAME_F32, assert_close, error_budget, max_error
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tarflow_fast import cpu_density as module
 from tarflow_fast import reference
-from tarflow_fast.checkpoint import load_pretrained
-from tarflow_fast.cpu_density import CpuDensity, cpu_density, cpu_density_missing
-from tarflow_fast.denoising import denoise
+from tarflow_fast.checkpoints.checkpoint import load_pretrained
 from tarflow_fast.errors import ArgumentError, BackendError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models import cpu_density as module
+from tarflow_fast.models.cpu_density import CpuDensity, cpu_density, cpu_density_missing
+from tarflow_fast.models.denoising import denoise
+from tarflow_fast.models.tarflow import TarFlow
 from tarflow_fast.native import ISA_VARIABLE, instruction_sets, load_native
 
 try:

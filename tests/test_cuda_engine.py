@@ -15,10 +15,14 @@ from tolerances import BATCH, GOLDEN, assert_close, error_budget, max_error
 from torch import Tensor
 
 from tarflow_fast import BackendError, NonFiniteError, Sampler, reference
-from tarflow_fast.engine import Condition, Guidance, backends, choose_backend, cuda_engine, cuda_plan
-from tarflow_fast.engine.cuda_engine import CudaEngine, cuda_missing, head_dim_missing, load_native
+from tarflow_fast.backend import backends, choose_backend
+from tarflow_fast.backend.cuda import engine as cuda_engine
+from tarflow_fast.backend.cuda import plan as cuda_plan
+from tarflow_fast.backend.cuda.engine import CudaEngine, cuda_missing, head_dim_missing, load_native
+from tarflow_fast.engine import Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 from tarflow_fast.solvers.frontier import Frontier
 from tarflow_fast.solvers.trail import SENSITIVITY, Trail
 
@@ -234,9 +238,9 @@ def test_phases_can_be_left_out(device: Any) -> None:
     engine = engine_of(model)
     state = engine.begin(random_latents(model, 2), Condition())
     for phase in range(7):
-        state.cache.launch.set_size("left_out", 1 << phase)
+        state.cache.launch.set_size("skip_phases", 1 << phase)
         engine.reverse(state)
-    state.cache.launch.set_size("left_out", 127)
+    state.cache.launch.set_size("skip_phases", 127)
     engine.reverse(state)
 
 
@@ -309,7 +313,7 @@ def test_what_cannot_be_had_is_refused() -> None:
     assert "nothing to compile" in str(cuda_missing(KERNEL_DEVICE, compile=True))
     assert "needs a CUDA device, and this is mps" in str(cuda_missing(torch.device("mps")))
     with pytest.raises(BackendError, match=r"^backend 'cuda' cannot be had: the CUDA engine has no float64"):
-        choose_backend("cuda", KERNEL_DEVICE, torch.float64, False)
+        choose_backend("cuda", Request(KERNEL_DEVICE, torch.float64, False))
 
 
 def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +363,7 @@ def test_the_kernels_names_are_checked() -> None:
 def by_the_host(frontier: Frontier, window: int, most: int = 1000) -> int:
     """`Frontier.run` of an engine that does not do it by itself."""
     passes = 0
-    while frontier.hindmost < frontier.state.x.shape[1] and passes < most:
+    while frontier.slowest < frontier.state.x.shape[1] and passes < most:
         frontier.advance(window)
         passes += 1
     return passes
@@ -435,28 +439,29 @@ def test_a_window_too_wide_for_the_device_is_refused() -> None:
     model = random_model()
     engine = engine_of(model)
     state = engine.begin(random_latents(model, 2), Condition(None, GUIDED))
-    assert engine.most_window(state) == 32
-    trail = Trail(state).values
+    assert engine.max_window(state) == 32
+    trail = Trail(state)
     with pytest.raises(ArgumentError, match=r"^window: expected 1 to 32, got 33"):
-        engine.converge(state, state.x, [1, 1], trail, tol=0.0, rounding=0.0, window=33, most=1)
+        engine.iterate_on_device(state, state.x, [1, 1], trail, window=33, max_passes=1)
     with pytest.raises(ArgumentError, match=r"^guess: expected shape \(2, 16, 4\), got \(2, 15, 4\)"):
-        engine.converge(state, state.x[:, 1:], [1, 1], trail, tol=0.0, rounding=0.0, window=3, most=1)
+        engine.iterate_on_device(state, state.x[:, 1:], [1, 1], trail, window=3, max_passes=1)
+    trail.values = trail.values[1:]
     with pytest.raises(
         ArgumentError, match=r"^trail: expected a contiguous float32 tensor \(4, 2, 16\), got \(3, 2, 16\)"
     ):
-        engine.converge(state, state.x, [1, 1], trail[1:], tol=0.0, rounding=0.0, window=3, most=1)
+        engine.iterate_on_device(state, state.x, [1, 1], trail, window=3, max_passes=1)
 
 
 def test_the_adaptive_solver_takes_the_devices_frontier(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(num_classes=3)
     windows = []
-    converge = CudaEngine.converge
+    iterate = CudaEngine.iterate_on_device
 
     def counted(self: CudaEngine, *arguments: Any, **options: Any) -> Any:
         windows.append(options["window"])
-        return converge(self, *arguments, **options)
+        return iterate(self, *arguments, **options)
 
-    monkeypatch.setattr(CudaEngine, "converge", counted)
+    monkeypatch.setattr(CudaEngine, "iterate_on_device", counted)
     sampler = Sampler(model, backend="cuda", device=KERNEL_DEVICE, solver="adaptive", tol=1e-6)
     images = sampler.sample(3, [0, 1, 2]).images
     assert windows == [15, 15]

@@ -11,8 +11,9 @@ from cases import KERNEL_DEVICE, random_latents, random_model
 from cuda_emulation import SOURCES, compiler_missing, emulated
 from test_engine import GUIDED
 
-from tarflow_fast.engine import Condition, cuda_engine
-from tarflow_fast.engine.cuda_engine import CudaEngine
+from tarflow_fast.backend.cuda import engine as cuda_engine
+from tarflow_fast.backend.cuda.engine import CudaEngine
+from tarflow_fast.engine import Condition
 
 pytestmark = [
     pytest.mark.slow,

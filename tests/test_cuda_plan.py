@@ -9,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tarflow_fast import BackendError
-from tarflow_fast.config import TarFlowConfig
-from tarflow_fast.engine import BlockShape
-from tarflow_fast.engine.cuda_pack import TILE, LinearSize, linear_sizes, pack, pack_linear
-from tarflow_fast.engine.cuda_plan import (
+from tarflow_fast.backend.cuda.pack import TILE, LinearSize, linear_sizes, pack, pack_linear
+from tarflow_fast.backend.cuda.plan import (
     MOST_SLOTS,
     MOST_SPLITS,
     choose_splits,
@@ -22,6 +20,8 @@ from tarflow_fast.engine.cuda_plan import (
     share,
     slot_inputs,
 )
+from tarflow_fast.engine import BlockShape
+from tarflow_fast.models.config import TarFlowConfig
 
 AFHQ = TarFlowConfig(3, 256, 8, 768, 8, 8, num_classes=3).block_shape
 IMAGENET64 = TarFlowConfig(3, 64, 2, 768, 8, 8, num_classes=1000).block_shape

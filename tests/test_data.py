@@ -69,6 +69,17 @@ def test_idx_file_with_and_without_labels(tmp_path: Path) -> None:
     assert load_images(renamed).labels is None
 
 
+def test_rectangular_idx(tmp_path: Path) -> None:
+    path = put(tmp_path / "a-images-idx3-ubyte", idx(GREY[:, :, :7].copy()))
+    assert np.array_equal(load_images(path, size=(8, 7)).images[:, 0], GREY[:, :, :7])
+    for size in (8, 7, (7, 8)):
+        with pytest.raises(DataError, match="its images are"):
+            load_images(path, size=size)
+    for where in (path, tmp_path):
+        with pytest.raises(ArgumentError, match="layout: expected 'auto'"):
+            load_images(where, layout="tokens")
+
+
 @pytest.mark.parametrize(
     ("images", "labels"),
     [
@@ -129,7 +140,6 @@ def test_idx_at_odds(tmp_path: Path) -> None:
         (bytes([0, 0, 13, 3]) + bytes(12), "got type 13"),
         (idx(GREY)[:-1], "its header says"),
         (idx(GREY) + b"\0", "its header says"),
-        (idx(GREY[:, :, :7].copy()), "square"),
         (idx(GREY[:0]), "none|uint8 \\(N"),
     ],
 )
@@ -188,7 +198,7 @@ def test_npz(tmp_path: Path, array: np.ndarray) -> None:
         ({"pictures": GREY}, "expected an array 'images', found pictures"),
         ({"images": GREY[..., None] - 100.0}, "float64 images from -100 to 155: say what is black"),
         ({"images": GREY[0]}, "got uint8 \\(8, 8\\)"),
-        ({"images": COLOUR[:, :7]}, "expected square images"),
+        ({"images": COLOUR.repeat(2, -1)[:, :7]}, "has neither 1 or 3 channels nor square images.*give layout"),
         ({"images": GREY, "labels": LABELS[:2]}, "expected 6 integer labels"),
         ({"images": GREY, "labels": LABELS.astype(np.float32)}, "got float32"),
         ({"images": GREY, "labels": LABELS.astype(np.int64) - 1}, "labels >= 0"),
@@ -247,6 +257,30 @@ def test_pictures_keep_their_centre(tmp_path: Path, shape: tuple[int, int]) -> N
     assert int(data.images[..., 1:-1, 1:-1].min()) > 250
 
 
+@pytest.mark.parametrize("size", [(8, 12), (12, 8), (3, 12), (8, 8)])
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (9, 40), (30, 30)])
+def test_pictures_cover_a_rectangle(tmp_path: Path, size: tuple[int, int], shape: tuple[int, int]) -> None:
+    """A picture is resized until it just covers the size: the part of its middle that has the size's proportions is
+    white, the rest black, and after cropping all is white."""
+    scale = max(wanted / there for wanted, there in zip(size, shape, strict=True))
+    margins = [int((there - wanted / scale) / 2) for wanted, there in zip(size, shape, strict=True)]
+    pixels = np.zeros(shape, np.uint8)
+    pixels[tuple(slice(margin, there - margin) for margin, there in zip(margins, shape, strict=True))] = 255
+    picture(tmp_path / "a" / "1.png", pixels)
+    data = load_images(tmp_path, size=size, channels=1)
+    assert data.images.shape == (1, 1, *size)
+    inner = data.images[0, 0, 1:-1, 1:-1]
+    assert int(inner.min()) > 250
+
+
+def test_rectangles_of_the_pictures_own_size(tmp_path: Path) -> None:
+    picture(tmp_path / "a" / "1.png", COLOUR[0, :5])
+    assert np.array_equal(load_images(tmp_path, size=(5, 8)).images[0].permute(1, 2, 0), COLOUR[0, :5])
+    for size in ((5, 8, 3), (5,), (0, 8), (5, 8.0), "5x8"):
+        with pytest.raises(ArgumentError, match="size: expected an integer"):
+            load_images(tmp_path, size=size)  # type: ignore[arg-type]
+
+
 def test_folders_of_other_things(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         load_images(tmp_path / "absent")
@@ -277,7 +311,7 @@ def test_image_data_refuses_what_does_not_fit() -> None:
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 1])
     assert ImageData(images, labels, ("a", "b", "c")).num_classes == 3
-    for bad in (images.int(), images[0], images[:0], images[..., :4], images.float() / 0):
+    for bad in (images.int(), images[0], images[:0], images[:, 0], images[..., None], images.float() / 0):
         with pytest.raises(ArgumentError, match="images"):
             ImageData(bad)
     for wrong in (labels.int(), labels[:3], labels - 1):
@@ -290,8 +324,12 @@ def test_image_data_refuses_what_does_not_fit() -> None:
 def test_any_number_of_channels_and_data_that_are_no_pictures() -> None:
     assert ImageData(torch.zeros(4, 7, 8, 8, dtype=torch.uint8)).images.shape[1] == 7
     assert ImageData(torch.randn(4, 7, 8, 8)).num_classes == 0
-    with pytest.raises(ArgumentError, match="finite"):
-        ImageData(torch.full((1, 4, 8, 8), torch.nan))
+    assert ImageData(torch.zeros(4, 1, 8, 5, dtype=torch.uint8)).images.shape[2:] == (8, 5)
+    assert ImageData(torch.randn(4, 7, 5), torch.arange(4)).sequences
+    assert not ImageData(torch.randn(4, 7, 5, 5)).sequences
+    for shape in ((1, 4, 8, 8), (1, 8, 8)):
+        with pytest.raises(ArgumentError, match="finite"):
+            ImageData(torch.full(shape, torch.nan))
 
 
 def test_spread_and_fingerprint() -> None:

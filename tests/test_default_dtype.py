@@ -14,11 +14,12 @@ from cases import KERNEL_DEVICE, cuda_kernel_missing, random_images, random_late
 from torch import Tensor
 
 from tarflow_fast import Sampler, TarFlow, denoise, dequantize, load, reference, save
-from tarflow_fast.engine import make_engines
+from tarflow_fast.backend import make_engines
+from tarflow_fast.backend.cpu.engine import cpu_missing
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.engine.contract import Condition, Guidance
-from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.evaluate import bayes_accuracy, bits_per_dim
+from tarflow_fast.evaluation import bayes_accuracy, bits_per_dim
 from tarflow_fast.native import address
 from tarflow_fast.trainer import TrainConfig, train
 
@@ -91,7 +92,7 @@ def test_an_engine(backend: str, dtype: torch.dtype | None, device: str | None) 
 
     def make() -> Any:
         weights = model.block_weights(1)
-        engine = make_engines(backend, [weights], device=on, dtype=torch.float32, compile=False)[0]
+        engine = make_engines(backend, [weights], Request(on, torch.float32, False))[0]
         state = engine.begin(z, condition)
         engine.reverse(state, None, 1, 6)
         moved = engine.fixed_point(state, 6, 12)

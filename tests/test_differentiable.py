@@ -11,7 +11,7 @@ from tolerances import GOLDEN, assert_close
 from torch import Tensor, nn
 
 from tarflow_fast import ArgumentError, NonFiniteError, TarFlow, reference
-from tarflow_fast.config import TarFlowConfig
+from tarflow_fast.models.config import TarFlowConfig
 
 GUIDED: dict[str, Any] = {"guidance": 1.5, "guide_what": "ab", "attn_temp": 0.7, "annealed_guidance": True}
 RULES: list[dict[str, Any]] = [{}, GUIDED, {**GUIDED, "guide_what": "a"}, {**GUIDED, "guide_what": "b"}]

@@ -28,7 +28,7 @@ from tarflow_fast import (
     load_pretrained,
     reference,
 )
-from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.backend.cpu.engine import cpu_missing
 
 NATIVE = pytest.param("cpu", marks=pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing())))
 backends = pytest.mark.parametrize("backend", ["torch", NATIVE])
@@ -173,7 +173,7 @@ def test_copies(backend: str) -> None:
         wanted = sampler.sample(3, "dog", denoise=True)
         shared = copy.copy(sampler)
         assert shared is not sampler
-        assert shared._model is sampler._model
+        assert shared.flow is sampler.flow
         for copied in (shared, copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
             got = copied.sample(3, "dog", denoise=True)
             assert torch.equal(got.images, wanted.images)
@@ -182,7 +182,7 @@ def test_copies(backend: str) -> None:
                 wanted.report.dtype,
             )
         with torch.no_grad():  # neither is another's
-            copy.deepcopy(sampler)._model.var.mul_(2)
+            copy.deepcopy(sampler).flow.prior_var.mul_(2)
         assert torch.equal(sampler.sample(3, "dog", denoise=True).images, wanted.images)
 
 

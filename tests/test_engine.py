@@ -16,10 +16,12 @@ from tolerances import GOLDEN, INVERSE_F64, SAME_F64, assert_close, error_budget
 from torch import Tensor
 
 from tarflow_fast import Sampler, reference
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
-from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.backend import make_engines
+from tarflow_fast.backend.cpu.engine import cpu_missing
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 from tarflow_fast.solvers import sequential
 
 GUIDED = Guidance(1.5, "ab", 0.7, True)
@@ -34,7 +36,7 @@ RAGGED = ["torch", NATIVE, CUDA]
 def engine_of(model: TarFlow, k: int = 0, backend: str = "torch", dtype: torch.dtype = torch.float32) -> BlockEngine:
     weights = model.block_weights(k)
     device = KERNEL_DEVICE if backend in ("triton", "cuda") else CPU
-    return make_engines(backend, [weights], device=device, dtype=dtype, compile=False)[0]
+    return make_engines(backend, [weights], Request(device, dtype, False))[0]
 
 
 def poisoned(engine: BlockEngine, z: Tensor, condition: Condition) -> BlockState:
@@ -509,7 +511,7 @@ def test_compiled_step_equals_eager(compiler: str, guidance: Guidance, monkeypat
     latents = [random_latents(model, 2, seed).to(KERNEL_DEVICE) for seed in (0, 1)]
     passes = []
     for compile in (False, True):
-        engine = make_engines("torch", [weights], device=KERNEL_DEVICE, dtype=torch.float32, compile=compile)[0]
+        engine = make_engines("torch", [weights], Request(KERNEL_DEVICE, torch.float32, compile))[0]
         states = [engine.begin(z, condition) for z in latents]
         for state in states:
             engine.reverse(state)
@@ -546,12 +548,12 @@ def test_a_spent_cache_is_taken_over_if_it_fits(backend: str) -> None:
     first.reverse(spent)
     made = spent.x.clone()
     spent.cache.keys_values.fill_(torch.nan)
-    state = second.begin(spent.x, Condition(), spent=spent)
+    state = second.begin(spent.x, Condition(), reuse=spent)
     assert state.cache.keys_values.data_ptr() == spent.cache.keys_values.data_ptr()
     second.reverse(state)
     assert_close(state.x, expected(model, 0, made, Condition())[0], GOLDEN)
     assert torch.equal(spent.x, made)
-    other = second.begin(z[:2], Condition(), spent=spent)
+    other = second.begin(z[:2], Condition(), reuse=spent)
     assert other.cache.keys_values.data_ptr() != spent.cache.keys_values.data_ptr()
 
 

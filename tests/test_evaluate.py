@@ -17,8 +17,8 @@ from torch import Tensor
 from tarflow_fast import reference
 from tarflow_fast.data import ImageData
 from tarflow_fast.errors import ArgumentError, TarFlowError
-from tarflow_fast.evaluate import Noise, bayes_accuracy, bits_per_dim
-from tarflow_fast.model import TarFlow
+from tarflow_fast.evaluation import Noise, bayes_accuracy, bits_per_dim
+from tarflow_fast.models.tarflow import TarFlow
 
 UNIFORM, GAUSSIAN, NONE = Noise("uniform", seed=3), Noise("gaussian", 0.2, seed=3), Noise("none")
 CLOSE = 1e-5  # bits, between fp32 and float64

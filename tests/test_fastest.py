@@ -9,6 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,22 +22,16 @@ from hypothesis import strategies as st
 from test_engine import CPU, GUIDED, NATIVE
 from tolerances import GOLDEN
 
-from tarflow_fast import Sampler, sampler
+from tarflow_fast import Sampler
+from tarflow_fast.backend import make_engines, registry
+from tarflow_fast.backend.pytorch.engine import TorchEngine
 from tarflow_fast.devices import triton_missing
-from tarflow_fast.engine import (
-    BlockState,
-    Condition,
-    FastestEngine,
-    Guidance,
-    fastest,
-    make_engines,
-    registry,
-    timing,
-    trial,
-)
-from tarflow_fast.engine.fastest import Choices
-from tarflow_fast.engine.torch_engine import TorchEngine
+from tarflow_fast.engine import BlockState, Condition, Guidance, autotune, probe, timing
+from tarflow_fast.engine.autotune import AutotunedEngine, Choices
+from tarflow_fast.engine.backend import Backend, Request
 from tarflow_fast.errors import BackendError, OutOfMemoryError
+from tarflow_fast.sampling import sampler
+from tarflow_fast.solvers.trail import Trail
 
 PLAIN = Condition()
 GUIDED_CONDITION = Condition(None, GUIDED)
@@ -57,20 +52,20 @@ class Entrant:
         ragged: bool = True,
     ):
         self.inner, self.seconds, self.off, self.fails, self.least = inner, seconds, off, fails, least
-        self.ragged, self.setup_seconds, self.idle_bytes = ragged, 0.0, 0
-        self.spent: list[BlockState | None] = []
+        self.ragged, self.setup_seconds, self.cached_bytes = ragged, 0.0, 0
+        self.reused: list[BlockState | None] = []
         self.batch = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def give_up_idle(self) -> None:
-        self.idle_bytes = 0
+    def empty_cache(self) -> None:
+        self.cached_bytes = 0
 
-    def begin(self, z: Any, condition: Condition, spent: BlockState | None = None) -> BlockState:
-        self.spent.append(spent)
+    def begin(self, z: Any, condition: Condition, reuse: BlockState | None = None) -> BlockState:
+        self.reused.append(reuse)
         self.batch = z.shape[0]
-        return self.inner.begin(z, condition, spent)
+        return self.inner.begin(z, condition, reuse)
 
     def reverse(self, state: BlockState, progress: Any = None, start: int = 1, stop: int | None = None) -> None:
         self.inner.reverse(state, progress, start, stop)
@@ -96,7 +91,7 @@ class Race:
                 name: functools.partial(self._make, k, name, options)
                 for name, options in {"torch": {}, **entrants}.items()
             }
-            self.blocks.append(FastestEngine(factories, torch.float32, self.choices))
+            self.blocks.append(AutotunedEngine(factories, torch.float32, self.choices))
 
     def _make(self, k: int, name: str, options: Any) -> Any:
         if isinstance(options, tuple):
@@ -105,7 +100,7 @@ class Race:
             raise options
         self.made.append((k, name))
         weights = self.model.block_weights(k)
-        inner = make_engines("torch", [weights], device=CPU, dtype=torch.float32, compile=False)[0]
+        inner = make_engines("torch", [weights], Request(CPU, torch.float32, False))[0]
         entrant = self.entrants[k, name] = Entrant(inner, **options)
         return entrant
 
@@ -114,9 +109,9 @@ class Race:
 
     def serves(self, batch: int, condition: Condition = PLAIN, k: int = -1) -> str:
         state = self.blocks[k].begin(self.latents(batch), condition)
-        assert state.served is not None
+        assert state.delegate is not None
         name = self.blocks[k].served_by(batch, condition.guidance.active).name
-        assert state.served[0] == name
+        assert state.delegate[0] == name
         return name
 
 
@@ -128,7 +123,7 @@ def _told_times(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
         return engine.seconds(engine.batch) if isinstance(engine, Entrant) else 1.0
 
-    monkeypatch.setattr(trial, "seconds", told)
+    monkeypatch.setattr(probe, "seconds", told)
 
 
 def takes(seconds: float) -> dict[str, Any]:
@@ -159,7 +154,7 @@ def test_guided_batches_are_another_size() -> None:
 
 
 def test_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "seconds", timing.seconds)
+    monkeypatch.setattr(probe, "seconds", timing.seconds)
 
     class Slow(Entrant):
         def reverse(self, *arguments: Any) -> None:
@@ -270,15 +265,15 @@ def test_measuring_leaves_no_trace() -> None:
 def test_a_spent_state_goes_to_the_engine_that_made_it_alone() -> None:
     race = Race(few={"seconds": lambda batch: 0.3 * batch})
     few = race.blocks[1].begin(race.latents(2), PLAIN)
-    same = race.blocks[0].begin(race.latents(2), PLAIN, spent=few)
-    assert race.entrants[0, "few"].spent == [few]
-    many = race.blocks[0].begin(race.latents(4), PLAIN, spent=same)
-    race.blocks[0].begin(race.latents(2), PLAIN, spent=many)
-    assert race.entrants[0, "few"].spent == [few, None, None]  # the second is the trial
-    assert race.entrants[0, "torch"].spent == [None, None]
+    same = race.blocks[0].begin(race.latents(2), PLAIN, reuse=few)
+    assert race.entrants[0, "few"].reused == [few]
+    many = race.blocks[0].begin(race.latents(4), PLAIN, reuse=same)
+    race.blocks[0].begin(race.latents(2), PLAIN, reuse=many)
+    assert race.entrants[0, "few"].reused == [few, None, None]  # the second is the probe
+    assert race.entrants[0, "torch"].reused == [None, None]
     stranger = race.entrants[0, "torch"].begin(race.latents(4), PLAIN)
-    race.blocks[0].begin(race.latents(4), PLAIN, spent=stranger)
-    assert race.entrants[0, "torch"].spent[-1] is None
+    race.blocks[0].begin(race.latents(4), PLAIN, reuse=stranger)
+    assert race.entrants[0, "torch"].reused[-1] is None
 
 
 def test_a_state_stays_with_the_engine_that_made_it() -> None:
@@ -298,7 +293,7 @@ def test_a_state_stays_with_the_engine_that_made_it() -> None:
 def test_setup_is_what_choosing_and_making_takes_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of engines that count their own, and are dropped again."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(fastest, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(autotune, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     race = Race(few={"seconds": lambda batch: 0.3 * batch}, loser=takes(9.0))
     make, begin = race._make, Entrant.begin
 
@@ -348,17 +343,17 @@ def test_idle_memory_is_given_up_where_another_engine_needs_it(monkeypatch: pyte
     for batch in (2, 4):
         race.serves(batch)
     few, other = (race.entrants[1, name] for name in ("few", "torch"))
-    few.idle_bytes, other.idle_bytes = 1000, 200
-    assert race.blocks[1].idle_bytes == 1200
+    few.cached_bytes, other.cached_bytes = 1000, 200
+    assert race.blocks[1].cached_bytes == 1200
     each = other.bytes_per_sample(False)
-    monkeypatch.setattr(fastest, "free_memory", lambda device: 4 * each)
+    monkeypatch.setattr(autotune, "free_memory", lambda device: 4 * each)
     race.serves(4)
-    assert race.blocks[1].idle_bytes == 1200
-    monkeypatch.setattr(fastest, "free_memory", lambda device: 4 * each - 1)
+    assert race.blocks[1].cached_bytes == 1200
+    monkeypatch.setattr(autotune, "free_memory", lambda device: 4 * each - 1)
     race.serves(4)
-    assert (few.idle_bytes, other.idle_bytes) == (0, 200)
-    race.blocks[1].give_up_idle()
-    assert race.blocks[1].idle_bytes == 0
+    assert (few.cached_bytes, other.cached_bytes) == (0, 200)
+    race.blocks[1].empty_cache()
+    assert race.blocks[1].cached_bytes == 0
 
 
 def test_ragged_if_all_that_serve_are() -> None:
@@ -375,12 +370,12 @@ def test_ragged_if_all_that_serve_are() -> None:
 def test_passes_by_itself_are_asked_of_an_engine_that_can() -> None:
     race = Race()
     state = race.blocks[0].begin(race.latents(2), PLAIN)
-    assert race.blocks[0].most_window(state) == 0
-    race.entrants[0, "torch"].most_window = lambda state: 7  # type: ignore[attr-defined]
-    race.entrants[0, "torch"].converge = lambda state, guess, reached, trail, **how: (reached, how)  # type: ignore[attr-defined]
-    assert race.blocks[0].most_window(state) == 7
-    how = {"tol": 0.1, "rounding": 0.0, "window": 3, "most": 2}
-    assert race.blocks[0].converge(state, state.x, [1, 1], state.x, **how) == ([1, 1], how)  # type: ignore[arg-type, comparison-overlap]
+    assert race.blocks[0].max_window(state) == 0
+    race.entrants[0, "torch"].max_window = lambda state: 7  # type: ignore[attr-defined]
+    race.entrants[0, "torch"].iterate_on_device = lambda state, guess, reached, trail, **how: (reached, how)  # type: ignore[attr-defined]
+    assert race.blocks[0].max_window(state) == 7
+    how = {"window": 3, "max_passes": 2}
+    assert race.blocks[0].iterate_on_device(state, state.x, [1, 1], Trail(state), **how) == ([1, 1], how)  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("size", [2, 4, 6, 8, 10])
@@ -397,7 +392,7 @@ def test_any_number_of_tokens(size: int) -> None:
 def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """backend="auto" of engines that are to be had here, of which this one is the quickest."""
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-    monkeypatch.setattr(trial, "seconds", lambda engine, run: 1.0 if quick(engine) == request.param else 2.0)
+    monkeypatch.setattr(probe, "seconds", lambda engine, run: 1.0 if quick(engine) == request.param else 2.0)
     return str(request.param)
 
 
@@ -431,9 +426,9 @@ LAWS = {
 def test_laws_of_engines(served: str, law: str) -> None:
     engine = test_engine.engine_of(random_model(), 0, "auto")
     state = engine.begin(random_latents(random_model(), 1), PLAIN)
-    assert isinstance(engine, FastestEngine)
-    assert state.served is not None
-    assert state.served[0] == served
+    assert isinstance(engine, AutotunedEngine)
+    assert state.delegate is not None
+    assert state.delegate[0] == served
     LAWS[law]()
 
 
@@ -444,7 +439,7 @@ def test_laws_of_engines(served: str, law: str) -> None:
 def test_laws_of_windows_and_parts(backend: str, law: Any, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-        patch.setattr(trial, "seconds", lambda engine, run: 1.0 if quick(engine) == backend else 2.0)
+        patch.setattr(probe, "seconds", lambda engine, run: 1.0 if quick(engine) == backend else 2.0)
         law("auto", torch.float32, GOLDEN, GUIDED, data)
 
 
@@ -480,15 +475,15 @@ def test_the_report_names_every_engine_that_served(monkeypatch: pytest.MonkeyPat
         return {"torch": 1.0, "cpu": 0.3 * batch[0]}[quick(engine)]
 
     batch = [0]
-    begin = FastestEngine.begin
+    begin = AutotunedEngine.begin
 
-    def beginning(self: FastestEngine, z: torch.Tensor, *arguments: Any, **named: Any) -> BlockState:
+    def beginning(self: AutotunedEngine, z: torch.Tensor, *arguments: Any, **named: Any) -> BlockState:
         batch[0] = z.shape[0]
         return begin(self, z, *arguments, **named)
 
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-    monkeypatch.setattr(trial, "seconds", told)
-    monkeypatch.setattr(FastestEngine, "begin", beginning)
+    monkeypatch.setattr(probe, "seconds", told)
+    monkeypatch.setattr(AutotunedEngine, "begin", beginning)
     monkeypatch.setattr(sampler, "choose_backend", lambda *request: ("auto", "the quickest of several"))
     report = Sampler(random_model()).sample(10, batch_size=4).report
     assert report.backend == "torch, cpu"
@@ -500,50 +495,58 @@ def test_the_report_names_every_engine_that_served(monkeypatch: pytest.MonkeyPat
 # What "auto" is on a GPU
 
 
-GPU = torch.device("cuda", 0)
-REQUEST = (GPU, torch.float32, False)
+REQUEST = Request(torch.device("cuda", 0))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **missing: str | None) -> None:
+    """Backends of these names can serve every request, or cannot, for the reason that is given."""
+    plain = registry.backend_named
+
+    def named(name: str) -> Backend:
+        return replace(plain(name), missing=lambda request: missing[name]) if name in missing else plain(name)
+
+    monkeypatch.setattr(registry, "backend_named", named)
 
 
 def test_none_but_proven_engines_serve_a_gpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("cuda_missing", "triton_missing"):
-        monkeypatch.setattr(registry, name, lambda *request: None)
+    pretend(monkeypatch, cuda=None, triton=None)
     assert registry.PROVEN_ON_GPU == ("torch",)
     only = ("torch", "the best that has been measured on a GPU; backend='triton' and 'cuda' have not")
-    assert registry.choose_backend("auto", *REQUEST) == only
+    assert registry.choose_backend("auto", REQUEST) == only
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cuda"))
     several = ("auto", "the quickest of torch, cuda, measured for each size of batch")
-    assert registry.choose_backend("auto", *REQUEST) == several
-    monkeypatch.setattr(registry, "cuda_missing", lambda *request: "not built")
-    assert registry.choose_backend("auto", *REQUEST) == ("torch", "not built")
-    assert registry.choose_backend("auto", CPU, torch.float64, False)[0] == "torch"
+    assert registry.choose_backend("auto", REQUEST) == several
+    pretend(monkeypatch, cuda="not built")
+    assert registry.choose_backend("auto", REQUEST) == ("torch", "not built")
+    assert registry.choose_backend("auto", Request(CPU, torch.float64))[0] == "torch"
 
 
 def test_one_engine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
-    monkeypatch.setattr(sampler, "choose_backend", lambda *request: registry.choose_backend("auto", *REQUEST))
+    monkeypatch.setattr(sampler, "choose_backend", lambda *request: registry.choose_backend("auto", REQUEST))
     made = Sampler(model, solver="sequential")
     assert made.backend == "torch"
-    assert {type(engine) for engine in made._engines} == {TorchEngine}
+    assert {type(engine) for engine in made.engines} == {TorchEngine}
     assert made.sample(1).report.setup_seconds == 0
 
 
 @pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
 def test_triton_engines_share_a_pool_that_goes_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "triton"))
-    monkeypatch.setattr(trial, "seconds", lambda engine, run: 1.0 if hasattr(engine, "pool") else 2.0)
+    monkeypatch.setattr(probe, "seconds", lambda engine, run: 1.0 if hasattr(engine, "pool") else 2.0)
     model = random_model(img_size=4)
     weights = [model.block_weights(k) for k in range(2)]
-    engines: Any = make_engines("auto", weights, device=KERNEL_DEVICE, dtype=torch.float32, compile=False)
+    engines: Any = make_engines("auto", weights, Request(KERNEL_DEVICE, torch.float32, False))
     z = random_latents(model, 2).to(KERNEL_DEVICE)
     states = [engine.begin(z, PLAIN) for engine in engines]
     first, second = (engine._engines["triton"] for engine in engines)
     assert first.pool is second.pool
     pool, each = weakref.ref(first.pool), engines[0].bytes_per_sample(False)
-    assert engines[0].idle_bytes == 0
+    assert engines[0].cached_bytes == 0
     states.clear()
-    assert 0 < engines[0].idle_bytes <= 4 * each
-    engines[0].give_up_idle()
-    assert engines[1].idle_bytes == 0
+    assert 0 < engines[0].cached_bytes <= 4 * each
+    engines[0].empty_cache()
+    assert engines[1].cached_bytes == 0
     del first, second
     for engine in engines:
         del engine._engines["triton"]

@@ -20,10 +20,10 @@ import torch
 from cases import random_model
 
 import tarflow_fast as tff
-from tarflow_fast.card import CARD, model_card
+from tarflow_fast.checkpoints.card import CARD, model_card
+from tarflow_fast.checkpoints.hub import HubFile, Url, library, reference
 from tarflow_fast.errors import ArgumentError, BackendError, CheckpointError
-from tarflow_fast.hub import HubFile, Url, library, reference
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 
 COMMIT, OLD = "c" * 40, "0" * 40
 

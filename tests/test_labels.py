@@ -16,10 +16,10 @@ from tolerances import BATCH, assert_close
 
 from tarflow_fast.cli.labels import choose, read_lines, split_list
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.labels import LabelRule
-from tarflow_fast.model import TarFlow
-from tarflow_fast.noise import random_label
-from tarflow_fast.sampler import Sampler
+from tarflow_fast.models.tarflow import TarFlow
+from tarflow_fast.sampling.labels import LabelRule
+from tarflow_fast.sampling.noise import random_label
+from tarflow_fast.sampling.sampler import Sampler
 
 IMAGENET = ["tench, Tinca tinca", "goldfish", "shark", 'a "great" one', "0-4"]
 NUMBERS = ["1", "10", "2"]

@@ -13,7 +13,7 @@ from tolerances import SAME_F64, assert_close
 from torch import Tensor
 
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 
 
 class TestLabels:

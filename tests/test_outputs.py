@@ -25,8 +25,8 @@ from tarflow_fast.cli import main
 from tarflow_fast.cli.terminal import Terminated
 from tarflow_fast.errors import NonFiniteError
 from tarflow_fast.images import to_uint8
-from tarflow_fast.report import Samples
-from tarflow_fast.sampler import Sampler
+from tarflow_fast.sampling.report import Samples
+from tarflow_fast.sampling.sampler import Sampler
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
 NAMES = ["tench, Tinca tinca", "7", "shark"]
@@ -348,7 +348,7 @@ def test_a_disk_that_is_full(run: Run, size: int) -> None:
 KILLED = """if True:
     import os, random, signal, sys, time
     from tarflow_fast.cli import main
-    import tarflow_fast.checkpoint, tarflow_fast.images, tarflow_fast.sampler
+    import tarflow_fast.checkpoints.checkpoint, tarflow_fast.images, tarflow_fast.sampling.sampler
 
     def start(line):
         child = os.fork()

@@ -16,9 +16,11 @@ import torch
 from cases import KERNEL_DEVICE, cuda_kernel_missing, random_latents, random_model
 from torch import Tensor
 
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
-from tarflow_fast.engine.cpu_engine import cpu_missing
-from tarflow_fast.model import TarFlow
+from tarflow_fast.backend import make_engines
+from tarflow_fast.backend.cpu.engine import cpu_missing
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
+from tarflow_fast.engine.backend import Request
+from tarflow_fast.models.tarflow import TarFlow
 
 NATIVE = pytest.param("cpu", marks=pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing())))
 NO_CUDA = cuda_kernel_missing()
@@ -84,7 +86,7 @@ def test_what_buffers_held_changes_nothing(backend: str, rule: Guidance, dtype: 
     model = random_model(num_classes=3, **size)
     device = KERNEL_DEVICE if backend in ("triton", "cuda") else torch.device("cpu")
     weights = model.block_weights(1)
-    engine = make_engines(backend, [weights], device=device, dtype=dtype, compile=False)[0]
+    engine = make_engines(backend, [weights], Request(device, dtype, False))[0]
     condition = Condition(torch.tensor([2, -1]), rule)
     wanted = passes(engine, model, condition, 0.0)
     assert all(tensor.isfinite().all() for tensor in wanted)

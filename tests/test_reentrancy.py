@@ -13,9 +13,9 @@ from cases import random_images, random_latents, random_model
 from torch import Tensor
 
 from tarflow_fast import Sampler
-from tarflow_fast.cpu_density import cpu_density
+from tarflow_fast.backend.cpu.engine import CpuEngine, cpu_missing
 from tarflow_fast.engine import Condition
-from tarflow_fast.engine.cpu_engine import CpuEngine, cpu_missing
+from tarflow_fast.models.cpu_density import cpu_density
 
 if cpu_missing() is not None:
     pytest.skip(str(cpu_missing()), allow_module_level=True)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tarflow_fast as tff
-from tarflow_fast.safetensors_files import save_safetensors
+from tarflow_fast.checkpoints.safetensors_files import save_safetensors
 
 KILLED = """if True:
     import os, signal, sys

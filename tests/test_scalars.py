@@ -12,7 +12,7 @@ from cases import random_images, random_latents, random_model
 
 from tarflow_fast import ArgumentError, Sampler, TarFlow, TarFlowConfig, denoise
 from tarflow_fast.checks import batch_labels, check_count, check_number, label_tensor
-from tarflow_fast.evaluate import Noise
+from tarflow_fast.evaluation import Noise
 from tarflow_fast.images import grid
 from tarflow_fast.scalars import check_flag, plain
 from tarflow_fast.trainer import TrainConfig

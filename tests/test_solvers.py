@@ -16,11 +16,13 @@ from tolerances import GOLDEN, INVERSE_F64, assert_close
 from torch import Tensor
 
 from tarflow_fast import CheckpointError, NonFiniteError, Sampler, SolverPlan, load_pretrained, reference
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
+from tarflow_fast.backend import make_engines
+from tarflow_fast.backend.cpu.engine import cpu_missing
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.engine.contract import Moved
-from tarflow_fast.engine.cpu_engine import cpu_missing
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 from tarflow_fast.solvers import adaptive, make_solvers, sequential
 from tarflow_fast.solvers.frontier import Frontier
 
@@ -32,7 +34,7 @@ NATIVE = pytest.param(
 
 def engine_of(model: TarFlow, backend: str = "torch", dtype: torch.dtype = torch.float64) -> BlockEngine:
     weights = model.block_weights(0)
-    return make_engines(backend, [weights], device=torch.device("cpu"), dtype=dtype, compile=False)[0]
+    return make_engines(backend, [weights], Request(torch.device("cpu"), dtype, False))[0]
 
 
 def solved(engine: BlockEngine, z: Tensor, condition: Condition = Condition()) -> BlockState:  # noqa: B008
@@ -164,7 +166,7 @@ class Rectangular:
 @given(data=st.data())
 def test_a_batch_is_solved_as_its_samples_are_alone(ragged: bool, data: st.DataObject) -> None:
     """The same tokens at the same tolerance, in as many passes as the slowest takes; a ragged engine evaluates no more
-    than for the samples one by one, another one no more than a window from the hindmost to the foremost."""
+    than for the samples one by one, another one no more than a window from the slowest to the foremost."""
     batch = data.draw(st.integers(1, 5))
     model = louder(
         random_model(data.draw(st.integers(0, 99)), torch.float64, img_size=10), data.draw(st.floats(0.2, 2))
@@ -225,14 +227,14 @@ def test_windows_of_a_batch_that_an_engine_takes_as_one() -> None:
     state: Any = SimpleNamespace(x=torch.zeros(3, 12, 1), condition=Condition())
     engine.frontier = frontier = Frontier(engine, state, 0.5)  # type: ignore[arg-type]
     fronts, values = [], []
-    while frontier.hindmost < 12:
+    while frontier.slowest < 12:
         frontier.advance(2)
         fronts.append(frontier.reached)
         values.append(state.x[..., 0].tolist())
     # The first gains a token a pass until it comes to token 6, where nothing moves; the others two.
     assert [row[0] for row in fronts] == [2, 3, 4, 5, 6, 8, 10, 12]
     assert [row[1] for row in fronts] == [row[2] for row in fronts] == [3, 5, 7, 9, 11, 12, 12, 12]
-    # From the hindmost frontier to the foremost end of those that are not done.
+    # From the slowest frontier to the foremost end of those that are not done.
     assert engine.windows == [(1, 3), (2, 5), (3, 7), (4, 9), (5, 11), (6, 12), (8, 10), (10, 12)]
     assert frontier.evaluations == 3 * sum(stop - start for start, stop in engine.windows)
     # What is kept stays as it was; of the first sample's tokens each was given its new value when it was the front.
@@ -327,10 +329,7 @@ def test_a_guess_is_in_the_order_of_its_block(k: int) -> None:
     model = louder(random_model(3, num_blocks=2, img_size=6), 0.05)
     sampler = Sampler(model, backend="torch")
     plan = sampler.learn_plan(64)
-    engine = make_engines(
-        "torch", [model.block_weights(k)], device=torch.device("cpu"),
-        dtype=torch.float32, compile=False,
-    )[0]  # fmt: skip
+    engine = make_engines("torch", [model.block_weights(k)], Request(torch.device("cpu")))[0]
     z = random_latents(model, 4)
     wanted = solved(engine, z)
     off = (plan.guess(k, z) - wanted.x).abs().mean()
@@ -430,6 +429,6 @@ def test_tolerance_and_plan_are_for_parallel_passes() -> None:
     with pytest.raises(ArgumentError, match=r"^tol: expected None with solver='sequential', which is exact"):
         Sampler(random_model(), solver="sequential", tol=1e-3)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got -1"):
-        make_solvers("adaptive", -1, None, dtype=torch.float32, blocks=2, tokens=16)
+        make_solvers("adaptive", -1, None, dtype=torch.float32, shapes=[random_model().config.block_shape] * 2)
     with pytest.raises(ArgumentError, match=r"^tol: expected a finite number >= 0, got '1'"):
         Sampler(random_model(), tol="1")  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import tarflow_fast as tff
 from tarflow_fast.errors import ArgumentError, CheckpointError
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 
 SECONDS = 5.0  # for any of these files, on a machine that does other things as well
 

@@ -9,10 +9,10 @@ import torch
 from cases import random_model
 from tolerances import BATCH, assert_close
 
-from tarflow_fast import sampler as sampler_module
 from tarflow_fast.errors import ArgumentError, NonFiniteError, OutOfMemoryError
-from tarflow_fast.report import Samples
-from tarflow_fast.sampler import Sampler
+from tarflow_fast.sampling import sampler as sampler_module
+from tarflow_fast.sampling.report import Samples
+from tarflow_fast.sampling.sampler import Sampler
 
 SAMPLER = Sampler(random_model(num_classes=3, img_size=4))
 

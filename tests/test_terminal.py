@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import tarflow_fast as tff
 from tarflow_fast.cli import main
 from tarflow_fast.cli.terminal import Terminated, echo, one_line, stoppable
-from tarflow_fast.sampler import Sampler
+from tarflow_fast.sampling.sampler import Sampler
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b1mverified\nlicense: MIT\r\u202e\u2028"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflow_fast.torch_files import save_torch
+from tarflow_fast.checkpoints.torch_files import save_torch
 
 FILL = """if True:
     import resource, signal, sys

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close, error_budget, max_error
 
-from tarflow_fast.engine.torch_linear import ONEDNN_ROWS, Linear
+from tarflow_fast.backend.pytorch.linear import ONEDNN_ROWS, Linear
 
 
 @pytest.mark.parametrize("gelu", [False, True])

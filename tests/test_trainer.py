@@ -35,11 +35,11 @@ from runs import (
 from torch import Tensor
 
 import tarflow_fast as tff
-from tarflow_fast.attention import causal_attention
 from tarflow_fast.cli import main
 from tarflow_fast.data import ImageData, load_images
 from tarflow_fast.errors import ArgumentError, CheckpointError, TrainingDiverged, TrainingStopped
-from tarflow_fast.evaluate import Noise, bits_per_dim
+from tarflow_fast.evaluation import Noise, bits_per_dim
+from tarflow_fast.models.attention import causal_attention
 from tarflow_fast.trainer import TrainConfig, train
 from tarflow_fast.trainer.batches import Batches
 from tarflow_fast.trainer.loop import _Run

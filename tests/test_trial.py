@@ -11,7 +11,9 @@ from cases import random_latents, random_model
 from test_engine import CPU, GUIDED, engine_of
 from torch import Tensor
 
-from tarflow_fast.engine import BlockState, Condition, make_engines, timing, trial
+from tarflow_fast.backend import make_engines
+from tarflow_fast.engine import BlockState, Condition, probe, timing
+from tarflow_fast.engine.backend import Request
 
 
 class Off:
@@ -43,7 +45,7 @@ class Off:
 def test_it_is_the_sequential_pass_to_beyond_the_middle(size: int, parts: list[tuple[int, int]]) -> None:
     model = random_model(3, img_size=size)
     z, engine = random_latents(model, 2), Off(model)
-    pieces, seconds = trial.trial(engine, z, Condition(), [])  # type: ignore[arg-type]
+    pieces, seconds = probe.probe(engine, z, Condition(), [])  # type: ignore[arg-type]
     assert list(dict.fromkeys(engine.parts)) == parts
     assert set(engine.parts[len(pieces) :]) == {parts[-1]}  # what is timed
     assert len(engine.parts) >= len(pieces) + timing.RUNS[0]
@@ -58,8 +60,8 @@ def test_every_piece_goes_on_from_the_trusted_ones() -> None:
     model = random_model(3, img_size=12)
     z = random_latents(model, 2)
     sure, other = Off(model), Off(model, 0.01)
-    trusted, _ = trial.trial(sure, z, Condition(), [])  # type: ignore[arg-type]
-    pieces, _ = trial.trial(other, z, Condition(), trusted)  # type: ignore[arg-type]
+    trusted, _ = probe.probe(sure, z, Condition(), [])  # type: ignore[arg-type]
+    pieces, _ = probe.probe(other, z, Condition(), trusted)  # type: ignore[arg-type]
     for a, b in zip(sure.given[:3], other.given[:3], strict=True):
         assert torch.equal(a, b)
     for a, b in zip(trusted, pieces, strict=True):
@@ -68,19 +70,19 @@ def test_every_piece_goes_on_from_the_trusted_ones() -> None:
 
 def test_differences_are_of_the_worst_sample_and_piece_and_of_log_dets_too() -> None:
     sure = [torch.randn(3, 8, 5) + 1 for _ in range(4)]
-    assert trial.difference(sure, sure) == 0
+    assert probe.difference(sure, sure) == 0
     for place in (slice(0, 4), slice(4, 5)):
         pieces = [piece.clone() for piece in sure]
         pieces[2][1, :, place] += 0.4
         size = sure[2][1, :, :4].square().mean().sqrt().item() if place.start == 0 else 4
-        assert trial.difference(pieces, sure) == pytest.approx(0.4 / size, rel=1e-5)
+        assert probe.difference(pieces, sure) == pytest.approx(0.4 / size, rel=1e-5)
         pieces[2][1, 3, place] = torch.nan
-        assert not trial.difference(pieces, sure) <= 1e9
+        assert not probe.difference(pieces, sure) <= 1e9
     sure[2][1, 3:, :] = torch.inf  # from there on nothing is known
     pieces = [piece.clone() for piece in sure]
     pieces[2][1, 3:, :] = torch.nan
-    assert trial.difference(pieces, sure) == 0
-    assert trial.difference([], []) == 0
+    assert probe.difference(pieces, sure) == 0
+    assert probe.difference([], []) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,10 +90,10 @@ def test_rounding_is_no_disagreement(dtype: torch.dtype) -> None:
     """Another dtype's engine, which is as far off as an engine that rounds otherwise."""
     model = random_model(7, num_classes=3, layers_per_block=2, img_size=12)
     weights = model.block_weights(0)
-    make = functools.partial(make_engines, blocks=[weights], device=CPU, compile=False)
+    make = functools.partial(make_engines, "torch", [weights])
     condition = Condition(torch.tensor([0, 1, -1]), GUIDED)
-    half, full = (make("torch", dtype=each)[0] for each in (dtype, torch.float32))
+    half, full = (make(Request(CPU, each))[0] for each in (dtype, torch.float32))
     z = random_latents(model, 3)
-    trusted, _ = trial.trial(half, z, condition, [])
-    pieces, _ = trial.trial(full, z, condition, trusted)
-    assert 0 < trial.difference(pieces, trusted) <= trial.AGREE[dtype]
+    trusted, _ = probe.probe(half, z, condition, [])
+    pieces, _ = probe.probe(full, z, condition, trusted)
+    assert 0 < probe.difference(pieces, trusted) <= probe.MAX_DEVIATION[dtype]

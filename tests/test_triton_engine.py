@@ -16,15 +16,19 @@ from cases import KERNEL_DEVICE, random_latents, random_model
 from tolerances import GOLDEN, assert_close
 
 from tarflow_fast import BackendError, NonFiniteError, OutOfMemoryError, Sampler
-from tarflow_fast.engine import Condition, Guidance, choose_backend, triton_engine, triton_plan
+from tarflow_fast.backend import choose_backend
+from tarflow_fast.backend.pytorch.engine import TorchEngine
+from tarflow_fast.backend.triton import engine as triton_engine
+from tarflow_fast.backend.triton import plan as triton_plan
+from tarflow_fast.backend.triton.engine import TOKENS_PER_GRAPH, TritonEngine
+from tarflow_fast.backend.triton.workspace import KEPT, Pool, Size, Window, widened
+from tarflow_fast.engine import Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.engine.contract import BlockState
-from tarflow_fast.engine.torch_engine import TorchEngine
-from tarflow_fast.engine.triton_engine import TOKENS_PER_GRAPH, TritonEngine
-from tarflow_fast.engine.triton_workspace import KEPT, Pool, Size, Window, widened
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.kernels import affine_step, cached_attention, fixed_point_update, norm_linear
 from tarflow_fast.kernels.launch import launch, recording
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 
 ROOT = Path(__file__).parent.parent
 TUNED = TritonEngine._tuned  # see conftest.py
@@ -106,7 +110,7 @@ def test_a_chain_of_split_tiles_makes_the_same_tokens(monkeypatch: pytest.Monkey
 
 
 def test_scratch_memory_suffices_for_attention() -> None:
-    size = Size(random_model().config, torch.float32, KERNEL_DEVICE, 3, 2)
+    size = Size(random_model().config.block_shape, torch.float32, KERNEL_DEVICE, 3, 2)
     tile = cached_attention.Tile(tokens=2, splits=8)
     plan = replace(triton_plan.interpreted(SHAPE), attention=tile)
     values, counters = tile.scratch(6, 1, 1, 64)
@@ -135,7 +139,7 @@ def test_what_a_pass_returns_is_its_own() -> None:
     engine.reverse(state)
     found = [state.x, state.token_log_det, state.first_nonfinite(), *engine.fixed_point(state, 1, 3)]
     kept = [each.clone() for each in found]
-    later = engine.begin(3 * z, Condition(), spent=state)
+    later = engine.begin(3 * z, Condition(), reuse=state)
     later.x[1, 0] = torch.inf
     engine.reverse(later)
     engine.fixed_point(later, 1, 3)
@@ -185,23 +189,23 @@ def test_a_workspace_goes_from_block_to_block_and_from_batch_to_batch() -> None:
     z = random_latents(model, 2)
     state = first.begin(z, Condition())
     workspace = state.cache
-    later = second.begin(z, Condition(), spent=state)
+    later = second.begin(z, Condition(), reuse=state)
     assert later.cache is workspace
-    assert pool.idle_bytes == 0
+    assert pool.cached_bytes == 0
     beside = first.begin(z, Condition())
     assert beside.cache is not workspace  # in use
     del later, beside
     assert first.begin(z, Condition()).cache.size == workspace.size
-    assert pool.idle_bytes == workspace.size.bytes
+    assert pool.cached_bytes == workspace.size.bytes
 
 
 def test_a_state_whose_memory_was_handed_on_is_refused() -> None:
     model, pool = random_model(img_size=4), Pool()
     engine, z = engine_of(model, 0, pool), random_latents(model, 2)
     spent = engine.begin(z, Condition())
-    owner = engine.begin(z, Condition(), spent=spent)
-    assert engine.begin(z, Condition(), spent=spent).cache is not owner.cache
-    guided = engine.begin(z, Condition(None, Guidance(1.0)), spent=owner)
+    owner = engine.begin(z, Condition(), reuse=spent)
+    assert engine.begin(z, Condition(), reuse=spent).cache is not owner.cache
+    guided = engine.begin(z, Condition(None, Guidance(1.0)), reuse=owner)
     assert guided.cache.size.branches == 2  # too large for it
     for run in (engine.reverse, lambda state: engine.fixed_point(state, 1, 2)):
         with pytest.raises(ArgumentError, match=r"^state: expected one whose memory was not handed on"):
@@ -219,11 +223,11 @@ def test_a_pool_keeps_few_workspaces_and_gives_them_up_when_memory_is_short(monk
     assert [held(batch) for batch in (1, 2, 3, 4)] == [1, 2, KEPT, KEPT]
     held(3)
     assert [size.batch for size in pool._kept] == [4, 3]  # the least recently used first
-    size = Size(model.config, torch.float32, KERNEL_DEVICE, 5, 1)
-    monkeypatch.setattr("tarflow_fast.engine.triton_workspace.free_memory", lambda device: size.bytes)
+    size = Size(model.config.block_shape, torch.float32, KERNEL_DEVICE, 5, 1)
+    monkeypatch.setattr("tarflow_fast.backend.triton.workspace.free_memory", lambda device: size.bytes)
     assert held(5) == 2
     monkeypatch.setattr(
-        "tarflow_fast.engine.triton_workspace.free_memory", lambda device: 3 * size.bytes // 5 if pool._kept else 0
+        "tarflow_fast.backend.triton.workspace.free_memory", lambda device: 3 * size.bytes // 5 if pool._kept else 0
     )
     with pytest.raises(OutOfMemoryError, match=r"^z: 6 samples need 0 MiB on .*, 0 would fit"):
         held(6)
@@ -434,14 +438,14 @@ def test_requests_that_cannot_be_met_say_why(options: dict[str, Any], message: s
 def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow_fast.kernels.launch.interpreting", lambda: False)
     with pytest.raises(BackendError, match="backend 'triton' cannot be had: Triton kernels need a CUDA device"):
-        choose_backend("triton", torch.device("cpu"), torch.float32, False)
+        choose_backend("triton", Request(torch.device("cpu"), torch.float32, False))
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(BackendError, match="a C compiler, and there is none"):
-        choose_backend("triton", KERNEL_DEVICE, torch.float32, False)
+        choose_backend("triton", Request(KERNEL_DEVICE, torch.float32, False))
 
 
 @pytest.mark.skipif(KERNEL_DEVICE.type == "cuda", reason="a GPU may have it")

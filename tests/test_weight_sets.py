@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tarflow_fast as tff
 from tarflow_fast.errors import ArgumentError, CheckpointError, TarFlowWarning
-from tarflow_fast.model import TarFlow
+from tarflow_fast.models.tarflow import TarFlow
 
 SIZES: dict[str, Any] = {"in_channels": 3, "img_size": 4, "num_classes": 2}
 State = dict[str, Tensor]
@@ -161,7 +161,10 @@ def test_what_is_no_tarflow_says_what_was_found_in_one_line(tmp_path: Path) -> N
             {"model": {"enc.w": torch.ones(1)}, "epoch": 1},
             r"Keys found: model, epoch \(in 'model: enc.w'|model: enc",
         ),
-        "whole module": (model(), r"whole module, tarflow_fast.model.TarFlow, .* torch.save\(model.state_dict\(\), "),
+        "whole module": (
+            model(),
+            r"whole module, tarflow_fast.models.tarflow.TarFlow, .* torch.save\(model.state_dict\(\), ",
+        ),
         "whole module inside": (
             {"model": Wrapper(), "epoch": 1},
             "its model is a whole module, test_weight_sets.Wrapper",

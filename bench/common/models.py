@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import Sampler, TarFlow, TarFlowConfig, denoise
-from tarflow_fast.noise import latent_noise
+from tarflow_fast.sampling.noise import latent_noise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODELS = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import TarFlowConfig
-from tarflow_fast.engine.cpu_engine import choose_instruction_set
+from tarflow_fast.backend.cpu.engine import choose_instruction_set
 
 from ..common import limits, options
 from ..common.harness import Candidate, measure_cell

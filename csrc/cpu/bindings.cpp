@@ -152,7 +152,7 @@ void elementary(const std::string& name, const std::string& instruction_set, Add
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "The native CPU engine; see tarflow_fast/engine/cpu_engine.py.";
+  m.doc() = "The native CPU engine; see tarflow_fast/backend/cpu/engine.py.";
   using py::arg;
   m.def("instruction_sets", &list_instruction_sets);
   m.def("elementary", &elementary, arg("name"), arg("instruction_set"), arg("x"), arg("out"), arg("count"));

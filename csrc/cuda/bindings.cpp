@@ -74,7 +74,7 @@ void run(const Params& params, const std::string& dtype, int blocks, int64_t sha
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "The CUDA engine's kernel; see tarflow_fast/engine/cuda_engine.py.";
+  m.doc() = "The CUDA engine's kernel; see tarflow_fast/backend/cuda/engine.py.";
 #ifdef TARFLOW_EMULATION
   m.attr("device_type") = "cpu";
   m.def("set_device", &emulation::set_device);
@@ -98,8 +98,9 @@ PYBIND11_MODULE(_cuda, m) {
     buffer->count = count;
   })
       .def("set_positions", &set_positions)
-      .def("set_tol", [](Params& params, float tol, float rounding) {
+      .def("set_tol", [](Params& params, float tol, float stream, float rounding) {
     params.tol = tol;
+    params.stream = stream;
     params.rounding = rounding;
   }).def("run", &run);
 }

@@ -2,7 +2,7 @@
 // whose rule this is.
 //
 // A pass evaluates the window [reached, reached + W) of each sample. Its tokens that moved by no more than tol, or than
-// rounding may move them, up to the first that moved by more, keep what was guessed for them; that one gets its new value;
+// rounding of the stream may move them, up to the first that moved by more, keep what was guessed for them; that one gets its new value;
 // those after it get theirs as guesses, unless they overflow, and start again from where they began. A sample whose final
 // token is not finite has failed: the tokens after it become NaN.
 #pragma once
@@ -104,7 +104,7 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
     float residual = 0;
 #pragma unroll 1
     for (; kept < width; kept++) {
-      const float least = p.tol > 0 ? larger(p.tol, p.rounding * found.size(kept)) : 0.0f;
+      const float least = p.tol > 0 ? larger(p.tol, p.stream * found.size(kept)) : 0.0f;
       if (!(found.change(kept) <= least)) break;
       residual = larger(residual, found.residual(kept));
     }

@@ -100,13 +100,13 @@ struct Pass {
   }
 
   DEVICE void phase_of(Phase phase, int layer, bool begin) {
-    const bool left_out = p.left_out >> phase & 1;
+    const bool skipped = p.skip_phases >> phase & 1;
     if (phase == ATTENTION) {
-      if (!left_out) attention(layer);
+      if (!skipped) attention(layer);
       return;
     }
     const Linear of = linear_of(p, phase, layer);
-    if (left_out) return skip(p, of, ring, work);
+    if (skipped) return skip(p, of, ring, work);
     linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch,
                       [&](int first, int count, int k0, int k) { stage(phase, begin, first, count, k0, k); },
                       [&](int n, int row, float y) { finish(phase, layer, n, row, y); });
@@ -138,7 +138,7 @@ struct Pass {
     ring.fill();
 #pragma unroll 1
     for (bool begin = true;; begin = p.mode == FRONTIER) {
-      if (p.mode == FRONTIER && (passes == p.most || !look<WARPS>(p, rows))) break;
+      if (p.mode == FRONTIER && (passes == p.max_passes || !look<WARPS>(p, rows))) break;
       step(begin);
       passes++;
       if (p.mode == FRONTIER) {
@@ -157,7 +157,7 @@ struct Pass {
 };
 
 // Shared memory: tokens of the positions; work and jobs of this block; sums, or what attention needs; X; the ring. As in
-// cuda_plan.py.
+// plan.py.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   const int layers = 4 * p.layers + 2, work_bytes = divide_up(4 * MOST_ROWS + 8 * (layers + p.most_jobs), 16) * 16;

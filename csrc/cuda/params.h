@@ -22,17 +22,17 @@ enum Mode : int {
   FRONTIER,     // parallel passes until every sample's frontier is at the end, see frontier.cuh
 };
 
-// Phases between two barriers, as bits of `left_out`.
+// Phases between two barriers, as bits of `skip_phases`.
 enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 
-// Names as in tarflow_fast/engine/cuda_plan.py and cuda_engine.py, which fill them in.
+// Names as in tarflow_fast/backend/cuda/plan.py and engine.py, which fill them in.
 //
 // Of the block: channels C, heads H, head_dim d, hidden_dim F of the MLP, tokens T, token_dim D, out_dim O (2D, or D if volume-preserving), layers
 // L, affine (0 if volume-preserving).
 // Of the launch: mode; start, stop: of SEQUENTIAL; positions P: tokens that are evaluated at once, of one branch; branches
 // 1 or 2, R = P · branches; samples: of the whole batch, rows of a branch in the cache; guide_a, guide_b: what is guided;
-// left_out: phases that are not done, for measurements; of FRONTIER window W: tokens of a sample in a pass (P = W · samples
-// of the launch, sample after sample), most: passes.
+// skip_phases: phases that are not done, for measurements; of FRONTIER window W: tokens of a sample in a pass (P = W · samples
+// of the launch, sample after sample), max_passes.
 // Of the plan: slots of the ring; slot_k: inputs that a slot holds of 16 outputs; staged_rows: rows of a
 // product's input that are in shared memory at once, a multiple of 8; splits: blocks that share the keys of a row and head,
 // least_keys: what each takes at least;
@@ -40,13 +40,13 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // clang-format off
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(hidden_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
-  X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(left_out) X(window) X(most) X(slots) X(slot_k)             \
+  X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(skip_phases) X(window) X(max_passes) X(slots) X(slot_k)             \
   X(staged_rows) X(splits) X(least_keys) X(most_jobs)
 // clang-format on
 
 // C', F', O', D': C, F, O, D rounded up to whole tiles; T type of weights and cache; fp32 unless said. Packed linear
 // layers are one after the other: proj_in, then qkv, proj, fc1, fc2 of each layer, then proj_out.
-//   weights    T, see pack_linear in cuda_pack.py; LayerNorm's γ and β are folded into qkv and fc1
+//   weights    T, see pack_linear in tarflow_fast/backend/cuda/pack.py; LayerNorm's γ and β are folded into qkv and fc1
 //   biases     of the same layers, each a whole number of tiles
 //   work       int32 (4 L + 2, blocks, 2): the first tile and the number of tiles of each packed layer and block
 //   jobs       int32 (blocks, most_jobs, 2): what a block fetches for a token, in its order: a place in `weights` and a
@@ -77,7 +77,9 @@ struct Params {
   // Of each position: its sample, the token that is evaluated, and its column of `change`. Of SEQUENTIAL the sample
   // alone counts, of FRONTIER the sample and the column.
   int sample[MOST_ROWS], token[MOST_ROWS], column[MOST_ROWS];
-  float tol, rounding;  // of FRONTIER: see frontier.cuh; the share of a token's size that rounding may move it by
+  // Of FRONTIER, see frontier.cuh. stream, rounding: the share of a token's size that rounding of the residual stream,
+  // and of weights and cache, may move it by.
+  float tol, stream, rounding;
 };
 
 }  // namespace tarflow

@@ -34,8 +34,8 @@ from .terminal import echo
 
 if TYPE_CHECKING:
     from ..data import ImageData
-    from ..evaluate import BayesAccuracy, BitsPerDim
-    from ..model import TarFlow
+    from ..evaluation import BayesAccuracy, BitsPerDim
+    from ..models.tarflow import TarFlow
 
 
 def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | None, **how: Any) -> ImageData:
@@ -47,7 +47,13 @@ def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | N
 
     config = model.config
     channels = config.in_channels if config.in_channels in (1, 3) else 3  # others are not pictures' to have
-    data = load_images(path, size=config.img_size, channels=channels, **how)
+    sequences, layout = config.layout == "tokens", how["layout"]
+    if sequences and layout not in ("auto", "tokens"):
+        raise click.UsageError(f"--layout: expected tokens, as the model's data are sequences, got {layout}")
+    if layout == "tokens" and not sequences:
+        raise click.UsageError("--layout: expected auto, NHWC or NCHW, as the model's data are images, got tokens")
+    how |= {"layout": "tokens", "size": None} if sequences else {"size": config.img_size}
+    data = load_images(path, channels=channels, **how)
     data = data if names is None else renamed(data, names, "--class-names")
     given = "--data" if names is None else "--class-names"
     data = matched(data, model.metadata.get("class_names"), config.num_classes, given)
@@ -92,8 +98,8 @@ Examples:
     metavar="PATH",
     section="Data",
     help="A folder with a sub-folder of pictures for each class, or with MNIST's IDX files; an IDX file; a .npz file "
-    "with images (N,S,S[,ch] or N,ch,S,S) and labels; or a .npy file. Classes are matched by name, and by number where "
-    "the data has no names.",
+    "with images (N,H,W[,ch] or N,ch,H,W) or sequences (N,T,D), and labels; or a .npy file. Classes are matched "
+    "by name, and by number where the data has no names.",
 )
 @option(
     "--split",
@@ -211,7 +217,7 @@ def eval_command(
 
         torch.set_num_threads(threads)
 
-    from ..evaluate import Noise, bayes_accuracy, bits_per_dim
+    from ..evaluation import Noise, bayes_accuracy, bits_per_dim
 
     for_bits = Noise.of(model, noise, noise_std, seed)
     conditional = model.config.num_classes > 0

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..sizes import by
 from .messages import in_flags
 from .options import Command, json_option, load_model, model_options, print_json
 from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..model import TarFlow
+    from ..models.tarflow import TarFlow
 
 
 def describe_installation() -> dict[str, Any]:
     import torch
 
     from .. import __version__
-    from ..engine import backends
+    from ..backend import backends
 
     return {
         "version": __version__,
@@ -59,11 +60,11 @@ def describe_model(model: TarFlow) -> dict[str, Any]:
 
 
 def model_lines(facts: dict[str, Any]) -> list[str]:
-    size, patch, classes = facts["img_size"], facts["patch_size"], facts["num_classes"]
-    kind = "affine" if facts["nvp"] else "volume-preserving"
+    kind, classes = "affine" if facts["nvp"] else "volume-preserving", facts["num_classes"]
+    tokens = f"{facts['tokens']} tokens of {facts['token_dim']} values"
+    images = f"images: {facts['in_channels']}×{by(facts['img_size'])} in patches of {by(facts['patch_size'])}, {tokens}"
     lines = [
-        f"images: {facts['in_channels']}×{size}×{size} in patches of {patch}×{patch}, "
-        f"{facts['tokens']} tokens of {facts['token_dim']} values",
+        f"sequences: {tokens}" if facts.get("layout") == "tokens" else images,
         f"network: {facts['num_blocks']} {kind} blocks of {facts['layers_per_block']} layers, "
         f"width {facts['channels']}, heads of {facts['head_dim']}, {facts['parameters']:,} parameters",
         f"classes: {classes or 'none (unconditional)'}",

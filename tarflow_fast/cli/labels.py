@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from ..labels import LabelsByNumber
-    from ..model import TarFlow
+    from ..models.tarflow import TarFlow
+    from ..sampling.labels import LabelsByNumber
 
 MOST_LISTED = 10  # names that are printed
 MOST_BYTES = 2**26  # of a file of names or labels
@@ -38,8 +38,8 @@ def choose(text: str | None, model: TarFlow, seed: int) -> Chosen:
     """The labels that --labels asks for; without it all classes in turn. An unknown class is wrong usage, a number that
     the model does not have an ArgumentError."""
     from ..checks import find_class
-    from ..labels import known_names
-    from ..noise import random_label
+    from ..flow import known_names
+    from ..sampling.noise import random_label
 
     names, classes = known_names(model.metadata), model.config.num_classes
     word = None if text is None else text.strip()

@@ -14,8 +14,10 @@ from .terminal import one_line
 if TYPE_CHECKING:
     from .options import Command
 
+SIZES = "size"  # the name of the type of options that take one number or two
 _LITERALS = {"True": "true", "False": "none", "None": "none"}
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+_SIDES = re.compile(r"\((\d+), (\d+)\)")  # height and width
 _SEQUENCE = re.compile(r"(?:^\(|\[)('[^']*'(?:, '[^']*')*),?[)\]]")  # a tuple that is all, or a list
 
 
@@ -51,7 +53,7 @@ def in_flags(command: Command, text: str) -> str:
     flags = _flags(command)
     names = "|".join(map(re.escape, sorted(flags, key=len, reverse=True)))
     long = "|".join(re.escape(name) for name in flags if "_" in name)
-    given = re.compile(rf"(?<![^\s(])({names})=('[^']*'|True|False|{_NUMBER})(?=[,;.)]?(?:\s|$))")
+    given = re.compile(rf"(?<![^\s(])({names})=('[^']*'|True|False|{_NUMBER}|{_SIDES.pattern})(?=[,;.)]?(?:\s|$))")
     text = given.sub(lambda m: _set(command, m[1], m[2].strip("'")), text)
     if long:
         text = re.sub(rf"(?<![^\s(])({long})(?=[,;.)]?(?:\s|$))|^({long})(?=:)", lambda m: flags[m[1] or m[2]], text)
@@ -76,13 +78,20 @@ def _switch(param: click.Parameter | None, value: str) -> str | None:
 
 def _set(command: Command, name: str, value: str) -> str:
     switch = _switch(next((p for p in command.params if p.name == name), None), value)
-    return switch or f"{_flags(command)[name]} {_LITERALS.get(value, value)}"
+    return switch or f"{_flags(command)[name]} {_LITERALS.get(value, _sides(value))}"
+
+
+def _sides(text: str) -> str:
+    """The text with 6x8 in the place of (6, 8)."""
+    return _SIDES.sub(r"\1x\2", text)
 
 
 def _argument(command: Command, error: ArgumentError, param: click.Parameter | None) -> str:
     flag = _flags(command).get(error.argument, error.argument) if param is None else _flag(param)
     expected = in_flags(command, _SEQUENCE.sub(r"\1", error.expected))
     got = _SEQUENCE.sub(r"\1", str(error.got))
+    if isinstance(param, click.Option) and param.type.name == SIZES:
+        expected, got = _sides(expected), _sides(got)
     word = re.match(r"(True|False|None)\b", expected)
     if word is not None:
         expected = (_switch(param, word[0]) or _LITERALS[word[0]]) + expected[word.end() :]

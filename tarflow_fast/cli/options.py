@@ -15,18 +15,39 @@ import click
 
 from ..errors import TarFlowError
 from ..limits import MOST_BATCH, MOST_NOISE_STD, MOST_SEED, MOST_SIZE, most_threads
-from .messages import failure
+from ..sizes import Size
+from .messages import SIZES, failure
 from .terminal import echo
 
 if TYPE_CHECKING:
     import torch
 
-    from ..model import TarFlow
+    from ..models.tarflow import TarFlow
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SIZE = click.IntRange(1, MOST_SIZE)
+
+
+class TwoSides(click.ParamType):
+    """One whole number for a square, or HEIGHTxWIDTH. side: what a number may be."""
+
+    name = SIZES
+
+    def __init__(self, side: click.ParamType):
+        self.side = side
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Size:
+        if isinstance(value, (int, tuple)):
+            return value
+        first, cross, second = str(value).lower().replace("×", "x").partition("x")
+        height: int = self.side.convert(first, param, ctx)
+        width: int = self.side.convert(second, param, ctx) if cross else height
+        return height if height == width else (height, width)
+
+
+SIZE_OR_SIZES = TwoSides(SIZE)
 BATCH = click.IntRange(1, MOST_BATCH)
 NOISE_STD = click.FloatRange(0, MOST_NOISE_STD, min_open=True)
 SEED = click.IntRange(0, MOST_SEED)
@@ -99,10 +120,17 @@ size_options = combine(
     ),
     option(
         "--patch-size",
-        type=SIZE,
-        metavar="N",
+        type=SIZE_OR_SIZES,
+        metavar="N|HxW",
         section="Model",
-        help="Pixels along a patch's side, for a .pth file whose weights leave it open.",
+        help="Pixels along a patch's sides, for a .pth file whose weights leave it open.",
+    ),
+    option(
+        "--img-size",
+        type=SIZE_OR_SIZES,
+        metavar="N|HxW",
+        section="Model",
+        help="Pixels along an image's sides, for a .pth file of images that are not square.",
     ),
     option(
         "--in-channels",
@@ -159,10 +187,11 @@ progress_option = option(
 quiet_option = option("-q", "--quiet", is_flag=True, section="Output", help="Print nothing but errors.")
 layout_option = option(
     "--layout",
-    type=click.Choice(["auto", "NHWC", "NCHW"]),
+    type=click.Choice(["auto", "NHWC", "NCHW", "tokens"]),
     default="auto",
     section="Data",
-    help="Where an array has its channels; to be given where its shape allows both.",
+    help="Where an array has its channels; to be given where its shape does not tell. tokens: sequences (N,T,D) of "
+    "floats, which the model takes as they are.",
 )
 values_option = option(
     "--values",
@@ -186,26 +215,23 @@ def load_model(
     path: str | None,
     *,
     weights: str | None = None,
-    patch_size: int | None = None,
-    in_channels: int | None = None,
-    head_dim: int | None = None,
+    **sizes: Any,
 ) -> TarFlow:
-    """The checkpoint at `path`, or the shipped model."""
-    from ..checkpoint import load, load_pretrained
+    """The checkpoint at `path`, or the shipped model. sizes: as for `load`, None where not given."""
+    from ..checkpoints.checkpoint import load, load_pretrained
 
     if path is not None:
-        return load(path, weights=weights, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
-    given = {"--weights": weights, "--patch-size": patch_size, "--in-channels": in_channels, "--head-dim": head_dim}
-    for name, value in given.items():
+        return load(path, weights=weights, **sizes)
+    for name, value in {"weights": weights, **sizes}.items():
         if value is not None:
-            raise click.UsageError(f"{name} goes with --model")
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --model")
     return load_pretrained()
 
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name; without one, the best that a backend runs on."""
+    from ..backend import backends
     from ..devices import check_device
-    from ..engine import backends
 
     if name is None:
         name = next(status.device for status in backends() if status.available)

@@ -8,6 +8,7 @@ its name when it holds all images; if the work ends before, those that were draw
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ import click
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..report import Samples
+    from ..sampling.report import Samples
     from .layout import Layout
 
 
@@ -82,8 +83,11 @@ class Outputs:
             None if gif is None else output_path("--gif", gif, (".gif",)),
         )
 
-    def check(self, run: Run, image_shape: tuple[int, int, int], frames: int) -> None:
-        """Refuses what these images would be too many, too large or of too many channels for."""
+    def check(self, run: Run, shape: tuple[int, ...], frames: int) -> None:
+        """Refuses what these images would be too many, too large or of too many channels for.
+
+        shape: of an image, (ch, H, W), or of a sequence, (T, D), which only a .npz file takes.
+        """
         from ..errors import ArgumentError
         from ..images import check_grid
 
@@ -91,15 +95,14 @@ class Outputs:
         try:
             for option, path, pictures in (("--out", self.grid, 1), ("--gif", self.gif, frames)):
                 if path is not None:
-                    check_grid(option, path, cells, image_shape, columns, scale=run.scale, frames=pictures)
+                    check_grid(option, path, cells, shape, columns, scale=run.scale, frames=pictures)
         except ArgumentError as error:
             advice = "; --no-grid with --npz, --singles or --gif does without" if error.argument == "--out" else ""
             raise click.UsageError(f"{error}{advice}") from error
-        if self.singles is not None and image_shape[0] not in (1, 3):
-            raise click.UsageError(f"--singles: expected images of 1 or 3 channels, got {image_shape[0]} channels")
+        if self.singles is not None and shape[0] not in (1, 3):
+            raise click.UsageError(f"--singles: expected images of 1 or 3 channels, got {shape[0]} channels")
         if self.npz is not None:
-            ch, height, width = image_shape
-            needed = 2 * 4 * run.n * ch * height * width  # collected, then copied
+            needed = 2 * 4 * run.n * math.prod(shape)  # collected, then copied
             free = shutil.disk_usage(self.npz.parent).free
             if needed > free:
                 lacking = f"{run.n} images need {needed / 2**30:.1f} GiB while written, {free / 2**30:.1f} are free"

@@ -19,6 +19,7 @@ from ..limits import (
     MOST_SIZE,
     MOST_TOL,
 )
+from ..sizes import Size, by
 from .labels import MOST_LISTED, Chosen, choose, label_name
 from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, layout
 from .messages import in_flags
@@ -47,8 +48,8 @@ from .terminal import echo
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..model import TarFlow
-    from ..report import Report, Samples
+    from ..models.tarflow import TarFlow
+    from ..sampling.report import Report, Samples
 
 # How the shipped model is drawn from unless told otherwise. For other models: no guidance. For all: denoising
 # with the optimal step where the checkpoint records the Gaussian noise that it was trained with.
@@ -89,6 +90,15 @@ def drawing_rule(model: TarFlow, shipped: bool, given: dict[str, Any], labelled:
     return rule
 
 
+def check_sequences(outputs: Outputs, given: dict[str, Any]) -> None:
+    """Refuses pictures of sequences."""
+    for name in ("out", "singles", "gif"):
+        if given[name] is not None:
+            raise click.UsageError(f"--{name}: sequences make no picture; --npz writes them as numbers")
+    if outputs.npz is None:
+        raise click.UsageError("this model draws sequences, which make no picture: give --npz")
+
+
 class Totals:
     """What the batches of a run come to."""
 
@@ -127,13 +137,16 @@ class Totals:
 
 def summary_lines(facts: dict[str, Any], model: TarFlow, chosen: Chosen, rows: bool) -> list[str]:
     """rows: whether each class has a row."""
-    from ..labels import known_names
+    from ..flow import known_names
 
-    size, names = model.config.img_size, known_names(model.metadata)
+    size, names = by(model.config.img_size), known_names(model.metadata)
+    what = f"images of {size}"
+    if model.config.layout == "tokens":
+        what = f"sequences of {model.config.num_patches} tokens of {model.config.token_dim} values"
     how = f"guidance {facts['guidance']:g}" if facts["guidance"] else "unguided"
     how += ", denoised" if facts["denoise"] else ""
     lines = [
-        f"{', '.join(facts['files'].values())}: {facts['images']} images of {size}×{size}, {how}",
+        f"{', '.join(facts['files'].values())}: {facts['images']} {what}, {how}",
         f"{facts['seconds'] + facts['denoise_seconds']:.2f} s, {facts['images_per_second']:.3g} images/s, "
         f"{facts['tokens_per_second']:,.0f} tokens/s in batches of {facts['batch_size']}",
         f"backend {facts['backend']} ({facts['backend_reason']}), {facts['device']}, {facts['dtype']}, "
@@ -318,7 +331,7 @@ Examples:
     section="Output",
     show_default=GRID,
     help="The grid, .png or .jpg; by default none with --npz where images are no pictures, having neither 1 nor 3 "
-    "channels. A file of that name is replaced, here and below, when all images are drawn; a run "
+    "channels, or being sequences. A file of that name is replaced, here and below, when all images are drawn; a run "
     "that ends before puts what it has drawn into NAME.partial.png.",
 )
 @option("--no-grid", is_flag=True, section="Output", help="Write the files below alone.")
@@ -350,8 +363,8 @@ Examples:
     type=click.Path(),
     metavar="FILE",
     section="Output",
-    help="Also write numbers: images (n,ch,H,W) float32, about -1 to 1; seed; first; options; labels; class_names; "
-    "and log_prob (nats, before denoising) if unguided.",
+    help="Also write numbers: images (n,ch,H,W) float32, about -1 to 1, or sequences (n,T,D); seed; first; options; "
+    "labels; class_names; and log_prob (nats, before denoising) if unguided.",
 )
 @option(
     "--gif",
@@ -366,7 +379,8 @@ Examples:
 def sample_command(
     model_path: str | None,
     weights: str | None,
-    patch_size: int | None,
+    patch_size: Size | None,
+    img_size: Size | None,
     in_channels: int | None,
     head_dim: int | None,
     count: int | None,
@@ -390,8 +404,12 @@ def sample_command(
     if not outputs.to_dict():
         raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
     device = pick_device(given["device"])
-    model = load_model(model_path, weights=weights, patch_size=patch_size, in_channels=in_channels, head_dim=head_dim)
-    if model.config.in_channels not in (1, 3) and given["out"] is None and outputs.npz is not None:
+    sizes = {"patch_size": patch_size, "img_size": img_size, "in_channels": in_channels, "head_dim": head_dim}
+    model = load_model(model_path, weights=weights, **sizes)
+    sequences = model.config.layout == "tokens"
+    if sequences:
+        check_sequences(outputs, given)
+    if (sequences or model.config.in_channels not in (1, 3)) and given["out"] is None and outputs.npz is not None:
         outputs = replace(outputs, grid=None)  # there is none to show
     seed, first = given["seed"], given["first"]
     chosen = choose(labels, model, seed)
@@ -399,14 +417,14 @@ def sample_command(
     labelled = chosen.entries is None or any(label >= 0 for label in chosen.entries)
     rule = drawing_rule(model, shipped=model_path is None, given=given, labelled=labelled)
 
-    from ..labels import known_names
-    from ..sampler import Sampler
+    from ..flow import known_names
+    from ..sampling.sampler import Sampler
 
     run = Run(
         n,
         first,
         plan := layout(n, chosen.entries, columns),
-        scale or default_scale(*plan.size(first, n), *model.config.data_shape[1:]),
+        scale or (1 if sequences else default_scale(*plan.size(first, n), *model.config.image_size)),
         {
             "model": "fashion_mnist" if model_path is None else os.path.basename(model_path),
             "seed": seed,

@@ -15,6 +15,7 @@ from .convert import read_names
 from .options import (
     Command,
     F,
+    TwoSides,
     cache_option,
     combine,
     layout_option,
@@ -45,9 +46,9 @@ data_options = combine(
         type=click.Path(),
         metavar="PATH",
         section="Data",
-        help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images, "
-        "labels), a .npy file, an IDX file, or a folder of MNIST's four IDX files; or a folder with train and val or "
-        "test halves. Required but with --resume.",
+        help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images or "
+        "sequences, labels), a .npy file, an IDX file, or a folder of MNIST's four IDX files; or a folder with train "
+        "and val or test halves. Required but with --resume.",
     ),
     option(
         "--eval-data",
@@ -59,10 +60,10 @@ data_options = combine(
     ),
     option(
         "--img-size",
-        type=int,
-        metavar="N",
+        type=TwoSides(click.INT),
+        metavar="N|HxW",
         section="Data",
-        help="Pixels along a side; needed for folders of pictures, which are resized and cropped to it.",
+        help="Pixels along the sides; needed for folders of pictures, which are resized and cropped to it.",
     ),
     option(
         "--in-channels",
@@ -109,9 +110,16 @@ size_options = combine(
         section="Model",
         help="Start from this checkpoint, ml-tarflow's .pth or one of ours, which has the sizes below.",
     ),
+    option(
+        "--patch-size",
+        type=TwoSides(click.INT),
+        default=4,
+        metavar="N|HxW",
+        section="Model",
+        help="Pixels along a patch's sides.",
+    ),
     numbers(
         "Model",
-        ("--patch-size", 4, "N", "Pixels along a patch's side."),
         ("--channels", 512, "N", "Width of the transformers."),
         ("--blocks num_blocks", 8, "N", "Flow blocks."),
         ("--layers layers_per_block", 8, "N", "Transformer layers of each flow block."),
@@ -225,6 +233,10 @@ Examples:
       Starts from a model that is there.
   torchrun --nproc-per-node 8 -m tarflow_fast train …
       The same run, shared by 8 GPUs.
+  tarflow-fast train --data faces/ --img-size 48x32 --patch-size 4x2 --out run
+      Images that are 48 pixels high and 32 wide.
+  tarflow-fast train --data series.npy --layout tokens --unconditional --out run
+      Sequences (N,T,D) of floats, as they are.
   tarflow-fast sample -m run/model.safetensors
 """,
 )

@@ -17,7 +17,7 @@ from .image_data import ImageData
 from .labels import Labels, read_labels
 from .members import Member, npy_member, npz_members
 from .store import Store
-from .values import WITH_ALPHA, Range, channel_axis, converted, meaning
+from .values import WITH_ALPHA, Range, channel_axis, check_sequences, converted, meaning
 
 # Names of images and of their labels, the first that is there being taken; in those of a half, {} is its name.
 OF_A_HALF = (
@@ -101,36 +101,46 @@ def _images_and_labels(
 ) -> tuple[ImageData, list[str]]:
     where = repr(str(path))
     shape, dtype = images.header()
-    axis = channel_axis(where, dtype, shape, layout)
+    # Of what `tarflow-fast sample` writes, images have four dimensions: three are of sequences.
+    sequences = layout == "tokens" or (layout == "auto" and sampled and len(shape) == 3)
+    axis = None if sequences else channel_axis(where, dtype, shape, layout)
     if 0 in shape:
         raise DataError(f"{where}: expected images, got none: {shape}")
     channels = 1 if axis is None else shape[axis]
-    side = shape[1] if axis is None else shape[4 - axis]
-    if shape[1] != shape[2] and axis != 1:
-        raise DataError(f"{where}: expected square images, got {shape[1]} x {shape[2]} pixels")
     found: Range | None = None
     if dtype != np.uint8 and dtype.kind in "fiub":
         for _, rows in images.pieces():
             part = Range.of(rows)
             found = part if found is None else found | part
-    what = meaning(where, dtype, channels, found, values, sampled)
+    if sequences:
+        check_sequences(where, dtype, shape, found, values)
+    what = "raw" if sequences else meaning(where, dtype, channels, found, values, sampled)
     n = shape[0]
     read = Labels(np.zeros(0, np.int64))
     if labels is not None:
         names = None if class_names is None else [_text(name) for name in class_names.whole().reshape(-1).tolist()]
         read = read_labels(where, labels.whole(), n, names, split)
-    out = store.empty((n, channels, side, side), np.float32 if what == "raw" else np.uint8)
+    sides = [side for i, side in enumerate(shape) if i not in (0, axis)]
+    size = shape if sequences else (n, channels, *sides)
+    out = store.empty(size, np.float32 if what == "raw" else np.uint8)
     for first, rows in images.pieces():
-        rows = rows.reshape(len(rows), 1, side, side) if axis is None else rows
-        out[first : first + len(rows)] = converted(rows if axis != 3 else rows.transpose(0, 3, 1, 2), what)
+        out[first : first + len(rows)] = converted(_arranged(rows, axis, sequences), what)
     notes = [] if read.note is None else [read.note]
     if dtype.kind in "iu" and channels in WITH_ALPHA and values == "auto":
         alpha = f"if they are {WITH_ALPHA[channels]}, put them on a background first; values='0..255' says they are not"
         notes.append(f"{where}: {dtype} images of {channels} channels are taken as they are; {alpha}")
     if found is not None:
         taken = "kept as they are, for data that are no pictures" if what == "raw" else f"taken as {what}"
-        notes.append(f"{where}: {dtype} images from {found.low:g} to {found.high:g} are {taken}")
+        kind = "sequences" if sequences else "images"
+        notes.append(f"{where}: {dtype} {kind} from {found.low:g} to {found.high:g} are {taken}")
     return image_data(where, out, None if labels is None else read), notes
+
+
+def _arranged(rows: np.ndarray[Any, Any], axis: int | None, sequences: bool) -> np.ndarray[Any, Any]:
+    """Rows of an array as (n, ch, H, W), or sequences as they are. axis: of `channel_axis`."""
+    if sequences or axis == 1:
+        return rows
+    return rows[:, None] if axis is None else rows.transpose(0, 3, 1, 2)
 
 
 def _text(name: Any) -> str:

@@ -17,12 +17,12 @@ ROWS = 4096  # images looked at together
 
 @dataclass(frozen=True)
 class ImageData:
-    """N square images and, if they have any, their labels.
+    """N images, or sequences, and, if they have any, their labels.
 
-    images: (N, ch, S, S), uint8 for pictures, or finite float32 for data that are no pictures (latents), which models
-    take as they are; labels: (N,) int64 >= 0, or None; class_names: one name a class, no two alike, or None;
-    numbers: the label that each class had where it was stored, if that is another. Raises ArgumentError for
-    anything else.
+    images: (N, ch, H, W), uint8 for pictures, or finite float32 for data that are no pictures (latents), which models
+    take as they are; or sequences, (N, T, D) finite float32; labels: (N,) int64 >= 0, or None; class_names: one name a
+    class, no two alike, or None; numbers: the label that each class had where it was stored, if that is another. Raises
+    ArgumentError for anything else.
     """
 
     images: Tensor
@@ -43,11 +43,13 @@ class ImageData:
                 what = "names" if argument == "class_names" else "integers"
                 raise ArgumentError(argument, f"a tuple of {what}, or None", type(known).__name__)
         shape = tuple(self.images.shape)
-        if self.images.dtype not in (torch.uint8, torch.float32) or len(shape) != 4 or 0 in shape:
-            expected = "uint8 (N, ch, S, S) or, for data that are no pictures, float32; none of them 0"
+        dims = {torch.uint8: (4,), torch.float32: (4, 3)}.get(self.images.dtype, ())
+        if len(shape) not in dims or 0 in shape:
+            expected = (
+                "uint8 (N, ch, H, W) or, for data that are no pictures, float32 (N, ch, H, W) or (N, T, D); "
+                "none of them 0"
+            )
             raise ArgumentError("images", expected, f"{self.images.dtype} {shape}")
-        if shape[2] != shape[3]:
-            raise ArgumentError("images", "square images", f"{shape[2]} x {shape[3]} pixels")
         if self.images.is_floating_point() and not all(torch.isfinite(part).all() for part in self.images.split(ROWS)):
             raise ArgumentError("images", "finite values", "infinities or NaNs")
         if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
@@ -65,6 +67,11 @@ class ImageData:
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+    @property
+    def sequences(self) -> bool:
+        """Whether these are sequences, (N, T, D)."""
+        return self.images.dim() == 3
 
     @property
     def num_classes(self) -> int:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice
 from ..errors import ArgumentError, DataError, TarFlowWarning
 from ..files import PathLike
 from ..limits import MOST_SIZE
 from ..scalars import check_flag, plain
+from ..sizes import Size, checked_size, pair
 from .arrays import image_data, load_npy, load_npz
 from .folders import find_pictures
 from .idx import find_idx, labels_beside, read_idx
@@ -37,7 +38,7 @@ def load_images(
     path: PathLike,
     *,
     split: str = "train",
-    size: int | None = None,
+    size: Size | None = None,
     channels: int = 3,
     layout: str = "auto",
     values: str = "auto",
@@ -49,23 +50,26 @@ def load_images(
     - a folder with one sub-folder of pictures a class (class names: the sorted names of the sub-folders; pictures in
       folders further down are of that class), or with pictures alone (no labels), or with folders `train` and `val`
       (`valid`, `validation`) or `test` that hold such. What is hidden, of the system or no picture is skipped.
-      Pictures are made 8-bit, upright and opaque as `read_picture` says, resized until the shorter side is `size`
+      Pictures are made 8-bit, upright and opaque as `read_picture` says, resized until they just cover `size`
       (bicubic), cropped to the centre, and made RGB, or grey for channels = 1;
-    - a `.npz` file: images (N, S, S), (N, S, S, ch) or (N, ch, S, S) under the name images, arr_0, x or data, or of a
-      half x_train, train_images, … (val, test); labels, if any, (N,) or (N, 1) integers, one-hot rows or names, under
-      labels, arr_1, y, y_train, train_labels, …; and class_names. Or a `.npy` file: images alone;
+    - a `.npz` file: images (N, H, W), (N, H, W, ch) or (N, ch, H, W), or sequences (N, T, D), under the name images,
+      arr_0, x or data, or of a half x_train, train_images, … (val, test); labels, if any, (N,) or (N, 1) integers,
+      one-hot rows or names, under labels, arr_1, y, y_train, train_labels, …; and class_names. Or a `.npy` file: images
+      or sequences alone;
     - an IDX file of images (`…-images-idx3-ubyte`, perhaps `.gz`), with the labels file of the same name beside it if
       there is one; or a folder of MNIST's four files, as MNIST's own, torchvision's or Kaggle's.
 
     split: "train", "val" or "test", which half of what has halves; what has none is taken whole, and "val" serves as
     "test" where there is no other; and of data to train on ("train") integer labels that leave out some below the
-    highest are numbered anew. size: pixels along a side, required for pictures; images of the other formats must
-    have it already. channels: 1 or 3, for pictures only.
-    layout: "NHWC" or "NCHW", where a shape allows both. values: what floats mean, "0..1", "-1..1", "0..255", or "raw"
-    for data that are no pictures, which stay float32; "auto" sees it by their range, and by a number of channels other
-    than 1 and 3 ("raw"). cache: the folder for images that take more than half of the memory that is free (default: the
-    system's temporary folder): they are mapped from a file, which goes with this process. progress: a bar while
-    pictures are read.
+    highest are numbered anew. size: pixels along a side, or (height, width), required for pictures; images of the other
+    formats must have it already. channels: 1 or 3, for pictures only.
+    layout: "NHWC" or "NCHW" where a shape of four dimensions does not tell: "auto" takes a reading if it gives images
+    of 1 or 3 channels or square ones, and the other does not. "tokens" is for sequences (N, T, D) of floats, which stay
+    as they are, in float32; else an array of three dimensions is one of grey images. values: what floats mean, "0..1",
+    "-1..1", "0..255", or "raw" for data that are no pictures, which stay float32; "auto" sees it by their range, and by
+    a number of channels other than 1 and 3 ("raw"). cache: the folder for images that take more than half of the memory
+    that is free (default: the system's temporary folder): they are mapped from a file, which goes with this process.
+    progress: a bar while pictures are read.
 
     What was decided, as which files were skipped, is said by a `TarFlowWarning` each. Raises ArgumentError, and
     DataError for files that are truncated, foreign or at odds with each other.
@@ -74,7 +78,7 @@ def load_images(
     check_choice("layout", layout, LAYOUTS)
     check_choice("values", values, VALUES)
     if size is not None:
-        size = check_count("size", size, high=MOST_SIZE)
+        size = checked_size("size", size, MOST_SIZE)
     channels = plain(channels)
     if not isinstance(channels, int) or channels not in PICTURE_CHANNELS:
         raise ArgumentError("channels", "1 or 3", repr(channels))
@@ -89,7 +93,7 @@ def load_into(
     store: Store,
     path: PathLike,
     split: str,
-    size: int | None,
+    size: Size | None,
     channels: int,
     layout: str = "auto",
     values: str = "auto",
@@ -103,6 +107,8 @@ def load_into(
         raise DataError(f"{where}: no such file or folder")
     idx = find_idx(path, split) if path.is_dir() else None
     if path.is_dir() and idx is None:
+        if layout == "tokens":
+            raise ArgumentError("layout", "'auto', as pictures are no sequences", repr(layout))
         if size is None:
             raise ArgumentError("size", "pixels along a side, to which pictures are brought", None)
         data, notes = _load_folder(path, split, size, channels, store, progress)
@@ -110,13 +116,24 @@ def load_into(
         data, notes = load_npz(path, split, layout, values, store)
     elif path.suffix.lower() == ".npy":
         data, notes = load_npy(path, layout, values, store)
+    elif layout == "tokens":
+        raise ArgumentError("layout", "'auto', as IDX files hold images, no sequences", repr(layout))
     else:
         data, notes = _load_idx(idx or path, split, store)
-    if size is not None and data.images.shape[-1] != size:
-        raise DataError(f"{where}: its images are {data.images.shape[-1]} pixels wide, not {size}")
+    if size is not None:
+        _check_size(where, data, size)
     for note in [*store.notes, *notes]:
         warnings.warn(note, TarFlowWarning, stacklevel=3)
     return data
+
+
+def _check_size(where: str, data: ImageData, size: Size) -> None:
+    """Raises an error where the data are no images of this size."""
+    if data.sequences:
+        raise ArgumentError("size", "None, as sequences have no pixels", size)
+    for there, wanted, kind in zip(data.images.shape[:1:-1], pair(size)[::-1], ("wide", "high"), strict=True):
+        if there != wanted:
+            raise DataError(f"{where}: its images are {there} pixels {kind}, not {wanted}")
 
 
 def _load_idx(path: Path, split: str, store: Store) -> tuple[ImageData, list[str]]:
@@ -130,10 +147,10 @@ def _load_idx(path: Path, split: str, store: Store) -> tuple[ImageData, list[str
 
 
 def _load_folder(
-    path: Path, split: str, size: int, channels: int, store: Store, progress: bool
+    path: Path, split: str, size: Size, channels: int, store: Store, progress: bool
 ) -> tuple[ImageData, list[str]]:
     found = find_pictures(path, split)
-    out = store.empty((len(found.paths), channels, size, size), np.uint8)
+    out = store.empty((len(found.paths), channels, *pair(size)), np.uint8)
     read_pictures(found.paths, out, progress, store.stop)
     labels = None if found.labels is None else torch.tensor(found.labels)
     return ImageData(torch.from_numpy(out), labels, found.class_names), found.notes
@@ -147,7 +164,7 @@ def cores() -> int:
 def read_pictures(
     paths: list[str], out: np.ndarray, progress: bool = False, stop: threading.Event | None = None
 ) -> None:
-    """Picture i into out[i], (N, channels, S, S) uint8.
+    """Picture i into out[i], (N, channels, H, W) uint8.
 
     By as many threads as there are cores, as decoding frees Python's lock, but no more than there is room for decoded
     pictures. stop: ends it early. Raises DataError for the first picture that cannot be read.
@@ -166,7 +183,7 @@ def read_pictures(
 
     done = [0]
     threads = min(cores(), len(paths))
-    usual = threads * DECODED_BYTES if out.shape[-1] <= USUAL_SIZE else 0
+    usual = threads * DECODED_BYTES if max(out.shape[2:]) <= USUAL_SIZE else 0
     room = Room(max(int(DECODED_SHARE * out.nbytes), usual))
     bar = tqdm(total=len(paths), desc="reading", unit="picture", disable=not progress, leave=False, dynamic_ncols=True)
     with reading_pictures(), ThreadPoolExecutor(threads) as pool, bar:

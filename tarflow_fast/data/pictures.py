@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import DataError, printable
+from ..sizes import Size, pair
 
 PICTURES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -94,15 +95,15 @@ class Room:
                 self._changed.notify_all()
 
 
-def read_picture(path: str, size: int, channels: int) -> NDArray[np.uint8]:
-    """(channels, size, size) uint8, as `read_picture_into` says."""
-    out = np.empty((channels, size, size), np.uint8)
+def read_picture(path: str, size: Size, channels: int) -> NDArray[np.uint8]:
+    """(channels, H, W) uint8, as `read_picture_into` says; size: H and W, or one number for both."""
+    out = np.empty((channels, *pair(size)), np.uint8)
     read_picture_into(out, path, Room(0))
     return out
 
 
 def read_picture_into(out: NDArray[np.uint8], path: str, room: Room) -> None:
-    """A picture into (channels, size, size) uint8: the shorter side resized to `size`, then the centre.
+    """A picture into (channels, H, W) uint8: resized until it just covers H×W, then the centre.
 
     As a viewer shows it: the first frame of an animation, turned by its EXIF orientation, transparent parts white.
     16 bits lose the lower 8; floats are 0 (black) to 1. Colours are taken as sRGB, whatever profile is embedded.
@@ -126,16 +127,16 @@ def read_picture_into(out: NDArray[np.uint8], path: str, room: Room) -> None:
 def _put(out: NDArray[np.uint8], picture: Image.Image) -> None:
     """The picture, resized and cropped, strip by strip: an array of all of it would be a copy, and be made by way of
     another."""
-    channels, size, _ = out.shape
-    scale = size / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    for row in range(0, size, STRIP):
-        rows = min(STRIP, size - row)
-        strip = np.asarray(picture.crop((left, top + row, left + size, top + row + rows)))
-        out[:, row : row + rows] = strip.reshape(rows, size, channels).transpose(2, 0, 1)
+    channels, height, width = out.shape
+    scale = max(width / picture.width, height / picture.height)
+    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    for row in range(0, height, STRIP):
+        rows = min(STRIP, height - row)
+        strip = np.asarray(picture.crop((left, top + row, left + width, top + row + rows)))
+        out[:, row : row + rows] = strip.reshape(rows, width, channels).transpose(2, 0, 1)
 
 
 def _check_size(file: Image.Image) -> None:

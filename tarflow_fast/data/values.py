@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 
-LAYOUTS = ("auto", "NHWC", "NCHW")
+LAYOUTS = ("auto", "NHWC", "NCHW", "tokens")
 VALUES = ("auto", "0..1", "-1..1", "0..255", "raw")
 PICTURE_CHANNELS = (1, 3)
 WITH_ALPHA = {2: "LA", 4: "RGBA"}
@@ -36,19 +36,35 @@ class Range:
 
 
 def channel_axis(where: str, dtype: np.dtype[Any], shape: tuple[int, ...], layout: str) -> int | None:
-    """1 (N, ch, S, S), 3 (N, S, S, ch), or None: (N, S, S). Raises DataError, as where both are possible."""
+    """1 (N, ch, H, W), 3 (N, H, W, ch), or None: (N, H, W).
+
+    Without a layout a reading of the shape counts if it gives images of 1 or 3 channels, or square ones. Raises
+    DataError where both readings count, or neither.
+    """
     if len(shape) == 3:
         return None
     if len(shape) != 4:
-        raise DataError(f"{where}: expected images (N, S, S), (N, S, S, ch) or (N, ch, S, S), got {dtype} {shape}")
+        raise DataError(f"{where}: expected images (N, H, W), (N, H, W, ch) or (N, ch, H, W), got {dtype} {shape}")
     _, a, b, c = shape
     if layout != "auto":
         return 3 if layout == "NHWC" else 1
-    if a == b == c != 1:
-        raise DataError(f"{where}: {shape} may be (N, S, S, ch) or (N, ch, S, S): give layout, 'NHWC' or 'NCHW'")
-    if a == b or b == c:
-        return 3 if a == b else 1
-    raise DataError(f"{where}: expected square images, (N, S, S, ch) or (N, ch, S, S), got {shape}")
+    first, last = a in PICTURE_CHANNELS or b == c, c in PICTURE_CHANNELS or a == b
+    if first == last and not a == b == c == 1:
+        why = "may be" if first else "has neither 1 or 3 channels nor square images, to tell whether it is"
+        raise DataError(f"{where}: {shape} {why} (N, H, W, ch) or (N, ch, H, W): give layout, 'NHWC' or 'NCHW'")
+    return 3 if last else 1
+
+
+def check_sequences(where: str, dtype: np.dtype[Any], shape: tuple[int, ...], found: Range | None, values: str) -> None:
+    """Raises DataError for what are no sequences (N, T, D) of finite floats. found: of all values, where known."""
+    if len(shape) != 3:
+        raise DataError(f"{where}: expected sequences (N, T, D), got {dtype} {shape}")
+    if dtype.kind != "f":
+        raise DataError(f"{where}: expected sequences of floats, got {dtype}")
+    if values not in ("auto", "raw"):
+        raise DataError(f"{where}: expected values 'raw', as sequences are kept as they are, got {values!r}")
+    if found is not None and not found.finite:
+        raise DataError(f"{where}: expected finite sequences, got infinities or NaNs")
 
 
 def meaning(where: str, dtype: np.dtype[Any], channels: int, found: Range | None, values: str, sampled: bool) -> str:
@@ -91,7 +107,8 @@ def meaning(where: str, dtype: np.dtype[Any], channels: int, found: Range | None
         return "0..255"
     raise DataError(
         f"{where}: {span}: say what is black and white by values, one of {', '.join(map(repr, VALUES[1:]))} "
-        "(raw: no pictures, but numbers that the model takes as they are)"
+        "(raw: no pictures, but numbers that the model takes as they are; "
+        "layout='tokens': the same for sequences (N, T, D))"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .. import serial
+from .. import host_ops
 from ..checks import GUIDE_WHAT, check_choice, check_number
 from ..errors import ArgumentError
 from ..scalars import check_flag
@@ -78,7 +78,7 @@ class BlockState:
     z: (B, T, D) latents, never written. x: (B, T, D) tokens; x[:, 0] = z[:, 0], the rest is the engine's to fill (it
     starts as a copy of z). token_log_det: (B, T), Σ_d xa that made each token, in nats of dx/dz; 0 for token 0.
     cache: the engine's own (keys, values, scratch). cache_bytes: its size. nonfinite: what `first_nonfinite` gives, if
-    the engine has seen it in passing. served: name and engine, where one of several was chosen (`fastest.py`).
+    the engine has seen it in passing. delegate: name and engine, where one of several was chosen (`autotune.py`).
     """
 
     z: Tensor
@@ -88,7 +88,7 @@ class BlockState:
     cache: Any
     cache_bytes: int
     nonfinite: Tensor | None = None
-    served: tuple[str, BlockEngine] | None = None
+    delegate: tuple[str, BlockEngine] | None = None
 
     @property
     def log_det(self) -> Tensor:
@@ -99,7 +99,7 @@ class BlockState:
         """The first token of each sample that has an infinity or NaN, T if none has; (B,) integers."""
         if self.nonfinite is not None:
             return self.nonfinite
-        bad = ~serial.all_finite(self.x, 2)
+        bad = ~host_ops.all_finite(self.x, 2)
         return torch.where(bad.any(1), bad.int().argmax(1), self.x.shape[1])
 
 
@@ -116,10 +116,13 @@ class Moved(NamedTuple):
 class BlockEngine(Protocol):
     """One flow block on one backend, its weights packed once at construction.
 
-    idle_bytes: memory held for batches to come, which would be given up for another batch. setup_seconds: spent so far
-    on what is done once for a shape: compiling, choosing tiles, capturing graphs. ragged: whether `fixed_point` takes
-    a window for each sample.
+    dtype: of weights and KV cache. cached_bytes: memory held for batches to come, which would be given up for another
+    batch. setup_seconds: spent so far on what is done once for a shape: compiling, choosing tiles, capturing graphs.
+    ragged: whether `fixed_point` takes a window for each sample.
     """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def setup_seconds(self) -> float: ...
@@ -128,16 +131,16 @@ class BlockEngine(Protocol):
     def ragged(self) -> bool: ...
 
     @property
-    def idle_bytes(self) -> int: ...
+    def cached_bytes(self) -> int: ...
 
-    def give_up_idle(self) -> None:
-        """Free what `idle_bytes` counts."""
+    def empty_cache(self) -> None:
+        """Free what `cached_bytes` counts."""
         ...
 
-    def begin(self, z: Tensor, condition: Condition, spent: BlockState | None = None) -> BlockState:
+    def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         """Allocate the state of a batch (cache rows: B, or 2B when guided). z: (B, T, D), not mutated.
 
-        spent: a state of this backend that nobody needs any more, as of the block before. Its cache is taken over if
+        reuse: a state of this backend that nobody needs any more, as of the block before. Its cache is taken over if
         the size is the same: memory that the system hands out afresh is slow at its first use.
         """
         ...
@@ -172,10 +175,17 @@ class BlockEngine(Protocol):
         """Memory that `begin` takes for each sample."""
         ...
 
+    def served_by(self, batch: int, guided: bool) -> tuple[str, str] | None:
+        """The name of the backend that serves such a batch, and why, where it is chosen among several; else None."""
+        ...
+
 
 class Converged(NamedTuple):
-    """What `FrontierEngine.converge` did. passes: dependent ones. reached: the first token of each sample that is not
-    final. evaluations: tokens evaluated, of all samples. residual: (B,), largest of the tokens that were kept."""
+    """What `FrontierEngine.iterate_on_device` did.
+
+    passes: dependent ones. reached: the first token of each sample that is not final. evaluations: tokens evaluated, of
+    all samples. residual: (B,), the largest of the tokens that were kept.
+    """
 
     passes: int
     reached: list[int]
@@ -183,33 +193,43 @@ class Converged(NamedTuple):
     residual: Tensor
 
 
+class PassTrail(Protocol):
+    """When a pass keeps what was guessed for a token, and where it notes what it found: `solvers/trail.py` makes it.
+
+    tol: how far a token may move and be kept; unless it is 0 at least the share `stream` of its largest value, or of 1,
+    by which rounding of the residual stream may move it. rounding: that share for weights and cache; what moves by less
+    shows nothing. values: (4, B, T) fp32, what passes showed.
+    """
+
+    tol: float
+    stream: float
+    rounding: float
+    values: Tensor
+
+
 @runtime_checkable
 class FrontierEngine(Protocol):
     """An engine that also makes pass after pass by itself, by the rule of `solvers/frontier.py`, and the host reads the
     device once at the end."""
 
-    def most_window(self, state: BlockState) -> int:
+    def max_window(self, state: BlockState) -> int:
         """Tokens of a sample in a pass, at most."""
         ...
 
-    def converge(
+    def iterate_on_device(
         self,
         state: BlockState,
         guess: Tensor,
         reached: Sequence[int],
-        trail: Tensor,
+        trail: PassTrail,
         *,
-        tol: float,
-        rounding: float,
         window: int,
-        most: int,
+        max_passes: int,
     ) -> Converged:
-        """Passes over [reached[b], reached[b] + window) of each sample b, until all are done, or `most` passes.
+        """Passes over [reached[b], reached[b] + window) of each sample b, until all are done, or `max_passes` of them.
 
         guess: (B, T, D) finite, what a guess that overflows is replaced by. reached: 1 to T; keys and values of tokens
-        before reached[b] − 1 must be in the cache. trail: (4, B, T), see `solvers/trail.py`; passes are added to it.
-        tol: how far a token may move and still keep what was guessed; unless it is 0 at least what rounding may move it
-        by, which is the share `rounding` of its largest value, or of 1.
+        before reached[b] − 1 must be in the cache. trail: says which tokens are kept; passes are added to it.
         """
         ...
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
 from ..checks import check_choice, check_number
+from ..engine.shape import BlockShape
 from ..errors import ArgumentError
-from .adaptive import adaptive, least_tol
+from .adaptive import adaptive
 from .auto import Auto, CostTable
 from .costs import Costs
-from .pace import Pace
+from .pass_estimate import PassEstimate
 from .plan import SolverPlan
 from .sequential import sequential
 from .solution import Solution, Solver
@@ -26,13 +28,23 @@ would be of no use there: by rounding alone, tokens go on moving until those bef
 fp16 has three more bits than bf16, and an eighth of its tolerance."""
 
 
+class Solvers(list[Solver]):
+    """The solvers of a model's flow blocks. setup_seconds: spent so far on measuring, beside what engines count."""
+
+    costs: CostTable | None = None
+
+    @property
+    def setup_seconds(self) -> float:
+        return 0.0 if self.costs is None else self.costs.seconds
+
+
 def make_solvers(
-    solver: str, tol: float | None, plan: SolverPlan | None, *, dtype: torch.dtype, blocks: int, tokens: int
-) -> list[Solver]:
+    solver: str, tol: float | None, plan: SolverPlan | None, *, dtype: torch.dtype, shapes: Sequence[BlockShape]
+) -> Solvers:
     """One for each flow block; those of "auto" learn from what goes through them. Raises ArgumentError.
 
-    solver: one of `SOLVERS`. tol: see `adaptive`; None for that of the dtype in TOL. plan: of a model of so many blocks
-    and tokens.
+    solver: one of `SOLVERS`. tol: see `adaptive`; None for that of the dtype in TOL. plan: of a model of such blocks.
+    shapes: of the blocks.
     """
     check_choice("solver", solver, SOLVERS)
     if solver == "sequential":
@@ -40,14 +52,16 @@ def make_solvers(
             raise ArgumentError("tol", "None with solver='sequential', which is exact; or another solver", tol)
         if plan is not None:
             raise ArgumentError("plan", "None with solver='sequential', which guesses nothing", "a SolverPlan")
-        return [sequential] * blocks
+        return Solvers([sequential] * len(shapes))
     tol = TOL[dtype] if tol is None else check_number("tol", tol, 0)
-    guesses = [None if plan is None else functools.partial(plan.guess, k) for k in range(blocks)]
+    guesses = [None if plan is None else functools.partial(plan.guess, k) for k in range(len(shapes))]
     if solver == "adaptive":
-        return [functools.partial(adaptive, tol=tol, guess=guess, least=least_tol(dtype)) for guess in guesses]
+        return Solvers(functools.partial(adaptive, tol=tol, guess=guess, dtype=dtype) for guess in guesses)
     costs = CostTable()
-    paces = [Pace(tokens, {}, {}) if plan is None else plan.pace(k) for k in range(blocks)]
-    return [Auto(tol, pace, costs, guess, least_tol(dtype)) for pace, guess in zip(paces, guesses, strict=True)]
+    paces = [PassEstimate(shape.tokens, {}, {}) if plan is None else plan.pace(k) for k, shape in enumerate(shapes)]
+    solvers = Solvers(Auto(tol, pace, costs, guess, dtype) for pace, guess in zip(paces, guesses, strict=True))
+    solvers.costs = costs
+    return solvers
 
 
 __all__ = [
@@ -56,7 +70,7 @@ __all__ = [
     "Auto",
     "CostTable",
     "Costs",
-    "Pace",
+    "PassEstimate",
     "Solution",
     "Solver",
     "SolverPlan",

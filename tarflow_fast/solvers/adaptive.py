@@ -30,36 +30,43 @@ def adaptive(
     guess: Callable[[Tensor], Tensor] | None = None,
     window: int | None = None,
     most: int | None = None,
+    dtype: torch.dtype | None = None,
     least: float | None = None,
 ) -> Solution:
     """tol: how far a token may still move when it is taken as final, in units of the images ([-1, 1] across); 0 gives
     the sequential result up to rounding. Where the passes show that this makes errors of more than `GROWTH` · tol, they
-    go on from what they found with the tol `least`, default `least_tol` of the stream's dtype, and then with 0. guess:
+    go on from what they found with the tol `least`, default `least_tol` of dtype, and then with 0. dtype: of weights
+    and cache, by default the stream's. guess:
     where the passes start, from the latents (B, T, D); default there. window: tokens of a sample in a pass at most;
     default all from its frontier on. most: passes after which the rest is left to the engine's sequential pass; default
     as many as it takes.
     """
     B, T, _ = state.x.shape
     window = T - 1 if window is None else window
-    frontier = Frontier(engine, state, tol, None if guess is None else guess(state.z))
+    frontier = Frontier(engine, state, tol, None if guess is None else guess(state.z), dtype=dtype)
     passes = frontier.run(window, most, progress)
-    least = least_tol(state.x.dtype) if least is None else least
+    least = least_tol(dtype or state.x.dtype) if least is None else least
+    shown = None
     for less in (least, 0.0):
         if tol <= least or (most is not None and passes >= most):
             break
-        large = (frontier.trail.errors().amax(1) > GROWTH * tol).tolist()  # not NaN: of a sample that failed
+        shown = frontier.trail.shown(state.x)
+        errors = shown.errors(rounding=False).amax(1)
+        large = (errors > GROWTH * tol).tolist()  # not NaN: of a sample that failed
         if not any(large):
             break
         frontier.refine(less, large)
         passes += frontier.run(window, None if most is None else most - passes)
-    start = frontier.hindmost
+        shown = None
+    start = frontier.slowest
     if start < T:
         engine.reverse(state, progress, start)
+        shown = None
     return Solution(
         passes=passes + T - start,
         evaluations=frontier.evaluations + B * (T - start),
         steps=T - start,
         residual=frontier.residual,
         window=window if passes else 1,
-        trail=frontier.trail,
+        shown=frontier.trail.shown(state.x) if shown is None else shown,
     )

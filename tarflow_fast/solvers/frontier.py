@@ -45,59 +45,60 @@ class Frontier:
     the passes showed.
     """
 
-    def __init__(self, engine: BlockEngine, state: BlockState, tol: float, guess: Tensor | None = None, start: int = 1):
+    def __init__(
+        self,
+        engine: BlockEngine,
+        state: BlockState,
+        tol: float,
+        guess: Tensor | None = None,
+        start: int = 1,
+        dtype: torch.dtype | None = None,
+    ):
         x = state.x
         B = x.shape[0]
         if guess is not None:
             x[:, start:] = guess[:, start:]
-        self.engine, self.state, self.tol = engine, state, tol
+        self.engine, self.state = engine, state
         self.reached = [start] * B
         self.evaluations = 0
         self.residual = x.new_zeros(B)
-        self.trail = Trail(state)
+        self.trail = Trail(state, dtype, tol)
         self._guess = torch.where(torch.isfinite(x), x, 0)
         x[:, start:] = self._guess[:, start:]
 
     def refine(self, tol: float, samples: Sequence[bool]) -> None:
         """Begins again with these samples, from the tokens as they are."""
-        self.tol = tol
+        self.trail.tol = tol
         self.reached = [1 if again else done for again, done in zip(samples, self.reached, strict=True)]
         self.residual.masked_fill_(torch.tensor(samples, device=self.residual.device), 0)
         self._guess = torch.where(torch.isfinite(self.state.x), self.state.x, 0)
         self.trail.forget_passes()
 
     @property
-    def hindmost(self) -> int:
+    def slowest(self) -> int:
         return min(self.reached)
 
     def run(self, window: int, most: int | None = None, progress: Progress | None = None) -> int:
         """Passes over so many tokens of each sample at most, until all are done, or `most` of them. Returns how many.
 
-        progress(n): the hindmost sample has n more tokens. An engine that can makes the passes by itself.
+        progress(n): the slowest sample has n more tokens. An engine that can makes the passes by itself.
         """
         T = self.state.x.shape[1]
         most = T if most is None else most
         passes = 0
-        while (start := self.hindmost) < T and passes < most:
-            if isinstance(self.engine, FrontierEngine) and window <= self.engine.most_window(self.state):
+        while (start := self.slowest) < T and passes < most:
+            if isinstance(self.engine, FrontierEngine) and window <= self.engine.max_window(self.state):
                 passes += self._converge(self.engine, window, most - passes)
             else:
                 self.advance(window)
                 passes += 1
             if progress is not None:
-                progress(self.hindmost - start)
+                progress(self.slowest - start)
         return passes
 
     def _converge(self, engine: FrontierEngine, window: int, most: int) -> int:
-        done = engine.converge(
-            self.state,
-            self._guess,
-            self.reached,
-            self.trail.values,
-            tol=self.tol,
-            rounding=self.trail.rounding,
-            window=window,
-            most=most,
+        done = engine.iterate_on_device(
+            self.state, self._guess, self.reached, self.trail, window=window, max_passes=most
         )
         self.reached = done.reached
         self.evaluations += done.evaluations
@@ -127,7 +128,7 @@ class Frontier:
 
         front, end = torch.tensor([fronts, ends], device=x.device).unsqueeze(-1)
         mine, size = (token >= front) & (token < end), before.abs().amax(-1)  # (B, W)
-        least = self.trail.noise(size).clamp(min=self.tol) if self.tol > 0 else 0
+        least = self.trail.least(size)
         still = (mine & (moved.change <= least)) | (token < front)
         still = still.cumprod(1).bool()
         x[at] = torch.where((still | ~mine).unsqueeze(-1), before, x[at])

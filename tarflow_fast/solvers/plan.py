@@ -23,7 +23,7 @@ from torch import Tensor
 from ..checks import check_dense
 from ..errors import ArgumentError, CheckpointError
 from ..files import check_path, replacing
-from .pace import Pace
+from .pass_estimate import PassEstimate
 from .windows import widths
 
 
@@ -60,14 +60,14 @@ class SolverPlan:
         slope, shift = self.slope[k].to(z), self.shift[k].to(z)
         return torch.addcmul(shift, slope, z)
 
-    def pace(self, k: int) -> Pace:
+    def pace(self, k: int) -> PassEstimate:
         """What block k takes, as far as it is known."""
         tokens = self.slope.shape[1]
         passes, evaluations = (
             {window: value for window, value in zip(widths(tokens), row[k].tolist(), strict=True) if value == value}
             for row in (self.passes, self.evaluations)
         )
-        return Pace(tokens, passes, evaluations)
+        return PassEstimate(tokens, passes, evaluations)
 
     def check(self, shape: tuple[int, int, int]) -> SolverPlan:
         """Raises ArgumentError unless this plan is of a model of (K, T, D) = shape, and finite where it has to be."""

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..engine.contract import BlockEngine, BlockState, Progress
-from .trail import Trail
+from .trail import Shown
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Solution:
     passes: dependent steps, each an evaluation of the transformer on one token or a window of tokens. evaluations:
     tokens evaluated, of all samples together. steps: of the passes, those of the engine's sequential pass. residual:
     (B,), max |forward(x) − z| of each sample, up to rounding; 0 for an exact solver, and at most this where the last
-    tokens were left to one. window: tokens of a sample in a pass; 1 for the sequential pass.
+    tokens were left to one. window: tokens of a sample in a pass; 1 for the sequential pass. shown: what the
+    passes showed, if there were any.
     """
 
     passes: int
@@ -26,7 +27,7 @@ class Solution:
     steps: int
     residual: Tensor
     window: int
-    trail: Trail | None = None
+    shown: Shown | None = None
 
 
 class Solver(Protocol):

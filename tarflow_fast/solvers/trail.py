@@ -1,21 +1,29 @@
 """What the passes over a batch showed of each token, and from it how far the tokens are from the sequential result.
 
-A token that was kept although it would have moved by δ differs from the sequential one by that, and by what the errors
-of the tokens before it do to it. With Z the error of the latents that the block was given, to first order
+A token that was kept although it would have moved by δ differs from the sequential one by that, by what rounding moves
+it when it is evaluated beside others instead of alone, and by what the errors of the tokens before it do to it. With Z
+the error of the latents that the block was given, and ε the unit of rounding of weights and cache and that of the
+stream together, to first order
 
-    E_i ≤ a_i Z_i + δ_i + s_i max_{j<i} E_j,
+    E_i ≤ a_i Z_i + δ_i + ε |x_i| + s_i max_{j<i} E_j,
 
 where a = exp(xa) and s_i is how far token i moves if tokens before it move by one at most. The passes show both: in one
 of them token i moves by what the movements of the pass before, of the tokens before it, do to it. The linear law holds
-only near the solution, so what is older counts less. Over the blocks of trained models and their samples, guided and
-not, the error was at most 5.5 times the E that comes out; what is stated is eight times that.
+only near the solution, so what is older counts less, and movements that rounding alone may make, or that are as large
+as the tokens, show nothing. Over the blocks of trained models and their samples, guided and not, the error that δ makes
+was at most 5.5 times the E that comes out of it; what is stated is eight times that δ.
 
-A block that was solved exactly passes on the errors of its latents by the same law; there s and a are measured, by
-passes from the solution moved a little.
+The law says nothing of errors as large as the tokens: those are said to be infinite, unknown. In bf16 with guidance
+that is so of most images, of which rounding alone may make others. Rounding's part is an estimate like the rest:
+evaluations that round in the same way as the sequential ones, as those of the `cpu` backend, leave none of it.
+
+A block that was solved exactly passes on the errors of its latents by the same law, and adds none of its own: its
+evaluations are the sequential ones. There s and a are measured, by passes from the solution moved a little.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,37 +32,48 @@ from torch import Tensor
 
 from ..engine.contract import BlockEngine, BlockState, Moved
 
-SAFETY = 8.0  # times E, see above
-NEAR = 0.5  # movements that show a sensitivity, at most, as a share of the tokens' size
+SAFETY = 8.0  # times δ, see above
+NEAR = 0.5  # movements that the linear law holds for, at most, as a share of the tokens' size
+LARGE = 4.0  # values beyond those of images and of most latents
 FORGET = 0.9  # what a pass leaves of sensitivity and scale that earlier ones showed
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 MOVED, SENSITIVITY, DEFECT, SCALE = range(4)
 UNSEEN = -1.0
 
 
 class Trail:
-    """What is kept of the passes over a batch.
+    """What is kept of the passes over a batch. It is what `FrontierEngine.iterate_on_device` is given of a solver.
 
-    rounding: the share of a token's largest value, at least 1, by which rounding alone may move it; guidance adds that
-    of w + 1 parameters and w unguided ones. values: (4, B, T) fp32, of each token, in the block's order:
+    tol: how far a token may move and still keep what was guessed. rounding, stream: the share of a token's largest
+    value, at least 1, by which rounding of weights and cache (of `dtype`, by default the stream's), and of the residual
+    stream, may move it; guidance adds that of w + 1 parameters and w unguided ones. values: (4, B, T) fp32, of each
+    token, in the block's order:
 
     - MOVED: how far the last pass moved it; 0 if it was kept; infinite where it was put back after it overflowed;
       UNSEEN where the last pass did not evaluate it.
     - SENSITIVITY: s above; UNSEEN where no two passes in succession evaluated it.
     - DEFECT: δ above.
-    - SCALE: a above.
+    - SCALE: a above; 0 where no pass moved it.
     """
 
-    def __init__(self, state: BlockState):
+    def __init__(self, state: BlockState, dtype: torch.dtype | None = None, tol: float = 0.0):
         x = state.x
-        self.rounding = torch.finfo(x.dtype).eps * (1 + 2 * state.condition.guidance.scale)
+        parameters = 1 + 2 * state.condition.guidance.scale
+        self.tol = tol
+        self.rounding = torch.finfo(dtype or x.dtype).eps * parameters
+        self.stream = torch.finfo(x.dtype).eps * parameters
         self.values = torch.empty(4, *x.shape[:2], dtype=torch.float32, device=x.device)
         self.values[MOVED], self.values[SENSITIVITY] = UNSEEN, UNSEEN
         self.values[DEFECT], self.values[SCALE] = 0, 0
         self.values[SCALE, :, 0] = 1  # the first token passes unchanged
 
     def noise(self, size: Tensor) -> Tensor:
-        """By how much rounding alone may move tokens whose largest value is `size`."""
+        """By how much rounding of weights and cache alone may move tokens whose largest value is `size`."""
         return self.rounding * size.clamp(min=1)
+
+    def least(self, size: Tensor) -> Tensor | float:
+        """How far such tokens may move and still keep what was guessed."""
+        return (self.stream * size.clamp(min=1)).clamp(min=self.tol) if self.tol > 0 else 0.0
 
     def forget_passes(self) -> None:
         """Other guesses have taken the place of what the last pass left."""
@@ -84,37 +103,65 @@ class Trail:
         ):
             self.values[which][at] = value.float()
 
-    def errors(self, latents: Tensor | None = None) -> Tensor:
-        """(B, T) fp32 on the CPU: how far each token may be from the sequential result, max_d |x − x'|, up to rounding.
+    def shown(self, x: Tensor) -> Shown:
+        """What the passes have shown so far, of the tokens (B, T, D): the one read from the device."""
+        size = x.abs().amax(-1).clamp(min=1).float()
+        _, sensitivity, defect, scale, largest = torch.cat([self.values, size.unsqueeze(0)]).cpu().double().numpy()
+        return Shown(sensitivity, defect, scale, largest, (self.rounding + self.stream) * largest)
 
-        latents: (B, T) of the same kind, of what the block was given; default none. A token that was never evaluated
-        twice is taken to be as sensitive as its sample's are on average.
+
+@dataclass(frozen=True)
+class Shown:
+    """A trail on the host, (B, T) each. size: the largest value of a token, at least 1. rounding: what an evaluation
+    beside other tokens instead of alone may move it by."""
+
+    sensitivity: Floats
+    defect: Floats
+    scale: Floats
+    size: Floats
+    rounding: Floats
+
+    def errors(self, latents: Tensor | None = None, rounding: bool = True) -> Tensor:
+        """(B, T) fp32 on the CPU: how far each token may be from the sequential result, max_d |x − x′|; infinite where
+        that is unknown.
+
+        latents: (B, T) of the same kind, of what the block was given; default none. rounding: whether these evaluations
+        round otherwise than the sequential ones. A token whose sensitivity was not shown is taken to be as sensitive as
+        its sample's are on average, and to pass on no less than it is given. Where tokens outgrow all before them
+        beyond LARGE, errors grow at least as they do.
         """
-        _, sensitivity, defect, scale = self.values.cpu().double().numpy()
-        seen = sensitivity >= 0
-        usual = (sensitivity * seen).sum(1, keepdims=True) / np.maximum(seen.sum(1, keepdims=True), 1)
-        sensitivity = np.where(seen, sensitivity, np.where(seen.any(1, keepdims=True), usual, 1))
-        error = SAFETY * defect
+        seen = self.sensitivity >= 0
+        usual = (self.sensitivity * seen).sum(1, keepdims=True) / np.maximum(seen.sum(1, keepdims=True), 1)
+        sensitivity = np.where(seen, self.sensitivity, np.maximum(usual, 1))
+        error = SAFETY * self.defect
+        if rounding:
+            error[:, 1:] += self.rounding[:, 1:]
         if latents is not None:
-            error = error + scale * latents.double().numpy()
+            scale = np.where(self.scale > 0, self.scale, self.scale.max(1, keepdims=True))
+            error += scale * latents.double().numpy()
+        largest = np.maximum.accumulate(self.size, 1)
+        beyond = np.maximum(largest, LARGE)
         before = np.zeros(len(error))
-        for i in range(error.shape[1]):
-            error[:, i] += sensitivity[:, i] * before
-            before = np.maximum(before, error[:, i])  # NaN of a sample that failed stays NaN
+        with np.errstate(invalid="ignore", over="ignore"):  # of a sample that failed, which stays NaN
+            for i in range(1, error.shape[1]):
+                before = np.maximum(before, error[:, i - 1])
+                growth = beyond[:, i] / beyond[:, i - 1]
+                passed = np.where(growth > 1, np.maximum(sensitivity[:, i], growth), sensitivity[:, i]) * before
+                error[:, i] += np.where(before > NEAR * largest[:, i - 1], np.inf, passed)
         return torch.from_numpy(error).float()
 
 
 PROBES = 2
-PROBE = 1e-3  # how far a probe moves tokens, times their size
+PROBE = 1e-3  # how far a probe moves tokens, times their size, or as far as rounding does
 
 
-def probe(engine: BlockEngine, state: BlockState) -> Trail:
+def probe(engine: BlockEngine, state: BlockState, dtype: torch.dtype | None = None) -> Trail:
     """The trail of a block that is solved: without defects. The state's x and token_log_det stay as they are."""
     x, log_det = state.x.clone(), state.token_log_det.clone()
     T = x.shape[1]
-    trail, generator = Trail(state), torch.Generator("cpu").manual_seed(0)
+    trail, generator = Trail(state, dtype), torch.Generator("cpu").manual_seed(0)
     for _ in range(PROBES if T > 1 else 0):
-        step = PROBE * x.abs().amax(-1, keepdim=True).clamp(min=1)
+        step = max(PROBE, trail.rounding) * x.abs().amax(-1, keepdim=True).clamp(min=1)
         signs = 2 * torch.randint(2, x.shape, generator=generator, device="cpu") - 1
         state.x += step * signs.to(x.device, x.dtype)
         change, residual = engine.fixed_point(state, 1, T)
@@ -128,10 +175,16 @@ def probe(engine: BlockEngine, state: BlockState) -> Trail:
     return trail
 
 
-def errors(engine: BlockEngine, state: BlockState, trail: Trail | None, latents: Tensor | None) -> Tensor | None:
-    """`Trail.errors` of a block that was solved, with a trail or exactly. None: there are none."""
-    if trail is None:
-        if latents is None:
-            return None
-        trail = probe(engine, state)
-    return trail.errors(latents)
+def errors(
+    engine: BlockEngine,
+    state: BlockState,
+    shown: Shown | None,
+    latents: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """`Shown.errors` of a block that was solved, by passes or exactly. None: there are none. dtype: see `Trail`."""
+    if shown is not None:
+        return shown.errors(latents)
+    if latents is None:
+        return None
+    return probe(engine, state, dtype).shown(state.x).errors(latents, rounding=False)

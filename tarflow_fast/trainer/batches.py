@@ -22,8 +22,8 @@ def stream(seed: int, purpose: str, index: int, device: torch.device | str = "cp
 def add_noise(v: Tensor, noise_type: str, noise_std: float, noise: Tensor) -> Tensor:
     """Gaussian: x = v/127.5 − 1 + σ ε; uniform: x = (v + u)/128 − 1.
 
-    v: (B, ch, S, S) uint8, or float32 for data that are no pictures: x = v + σ ε; noise: the same
-    shape, ε ~ N(0, 1) or u ~ U[0, 1), fp32. Returns fp32.
+    v: (B, ch, H, W) uint8, or float32 for data that are no pictures, sequences (B, T, D) among them: x = v + σ ε;
+    noise: the same shape, ε ~ N(0, 1) or u ~ U[0, 1), fp32. Returns fp32.
     """
     if noise_type == "uniform":
         return (v + noise) / 128 - 1
@@ -61,7 +61,8 @@ class Batches:
         return len(self.data) // self.size
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """x (B/world, ch, S, S) fp32; y (B/world,) int64, -1 for a dropped label; None when unconditional."""
+        """x (B/world, ch, H, W) fp32, or (B/world, T, D) of sequences; y (B/world,) int64, -1 for a dropped label; None
+        when unconditional."""
         config, B = self.config, self.size
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:

@@ -10,6 +10,7 @@ from ..checks import check_choice, check_count, check_number
 from ..data import LAYOUTS, VALUES
 from ..errors import ArgumentError
 from ..scalars import check_flag, plain
+from ..sizes import Size, checked_size
 
 NOISE_TYPES = ("gaussian", "uniform")
 DTYPES = ("float32", "bfloat16")
@@ -35,10 +36,12 @@ FREE_ON_RESUME = frozenset(
 )
 PATHS = ("data", "eval_data", "out")
 DEFAULT_BATCH = 256
+DEFAULT_PATCH = 4
+NETWORK = ("channels", "num_blocks", "layers_per_block", "nvp", "head_dim")  # of a model's sizes, what data do not tell
 MOST = 2**63 - 1  # of any count, as torch's own integers have no more
 
 COUNTS = (
-    *("patch_size", "channels", "num_blocks", "layers_per_block", "head_dim", "epochs"),
+    *("channels", "num_blocks", "layers_per_block", "head_dim", "epochs"),
     *("log_every", "checkpoint_every", "eval_images", "sample_rows"),
 )
 COUNTS_OR_ZERO = ("warmup_steps", "eval_every", "sample_every", "seed")
@@ -59,7 +62,8 @@ class TrainConfig:
     "gaussian", x = v/127.5 − 1 + noise_std · ε, or "uniform", x = (v + u)/128 − 1 (dequantisation), for 8-bit
     values v. drop_label: share of labels replaced by "no class".
 
-    Model: patch_size, channels, num_blocks, layers_per_block, nvp, head_dim: as in `TarFlowConfig`.
+    Model: patch_size, channels, num_blocks, layers_per_block, nvp, head_dim: as in `TarFlowConfig`. Of sequences
+    (layout "tokens") a token is one of the model's, so that patch_size stays at its default.
 
     Schedule: epochs; batch_size, over all processes, by default 256, or all images where there are fewer; lr:
     reached by a linear warm-up over warmup_steps, and left by a cosine that ends at min_lr; weight_decay of AdamW
@@ -80,12 +84,12 @@ class TrainConfig:
     data: str
     out: str
     eval_data: str | None = None
-    img_size: int | None = None
+    img_size: Size | None = None
     in_channels: int = 3
     layout: str = "auto"
     values: str = "auto"
     cache: str | None = None
-    patch_size: int = 4
+    patch_size: Size = DEFAULT_PATCH
     channels: int = 512
     num_blocks: int = 8
     layers_per_block: int = 8
@@ -136,10 +140,13 @@ class TrainConfig:
             check_count(name, getattr(self, name))
         for name in COUNTS_OR_ZERO:
             check_count(name, getattr(self, name), low=0)
-        for name in ("img_size", "threads", "batch_size"):
+        for name in ("threads", "batch_size"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        for name in (*COUNTS, *COUNTS_OR_ZERO, "img_size", "threads", "batch_size"):
+        for name in ("img_size", "patch_size"):
+            if getattr(self, name) is not None or name == "patch_size":
+                object.__setattr__(self, name, checked_size(name, getattr(self, name)))
+        for name in (*COUNTS, *COUNTS_OR_ZERO, "threads", "batch_size"):
             if (getattr(self, name) or 0) > MOST:
                 raise ArgumentError(name, f"an integer <= {MOST}", getattr(self, name))
         if self.in_channels not in (1, 3):
@@ -170,6 +177,20 @@ class TrainConfig:
             raise ArgumentError("eval_data", "a path, as eval_every is given", None)
         if not isinstance(self.device, str):
             raise ArgumentError("device", "a string", repr(self.device))
+        if self.layout == "tokens":
+            self.check_for_sequences()
+
+    def check_for_sequences(self) -> None:
+        """Raises ArgumentError for options that mean nothing where the data are sequences."""
+        for name, only, why in (
+            ("img_size", None, "None, as sequences have no pixels"),
+            ("patch_size", DEFAULT_PATCH, f"{DEFAULT_PATCH}, its default, as sequences have no patches"),
+            ("noise_type", "gaussian", "'gaussian', as only 8-bit values can be dequantised"),
+            ("flip", False, "False, as sequences have no mirror image"),
+            ("sample_every", 0, "0, as sequences make no picture"),
+        ):
+            if getattr(self, name) != only:
+                raise ArgumentError(name, why, repr(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

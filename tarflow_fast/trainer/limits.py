@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..config import EXPANSION, TarFlowConfig
 from ..devices import free_memory
 from ..errors import OutOfMemoryError
+from ..models.config import EXPANSION, TarFlowConfig
 
 GB = 1e9
 PARAMETER_BYTES = 20  # in fp32: the weight, its average, its gradient and AdamW's two moments

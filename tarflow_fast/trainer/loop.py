@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import load, save
-from ..config import TarFlowConfig
+from ..backend import check_compile
+from ..checkpoints.checkpoint import load, save
 from ..data import ImageData, matched, renamed
 from ..devices import own_defaults
-from ..engine import check_compile
 from ..errors import (
     ArgumentError,
     CheckpointError,
@@ -32,12 +31,13 @@ from ..errors import (
     TrainingDiverged,
     TrainingStopped,
 )
-from ..evaluate import Noise, bits_per_dim
+from ..evaluation import Noise, bits_per_dim
 from ..images import save_grid
-from ..model import TarFlow
-from ..sampler import Sampler
+from ..models.config import TarFlowConfig
+from ..models.tarflow import TarFlow
+from ..sampling.sampler import Sampler
 from .batches import Batches
-from .config import DEFAULT_BATCH, TrainConfig
+from .config import DEFAULT_BATCH, NETWORK, TrainConfig
 from .folder import locked
 from .limits import check_fits
 from .metrics import MetricsLog
@@ -113,18 +113,13 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def model_config(config: TrainConfig, data: ImageData) -> TarFlowConfig:
-    """The sizes of the model that learns these images."""
-    return TarFlowConfig(
-        in_channels=data.images.shape[1],
-        img_size=data.images.shape[-1],
-        patch_size=config.patch_size,
-        channels=config.channels,
-        num_blocks=config.num_blocks,
-        layers_per_block=config.layers_per_block,
-        nvp=config.nvp,
-        num_classes=data.num_classes if config.conditional else 0,
-        head_dim=config.head_dim,
-    )
+    """The sizes of the model that learns these data."""
+    network: dict[str, Any] = {name: getattr(config, name) for name in NETWORK}
+    network["num_classes"] = data.num_classes if config.conditional else 0
+    if data.sequences:
+        return TarFlowConfig.for_tokens(*data.images.shape[1:], **network)
+    channels, height, width = data.images.shape[1:]
+    return TarFlowConfig(channels, (height, width), config.patch_size, **network)
 
 
 def run_metadata(config: TrainConfig, data: ImageData) -> dict[str, Any]:
@@ -172,6 +167,8 @@ class _Run:
         self._check_options(math.ceil((config.batch_size or 1) / group.world), source)
 
         own = self._named(lambda: self._load(config.data, "train"))
+        if own.sequences:
+            config.check_for_sequences()
         data = own if config.class_names is None else renamed(own, config.class_names)
         begun = begun_with(self.out / CHECKPOINT) if resume else None
         if source is not None:
@@ -267,8 +264,7 @@ class _Run:
         if source is not None:
             check_fits(source.config, rows, self.group.device)
         elif config.img_size is not None:
-            sizes = {name: getattr(config, name) for name in ("in_channels", "img_size", "patch_size", "channels")}
-            sizes |= {name: getattr(config, name) for name in ("num_blocks", "layers_per_block", "nvp", "head_dim")}
+            sizes = {name: getattr(config, name) for name in ("in_channels", "img_size", "patch_size", *NETWORK)}
             check_fits(TarFlowConfig(**sizes), rows, self.group.device)
 
     def _check_grid(self, sizes: TarFlowConfig) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import load
+from ..checkpoints.checkpoint import load
 from ..data import ImageData
+from ..data.values import PICTURE_CHANNELS
 from ..errors import ArgumentError
-from ..model import TarFlow
-from .config import TrainConfig
+from ..models.tarflow import TarFlow
+from .config import NETWORK, TrainConfig
 
-SIZES = ("patch_size", "channels", "num_blocks", "layers_per_block", "head_dim", "nvp", "img_size", "in_channels")
-READ_WITH = ("patch_size", "in_channels", "head_dim")  # what the weights of a .pth leave open
+READ_WITH = ("patch_size", "in_channels", "head_dim", "img_size")  # what the weights of a .pth leave open
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,13 @@ def given_options(config: TrainConfig) -> dict[str, Any]:
 
 def sizes_of(model: TarFlow, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a run has of the model that it starts from. Raises ArgumentError where others are given."""
-    sizes = {name: getattr(model.config, name) for name in SIZES}
+    sizes = {name: getattr(model.config, name) for name in NETWORK}
+    if model.config.layout == "tokens":
+        sizes["layout"] = "tokens"  # the rest is read off the data
+    else:
+        sizes |= {name: getattr(model.config, name) for name in ("patch_size", "img_size")}
+        if model.config.in_channels in PICTURE_CHANNELS:
+            sizes["in_channels"] = model.config.in_channels
     sizes["conditional"] = model.config.num_classes > 0
     for name, value in sizes.items():
         if given.get(name, value) != value:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..config import TarFlowConfig
+from ..checkpoints.torch_files import save_torch
 from ..errors import ArgumentError, CheckpointError, TrainingDiverged, first_line
 from ..files import replacing
-from ..model import TarFlow
-from ..torch_files import save_torch
+from ..models.config import TarFlowConfig
+from ..models.tarflow import TarFlow
 from .config import FREE_ON_RESUME, PATHS, TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
@@ -89,6 +89,9 @@ class TrainState:
         before, now = metadata.get("class_names"), self.average.metadata.get("class_names")
         if metadata and before != now:
             raise ArgumentError("data", f"the classes of the run to be continued, {before!r}", repr(now))
+        sizes = self.model.config.to_dict()
+        if content.get("sizes", sizes) != sizes:
+            raise ArgumentError("data", "data of the shape in the run to be continued", self.model.config.data_shape)
         self.average.metadata.update(metadata)
         try:
             for module, name in ((self.model, "model"), (self.average, "ema")):

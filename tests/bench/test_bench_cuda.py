@@ -20,7 +20,7 @@ from bench.suites.gpu import suite as gpu
 from bench.suites.gpu.cases import BASELINE, CUDA, TORCH, TRITON, Case, Inputs, exact_images
 from bench.suites.gpu.inside import ALL, PHASES, measure_cuda
 from bench.suites.gpu.suite import SUITE
-from tarflow_fast.engine.cuda_engine import CudaEngine
+from tarflow_fast.backend.cuda.engine import CudaEngine
 
 CPU = torch.device("cpu")
 PARAMS = ROOT / "csrc" / "cuda" / "params.h"
@@ -42,17 +42,17 @@ class Watched:
     """A launch that knows which phases it leaves out."""
 
     def __init__(self, launch: Any, log: list[int]):
-        self.launch, self.log, self.left_out = launch, log, 0
+        self.launch, self.log, self.skipped = launch, log, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.launch, name)
 
     def set_size(self, name: str, value: int) -> None:
-        self.left_out = value if name == "left_out" else self.left_out
+        self.skipped = value if name == "skip_phases" else self.skipped
         self.launch.set_size(name, value)
 
     def run(self, *arguments: Any) -> None:
-        self.log.append(self.left_out)
+        self.log.append(self.skipped)
         self.launch.run(*arguments)
 
 
@@ -75,9 +75,9 @@ def measured(cell: Case, **more: Any) -> dict[str, Any]:
     return measure_cuda(cell, inputs, exact_images(cell, inputs, CPU), **options)
 
 
-def cost(left_out: int) -> float:
+def cost(skipped: int) -> float:
     """Seconds of a made-up step: of each phase its number, from 1 on, and 3 of what cannot be left out."""
-    return 3.0 + sum(number for number, _ in enumerate(PHASES, 1) if not left_out >> (number - 1) & 1)
+    return 3.0 + sum(number for number, _ in enumerate(PHASES, 1) if not skipped >> (number - 1) & 1)
 
 
 @IN_EMULATION
@@ -119,7 +119,7 @@ def test_nothing_is_left_out_of_passes_after_a_variant(log: list[int], monkeypat
         for name, run in passes.items():
             with pytest.raises(ZeroDivisionError):
                 run()
-            assert states[0].cache.launch.left_out == 0, name
+            assert states[0].cache.launch.skipped == 0, name
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CudaEngine, "begin", kept)

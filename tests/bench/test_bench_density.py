@@ -15,7 +15,7 @@ from bench.common.harness import admit_all
 from bench.common.models import MODELS
 from bench.suites import density
 from bench.suites.density import SUITE, TOLERANCE, Case, Problem
-from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.backend.cpu.engine import cpu_missing
 
 native = pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
 

@@ -20,8 +20,8 @@ from bench.suites.gpu import suite as gpu
 from bench.suites.gpu.cases import BASELINE, CASES, COMPILED, DENSITY, SIZES, TORCH, TRITON, Case, Inputs
 from bench.suites.gpu.suite import SUITE, Budget
 from tarflow_fast import BackendError
-from tarflow_fast.engine import cuda_engine
-from tarflow_fast.engine.torch_engine import TorchEngine
+from tarflow_fast.backend.cuda import engine as cuda_engine
+from tarflow_fast.backend.pytorch.engine import TorchEngine
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ from bench.suites.load import suite as load
 from bench.suites.load.busy import busy_processes, fair_slowdown, spin
 from bench.suites.load.suite import SUITE
 from bench.suites.load.tasks import TASKS, Inputs
-from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.backend.cpu.engine import cpu_missing
 
 PATIENCE = 20  # seconds, on a machine that is busy otherwise
 

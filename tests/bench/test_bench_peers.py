@@ -17,7 +17,7 @@ from stand_in import bench, quick_limits, stand_in
 from bench.common import machine, record
 from bench.common.harness import TOLERANCE
 from bench.suites.peers import ON_CPU, SIZES, SUITE
-from tarflow_fast.engine.cpu_engine import cpu_missing
+from tarflow_fast.backend.cpu.engine import cpu_missing
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from test_bench_cuda import CPU, IN_EMULATION
 from bench.suites.gpu import checks
 from bench.suites.gpu.checks import FOUND, run_sanitizer, small_run
 from tarflow_fast import TarFlowConfig
-from tarflow_fast.engine.cuda_engine import CudaEngine
+from tarflow_fast.backend.cuda.engine import CudaEngine
 
 
 @IN_EMULATION
-@pytest.mark.parametrize("mode", ["reverse", "fixed_point", "converge"])
+@pytest.mark.parametrize("mode", ["reverse", "fixed_point", "iterate_on_device"])
 def test_the_small_run_sees_bits_that_differ(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SIZES", {"tiny": TarFlowConfig(1, 4, 2, 16, 1, 1, num_classes=3, head_dim=16)})
     monkeypatch.setattr(checks, "BATCHES", (2,))

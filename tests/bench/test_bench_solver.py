@@ -25,7 +25,9 @@ from bench.suites.solver import cases as solver_cases
 from bench.suites.solver.baselines import CLAMP, gs_jacobi, jacobi, windows
 from bench.suites.solver.cases import BOUND, Problem, candidates, check, examine, jacobi_errors, measure, problems
 from bench.suites.solver.suite import SUITE
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
+from tarflow_fast.backend import make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.solvers import Solution, Solver, adaptive
 
 CPU = torch.device("cpu")
@@ -37,7 +39,7 @@ def problem_of(scale: float = 1.0, condition: Condition = Condition()) -> Proble
     """T = 16, in float64. scale: of the latents."""
     model = random_model(3, torch.float64, num_classes=2)
     weights = model.block_weights(1)
-    engine = make_engines("torch", [weights], device=CPU, dtype=torch.float64, compile=False)[0]
+    engine = make_engines("torch", [weights], Request(CPU, torch.float64, False))[0]
     return Problem(1, engine, scale * random_latents(model, 3), condition)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tarflow_fast import Sampler, SolverPlan, TarFlow
 from tarflow_fast.engine import Condition
-from tarflow_fast.report import Report
+from tarflow_fast.sampling.report import Report
 from tarflow_fast.solvers import TOL, Auto, Costs, CostTable, Solver, adaptive, make_solvers, sequential, widths
 
 from ...common import harness, models
@@ -233,7 +233,8 @@ def measure(problem: Problem, rounds: Rounds) -> dict[str, Any]:
     windows, not_run = try_windows(auto, baseline, again, wanted, allowed)
     candidates = [baseline, *windows, auto]
     if plan is not None:
-        solvers = make_solvers("auto", None, plan, dtype=DTYPES[problem.dtype], blocks=blocks, tokens=problem.tokens)
+        shapes = [stage.shape for stage in auto.sampler.flow.stages]
+        solvers = make_solvers("auto", None, plan, dtype=DTYPES[problem.dtype], shapes=shapes)
         candidates.append(Candidate.fixed(PLANNED, auto, solvers))
         settle(candidates[-1], wanted, allowed)
     samples = take_turns(candidates, rounds)

@@ -10,8 +10,9 @@ import click
 import torch
 
 from tarflow_fast import NonFiniteError, Sampler, SolverPlan, TarFlow
+from tarflow_fast.backend import choose_backend
 from tarflow_fast.devices import check_device
-from tarflow_fast.engine import choose_backend
+from tarflow_fast.engine.backend import Request
 
 from ...common import options, plot
 from ...common.models import DTYPES
@@ -118,7 +119,7 @@ class AutoSuite(Suite[Problem]):
 
     def prepare(self) -> None:
         self.device = check_device(self.chosen.device)
-        chosen = {each: (self.chosen.backend, self.device, DTYPES[each], False) for each in self.chosen.dtypes}
+        chosen = {each: (self.chosen.backend, Request(self.device, DTYPES[each])) for each in self.chosen.dtypes}
         self.reasons = {dtype: choose_backend(*how)[1] for dtype, how in chosen.items()}
 
     def settings(self) -> dict[str, Any]:

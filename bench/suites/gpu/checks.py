@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from tarflow_fast.backend.cuda.engine import CudaEngine
 from tarflow_fast.engine import Condition, Guidance
-from tarflow_fast.engine.cuda_engine import CudaEngine
 from tarflow_fast.solvers.trail import Trail
 
 from ...common.machine import ROOT
@@ -128,8 +128,7 @@ def _images(engine: CudaEngine, z: torch.Tensor, condition: Condition) -> torch.
     sequential = state.x.clone()
     engine.fixed_point(state, 1, T)
     other = engine.begin(z, condition)
-    trail = Trail(other).values
-    engine.converge(other, z, [1] * B, trail, tol=1e-3, rounding=0.0, window=WINDOW, most=T)
+    engine.iterate_on_device(other, z, [1] * B, Trail(other, tol=1e-3), window=WINDOW, max_passes=T)
     return torch.stack([sequential, state.x, other.x])
 
 

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tarflow_fast.backend.cuda.engine import CudaEngine
+from tarflow_fast.backend.cuda.plan import MOST_ROWS
+from tarflow_fast.backend.triton.engine import TritonEngine
 from tarflow_fast.engine import Condition, Guidance
-from tarflow_fast.engine.cuda_engine import CudaEngine
-from tarflow_fast.engine.cuda_plan import MOST_ROWS
-from tarflow_fast.engine.triton_engine import TritonEngine
 from tarflow_fast.kernels.launch import dependent_launch, launch_dependents, wait
 
 from ...common.harness import Rounds, timed

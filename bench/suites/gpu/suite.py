@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from tarflow_fast.backend.cuda.engine import cuda_missing
 from tarflow_fast.devices import device_missing
-from tarflow_fast.engine.cuda_engine import cuda_missing
 
 from ...common import limits, options
 from ...common.harness import Clock, Rounds, failed_check, in_a_line, measure_cell, unmeasured

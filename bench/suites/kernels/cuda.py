@@ -12,8 +12,8 @@ from importlib.util import find_spec
 
 import torch
 
-from tarflow_fast.engine.cuda_pack import linear_sizes
-from tarflow_fast.engine.cuda_plan import fetches, grid_blocks, make_plan, share, slot_inputs
+from tarflow_fast.backend.cuda.pack import linear_sizes
+from tarflow_fast.backend.cuda.plan import fetches, grid_blocks, make_plan, share, slot_inputs
 
 from .compiled import SHARED_LIMIT, SIZES, Compiled
 

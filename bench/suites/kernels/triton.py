@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tarflow_fast import TarFlow
+from tarflow_fast.backend.triton.engine import TritonEngine
 from tarflow_fast.engine import Condition, Guidance
-from tarflow_fast.engine.triton_engine import TritonEngine
 from tarflow_fast.kernels.affine_density import density_backward, density_forward
 from tarflow_fast.kernels.launch import Launch, recording
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import Sampler, TarFlow, TarFlowError
-from tarflow_fast.evaluate import Noise, bits_per_dim
+from tarflow_fast.evaluation import Noise, bits_per_dim
 from tarflow_fast.images import to_uint8
 from tarflow_fast.solvers import TOL
 

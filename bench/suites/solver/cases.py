@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from tarflow_fast import TarFlow
-from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance, make_engines
+from tarflow_fast.backend import make_engines
+from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
+from tarflow_fast.engine.backend import Request
 from tarflow_fast.solvers import Solution, Solver, adaptive, sequential
 
 from ...common.harness import ADAPTIVE_BOUND as BOUND
@@ -59,7 +61,7 @@ class Problem:
     z: Tensor
     condition: Condition
     wanted: Tensor = field(init=False)
-    _spent: BlockState | None = None
+    _reuse: BlockState | None = None
 
     def __post_init__(self) -> None:
         state = self.begin()
@@ -71,8 +73,8 @@ class Problem:
         return {"block": self.block}
 
     def begin(self) -> BlockState:
-        self._spent = self.engine.begin(self.z, self.condition, spent=self._spent)
-        return self._spent
+        self._reuse = self.engine.begin(self.z, self.condition, reuse=self._reuse)
+        return self._reuse
 
     def solve(self, solver: Solver) -> Solution:
         return solver(self.engine, self.begin(), None)
@@ -101,7 +103,7 @@ def problems(
     """
     config = model.config
     weights = map(model.block_weights, range(config.num_blocks))
-    engines = make_engines(backend, weights, device=device, dtype=torch.float32, compile=False)
+    engines = make_engines(backend, weights, Request(device))
     condition = Condition(labels(config, batch, device, none=True), Guidance(guidance))
     x = latents(config, batch, seed, device) * model.var.to(device).sqrt()
     for k in reversed(range(config.num_blocks)):

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
-import torch
 
+from tarflow_fast.backend import choose_backend
 from tarflow_fast.devices import check_device
-from tarflow_fast.engine import choose_backend
+from tarflow_fast.engine.backend import Request
 
 from ...common import options, plot
 from ...common.record import hardware, short
@@ -90,7 +90,7 @@ class SolverSuite(Suite[Problem]):
     def prepare(self) -> None:
         self.device = check_device(self.chosen.device)
         self.model_name, self.model = options.load_model(self.chosen.path, self.device)
-        self.backend, self.reason = choose_backend(self.chosen.backend, self.device, torch.float32, False)
+        self.backend, self.reason = choose_backend(self.chosen.backend, Request(self.device))
 
     def settings(self) -> dict[str, Any]:
         chosen = self.chosen

@@ -1,0 +1,375 @@
+"""The `cuda` backend: all steps of a flow block's pass in one launch of one kernel (`csrc/cuda/`).
+
+Rows (tokens that are evaluated at once: B, or 2B when guided) are taken in groups of at most 64, each a launch. Weights
+and KV cache have the chosen dtype, all else is fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checks import short
+from ...engine.base import EngineBase
+from ...engine.contract import (
+    BlockState,
+    Condition,
+    Converged,
+    Moved,
+    PassTrail,
+    Progress,
+    check_latents,
+    check_plain,
+    embedding_rows,
+)
+from ...engine.weights import BlockWeights
+from ...engine.windows import Bounds, check_part, check_window, check_windows
+from ...errors import ArgumentError, BackendError
+from ...native import address
+from .pack import TILE, linear_sizes, pack
+from .plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
+
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
+WEIGHT_BUFFERS = ("weights", "hidden", "keys_values")  # in the weights' dtype; all others are fp32, or
+INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # see params.h
+Positions = list[tuple[int, int, int]]  # of each row of a branch: sample, token that is evaluated, column of `Moved`
+
+
+def load_native() -> ModuleType:
+    """The compiled module. Raises BackendError with the mend where it was not built."""
+    try:
+        return import_module("tarflow_fast._cuda")
+    except ImportError as error:
+        raise BackendError(
+            "the CUDA engine was not built; install the CUDA toolkit (nvcc, 12.8 or later, on the PATH or under "
+            "CUDA_HOME) and install tarflow_fast again, with TARFLOW_FAST_CUDA=1 where the build sees no GPU "
+            f"({error})"
+        ) from error
+
+
+def native_missing() -> str | None:
+    """Why there is no compiled module, with the mend, or None if there is."""
+    try:
+        load_native()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
+    """Why this engine cannot serve such a request, with the mend, or None if it can."""
+    missing = native_missing()
+    if missing is not None:
+        return missing
+    native = load_native()
+    if device.type != native.device_type:
+        return f"the CUDA engine needs a CUDA device, and this is {device}; use device='cuda'"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0; use backend='torch'"
+    if dtype not in CUDA_DTYPES:
+        return f"the CUDA engine has no {short(dtype)}; use float32, bfloat16 or float16, or backend='torch'"
+    if compile:
+        return "torch.compile has nothing to compile in the CUDA engine; leave compile out, or use backend='torch'"
+    return None
+
+
+def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:
+    """A warp takes a key, each lane 16 bytes of it, or one element where it is not a whole number of 16 bytes."""
+    lane = 16 // dtype.itemsize
+    if head_dim <= 32 or (head_dim % lane == 0 and head_dim <= 32 * lane):
+        return None
+    return (
+        f"the CUDA engine takes heads of at most 32 channels, or in {short(dtype)} multiples of {lane} up to "
+        f"{32 * lane}, and this model has {head_dim}; use backend='triton'"
+    )
+
+
+class _Workspace:
+    """What a state holds on the device. buffers: in the kernel's names and shapes (see params.h); also attributes."""
+
+    def __init__(self, buffers: dict[str, Tensor | None]):
+        self.buffers = buffers
+        self.launch: Any = None  # with these buffers, of the engine that made it
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.__dict__["buffers"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class CudaEngine(EngineBase):
+    """BlockEngine in one CUDA kernel. dtype: float32, bfloat16 or float16, of weights and KV cache."""
+
+    ragged = True  # a window for each sample
+
+    def __init__(self, weights: BlockWeights, *, device: torch.device, dtype: torch.dtype):
+        missing = cuda_missing(device, dtype) or head_dim_missing(weights.shape.head_dim, dtype)
+        if missing is not None:
+            raise BackendError(missing)
+        self.shape, self.device, self.dtype = weights.shape, device, dtype
+        self._native = load_native()
+        self._dtype_name = str(dtype).removeprefix("torch.")
+        with self._on_device():
+            multiprocessors, self._shared_bytes = self._native.device()
+            self.blocks = grid_blocks(self.shape, multiprocessors)
+            sizes = linear_sizes(self.shape)
+            work = share(sizes, self.blocks)
+            self._work = work.to(device)
+            self._jobs = fetches(sizes, work, slot_inputs(self.shape)).to(device)
+            self._weights, self._biases = pack(weights, device, dtype)
+            self._position = self._fp32(weights.position)
+            self._classes = None if weights.classes is None else self._fp32(weights.classes)
+        self._plans: dict[int, Plan] = {}
+        # Of any launch; the largest also needs the most shared memory.
+        self._most_parts = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1)) * self.shape.heads
+
+    def plan(self, rows: int) -> Plan:
+        """How a launch of so many rows is divided. Raises BackendError."""
+        if rows not in self._plans:
+            instances = self._native.instances()
+            most_rows, warps = next((n, w) for name, n, w in instances if name == self._dtype_name and n >= rows)
+            self._plans[rows] = make_plan(
+                self.shape,
+                self.dtype,
+                rows=rows,
+                most_rows=most_rows,
+                warps=warps,
+                jobs=self._jobs.shape[1],
+                blocks=self.blocks,
+                shared_bytes=self._shared_bytes,
+            )
+        return self._plans[rows]
+
+    def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
+        check_latents(z, self.shape)
+        z = z.detach().to(self.device, torch.float32).contiguous()
+        with self._on_device():
+            workspace = self._workspace(z.shape[0], condition, reuse)
+            state = BlockState(
+                z=z,
+                x=z.clone(),
+                token_log_det=z.new_zeros(z.shape[:2]),
+                condition=condition,
+                cache=workspace,
+                cache_bytes=workspace.keys_values.nbytes,
+            )
+        return state
+
+    def bytes_per_sample(self, guided: bool) -> int:
+        shape = self.shape
+        row = 2 * shape.layers * shape.tokens * shape.channels * self.dtype.itemsize
+        tokens = 3 * shape.tokens * (shape.token_dim + 1) * 4  # z and x of the state, and a copy in a pass
+        return (2 if guided else 1) * (row + 4 * shape.channels) + tokens
+
+    @torch.no_grad()
+    def reverse(
+        self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
+    ) -> None:
+        B, T, _ = state.x.shape
+        stop = T if stop is None else stop
+        check_part(start, stop, T)
+        state.nonfinite = None
+        if start == stop:
+            return
+        for samples in self._groups(list(range(B)), self._most_rows(state)):
+            positions = [(sample, 0, 0) for sample in samples]
+            self._run(state, positions, {"input": state.x}, mode=SEQUENTIAL, start=start, stop=stop)
+        if progress is not None:
+            progress(stop - start)
+
+    @torch.no_grad()
+    def fixed_point(self, state: BlockState, start: Bounds, stop: Bounds) -> Moved:
+        B, T, _ = state.x.shape
+        if isinstance(start, int) or isinstance(stop, int):
+            first, end = check_window(start, stop, T)
+            start, stop = [first] * B, [end] * B
+        starts, stops = check_windows(start, stop, B, T)
+        # A sample's tokens in their order: a launch finds the keys of those before it in the cache.
+        rows = [(b, starts[b] - 1 + j, j) for b in range(B) for j in range(stops[b] - starts[b])]
+        widest = max((column for _, _, column in rows), default=-1) + 1
+        moved = Moved(*(state.x.new_zeros(B, widest) for _ in Moved._fields))
+        state.nonfinite = None
+        buffers = {"input": state.x.clone(), "change": moved.change, "residual": moved.residual}
+        for positions in self._groups(rows, self._most_rows(state)):
+            self._run(state, positions, buffers, mode=FIXED_POINT)
+        return moved
+
+    @contextmanager
+    def without_phases(self, state: BlockState, phases: int) -> Iterator[None]:
+        """Within this context passes over this state leave out some of the kernel's phases, so that their time can be
+        measured; what such a pass computes is garbage. phases: a bit for each (`Phase` in csrc/cuda/params.h)."""
+        state.cache.launch.set_size("skip_phases", phases)
+        try:
+            yield
+        finally:
+            state.cache.launch.set_size("skip_phases", 0)  # else it stays for all later passes
+
+    def max_window(self, state: BlockState) -> int:
+        return self._most_rows(state)
+
+    @torch.no_grad()
+    def iterate_on_device(
+        self,
+        state: BlockState,
+        guess: Tensor,
+        reached: Sequence[int],
+        trail: PassTrail,
+        *,
+        window: int,
+        max_passes: int,
+    ) -> Converged:
+        B = state.x.shape[0]
+        if not 1 <= window <= self.max_window(state):
+            raise ArgumentError("window", f"1 to {self.max_window(state)}", window)
+        if tuple(guess.shape) != tuple(state.x.shape):
+            raise ArgumentError("guess", f"shape {tuple(state.x.shape)}", tuple(guess.shape))
+        values, shape = trail.values, (4, *state.x.shape[:2])
+        if tuple(values.shape) != shape or values.dtype != torch.float32 or not values.is_contiguous():
+            raise ArgumentError("trail", f"a contiguous float32 tensor {shape}", tuple(values.shape))
+        groups = list(self._groups(list(range(B)), self._most_rows(state) // window))
+        numbers = torch.zeros(2 * B + len(groups), dtype=torch.int32, device="cpu")
+        numbers[:B] = torch.tensor(reached, dtype=torch.int32, device="cpu")
+        numbers = numbers.to(self.device)
+        fronts, evaluations, passes = numbers.split([B, B, len(groups)])
+        residual = state.x.new_zeros(B)
+        state.nonfinite = None
+        state.cache.launch.set_tol(trail.tol, trail.stream, trail.rounding)
+        for i, samples in enumerate(groups):
+            buffers = {
+                "input": state.x,
+                "guess": guess.contiguous(),
+                "residual": residual,
+                "reached": fronts,
+                "evaluations": evaluations,
+                "trail": values,
+                "passes": passes[i : i + 1],
+            }
+            positions = [(sample, 0, column) for sample in samples for column in range(window)]
+            self._run(state, positions, buffers, mode=FRONTIER, window=window, max_passes=max_passes)
+        counts = numbers.tolist()
+        return Converged(max(counts[2 * B :], default=0), counts[:B], sum(counts[B : 2 * B]), residual)
+
+    # What a launch is given.
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _fp32(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.device, torch.float32, copy=True).contiguous()
+
+    def _most_rows(self, state: BlockState) -> int:
+        """Of a branch, in one launch."""
+        return MOST_ROWS // (2 if state.condition.guidance.active else 1)
+
+    @staticmethod
+    def _groups(rows: list[Any], most: int) -> Iterator[list[Any]]:
+        """As few as can be, of about the same size."""
+        count = math.ceil(len(rows) / most)
+        for i in range(count):
+            yield rows[len(rows) * i // count : len(rows) * (i + 1) // count]
+
+    def _workspace(self, batch: int, condition: Condition, reuse: BlockState | None) -> _Workspace:
+        shape, guidance = self.shape, condition.guidance
+        R = 2 * batch if guidance.active else batch
+        L, H, T, d = shape.layers, shape.heads, shape.tokens, shape.head_dim
+        old = reuse.cache if reuse is not None else None
+        sizes = (L, 2, R, H, T, d)
+        if isinstance(old, _Workspace) and old.keys_values.shape == sizes and old.keys_values.dtype == self.dtype:
+            keys_values = old.keys_values
+        else:
+            keys_values = torch.empty(sizes, dtype=self.dtype, device=self.device)
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device=self.device)
+
+        branches = 2 if guidance.active else 1
+        scale = torch.full((branches,), d**-0.5 * math.log2(math.e), dtype=torch.float32, device="cpu")
+        if guidance.active:
+            scale[1] /= guidance.attn_temp
+        classes = schedule = None
+        if self._classes is not None:
+            classes = self._classes[embedding_rows(condition, batch, shape.classes, self.device)]
+        if guidance.active:
+            schedule = torch.tensor(guidance.schedule(T), dtype=torch.float32, device=self.device)
+        C, out = whole(shape.channels, TILE), whole(shape.parameters, TILE)
+        workspace = _Workspace(
+            {
+                "keys_values": keys_values,
+                "h": empty(MOST_ROWS, C),
+                "queries": empty(MOST_ROWS, C),
+                "partials": empty(self._most_parts * (d + 2) + 1),
+                "hidden": empty(MOST_ROWS, whole(shape.hidden, TILE), dtype=self.dtype),
+                "parameters": empty(MOST_ROWS, out),
+                "barrier": torch.zeros(1, dtype=torch.int32, device=self.device),
+                "class_rows": classes,
+                "guidance": schedule,
+                "scale": scale.to(self.device),
+            }
+        )
+        workspace.launch = self._launch(workspace, batch, condition)
+        return workspace
+
+    def _launch(self, workspace: _Workspace, batch: int, condition: Condition) -> Any:
+        shape, rule = self.shape, condition.guidance
+        launch = self._native.Launch()
+        sizes = {
+            "channels": shape.channels,
+            "heads": shape.heads,
+            "head_dim": shape.head_dim,
+            "hidden_dim": shape.hidden,
+            "tokens": shape.tokens,
+            "token_dim": shape.token_dim,
+            "out_dim": shape.parameters,
+            "layers": shape.layers,
+            "affine": shape.affine,
+            "branches": 2 if rule.active else 1,
+            "samples": batch,
+            "guide_a": rule.active and "a" in rule.what,
+            "guide_b": rule.active and "b" in rule.what,
+            "most_jobs": self._jobs.shape[1],
+        }
+        for name, value in sizes.items():
+            launch.set_size(name, int(value))
+        buffers = {
+            "weights": self._weights,
+            "biases": self._biases,
+            "work": self._work,
+            "jobs": self._jobs,
+            "position": self._position,
+        }
+        self._set_buffers(launch, {**buffers, **workspace.buffers})
+        return launch
+
+    def _set_buffers(self, launch: Any, buffers: Mapping[str, Tensor | None]) -> None:
+        for name, tensor in buffers.items():
+            if tensor is not None:
+                dtype = torch.int32 if name in INT32_BUFFERS else torch.float32
+                dtype = self.dtype if name in WEIGHT_BUFFERS else dtype
+                launch.set_buffer(name, address(name, tensor, dtype, self.device), tensor.numel())
+
+    def _run(self, state: BlockState, positions: Positions, buffers: Mapping[str, Tensor | None], **sizes: int) -> None:
+        check_plain(state)
+        workspace: _Workspace = state.cache
+        launch = workspace.launch
+        plan = self.plan(len(positions) * (2 if state.condition.guidance.active else 1))
+        geometry = asdict(plan)
+        shared_bytes = geometry.pop("shared_bytes")
+        for name, value in {**geometry, **sizes}.items():
+            launch.set_size(name, value)
+        launch.set_positions(positions)
+        tokens = {"z": state.z, "x": state.x, "log_det": state.token_log_det}
+        self._set_buffers(launch, {**tokens, **buffers})
+        with self._on_device():
+            workspace.barrier.zero_()
+            stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
+            launch.run(self._dtype_name, self.blocks, shared_bytes, stream)

@@ -1,0 +1,84 @@
+"""The noise that is added to 8-bit images before their density is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_count, check_number
+from ..errors import ArgumentError
+from ..models.density import TarFlowDensity
+from ..scalars import plain
+
+NOISES = ("uniform", "gaussian", "none")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What is added to an 8-bit image v before its density is taken. Data that are no pictures are x already.
+
+    kind: "uniform": x = (v + u)/128 − 1, u uniform in [0, 1); "gaussian": x = v/127.5 − 1 + σε; "none": x =
+    v/127.5 − 1. std: σ > 0, on the scale of x; 0 unless gaussian. seed: image i's noise depends on (seed, i)
+    alone. Raises ArgumentError.
+    """
+
+    kind: str = "uniform"
+    std: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("noise", self.kind, NOISES)
+        object.__setattr__(self, "seed", check_count("seed", self.seed, low=0))
+        object.__setattr__(self, "std", plain(self.std))
+        if self.kind == "gaussian":
+            check_number("noise_std", self.std, 0, open_low=True)
+        elif self.std != 0:
+            raise ArgumentError("noise_std", f"no level with {self.kind!r} noise", repr(self.std))
+
+    @classmethod
+    def of(cls, model: TarFlowDensity, kind: str = "auto", std: float | None = None, seed: int = 0) -> Noise:
+        """Noise of a kind and level; what is left out ("auto", None) is what the model was trained with.
+
+        A model whose metadata tells nothing is taken to be trained with uniform noise. Raises ArgumentError
+        for Gaussian noise whose level is neither given nor in the metadata.
+        """
+        known = model.metadata
+        if kind == "auto":
+            kind = "gaussian" if std is not None or "noise_std" in known else "uniform"
+            kind = kind if std is not None else known.get("noise_type", kind)
+        if kind == "gaussian" and std is None:
+            if "noise_std" not in known:
+                raise ArgumentError("noise_std", "a level, as the model's metadata names none", "None")
+            std = known["noise_std"]
+        return cls(kind, 0.0 if std is None else std, seed)
+
+    def __str__(self) -> str:
+        if self.kind == "gaussian":
+            return f"Gaussian noise, σ = {self.std:g}"
+        return "uniform dequantisation" if self.kind == "uniform" else "no noise"
+
+    def add(self, images: Tensor, first: int = 0, draw: int = 0) -> Tensor:
+        """x, fp32, of images (n, ch, H, W) uint8 that are numbered from `first`; draw: which of several.
+
+        float32 images are data that are no pictures, of which x is v + σε or v. Raises ArgumentError for uniform noise
+        on them.
+        """
+        v = images.cpu().numpy().astype(np.float32)
+        if images.is_floating_point():
+            if self.kind == "uniform":
+                raise ArgumentError("noise", "'gaussian', as only 8-bit values can be dequantised", "'uniform'")
+        elif self.kind != "uniform":
+            v = v / 127.5 - 1
+        if self.kind == "none":
+            return torch.from_numpy(v)
+        noise = np.empty(v.shape, np.float32)
+        for i, values in enumerate(noise, start=first):
+            rng = np.random.default_rng([self.seed, i, draw])
+            fill = rng.random if self.kind == "uniform" else rng.standard_normal
+            fill(dtype=np.float32, out=values)
+        if self.kind == "uniform":
+            return torch.from_numpy((v + noise) / 128 - 1)
+        return torch.from_numpy(v + self.std * noise)

@@ -1,0 +1,31 @@
+"""Whether weights that are shared with somebody else's model are still the same."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+
+
+class Snapshot:
+    """Checksums of a module's parameters and buffers, as they are when this is made."""
+
+    def __init__(self, module: nn.Module):
+        self._tensors = {name: value.detach() for name, value in module.state_dict().items()}
+        self._checksums = {name: _checksum(value) for name, value in self._tensors.items()}
+
+    def check(self) -> None:
+        """Raises ArgumentError where they have changed since."""
+        for name, value in self._tensors.items():
+            if _checksum(value) != self._checksums[name]:
+                expected = "the weights that the sampler was made of; make a new one of a model that has changed"
+                raise ArgumentError("model", expected, f"another {name}")
+
+
+def _checksum(x: Tensor) -> int:
+    if x.device.type == "cpu":
+        return zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return int(x.contiguous().reshape(-1).view(torch.uint8).to(torch.int64).sum())

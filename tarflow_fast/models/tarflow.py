@@ -1,0 +1,209 @@
+"""TarFlow (Zhai et al., arXiv 2412.06329): a stack of autoregressive affine flows made of causal transformers.
+
+Constructor, methods and state-dict keys are those of the published `ml-tarflow`, so that either code loads the
+other's checkpoints. The density pass is in `density.py`; the inverse is a `Sampler`'s, which takes the model as a
+`Flow`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import host_ops
+from ..checks import Flag, Labels, Number, batch_labels, check_choice, check_tensor, check_weights
+from ..engine import Guidance
+from ..errors import ArgumentError, CheckpointError
+from ..flow import Flow, Stage
+from ..sampling import Sampler
+from ..scalars import check_flag, plain
+from .agreement import ALTERNATIVE, check_agreement
+from .denoising import denoise
+from .density import TarFlowDensity
+from .differentiable import differentiable_reverse
+from .flow_block import Attention, FlowBlock, unknown_arithmetic
+from .gs_jacobi import check_iterations
+from .snapshot import Snapshot
+
+
+class TarFlow(TarFlowDensity):
+    """A TarFlow model, interchangeable with ml-tarflow's `Model`.
+
+    Arguments: see `TarFlowConfig`. Attributes beyond ml-tarflow's: `config`, and `metadata`, a dict of what a
+    checkpoint knows besides weights: "noise_std" (float), "noise_type" ("gaussian" or "uniform"), "class_names",
+    "values" ("raw" if it learnt data that are no pictures). origin: where `load` found it, else None.
+    """
+
+    def flow(self, device: str | torch.device | None = None, *, check: bool = True, own_reverse: bool = False) -> Flow:
+        """The model as sampling takes it, on this device (default: its own), where it shares the model's weights.
+
+        check: whether hooks, overridden methods and the like raise ArgumentError where they make the model compute
+        another thing than its weights say. own_reverse: whether a subclass may have a `reverse` of its own, which
+        calls this.
+        """
+        check_weights(self)
+        if check:
+            _check_methods(self, reverse=not own_reverse)
+        device = self.device if device is None else torch.device(device)
+        model = _plain(self, device)
+        if check and _changed(self):
+            check_agreement(self, model)
+        blocks: list[Any] = list(model.blocks)
+        return Flow(
+            stages=tuple(Stage(block.shape, block.weights, block.permutation) for block in blocks),
+            prior_var=model.var,
+            data_shape=self.config.data_shape,
+            to_tokens=model.patchify,
+            to_data=model.unpatchify,
+            dtype=model.dtype,
+            device=device,
+            model=model,
+            num_classes=self.config.num_classes,
+            metadata=model.metadata,
+            denoise=functools.partial(denoise, model),
+            check_unchanged=Snapshot(model).check,
+        )
+
+    def reverse(
+        self,
+        x: Tensor,
+        y: Labels = None,
+        guidance: Number = 0,
+        guide_what: str = "ab",
+        attn_temp: Number = 1.0,
+        annealed_guidance: Flag = False,
+        return_sequence: Flag = False,
+        *,
+        return_log_det: Flag = False,
+        on_nonfinite: str = "return",
+        differentiable: Flag = False,
+        **iterations: Any,
+    ) -> Any:
+        """The sampling pass, latents (B, T, D) to images (B, in_channels, H, W); ml-tarflow's signature.
+
+        Images that overflow come back as they are, infinite or NaN, as from ml-tarflow: on_nonfinite="raise" tells
+        which. return_log_det: see `Sampler.reverse`. Under autocast it runs in autocast's dtype. The weights are packed
+        anew at each call: to sample more than once, make a `Sampler`.
+        differentiable: whether autograd records the pass, for gradients of x and the weights. It takes the memory of
+        2 K tensors (B, T, D), and while it goes backward that of one block's density pass at a time, which then takes
+        up to T − 1 backward passes (see `differentiable.py`). It runs in the model's own dtype.
+        iterations: the lists of GS-Jacobi's scripts, see `gs_jacobi.py`.
+        """
+        check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
+        check_weights(self)
+        if isinstance(x, Tensor) and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, *self.parameters()))):
+            expected = "latents and weights outside of torch.func's transforms; differentiable=True serves autograd"
+            raise ArgumentError("x", expected, "some that a transform follows")
+        if check_flag("differentiable", differentiable) and torch.is_grad_enabled():
+            return self._differentiable_reverse(
+                x, y, guidance, guide_what, attn_temp, annealed_guidance, return_sequence, return_log_det, on_nonfinite
+            )
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return Sampler(self.flow(own_reverse=True), dtype=dtype, solver="sequential").reverse(
+            x,
+            y,
+            guidance,
+            guide_what,
+            attn_temp,
+            annealed_guidance,
+            return_sequence,
+            return_log_det=return_log_det,
+            on_nonfinite=on_nonfinite,
+        )
+
+    def _differentiable_reverse(
+        self,
+        x: Tensor,
+        y: Labels,
+        guidance: Number,
+        guide_what: str,
+        attn_temp: Number,
+        annealed_guidance: Flag,
+        return_sequence: Flag,
+        return_log_det: Flag,
+        on_nonfinite: str,
+    ) -> Any:
+        """`reverse`, which autograd records."""
+        x = check_tensor("x", x, tuple(self.var.shape))
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
+        names = self.metadata.get("class_names")
+        labels = batch_labels(y, x.shape[0], self.config.num_classes, self.device, class_names=names)
+        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
+        sampler = Sampler(self.flow(own_reverse=True), solver="sequential")
+        tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, rule, sampler)
+        if on_nonfinite == "raise" and not host_ops.all_finite(tokens[-1].detach()):
+            sampler.reverse(x.detach(), labels, plain(guidance), guide_what, plain(attn_temp), annealed_guidance)
+        sequence = [self.unpatchify(each).to(x.device) for each in tokens]
+        images: Any = sequence if check_flag("return_sequence", return_sequence) else sequence[-1]
+        return (images, log_det.to(x.device)) if check_flag("return_log_det", return_log_det) else images
+
+
+METHODS: dict[type[nn.Module], tuple[str, ...]] = {
+    TarFlow: ("reverse", "unpatchify"),
+    FlowBlock: ("reverse", "reverse_step"),
+    Attention: ("step",),
+}
+"""What sampling is in a module of ours. A sampler has it in its engines, and calls none of these."""
+
+
+def _check_methods(model: nn.Module, *, reverse: bool) -> None:
+    """Raises ArgumentError if a part of ours in the model samples by a method of its own, which no sampler would call.
+
+    reverse: whether the model's own `reverse` counts, which may be what asks for a sampler.
+    """
+    for module in model.modules():
+        for kind, names in METHODS.items():
+            for name in names if isinstance(module, kind) else ():
+                own = name in module.__dict__ or getattr(type(module), name) is not getattr(kind, name)
+                if own and (reverse or name != "reverse" or module is not model):
+                    what = f"one that samples as {kind.__name__}.{name} does, as a sampler calls no other"
+                    raise ArgumentError("model", f"{what}; {ALTERNATIVE}", f"{type(module).__name__}.{name}")
+
+
+def _changed(model: TarFlow) -> bool:
+    """Whether something about the model may make it compute another thing than its weights say."""
+    overridden = type(model) is not TarFlow or model.__dict__.keys() & {"forward", "patchify"}
+    hooks = model._forward_hooks or model._forward_pre_hooks
+    return bool(overridden or hooks or unknown_arithmetic(model.blocks))
+
+
+def _plain(model: TarFlow, device: torch.device) -> TarFlow:
+    """A TarFlow of the same blocks that shares the weights, without hooks, overridden methods and gradients."""
+    blocks: Any = model.blocks
+    with torch.device("meta"):
+        plain_model = TarFlow.from_config(model.config)
+        plain_model.blocks = nn.ModuleList([FlowBlock(block.shape, block.permutation) for block in blocks])
+    with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is made in
+        weights = {key: _lasting(value.detach().to(device)) for key, value in model.state_dict().items()}
+    _check_values(plain_model, weights)
+    plain_model.requires_grad_(False).load_state_dict(weights, assign=True)
+    plain_model.metadata = copy.deepcopy(model.metadata)
+    return plain_model
+
+
+def _lasting(x: Tensor) -> Tensor:
+    """x, as a copy if it was made in inference mode: autograd takes no such tensor."""
+    return x.clone() if x.is_inference() else x
+
+
+def _check_values(model: TarFlow, weights: dict[str, Tensor]) -> None:
+    """Raises CheckpointError for weights that no TarFlow of these sizes has."""
+    expected = model.state_dict()
+    foreign = sorted(expected.keys() ^ weights.keys())
+    if foreign:
+        raise CheckpointError(f"not a TarFlow of these sizes: {', '.join(foreign[:3])} is missing or unknown")
+    for key, value in weights.items():
+        if value.shape != expected[key].shape:
+            raise CheckpointError(f"{key}: expected shape {tuple(expected[key].shape)}, got {tuple(value.shape)}")
+        if key.endswith(".attn_mask"):  # attention here looks at no other
+            if not torch.equal(value != 0, torch.ones_like(value, dtype=torch.bool).tril()):
+                raise CheckpointError(f"{key}: expected the causal mask, of shape {tuple(value.shape)}, got another")
+        elif not host_ops.all_finite(value):
+            raise CheckpointError(f"{key}: expected finite weights, got infinities or NaNs")
+    if not (weights["var"] > 0).all():
+        raise CheckpointError("var: expected positive variances, got some <= 0")
