@@ -101,7 +101,7 @@ class Problem:
 
 
 def measure(case: Case, seed: int, rounds: Rounds) -> Cell:
-    """In fp32 our result is held to torch's; in bf16 both are held to torch's fp32 result, by torch's own error."""
+    """The cell of a case: our fp32 is held to torch's; in bf16 both are held to torch's fp32, by torch's own error."""
     problem = Problem.of(case, seed)
     with torch_threads(case.threads):
         run = functools.partial(problem.run, operation=case.operation, threads=case.threads)

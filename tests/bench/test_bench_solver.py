@@ -297,3 +297,16 @@ def test_wrong_usage(tmp_path: Path) -> None:
     assert "backend: expected one of" in result.output
     assert not out.exists()
     assert "GS-Jacobi" in bench("solver", "--help").output
+
+
+def test_a_sampler_with_other_solvers_shares_its_engines() -> None:
+    model = random_model(3, num_classes=2)
+    sampler = tarflow_fast.Sampler(model, backend="torch", solver="sequential")
+    other = sampler.with_solvers([functools.partial(adaptive, tol=1e-6)] * 2)
+    assert other.engines is sampler.engines
+    a, b = (each.sample(4, seed=3) for each in (sampler, other))
+    assert [block.window for block in a.report.blocks] == [1, 1]
+    assert all(block.window > 1 for block in b.report.blocks)
+    assert_close(a.images, b.images, 1e-4)
+    with pytest.raises(tarflow_fast.ArgumentError, match="one for each of the 2 blocks"):
+        sampler.with_solvers(sampler.solvers[:1])

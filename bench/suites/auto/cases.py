@@ -99,7 +99,7 @@ class Candidate:
 
     @classmethod
     def fixed(cls, name: str, auto: Candidate, solvers: Sequence[Solver]) -> Candidate:
-        """With auto's engines, so that weights are as warm in the caches for all."""
+        """A candidate with auto's engines, so that weights are as warm in the caches for all."""
         return cls(name, auto.problem, auto.sampler.with_solvers(solvers))
 
     def reverse(self) -> object:

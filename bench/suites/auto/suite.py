@@ -42,7 +42,7 @@ STYLES = {  # colour and marker; windows are small grey points
 
 
 def learn_plan(model: TarFlow, backend: str, device: torch.device, images: int | None, seed: int) -> SolverPlan | None:
-    """In fp32, of images that no case draws; of a model of classes, of all of them."""
+    """A plan learnt in fp32 from images that no case draws, of every class that there is."""
     if images is None:
         return None
     sampler = Sampler(model, backend=backend, device=device, dtype=torch.float32, solver="sequential")

@@ -152,7 +152,7 @@ class GpuSuite(Suite[Case]):
         return {**found, "backend": BACKEND, "solver": "sequential"}
 
     def parts(self) -> dict[str, Any]:
-        """Of the checks before, of empty launches, and of candidates that take no part at all. Sampling cells have
+        """The checks before, empty launches, and the candidates that take no part at all. Sampling cells have
         "engine" (`inside.measure_engine`) and "cuda" (`inside.measure_cuda`) or None."""
         from . import inside  # it needs Triton: see `_device`
 
@@ -226,7 +226,7 @@ class GpuSuite(Suite[Case]):
         return cell
 
     def _density(self, case: Case, inputs: Inputs) -> Any:
-        """In units of the exact results."""
+        """The cell of a density case, whose results are taken in units of the exact ones."""
         assert self.ml_tarflow is not None
         exact, candidates = densities(case, inputs, self.ml_tarflow, self.device)
         how: dict[str, Any] = {"view": lambda result: result / exact, "tolerance": DENSITY_TOLERANCE}
