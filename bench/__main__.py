@@ -1,26 +1,31 @@
-"""`python -m bench`: one subcommand a suite, and `show` to look at a finished run again."""
+"""`python -m bench`: the commands of every suite, and `show` to look at a finished run again."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 from tarflow_fast import TarFlowError
 
-from .auto import auto_command
-from .cpu import cpu_command
-from .density import density_command
-from .gpu import gpu_command
-from .kernels import kernels_command
-from .load import load_command
-from .peers import peers_command
-from .show import show_command
-from .solver import solver_command
+from .common.plot import require_matplotlib
+from .common.record import read
+from .suites import find_suites, suite_of
 
 
 class _Group(click.Group):
-    """A failure that is not a bug is one line and exit code 1."""
+    """The commands of every suite that there is; a failure that is not a bug is one line and exit code 1."""
+
+    def _found(self) -> dict[str, click.Command]:
+        return {str(command.name): command for suite in find_suites() for command in suite.commands()}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*self._found(), *self.commands])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return self.commands.get(name) or self._found().get(name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -35,7 +40,7 @@ class _Group(click.Group):
 def main() -> None:
     """Measure tarflow_fast against its peers and against the machine's own limits.
 
-    Every suite checks results before it shows a time, measures the contestants side by side in one process
+    Every suite checks results before it shows a time, measures the candidates side by side in one process
     (A B A B …), and gives ratios with their spread. Beside them stands the roofline: what the arithmetic
     and the memory traffic cost at the rates that this machine reached in the same run.
 
@@ -59,18 +64,21 @@ def main() -> None:
     """
 
 
-for command in (
-    peers_command,
-    cpu_command,
-    gpu_command,
-    kernels_command,
-    solver_command,
-    auto_command,
-    density_command,
-    load_command,
-    show_command,
-):
-    main.add_command(command)
+@main.command()
+@click.argument("path", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def show(path: Path) -> None:
+    """Print the table of a run, and draw its PNG beside FILE, the JSON that the run left."""
+    require_matplotlib()
+    picture = path.with_suffix(".png")
+    try:
+        record = read(path)
+        suite = suite_of(record)
+        text = suite.table(record)
+        suite.draw(record, picture)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, LookupError, TypeError) as error:
+        raise click.BadParameter(f"not a record of this bench: {error!r}", param_hint="FILE") from error
+    click.echo(f"{text}\n\n{picture}")
+
 
 if __name__ == "__main__":
     main(prog_name="python -m bench")

@@ -16,8 +16,7 @@ from tarflow_fast.backend.cpu.engine import CpuEngine
 from tarflow_fast.engine import Condition
 from tarflow_fast.native import instruction_sets
 
-from .cells import random_model
-from .cpu import MODELS
+from .common.models import MODELS, random_model
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

@@ -47,7 +47,7 @@ from ..limits import (
 )
 from ..progress import Bar
 from ..scalars import check_flag, plain
-from ..solvers import TOL, SolverPlan, adaptive, make_solvers, widths
+from ..solvers import TOL, Solver, SolverPlan, Solvers, adaptive, make_solvers, widths
 from .inverse import Inverse, invert
 from .labels import LabelRule, LabelsByNumber
 from .noise import latent_noise, resolve_noise_std
@@ -431,6 +431,14 @@ class Sampler:
             pieces = zip(*(part.sequence for part in parts), strict=True)
             images = [torch.cat(piece).to(x.device) for piece in pieces]
         return (images, torch.cat([part.log_det for part in parts]).to(x.device)) if return_log_det else images
+
+    def with_solvers(self, solvers: Sequence[Solver]) -> Sampler:
+        """A sampler that shares this one's weights and engines, and inverts block k by solvers[k]."""
+        if len(solvers) != len(self.engines):
+            raise ArgumentError("solvers", f"one for each of the {len(self.engines)} blocks", len(solvers))
+        new = copy.copy(self)
+        new.solvers = Solvers(solvers)
+        return new
 
     @torch.no_grad()
     def invert_block(self, k: int, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import import_module
 from types import ModuleType
@@ -213,6 +213,16 @@ class CudaEngine(EngineBase):
         for positions in self._groups(rows, self._most_rows(state)):
             self._run(state, positions, buffers, mode=FIXED_POINT)
         return moved
+
+    @contextmanager
+    def without_phases(self, state: BlockState, phases: int) -> Iterator[None]:
+        """Within this context passes over this state leave out some of the kernel's phases, so that their time can be
+        measured; what such a pass computes is garbage. phases: a bit for each (`Phase` in csrc/cuda/params.h)."""
+        state.cache.launch.set_size("skip_phases", phases)
+        try:
+            yield
+        finally:
+            state.cache.launch.set_size("skip_phases", 0)  # else it stays for all later passes
 
     def max_window(self, state: BlockState) -> int:
         return self._most_rows(state)

@@ -1,0 +1,109 @@
+"""What a result was measured on: hardware, system, versions, commit. No name and no path of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def cores() -> int:
+    """The number of logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Within this context torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cpu_model() -> str:
+    """The processor's name, with family and model numbers where Linux gives them (names can be vague)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for line in cpuinfo.read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name") or platform.machine()
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
+    return name
+
+
+def system() -> str:
+    if hasattr(platform, "freedesktop_os_release") and Path("/etc/os-release").is_file():
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.machine()}"
+    return f"{platform.system()} {platform.release()}, {platform.machine()}"
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is not installed, or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> dict[str, Any]:
+    """The checkout's commit, and whether it is dirty: has changes, or new files beside results. None where unknown."""
+    git = ("git", "-C", str(ROOT))
+    changes = _output(*git, "status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    return {"commit": _output(*git, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """A GPU's name, size and software; its driver is None where there is no nvidia-smi."""
+    found = torch.cuda.get_device_properties(device)
+    query = ("nvidia-smi", f"--id=GPU-{found.uuid}", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "l2_mib": round(found.L2_cache_size / 2**20, 1),
+        "driver": _output(*query),
+        "cuda": torch.version.cuda,
+    }
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """A record's "machine", which has "gpu" if `device` is one.
+
+    load_average: how many processes wanted a core in the last minute; if others than the bench did, times are suspect.
+    """
+    return {
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_average": round(psutil.getloadavg()[0], 2),
+        "os": system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "tarflow_fast": version("tarflow_fast"),
+        **commit(),
+        **({"triton": version("triton"), "gpu": gpu(device)} if device.type == "cuda" else {}),
+    }

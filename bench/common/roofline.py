@@ -1,0 +1,108 @@
+"""What a pass costs at least: its arithmetic and its memory traffic, against the machine's rates."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from tarflow_fast import TarFlowConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """flops counts a multiply and an add as two. bytes counts what is read and written, weights and KV cache.
+    weight_bytes is the size of one flow block's weights. working_set is what the steps of a block go over again and
+    again, its weights and its whole KV cache."""
+
+    flops: int
+    bytes: int
+    weight_bytes: int
+    working_set: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def _sizes(config: TarFlowConfig) -> tuple[int, int, int, int, int, int]:
+    """K, L, T, C, the elements of a block's matrices, D C + 12 L C² + C O, and of all its weights, W."""
+    L, C, D = config.layers_per_block, config.channels, config.token_dim
+    out = 2 * D if config.nvp else D
+    matrices = D * C + 12 * L * C * C + C * out
+    return config.num_blocks, L, config.num_patches, C, matrices, matrices + C + 13 * L * C + out
+
+
+def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, itemsize: int = 4) -> Work:
+    """The least work of the sequential inverse of K blocks of T tokens with a KV cache.
+
+    With R = B rows, or 2B when guided, width C, L layers, D values a token, O = 2D outputs a token (D if volume-
+    preserving), s = itemsize bytes a value, and i = 0 … T−2 the token evaluated:
+
+        flops = K Σ_i R [ 2 (D C + 12 L C² + C O) + 4 L C (i+1) ]
+              = K R [ 2 (T−1) (D C + 12 L C² + C O) + 2 L C T (T−1) ]
+        bytes = K Σ_i s [ W + 2 L C R (i+1) + 2 L C R ]
+              = K s [ (T−1) W + L C R T (T−1) + 2 L C R (T−1) ]
+        W     = D C + C + L (12 C² + 13 C) + C O + O
+
+    Per layer 12 C² is qkv (3), proj (1) and the MLP (8); 4 C (i+1) is q kᵀ and p v over i+1 keys. In a step the
+    weights W are read once for the whole batch, the cache up to token i is read, and token i's own keys and values
+    are written. Activations are taken to stay in the nearest cache; norms, softmax, GELU and exp are not counted.
+    """
+    K, L, T, C, matrices, weights = _sizes(config)
+    rows = 2 * batch if guided else batch
+    cache_traffic = L * C * rows * T * (T - 1) + 2 * L * C * rows * (T - 1)
+    return Work(
+        flops=K * rows * (2 * (T - 1) * matrices + 2 * L * C * T * (T - 1)),
+        bytes=K * itemsize * ((T - 1) * weights + cache_traffic),
+        weight_bytes=itemsize * weights,
+        working_set=itemsize * (weights + 2 * L * C * rows * T),
+    )
+
+
+def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, itemsize: int = 4) -> Work:
+    """The least work of the density pass of K blocks, in the notation of `inverse_work`, all T tokens at once:
+
+        flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ]
+        bytes = s [ K W + 2 B T D ]
+
+    The weights are read, the images read and z written; activations between are taken to stay on the chip. backward:
+    each product twice more (the gradients of both its factors), three times the flops; the weights are read again and
+    their gradients written, and the images' values read again.
+    """
+    K, L, T, C, matrices, weights = _sizes(config)
+    flops, values = K * batch * (2 * T * matrices + 2 * L * C * T * (T + 1)), batch * T * config.token_dim
+    moved = K * weights + 2 * values
+    if backward:
+        flops, moved = 3 * flops, 3 * K * weights + 3 * values
+    return Work(flops, itemsize * moved, itemsize * weights, itemsize * (weights + 2 * values))
+
+
+def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Work:
+    """The least work of the density's gradient by the images, in the notation of `density_work`:
+
+        flops = K B [ 4 T (D C + 12 L C² + C O) + 6 L C T (T+1) ]
+        bytes = s [ 2 K W + 3 B T D ]
+
+    A product with weights is done once more, for the gradient of what it is applied to; q kᵀ and p v twice more, as
+    both their factors depend on the images. The weights are read twice, the images read twice and written once.
+    """
+    K, L, T, C, _, weights = _sizes(config)
+    forward = density_work(config, batch, itemsize=itemsize)
+    return Work(
+        flops=2 * forward.flops + 2 * K * batch * L * C * T * (T + 1),
+        bytes=itemsize * (2 * K * weights + 3 * batch * T * config.token_dim),
+        weight_bytes=forward.weight_bytes,
+        working_set=forward.working_set,
+    )
+
+
+def limit_seconds(work: Work, matrix_rate: float, bandwidth: float) -> float:
+    """max(flops / matrix_rate, bytes / bandwidth): no code can be quicker than the slower of the two.
+
+    matrix_rate: flops per second of a large product. bandwidth: bytes per second read from a buffer of
+    work.working_set bytes, so that a working set that fits in a cache is held to the cache's speed.
+    """
+    return max(work.flops / matrix_rate, work.bytes / bandwidth)
+
+
+def limited_by(work: Work, matrix_rate: float, bandwidth: float) -> str:
+    """ "arithmetic" or "memory": which of the two `limit_seconds` is."""
+    return "arithmetic" if work.flops / matrix_rate > work.bytes / bandwidth else "memory"

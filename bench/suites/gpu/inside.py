@@ -1,0 +1,207 @@
+"""Inside the engines for GPUs: what a launch costs, each kernel of the Triton engine, each phase of the CUDA engine's.
+
+Triton is there on Linux only, and is imported with this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tarflow_fast.backend.cuda.engine import CudaEngine
+from tarflow_fast.backend.cuda.plan import MOST_ROWS
+from tarflow_fast.backend.triton.engine import TritonEngine
+from tarflow_fast.engine import Condition, Guidance
+from tarflow_fast.kernels.launch import dependent_launch, launch_dependents, wait
+
+from ...common.harness import Rounds, timed
+from .cases import DTYPE, Case, Inputs
+
+PHASES = ("embed", "qkv", "attention", "proj", "fc1", "fc2", "proj_out")  # `Phase` in csrc/cuda/params.h, in its order
+ALL = 2 ** len(PHASES) - 1
+LAUNCHES = 200  # of the empty kernel in one graph
+OPERATIONS = 64  # launches of one operation in a graph
+Operation = tuple[str, Callable[[], object], int]
+
+
+@triton.jit
+def _empty_kernel(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PDL:
+        launch_dependents()
+        wait()
+
+
+def _chain(pdl: bool) -> None:
+    options = {"enable_fp_fusion": True, **({"launch_pdl": True} if pdl else {})}
+    for _ in range(LAUNCHES):
+        _empty_kernel[(1,)](PDL=pdl, num_warps=1, **options)
+
+
+def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `run`, which is run once before: that compiles what has to be."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def _warm(runs: dict[str, Callable[[], object]], rounds: Rounds) -> dict[str, list[float]]:
+    for run in runs.values():
+        run()
+    return rounds.alternate(runs)
+
+
+def measure_launches(rounds: Rounds) -> list[dict[str, Any]]:
+    """Seconds of one launch that does nothing but wait for the one before it, the least that a step of a chain can
+    take: in a CUDA graph without and, where there is such a thing, with PDL. Without a GPU in the interpreter."""
+    if rounds.device.type != "cuda":
+        chains: dict[str, Callable[[], object]] = {"interpreter": functools.partial(_chain, False)}
+    else:
+        kinds = (("graph", False), ("graph + PDL", True))[: 1 + dependent_launch(rounds.device)]
+        chains = {name: graph_of(functools.partial(_chain, pdl)).replay for name, pdl in kinds}
+    found = _warm(chains, rounds)
+    return [timed(name, [sample / LAUNCHES for sample in samples]) for name, samples in found.items()]
+
+
+def _sweep(device: torch.device) -> Callable[[], object]:
+    """Reads twice as much as the L2 cache holds, so that what is read next comes from memory."""
+    rows = 2 * torch.cuda.get_device_properties(device).L2_cache_size // 4096
+    matrix, sums = torch.ones(rows, 1024, device=device), torch.empty(rows, device=device)
+    return lambda: torch.sum(matrix, dim=1, out=sums)
+
+
+def operation_samples(group: Sequence[Callable[[], object]], rounds: Rounds) -> list[float]:
+    """Seconds of one launch of an operation whose weights and cache lie in memory.
+
+    The layers in turn are not enough for that: the qkv weights of eight layers fit in an H200's L2 cache. So each
+    launch comes after a sweep through that cache, in one CUDA graph, and a graph of as many sweeps alone is taken off.
+    Without a GPU: of a call.
+    """
+    if rounds.device.type != "cuda":
+        found = _warm({"all": lambda: [run() for run in group]}, rounds)
+        return [sample / len(group) for sample in found["all"]]
+    sweep, runs = _sweep(rounds.device), list(group) * math.ceil(OPERATIONS / len(group))
+
+    def with_sweeps() -> None:
+        for run in runs:
+            sweep()
+            run()
+
+    def sweeps() -> None:
+        for _ in runs:
+            sweep()
+
+    found = _warm({"both": graph_of(with_sweeps).replay, "sweeps": graph_of(sweeps).replay}, rounds)
+    return [(a - b) / len(runs) for a, b in zip(found["both"], found["sweeps"], strict=True)]
+
+
+def measure_operations(operations: Sequence[Operation], rounds: Rounds) -> list[dict[str, Any]]:
+    """One entry for each name: times of one launch, and "bytes" and "bytes_per_second" of its mean traffic."""
+    groups: dict[str, list[Operation]] = {}
+    for operation in operations:
+        groups.setdefault(operation[0], []).append(operation)
+    entries = []
+    for name, group in groups.items():
+        samples = operation_samples([run for _, run, _ in group], rounds.share(1 / len(groups)))
+        entry = timed(name, samples, bytes=sum(moved for _, _, moved in group) / len(group))
+        entries.append({**entry, "bytes_per_second": entry["bytes"] / entry["median"]})
+    return entries
+
+
+def block_engine(inputs: Inputs, device: torch.device, **options: Any) -> Any:
+    """The Triton engine of the model's only block."""
+    return TritonEngine(inputs.model.block_weights(0), device=device, dtype=DTYPE, **options)
+
+
+def _wrong(name: str, x: Tensor, inputs: Inputs, exact: Tensor, tolerance: float) -> list[str]:
+    """What is wrong with an engine's images, or nothing."""
+    error = float((inputs.model.unpatchify(x) - exact).abs().max())
+    return [] if error <= tolerance else [f"{name}: differs by {error:.1e}, more than {tolerance:.1e}"]  # so for NaN
+
+
+def measure_engine(
+    case: Case, inputs: Inputs, exact: Tensor, tolerance: float, rounds: Rounds
+) -> dict[str, Any] | None:
+    """A sampling cell's "engine": the time of each kernel, launches per token, and a step with and without PDL.
+
+    The engine offers itself for this by two members, and without these there is None: `launches_per_token`, a number,
+    and `operations(state)`, a list of (name, run, bytes): `run` launches that operation once, on the current stream, at
+    a late position, with the engine's own buffers; `bytes` is what it has to move. An operation of several layers is
+    listed once for each, under one name. "steps": seconds of a step, a block's pass over T − 1, for PDL on and off
+    where the device has it; of engines whose images were within the tolerance first. "failed": those that were not.
+    """
+    engine = block_engine(inputs, rounds.device)
+    if not hasattr(engine, "operations"):
+        return None
+    condition, tokens = Condition(inputs.y, Guidance(case.guidance)), case.sizes.num_patches - 1
+    state = engine.begin(inputs.z, condition)
+    engine.reverse(state)
+    found: dict[str, Any] = {
+        "launches_per_token": engine.launches_per_token,
+        "operations": measure_operations(engine.operations(state), rounds.share(0.5)),
+        "bytes_per_step": case.work.bytes / tokens,
+        "failed": [],
+    }
+    passes: dict[str, Callable[[], object]] = {}
+    for name, pdl in (("PDL", True), ("no PDL", False))[not dependent_launch(rounds.device) :]:
+        engine = block_engine(inputs, rounds.device, pdl=pdl)
+        state = engine.begin(inputs.z, condition)
+        engine.reverse(state)
+        wrong = _wrong(name, state.x, inputs, exact, tolerance)
+        found["failed"] += wrong
+        passes |= {} if wrong else {name: functools.partial(engine.reverse, state)}
+    samples = rounds.share(0.5).alternate(passes)
+    found["steps"] = [timed(name, [sample / tokens for sample in taken]) for name, taken in samples.items()]
+    return found
+
+
+def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, rounds: Rounds) -> dict[str, Any]:
+    """A sampling cell's "cuda": a step (a block's pass over T − 1), what each phase of it takes, and what is left
+    without any: barriers and weights.
+
+    The kernel is one launch, so a phase is measured by leaving it out. Its weights are fetched all the same, so what is
+    saved is the phase's own work and what of the fetching it does not hide. A pass that leaves something out computes
+    garbage, and no element of it is looked at.
+
+    "launches_per_pass": of at most 64 rows each; "barriers_per_token": 5 L + 2 of each of them. "step": seconds, with
+    their spread, of the whole step; "phases": [{name, …}], seconds that a step is shorter by without that phase, round
+    by round; "barriers": seconds of a step without any. "failed": why these three are missing, if the images of a whole
+    pass were not within the tolerance first.
+    """
+    guidance, tokens = Guidance(case.guidance), case.sizes.num_patches - 1
+    launches = math.ceil((2 if guidance.active else 1) * case.batch / MOST_ROWS)
+    engine = CudaEngine(inputs.model.block_weights(0), device=rounds.device, dtype=DTYPE)
+    state = engine.begin(inputs.z, Condition(inputs.y, guidance))
+    engine.reverse(state)
+    found: dict[str, Any] = {
+        "launches_per_pass": launches,
+        "barriers_per_token": launches * (5 * case.sizes.layers_per_block + 2),
+        "bytes_per_step": case.work.bytes / tokens,
+        "failed": _wrong("cuda", state.x, inputs, exact, tolerance),
+    }
+    if found["failed"]:
+        return found
+
+    def without(phases: int) -> None:
+        with engine.without_phases(state, phases):
+            engine.reverse(state)
+
+    skipped = {"step": 0, **{name: 1 << bit for bit, name in enumerate(PHASES)}, "barriers": ALL}
+    samples = _warm({name: functools.partial(without, phases) for name, phases in skipped.items()}, rounds)
+    steps = {name: [sample / tokens for sample in taken] for name, taken in samples.items()}
+    saved = {name: [whole - rest for whole, rest in zip(steps["step"], steps[name], strict=True)] for name in PHASES}
+    found |= {name: timed(name, steps[name]) for name in ("step", "barriers")}
+    return found | {"phases": [timed(name, each) for name, each in saved.items()]}

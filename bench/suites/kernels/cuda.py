@@ -1,0 +1,76 @@
+"""What the CUDA engine's kernel was compiled to: registers, shared memory, spills, of each instance and architecture.
+
+`cuobjdump` reads them from the module that setup.py has built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from tarflow_fast.backend.cuda.pack import linear_sizes
+from tarflow_fast.backend.cuda.plan import fetches, grid_blocks, make_plan, share, slot_inputs
+
+from .compiled import SHARED_LIMIT, SIZES, Compiled
+
+DTYPES = {"f": torch.float32, "6__half": torch.float16, "13__nv_bfloat16": torch.bfloat16}  # as C++ mangles them
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+MAY_SPILL = 128  # bytes a thread, of the widest instances: what stays the same through all phases
+RESERVED = {80: 0, 90: 1024, 100: 1024}  # shared memory that cuobjdump counts, and SHARED_LIMIT does not
+
+
+def module_path() -> str | None:
+    """Where the compiled module is, or None where it was not built."""
+    found = find_spec("tarflow_fast._cuda")
+    return None if found is None else found.origin
+
+
+def survey(usage: str, architectures: Collection[int]) -> Iterator[Compiled]:
+    """usage: of the module, as cuobjdump prints it. Raises BackendError if a model's launch does not fit an
+    architecture."""
+    architecture, kernel = 0, ""
+    for line in usage.splitlines():
+        if found := re.match(r"arch = sm_(\d+)", line):
+            architecture = int(found[1])
+        elif found := re.match(r" Function (\w+):", line):
+            kernel = found[1]
+        elif "REG:" in line and architecture in architectures:
+            yield _row(architecture, kernel, {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", line)})
+
+
+def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
+    found = re.search(r"11pass_kernelI(\w+)Li(\d+)ELi(\d+)EE", kernel)
+    if found is None or found[1] not in DTYPES:
+        raise ValueError(f"expected instances of pass_kernel alone, got {kernel}")
+    dtype, rows, warps = DTYPES[found[1]], 8 * int(found[2]), int(found[3])
+    dynamic = max(dynamic_bytes(name, dtype, rows, warps, architecture) for name in SIZES)
+    return Compiled(
+        "cuda pass",
+        architecture,
+        f"{str(dtype).removeprefix('torch.')} rows={rows}",
+        warps,
+        used["REG"],
+        used["STACK"] + used["LOCAL"],
+        used["SHARED"] - RESERVED[architecture] + dynamic,
+        MAY_SPILL,
+    )
+
+
+def dynamic_bytes(model: str, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
+    """The bytes of shared memory that a launch of this instance asks for."""
+    shape, limit = SIZES[model].block_shape, SHARED_LIMIT[architecture]
+    jobs, blocks = _division(model, architecture)
+    sizes = {"rows": rows, "most_rows": rows, "warps": warps, "jobs": jobs, "blocks": blocks, "shared_bytes": limit}
+    return make_plan(shape, dtype, **sizes).shared_bytes
+
+
+@cache
+def _division(model: str, architecture: int) -> tuple[int, int]:
+    """The most that a block fetches, and how many blocks there are."""
+    shape = SIZES[model].block_shape
+    sizes, blocks = linear_sizes(shape), grid_blocks(shape, MULTIPROCESSORS[architecture])
+    return fetches(sizes, share(sizes, blocks), slot_inputs(shape)).shape[1], blocks

@@ -1,0 +1,254 @@
+"""`python -m bench load`: how much longer everything takes beside busy processes, and what would be fair."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...common import harness, options, plot
+from ...common.harness import Rounds
+from ...common.machine import CPU, cores, torch_threads
+from ...common.models import DENSITIES
+from ...common.record import Cell, counted, hardware
+from ...common.suite import Suite
+from ...common.table import aligned, row
+from .busy import busy_processes, fair_slowdown, spin, spin_rate
+from .tasks import TASKS, Inputs, Run
+
+TARGET = 1.5  # times the fair share, at most
+SAMPLE = 0.2  # seconds that a sample takes at least on a quiet machine: many turns of the scheduler
+DENSITY_HELP = "Backend of denoising and densities that the library is called with; the commands choose their own."
+BUSY: dict[str, Any] = {"metavar": "N", "show_default": "as many as there are cores"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task on so many threads."""
+
+    task: str
+    threads: int
+
+    @property
+    def label(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def beside(busy: int, run: Callable[[], object]) -> float:
+    """The seconds of `run` beside so many busy processes, which start before it and end after it."""
+    with busy_processes(busy):
+        return harness.wall(run)
+
+
+def repeated(run: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        run()
+
+
+def load_runs(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """The "runs" of a cell, from seconds of one call by "quiet", "busy", "spin quiet", "spin busy". The busy ones have
+    a "slowdown" in place of a "ratio": busy / quiet, round by round."""
+    runs = [harness.timed(name, seconds) for name, seconds in samples.items()]
+    for run in runs:
+        if run["name"].endswith("busy"):
+            run["slowdown"] = harness.ratio(run["seconds"], samples[run["name"].replace("busy", "quiet")])
+    return runs
+
+
+def measure(run: Run, threads: int, tolerance: float, busy: int, available: int, rate: float, rounds: Rounds) -> Any:
+    """A cell without its label. available: cores. rate: see `spin_rate`. rounds: their times are those of `beside`, as
+    starting the processes is no part of a task.
+
+    fair: `busy.fair_slowdown`; over_fair: the median slowdown over that; over_spin: its spread over the yardstick's,
+    round by round. The yardstick is given as much to do as takes it, alone, as long as the task, so that both meet the
+    same turns of the scheduler.
+    """
+
+    def loaded() -> Any:
+        with busy_processes(busy):
+            return run()
+
+    _, check = harness.admit_all({"quiet": lambda: run, "busy": lambda: loaded}, tolerance=tolerance)
+    cell: dict[str, Any] = {"check": check, "fair": fair_slowdown(threads, busy, available), "runs": []}
+    if not check["passed"]:
+        return cell
+    once = harness.wall(run)
+    calls = math.ceil(SAMPLE / once)
+    candidates = {
+        "": functools.partial(repeated, run, calls),
+        "spin ": functools.partial(spin, threads, math.ceil(rate * calls * once)),
+    }
+    timed = {
+        f"{name}{state}": functools.partial(beside, count, candidate)
+        for state, count in (("quiet", 0), ("busy", busy))
+        for name, candidate in candidates.items()
+    }
+    samples = rounds.alternate(timed)
+    cell["runs"] = load_runs({name: [each / calls for each in seconds] for name, seconds in samples.items()})
+    slowdown, spun = (run["slowdown"] for run in cell["runs"] if "slowdown" in run)
+    cell["over_fair"] = slowdown["median"] / cell["fair"]
+    cell["over_spin"] = harness.spread(harness.ratio(slowdown["samples"], spun["samples"])["samples"])
+    return cell
+
+
+def own_time(run: Callable[[], Any]) -> float:
+    """The seconds that `run` says itself."""
+    return float(run())
+
+
+COLUMNS = {
+    "task": "{task}", "threads": "{threads}", "quiet": "{quiet:.4g}", "busy": "{busy:.4g}", "n": "{n}",
+    "slowdown": "{median:.2f}", "p20-p80": "{p20:.2f}-{p80:.2f}", "fair": "{fair:.2f}", "spin": "{spin:.2f}",
+    "/ fair": "{over_fair:.2f}", "/ spin": "{over_spin[median]:.2f}", "max error": "{max_error:.1e}",
+}  # fmt: skip
+LEGEND = """\
+quiet, busy: seconds of one call, medians. slowdown: busy / quiet, round by round. fair: max(1, (t + n)/c) of t threads
+beside n busy processes on c cores. spin: slowdown of as many threads that never wait for each other, measured in the
+same rounds. / fair, / spin: slowdown over these two. max error: between quiet and busy results."""
+MARKS = (  # a run, how far beside its number of threads it is drawn, and how
+    ("spin busy", 0.06, "#2f9457", "^", "threads that never wait"),
+    ("busy", -0.06, "#1f6fb4", "o", "the task"),
+)
+
+
+def _row(cell: Any) -> list[str]:
+    head = {**cell["label"], "max_error": cell["check"]["max_error"]}
+    if not cell["runs"]:
+        return row({**COLUMNS, "quiet": "FAILED", "fair": "-"}, head)
+    runs = {run["name"]: run for run in cell["runs"]}
+    medians = {"quiet": runs["quiet"]["median"], "busy": runs["busy"]["median"], "n": len(runs["busy"]["seconds"])}
+    spin = runs["spin busy"]["slowdown"]["median"]
+    return row(COLUMNS, {**cell, **head, **medians, **runs["busy"]["slowdown"], "spin": spin})
+
+
+def _named(cell: Cell) -> str:
+    return f"{cell['label']['task']} on {counted(cell['label']['threads'], 'thread')}"
+
+
+def _machine(settings: dict[str, Any]) -> str:
+    return f"{counted(settings['busy'], 'busy process', 'es')} on {counted(settings['cores'], 'core')}"
+
+
+class Load(Suite[Case]):
+    """Sampling, denoising, densities and whole commands, on a quiet machine and beside busy processes.
+
+    Each task runs quiet and busy in turns, in one run, on 1 to as many threads as there are cores. Busy processes are
+    loops of one thread that never wait; they are there only while a busy sample is taken. First the results must be
+    the same quiet and busy; a cell that fails is not timed, and the exit code is 1.
+
+    With t threads, n busy processes and c cores a fair scheduler lets a task take max(1, (t + n)/c) times as long as
+    on a quiet machine: t + n threads share c cores evenly. That holds for threads that never wait for each other, so
+    such ones are measured too, in the same rounds and for as long: "spin", which is what this machine's scheduler
+    can do. The target is at most 1.5 times the fair share.
+
+    \b
+    Tasks:
+      sample               Sampler.sample, engine cpu, sequential, without denoising
+      denoise              tarflow_fast.denoise of these images
+      log_prob             TarFlow.log_prob of these images
+      bits_per_dim         tarflow_fast.evaluate.bits_per_dim of these images in 8 bits
+      tarflow-fast sample  the command, a process of its own, from its start to its end
+      tarflow-fast eval    the same, on a file of these images, without the accuracy
+
+    The tasks of the library run in this process, whose OMP_WAIT_POLICY is that of the environment.
+    """
+
+    name = "load"
+    baseline = "quiet"
+    options = (
+        options.model(),
+        options.several("--task", "tasks", type=TASKS, default=tuple(TASKS), help="Tasks to be run"),
+        options.option("--batch", type=click.IntRange(1), default=80, help="The number of images of each task."),
+        options.option("--density", type=click.Choice(DENSITIES), default="auto", help=DENSITY_HELP),
+        options.option("--busy", type=click.IntRange(1), help="The number of busy processes.", **BUSY),
+        options.every_threads(),
+        *options.of_every_suite("load", 120.0),
+    )
+
+    def prepare(self) -> None:
+        chosen, temporary = self.chosen, tempfile.TemporaryDirectory()
+        chosen.busy = chosen.busy or cores()
+        self.model_name, model = options.load_model(chosen.path, CPU)
+        folder = Path(click.get_current_context().with_resource(temporary))
+        self.inputs = Inputs.draw(model, chosen.path, chosen.batch, chosen.seed, chosen.density, folder)
+        self.rate = spin_rate()
+
+    def settings(self) -> dict[str, Any]:
+        chosen = self.chosen
+        found: dict[str, Any] = {"model": self.model_name, "device": "cpu", "dtype": "float32"}
+        found |= {"density": chosen.density, "batch": chosen.batch, "busy": chosen.busy, "cores": cores()}
+        return {**found, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "target": TARGET}
+
+    def cases(self) -> list[Case]:
+        return [Case(name, count) for name in dict.fromkeys(self.chosen.tasks) for count in self.chosen.threads]
+
+    def measure(self, case: Case) -> Any:
+        task, rounds = TASKS[case.task], Rounds(self.chosen.repeat, self.chosen.budget, timer=own_time)
+        with torch_threads(case.threads):
+            run = task.make(self.inputs, case.threads)
+            how = (task.tolerance, self.chosen.busy, cores(), self.rate)
+            return {"label": case.label, **measure(run, case.threads, *how, rounds)}
+
+    def lines(self, record: Any) -> list[str]:
+        settings, cells = record["settings"], record["cells"]
+        timed = [cell for cell in cells if cell["runs"]]
+        missed = [
+            f"{_named(cell)} ({cell['over_fair']:.2f})" for cell in timed if cell["over_fair"] > settings["target"]
+        ]
+        verdict = f"target: at most {settings['target']:g} times the fair share, "
+        verdict += f"missed by {', '.join(missed)}" if missed else "met by all that was timed"
+        return [
+            f"model:   {settings['model']}, batch {settings['batch']}, {settings['dtype']}, "
+            f"density {settings['density']}; OMP_WAIT_POLICY {settings['omp_wait_policy'] or 'not set'}",
+            f"load:    {_machine(settings)}; load average before that {record['machine']['load_average']}",
+            "",
+            *aligned([list(COLUMNS), *map(_row, cells)], 1),
+            "",
+            *LEGEND.splitlines(),
+            verdict,
+            *(f"FAILED {_named(cell)}: {cell['check']['reason']}" for cell in cells if not cell["check"]["passed"]),
+        ]
+
+    def figure(self, record: Any) -> plot.Figure:
+        """A panel for each task: slowdown by number of threads, points at the medians and lines from p20 to p80."""
+        settings, target = record["settings"], record["settings"]["target"]
+        tasks = list(dict.fromkeys(cell["label"]["task"] for cell in record["cells"]))
+        figure, panels = plot.grid(len(tasks), 3, (3.4, 3.0), (0.8, 1.3))
+        handles: dict[str, Any] = {}
+        for axes, task in zip(panels, tasks, strict=True):
+            cells = [cell for cell in record["cells"] if cell["label"]["task"] == task]
+            counts, fair = [cell["label"]["threads"] for cell in cells], [cell["fair"] for cell in cells]
+            (handles["fair share"],) = axes.plot(counts, fair, "-_", color=plot.GREY, zorder=1)
+            (handles[f"target, {target:g} times that"],) = axes.plot(
+                counts, [target * each for each in fair], "--_", color=plot.RED, linewidth=1, zorder=1
+            )
+            for name, offset, colour, marker, label in MARKS:
+                for cell in cells:
+                    for run in cell["runs"]:
+                        if run["name"] == name:
+                            place, slowdown = cell["label"]["threads"] + offset, run["slowdown"]
+                            axes.vlines(place, slowdown["p20"], slowdown["p80"], color=colour, zorder=2)
+                            (handles[label],) = axes.plot(place, slowdown["median"], marker, color=colour, zorder=3)
+            for cell in cells:
+                if not cell["runs"]:
+                    axes.annotate(plot.FAILED, (cell["label"]["threads"], 0), ha="center", color=plot.RED)
+            axes.set_title(task, fontsize=11)
+            axes.set_xlim(min(counts) - 0.5, max(counts) + 0.5)
+            axes.set_ylim(bottom=0)
+            plot.whole_numbers(axes)
+            plot.plain(axes)
+        figure.supylabel("times as long as on the quiet machine", fontsize=10)
+        plot.legend(figure, handles, 2)
+        how = f"batch {settings['batch']}; torch {record['machine']['torch']}; median, line from p20 to p80"
+        plot.footer(figure, f"threads\n{hardware(record)}; {_machine(settings)}; {how}")
+        return figure
+
+
+SUITE = Load()

@@ -1,0 +1,308 @@
+"""The CUDA engine in `bench gpu`: its parts in the emulation, the command, the table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cuda_emulation
+import pytest
+import torch
+from stand_in import bench, quick_limits, stand_in
+
+from bench.common import harness, record
+from bench.common.harness import Rounds
+from bench.common.machine import ROOT
+from bench.suites.gpu import cases, checks, inside, report
+from bench.suites.gpu import suite as gpu
+from bench.suites.gpu.cases import BASELINE, CUDA, TORCH, TRITON, Case, Inputs, exact_images
+from bench.suites.gpu.inside import ALL, PHASES, measure_cuda
+from bench.suites.gpu.suite import SUITE
+from tarflow_fast.backend.cuda.engine import CudaEngine
+
+CPU = torch.device("cpu")
+PARAMS = ROOT / "csrc" / "cuda" / "params.h"
+IN_EMULATION = pytest.mark.skipif(
+    torch.cuda.is_available() or cuda_emulation.compiler_missing() is not None,
+    reason="of the emulation of CUDA, which is for machines with a compiler and no GPU",
+)
+
+
+def test_phases_are_the_kernels() -> None:
+    (names,) = re.findall(r"enum Phase : int \{ (.*), PHASES \};", PARAMS.read_text())
+    assert tuple(names.lower().split(", ")) == PHASES
+
+
+# Inside the engine
+
+
+class Watched:
+    """A launch that knows which phases it leaves out."""
+
+    def __init__(self, launch: Any, log: list[int]):
+        self.launch, self.log, self.skipped = launch, log, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.launch, name)
+
+    def set_size(self, name: str, value: int) -> None:
+        self.skipped = value if name == "skip_phases" else self.skipped
+        self.launch.set_size(name, value)
+
+    def run(self, *arguments: Any) -> None:
+        self.log.append(self.skipped)
+        self.launch.run(*arguments)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What each launch of the engine left out."""
+    found: list[int] = []
+
+    class Engine(CudaEngine):
+        def _launch(self, *arguments: Any) -> Any:
+            return Watched(super()._launch(*arguments), found)
+
+    monkeypatch.setattr(inside, "CudaEngine", Engine)
+    return found
+
+
+def measured(cell: Case, **more: Any) -> dict[str, Any]:
+    inputs = Inputs.of(cell, CPU, 0)
+    options: dict[str, Any] = {"tolerance": 0.5, "rounds": Rounds(2, 100.0), **more}
+    return measure_cuda(cell, inputs, exact_images(cell, inputs, CPU), **options)
+
+
+def cost(skipped: int) -> float:
+    """Seconds of a made-up step: of each phase its number, from 1 on, and 3 of what cannot be left out."""
+    return 3.0 + sum(number for number, _ in enumerate(PHASES, 1) if not skipped >> (number - 1) & 1)
+
+
+@IN_EMULATION
+def test_a_phase_takes_what_a_step_without_it_saves(log: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Case.parse("afhq:2:guided").made_dry()
+    steps = cell.sizes.num_patches - 1
+
+    def timer(run: Callable[[], object]) -> float:
+        run()
+        return steps * cost(log[-1])
+
+    monkeypatch.setattr(harness, "timer_of", lambda device: timer)
+    found = measured(cell)
+    passes = [0, 1, 2, 4, 8, 16, 32, 64, ALL]
+    assert log == [0, *passes, *passes, *passes]  # checked, warm, timed twice
+    assert found["failed"] == []
+    assert [phase["name"] for phase in found["phases"]] == list(PHASES)
+    for number, phase in enumerate(found["phases"], 1):
+        assert phase["seconds"] == pytest.approx([number, number])
+        assert phase["median"] == pytest.approx(number)
+    assert found["step"]["seconds"] == pytest.approx([31.0, 31.0])
+    assert found["barriers"]["median"] == pytest.approx(3.0)
+    assert (found["launches_per_pass"], found["barriers_per_token"]) == (1, 7)
+    assert found["bytes_per_step"] == cell.work.bytes / steps
+
+
+@IN_EMULATION
+def test_nothing_is_left_out_of_passes_after_a_variant(log: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not if the variant fails."""
+    states: list[Any] = []
+    begin = CudaEngine.begin
+
+    def kept(engine: CudaEngine, *arguments: Any) -> Any:
+        states.append(begin(engine, *arguments))
+        return states[-1]
+
+    def interrupted(passes: dict[str, Callable[[], object]], rounds: Rounds) -> Any:
+        monkeypatch.setattr(CudaEngine, "reverse", lambda *arguments: 1 / 0)
+        for name, run in passes.items():
+            with pytest.raises(ZeroDivisionError):
+                run()
+            assert states[0].cache.launch.skipped == 0, name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CudaEngine, "begin", kept)
+    monkeypatch.setattr(inside, "_warm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(Case.parse("afhq:1:unguided").made_dry())
+    assert log[0] == 0
+    assert len(states) == 1
+
+
+@IN_EMULATION
+@pytest.mark.parametrize(("batch", "passes"), [(16, 1), (32, 1), (33, 2), (128, 4)])
+def test_each_launch_has_its_barriers(batch: int, passes: int, log: list[int]) -> None:
+    """Only whole passes are checked, and one that fails is not timed: so what is counted is that one pass."""
+    cell = Case("afhq", batch, 2.0, dry=True)
+    found = measured(cell, tolerance=-1.0)
+    assert log == [0] * passes
+    assert (found["launches_per_pass"], found["barriers_per_token"]) == (passes, 7 * passes)
+    assert "more than -1.0e+00" in found["failed"][0]
+    assert "step" not in found
+
+
+# The command
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short measurements, no compiler, and torch's images for those of the Triton engine, which the interpreter takes
+    long for; it takes part in tests/test_bench_gpu.py."""
+    if torch.cuda.is_available():
+        pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
+    quick_limits(monkeypatch)
+    monkeypatch.setattr(inside, "LAUNCHES", 2)
+    monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
+    monkeypatch.setattr(cases, "BACKEND", "torch")
+    monkeypatch.setattr(inside, "block_engine", lambda *arguments, **options: None)
+
+
+def dry(folder: Path, *more: str) -> tuple[Any, dict[str, Any]]:
+    """What the command printed, and its record."""
+    out = folder / "run.json"
+    arguments = ("--dry", "--ml-tarflow", stand_in(folder), "--repeat", "2", "--out", out, "--skip-tests", *more)
+    result = bench("gpu", *arguments)
+    return result, record.read(out)
+
+
+def names(cell: dict[str, Any]) -> list[str]:
+    return [run["name"] for run in cell["runs"]]
+
+
+@IN_EMULATION
+def test_dry_run_end_to_end(tmp_path: Path, quick: None) -> None:
+    cells = ("--cell", "afhq:1:guided", "--cell", "imagenet:1:unguided", "--cell", "afhq:1:forward")
+    result, made = dry(tmp_path, *cells)
+    assert result.exit_code == 0, result.output
+    assert (made["sanitizer"], made["left_out"]) == (None, [])
+    guided, unguided, density = made["cells"]
+    for cell, barriers in ((guided, 7), (unguided, 12)):
+        assert names(cell) == [BASELINE, TORCH, TRITON, CUDA]
+        assert cell["check"]["passed"]
+        assert cell["cuda"]["barriers_per_token"] == barriers
+        assert [phase["name"] for phase in cell["cuda"]["phases"]] == list(PHASES)
+    assert "cuda" not in density
+    lines = SUITE.table(made).splitlines()
+    begin = lines.index("the CUDA engine: times as fast as")
+    assert lines[begin + 1].split()[:7] == [*BASELINE.split(), TORCH, TRITON, "step", "µs"]
+    assert lines[begin + 2].startswith("sampling afhq 1 of 8 inverse 1 2  ")
+    assert lines[begin + 4] == ""
+    assert sum(line.startswith("inside the CUDA engine of kind sampling") for line in lines) == 2
+    assert sum(line.startswith("fc1, saved without it ") for line in lines) == 2
+    shown = bench("show", tmp_path / "run.json")
+    assert shown.exit_code == 0, shown.output
+    assert "\n".join(lines) in shown.output
+
+
+@IN_EMULATION
+@pytest.mark.parametrize("spoil", [1.0, torch.nan], ids=["off", "nan"])
+def test_an_engine_that_is_wrong_is_not_timed(
+    spoil: float, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reverse = CudaEngine.reverse
+
+    def wrong(engine: CudaEngine, state: Any, *more: Any, **options: Any) -> None:
+        reverse(engine, state, *more, **options)
+        state.x.add_(spoil)
+
+    monkeypatch.setattr(CudaEngine, "reverse", wrong)
+    result, made = dry(tmp_path, "--cell", "afhq:1:unguided")
+    assert result.exit_code == 1
+    assert "1 of 1 checks failed" in result.output
+    assert "an engine's step went wrong and was not timed" in result.output
+    (cell,) = made["cells"]
+    assert names(cell) == [BASELINE, TORCH, TRITON]
+    assert "step" not in cell["cuda"]
+    assert "FAILED cuda: differs by " in SUITE.table(made)
+
+
+@pytest.mark.parametrize("outcome", ["ok", "findings", "failed", "stopped"])
+@pytest.mark.parametrize("name", ["plain", "racecheck"])
+def test_what_the_sanitizer_says_is_the_verdict(
+    name: str, outcome: str, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an engine that cannot even run by itself takes no part: it could stop all."""
+    run = {"name": name, "outcome": outcome, "seconds": 2.0, "tail": None if outcome == "ok" else ["and why"]}
+    found = {"ok": outcome == "ok", "reason": None, "runs": [run]}
+    monkeypatch.setattr(checks, "run_sanitizer", lambda seconds: found)
+    monkeypatch.setattr(checks, "run_tests", lambda seconds: None)
+    monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: None)
+    monkeypatch.setattr(gpu, "_device", lambda dry: CPU)
+    out = tmp_path / "run.json"
+    result = bench("gpu", "--ml-tarflow", stand_in(tmp_path), "--out", out, "--budget", "1e-9")
+    made = record.read(out)
+    assert made["sanitizer"] == found
+    assert (result.exit_code == 1) == (outcome != "ok"), result.output
+    complaint = f"the CUDA engine's small run, {name}: {outcome}\nand why"
+    assert (complaint in result.output) == (outcome != "ok")
+    verdict = "" if outcome == "ok" else "  FAILED"
+    assert f"sanitizer: {name} {outcome} in 2 s{verdict}" in SUITE.table(made).splitlines()
+    left_out = [{"name": CUDA, "reason": "a small run of it went wrong, see the sanitizer's"}]
+    assert made["left_out"] == (left_out if name == "plain" and outcome != "ok" else [])
+
+
+# The table
+
+
+def run_of(name: str, seconds: list[float]) -> dict[str, Any]:
+    return {"name": name, "seconds": seconds}
+
+
+def with_spread(median: float, **more: Any) -> dict[str, Any]:
+    return {"median": median, "p20": median, "p80": median, **more}
+
+
+def cell_of(cuda: dict[str, Any] | None, *runs: dict[str, Any]) -> dict[str, Any]:
+    return {"label": {"model": "afhq", "batch": 1}, "work": {"weight_bytes": 200}, "runs": list(runs), "cuda": cuda}
+
+
+CUDA_PARTS = {
+    "launches_per_pass": 2,
+    "barriers_per_token": 10,
+    "bytes_per_step": 300.0,
+    "failed": [],
+    "step": with_spread(12e-6),
+    "phases": [with_spread(3e-6, name="qkv")],
+    "barriers": with_spread(5e-6),
+}
+
+
+def test_the_comparison_is_round_by_round_and_with_what_memory_takes() -> None:
+    runs = (run_of("base", [8.0]), run_of("other", [3.0, 9.0, 4.0]), run_of(CUDA, [1.0, 3.0, 2.0]))
+    cells = [cell_of(CUDA_PARTS, *runs), cell_of(None, runs[1], runs[2]), cell_of(None, runs[0])]
+    lines = report.comparison({"cells": cells}, 1e8)  # 100 bytes a µs
+    assert len(lines) == 4
+    assert [re.split(r"  +", line.strip()) for line in lines[1:]] == [
+        ["base", "other", "step µs", "weights µs", "of that", "all bytes µs", "of that"],
+        ["afhq 1", "4.00x", "3.00x", "12.00", "2.00", "6.00x", "3.00", "4.00x"],
+        ["afhq 1", "-", "3.00x", "-", "-", "-", "-", "-"],
+    ]
+    assert report.comparison({"cells": cells[2:]}, 1e8) == []
+
+
+def test_the_inside_is_in_shares_of_a_step() -> None:
+    head, _, *lines = report.inside(cell_of(CUDA_PARTS))
+    assert head == "inside the CUDA engine of model afhq, batch 1; 10 barriers a token, 2 launches a pass"
+    assert [re.split(r"  +", line) for line in lines] == [
+        ["step", "12.00", "12.00-12.00", "100.0%"],
+        ["qkv, saved without it", "3.00", "3.00-3.00", "25.0%"],
+        ["step of barriers and weights alone", "5.00", "5.00-5.00", "41.7%"],
+        ["the same for each barrier", "0.50"],
+    ]
+
+
+def test_records_from_before_the_cuda_engine_are_shown(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: "the CUDA engine was not built")
+    _, made = dry(tmp_path, "--cell", "afhq:1:unguided")
+    assert "cuda:    left out: the CUDA engine was not built" in SUITE.table(made).splitlines()
+    old = {name: value for name, value in made.items() if name not in ("sanitizer", "left_out")}
+    path = tmp_path / "old.json"
+    record.write(old, path)
+    shown = bench("show", path)
+    assert shown.exit_code == 0, shown.output
+    assert names(made["cells"][0]) == [BASELINE, TORCH, TRITON]
+    for word in ("sanitizer", "left out", "CUDA"):
+        assert word not in shown.output
