@@ -147,7 +147,7 @@ class Flow:
 
 
 def known_names(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the class names that a model records.
+    """Returns the class names that a model records.
 
     Args:
         metadata: What a model records of itself.
