@@ -1,4 +1,4 @@
-"""What lies between two steps of the transformer: from the output after token i to the input of token i + 1.
+"""The step between two evaluations of the transformer: from the output after token i to the input of token i + 1.
 
     x_{i+1} = z_{i+1} · exp(xa_i) + xb_i           with guidance, see `affine.py`
     log-det of token i + 1 = Σ_d xa_i              nats of dx/dz

@@ -1,4 +1,4 @@
-"""What kernels and their launchers share: checks of operands, the interpreter, and programmatic dependent launch.
+"""The parts that all kernels and launchers share: checks of operands, the interpreter, and dependent launches.
 
 Kernels of one pass depend on each other in a chain, and each is over in microseconds, so what counts is how soon one
 follows the other. On Hopper and later, a kernel may be launched while the one before still runs (*programmatic

@@ -1,4 +1,4 @@
-"""What sampling needs of a model: its flow blocks in order, its prior, and how tokens become data.
+"""The interface between models and sampling: a model's flow blocks in order, its prior, and how tokens become data.
 
 A model is any object with a method `flow(device)` that returns a `Flow`. Engines, solvers and sampling know no more of
 a model than that.
@@ -147,7 +147,7 @@ class Flow:
 
 
 def known_names(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the class names that a model records.
+    """Returns the class names that a model records.
 
     Args:
         metadata: What a model records of itself.

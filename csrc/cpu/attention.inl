@@ -1,9 +1,9 @@
-// One query against the cached keys of its row and head: online softmax over chunks of 128 keys.
+// The attention of one query to the cached keys of its row and head, by online softmax over chunks of 128 keys.
 
 constexpr int CHUNK = 128;
 
-// s[b·VW + lane] = q · key, for N blocks of VW keys. Keys lie transposed, so that no sum runs across lanes. Two sums
-// to a block, to hide their latency; d is a multiple of 16.
+// s[b·VW + lane] = q · key, for N blocks of VW keys. Keys lie transposed, so that no sum runs across lanes. Each block
+// has two sums, to hide their latency. d: a multiple of 16.
 template <class M, int N>
 INLINE void scores(const typename M::act* q, const typename M::weight* keys, int64_t d, float* s) {
   vf acc[2][N];
@@ -36,8 +36,8 @@ INLINE void scores(const typename M::act* q, const typename M::weight* keys, int
   UNROLL for (int b = 0; b < N; b++) store(s + b * VW, acc[0][b] + acc[1][b]);
 }
 
-// out[0 … N·VW) = out · keep + Σ_j p_j V_j over `keys` keys. fp32: p is fp32 and V [key][d]; bf16: V [key / 2][d][2], and
-// p is of M::act. Even and odd keys, or pairs, apart, to hide the latency of the sums.
+// out[0 … N·VW) = out · keep + Σ_j p_j V_j over `keys` keys. In fp32, p is fp32 and V is [key][d]; in bf16, p is M::act
+// and V is [key / 2][d][2]. Even and odd keys, or pairs, are summed apart, to hide the latency of the sums.
 template <class M, int N>
 INLINE void weigh(const typename M::act* p, const typename M::weight* values, int64_t d, int64_t keys, float keep,
                   float* out) {
@@ -72,11 +72,11 @@ INLINE void weigh(const typename M::act* p, const typename M::weight* values, in
     add(even, p, values, ~0u);
     j += M::depth, p += M::depth, values += pair;
   }
-  if (j < keys) add(odd, p, values, 0xffffu);  // a pair whose second key is not yet written: no number may come of it
+  if (j < keys) add(odd, p, values, 0xffffu);  // the second key of the pair is not yet written and must not count
   UNROLL for (int v = 0; v < N; v++) store(out + v * VW, even[v] + odd[v]);
 }
 
-// out (d) = softmax(scale · q Kᵀ) V over the first `count` keys. d: a multiple of 16; scratch: d floats.
+// out (d,) = softmax(scale · q Kᵀ) V over the first `count` keys. d: a multiple of 16. scratch: d floats.
 template <class M>
 void attend(const typename M::act* q, const typename M::weight* keys, const typename M::weight* values, int64_t d,
             int64_t count, float scale, float* scratch, typename M::act* out) {

@@ -1,4 +1,5 @@
-// What Python sees. Tensors come as addresses: Python owns and checks them, and keeps them alive for the call.
+// The module that Python sees. Tensors come as addresses: Python owns and checks them, and keeps them alive for the
+// call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,7 +26,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-using Addresses = std::map<std::string, Address>;  // of fp32 tensors, by name
+using Addresses = std::map<std::string, Address>;  // addresses of fp32 tensors, by name
 
 const float* tensor_named(const Addresses& addresses, const std::string& name) {
   const auto found = addresses.find(name);
@@ -49,7 +50,7 @@ Sizes sizes_from(const std::map<std::string, int64_t>& given) {
   return s;
 }
 
-// layer(i): the tensors of layer i, which need to live until the next call.
+// layer(i) returns the tensors of layer i, which need to live until the next call.
 Engine make(const std::map<std::string, int64_t>& sizes, const Addresses& weights, const py::function& layer, bool bf16,
             const std::string& instruction_set) {
   Source source{tensor_named(weights, "proj_in_weight"), tensor_named(weights, "proj_in_bias"),
@@ -64,8 +65,8 @@ Engine make(const std::map<std::string, int64_t>& sizes, const Addresses& weight
   return Engine(plain, source, bf16, kernels_named(instruction_set));
 }
 
-// Runs work(hook) without the GIL. hook(steps), which it calls about every 50 ms on this thread, lets the handlers of
-// signals run and tells progress; what these raise ends the work and is raised here.
+// Runs work(hook) without the GIL. The work calls hook(steps) about every 50 ms on this thread, which lets signal
+// handlers run and tells progress. An exception that these raise ends the work and is raised here.
 template <class Work>
 void without_gil(const py::object& progress, const Work& work) {
   std::exception_ptr raised;
@@ -87,7 +88,7 @@ void without_gil(const py::object& progress, const Work& work) {
   if (raised) std::rethrow_exception(raised);
 }
 
-// start, stop: the window of each sample.
+// Runs a pass. start, stop: the window of each sample.
 void run(const Engine& engine, Address z, Address x, Address token_log_det, const std::vector<int64_t>& start,
          const std::vector<int64_t>& stop, Address change, Address residual, int64_t widest, Address keys_values,
          Address embedding, Address guidance, bool guide_a, bool guide_b, float unguided_scale, bool sequential,
@@ -110,8 +111,9 @@ void run(const Engine& engine, Address z, Address x, Address token_log_det, cons
   without_gil(progress, [&](const Caller::Hook& hook) { engine.run(batch, sequential, threads, hook); });
 }
 
-// blocks, in the order in which the data go through them: "sizes", "weights" ("embedding" is 0 where there is none),
-// "layers", and "order", 0 where it is the data's own. Returns the bytes that the pass took.
+// Runs a density pass, and returns the bytes of memory that it took. blocks: in the order in which the data go through
+// them, each with "sizes", "weights" ("embedding" is 0 where there is none), "layers", and "order", 0 for the data's
+// own.
 int64_t density(const std::vector<py::dict>& blocks, int64_t samples, Address x, Address outputs, Address log_det,
                 Address gradient, bool bf16, const std::string& instruction_set, int threads, int64_t most_bytes) {
   std::vector<std::vector<LayerSource>> layers;
@@ -135,7 +137,7 @@ int64_t density(const std::vector<py::dict>& blocks, int64_t samples, Address x,
   return bytes;
 }
 
-// (name, whether it can be used here), worst first
+// Returns (name, whether it can be used here) of each instruction set, worst first.
 std::vector<std::pair<std::string, bool>> list_instruction_sets() {
   std::vector<std::pair<std::string, bool>> out;
   for (const InstructionSet& set : instruction_sets()) out.emplace_back(set.kernels->name, set.usable);

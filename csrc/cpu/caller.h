@@ -11,12 +11,13 @@ namespace tarflow {
 
 class Caller {
  public:
-  // hook(steps since the last call): whether to go on. Only ever called on the caller's own thread.
+  // A hook is given the steps since its last call and returns whether to go on. It is called on the caller's own
+  // thread.
   using Hook = std::function<bool(int64_t steps)>;
 
   explicit Caller(const Caller::Hook& hook) : hook_(hook), last_(Clock::now()) {}
 
-  // Calls the hook if that was 50 ms ago. done: steps in all, as far as this thread knows.
+  // Calls the hook if its last call was 50 ms ago. done: the steps in all, as far as this thread knows.
   void attend(int64_t done = 0) {
     constexpr auto interval = std::chrono::milliseconds(50);
     if (Clock::now() - last_ < interval) return;
@@ -24,7 +25,7 @@ class Caller {
     last_ = Clock::now();
   }
 
-  // The last call, unless it was asked to stop. Returns whether the pass came to its end.
+  // Calls the hook a last time, unless the pass was stopped. Returns whether the pass came to its end.
   bool finish(int64_t done = 0) {
     if (!stopped()) report(done);
     return !stopped();

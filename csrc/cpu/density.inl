@@ -1,13 +1,13 @@
 // The density pass and the gradient of its log-density, for many rows at a time. Weights are read where torch has them:
 // each panel is brought into the order of `tile` on the way, and serves all rows before the next one is.
 //
-// As in a step of the inverse, one thread sums each element of a product over k from end to end, so that neither the
+// One thread sums each element of a product over k from end to end, as in a step of the inverse, so that neither the
 // number of rows nor that of threads changes a result.
 
-constexpr int64_t MOST_ROWS = ACCUMULATORS / 2;  // of a tile of one panel
+constexpr int64_t MOST_ROWS = ACCUMULATORS / 2;  // the most rows of a tile of one panel
 
-// Asks for part i of n of the panel of weights that comes next: it lies in no order that the processor would foresee, and
-// beyond the caches near by. weight, ld, k: as for `multiply`, from the panel's first column on.
+// Asks for part i of n of the panel of weights that comes next, which lies in no order that the processor would
+// foresee, and beyond the caches near by. weight, ld, k: as for `multiply`, from the panel's first column on.
 template <bool Transposed>
 INLINE void fetch_panel(const float* weight, int64_t ld, int64_t k, int64_t i, int64_t n) {
   constexpr int64_t line = 64 / sizeof(float), across = NB < line ? 1 : NB / line;
@@ -17,8 +17,8 @@ INLINE void fetch_panel(const float* weight, int64_t ld, int64_t k, int64_t i, i
 }
 
 // y = a Wᵀ or a W for this worker's share of the tiles. W: (columns, k) if it is to be transposed, else (k, columns);
-// ld: its row's length; bias (columns,) or null. finish(row, rows, column, y, bias): a tile y (rows, NB) and the bias of
-// its columns, both 0 beyond the last column.
+// ld: its row's length; bias (columns,) or null. finish(row, rows, column, y, bias): a tile y (rows, NB) and the bias
+// of its columns, both 0 beyond the last column.
 template <class M, bool Transposed, class Finish>
 void multiply(const typename M::act* a, int64_t stride, int64_t rows, const float* weight, int64_t ld, int64_t columns,
               int64_t k, const float* bias, const DensityWorker& w, const Finish& finish) {
@@ -45,7 +45,7 @@ void multiply(const typename M::act* a, int64_t stride, int64_t rows, const floa
   }
 }
 
-// Which row of the batch's (B, T, D) tensors has token `token` of a sample, counted in the block's order.
+// Returns the row of the batch's (B, T, D) tensors that has token `token` of a sample, counted in the block's order.
 INLINE int64_t place(const DensityGroup& g, const DensityBlock& b, int64_t sample, int64_t token) {
   const int64_t T = g.sizes.tokens;
   return (g.first + sample) * T + (b.order ? b.order[token] : token);
@@ -61,7 +61,7 @@ struct Range {
 
 INLINE Range share(int64_t n, const DensityWorker& w) { return {n * w.rank / w.size, n * (w.rank + 1) / w.size}; }
 
-// The stream: proj_in(x) + position + class.
+// stream = proj_in(x) + position + class
 void density_embed(const DensityGroup& g, const DensityBlock& b, const DensityWorker& w) {
   const int64_t D = g.sizes.token_dim, C = g.sizes.channels, n = g.sizes.tokens - 1;
   const Range rows = share(g.rows, w);
@@ -89,7 +89,7 @@ void density_embed(const DensityGroup& g, const DensityBlock& b, const DensityWo
 template <class A>
 void norm(const float* h, int64_t n, const float* gamma, const float* beta, A* out, float* statistics) {
   vf a[2] = {}, square[2] = {};
-  for (int64_t i = 0; i < n; i += VW) a[i / VW % 2] += load(h + i);  // h is zero beyond n
+  for (int64_t i = 0; i < n; i += VW) a[i / VW % 2] += load(h + i);  // h is zero from n on
   const float mean = sum(a[0] + a[1]) / (float)n;
   for (int64_t i = 0; i < n; i += VW) {
     const vf centred = lanes() < (int32_t)(n - i) ? load(h + i) - mean : vf{};
@@ -109,7 +109,7 @@ void norm_backward(const float* h, int64_t n, const float* gamma, const float* s
   const float mean = statistics[0], scale = statistics[1];
   vf total = vf{}, along = vf{};
   for (int64_t i = 0; i < n; i += VW) {
-    const vf d = load(d_out + i) * load_some(gamma + i, n - i);  // zero beyond n
+    const vf d = load(d_out + i) * load_some(gamma + i, n - i);  // d is zero from n on
     total += d;
     along += d * ((load(h + i) - mean) * scale);
   }
@@ -121,11 +121,11 @@ void norm_backward(const float* h, int64_t n, const float* gamma, const float* s
   }
 }
 
-// Attention of one head of one sample: its rows of q, k and v, which worker has packed what of them, and the softmax's
-// numbers for each query.
+// One head of one sample: its rows of q, k and v, which worker has packed what of them, and the softmax's numbers for
+// each query.
 struct Head {
   const float *q, *k, *v;
-  int64_t stride, rows, d, first;  // first: the group's row of token 0
+  int64_t stride, rows, d, first;  // first is the group's row of token 0
   float *highest, *inverse, *along;
 };
 
@@ -137,8 +137,8 @@ INLINE Head head_of(const DensityGroup& g, const Trace& t, int64_t sample, int64
           softmax + 2 * g.row_stride};
 }
 
-// Calls item(sample, head, begin, end, anew) for this worker's share of the blocks of rows of all heads; anew: whether it
-// is the first block of this head.
+// Calls item(sample, head, begin, end, anew) for this worker's share of the blocks of rows of all heads; anew: whether
+// it is the first block of this head.
 template <class Item>
 void for_blocks_of_heads(const DensityGroup& g, const DensityWorker& w, const Item& item) {
   const int64_t n = g.sizes.tokens - 1, blocks = (n + QUERIES - 1) / QUERIES;
@@ -149,8 +149,8 @@ void for_blocks_of_heads(const DensityGroup& g, const DensityWorker& w, const It
   }
 }
 
-// scores (rows, row_stride) = a bᵀ for `rows` rows of a against rows [begin, end) of b, which are packed by pack_rows from
-// row 0 on; begin: a multiple of NB. Column c stands at scores[c].
+// scores (rows, row_stride) = a bᵀ for `rows` rows of a against rows [begin, end) of b, which are packed by pack_rows
+// from row 0 on; begin: a multiple of NB. Column c stands at scores[c].
 void scores_of(const float* a, const float* packed, const Head& h, int64_t rows, int64_t begin, int64_t end,
                int64_t row_stride, float* scores) {
   const int64_t blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
@@ -165,8 +165,8 @@ void scores_of(const float* a, const float* packed, const Head& h, int64_t rows,
     }
 }
 
-// finish(row, column, y, n): vector y has columns [column, column + n) of row `row` of weights (rows, row_stride) · b,
-// whose rows [begin, end) are packed by pack_columns, in panels of `all` rows.
+// Calls finish(row, column, y, n) with the vector y of columns [column, column + n) of row `row` of weights (rows,
+// row_stride) · b. Rows [begin, end) of b are packed by pack_columns, in panels of `all` rows.
 template <class Finish>
 void weighted(const float* weights, int64_t row_stride, const float* packed, int64_t all, const Head& h, int64_t rows,
               int64_t begin, int64_t end, const Finish& finish) {
@@ -183,13 +183,13 @@ void weighted(const float* weights, int64_t row_stride, const float* packed, int
     }
 }
 
-// Rows [begin, end) of b in the order of scores_of.
+// Packs rows [begin, end) of b in the order of `scores_of`.
 INLINE void pack_for_scores(const float* b, const Head& h, int64_t begin, int64_t end, float* packed) {
   for (int64_t row = begin; row < end; row += NB)
     pack_rows<F32>(b + row * h.stride, h.stride, end - row < NB ? end - row : NB, h.d, packed + row * h.d);
 }
 
-// Rows [begin, end) of b in the order of `weighted`, in panels of `all` rows.
+// Packs rows [begin, end) of b in the order of `weighted`, in panels of `all` rows.
 INLINE void pack_for_weighted(const float* b, const Head& h, int64_t begin, int64_t end, int64_t all, float* packed) {
   for (int64_t column = 0; column < h.d; column += NB)
     pack_columns<F32>(b + begin * h.stride + column, h.stride, h.d - column < NB ? h.d - column : NB, end - begin,
@@ -238,13 +238,13 @@ void density_attention(const DensityGroup& g, const Trace& t, const DensityWorke
   });
 }
 
-// P = exp(q kᵀ / √d − highest) · inverse, of a query and a key that it has seen; else 0.
+// P = exp(q kᵀ / √d − highest) · inverse for a query and a key that it sees; else 0.
 INLINE vf probability(const DensityGroup& g, vf score, vf highest, vf inverse, vi seen) {
   const vf p = exp_negative(g.attention_scale * score - highest) * inverse;
   return seen ? p : vf{};
 }
 
-// d q of a block of queries, and Σ_j P_ij dP_ij for each; dP = d_attended vᵀ, dS = P (dP − Σ P dP) / √d, dq = dS k.
+// dP = d_attended vᵀ, dS = P (dP − Σ P dP) / √d, dq = dS k for a block of queries, with Σ_j P_ij dP_ij of each.
 template <class M>
 void queries_backward(const DensityGroup& g, const Trace& t, const DensityWorker& w) {
   using A = typename M::act;
@@ -252,7 +252,7 @@ void queries_backward(const DensityGroup& g, const Trace& t, const DensityWorker
   int64_t packed = 0;
   for_blocks_of_heads(g, w, [&](int64_t sample, int64_t head, int64_t begin, int64_t end, bool anew) {
     const Head h = head_of(g, t, sample, head);
-    Head d = h;  // the same rows of d_attended
+    Head d = h;  // d has the same rows of d_attended
     d.stride = g.channel_stride;
     const float* d_out = g.d_attended + h.first * d.stride + head * h.d;
     const int64_t wanted = whole_panels(end) < h.rows ? whole_panels(end) : h.rows;
@@ -283,7 +283,7 @@ void queries_backward(const DensityGroup& g, const Trace& t, const DensityWorker
   });
 }
 
-// d k = dSᵀ q and d v = Pᵀ d_attended of a block of keys.
+// dk = dSᵀ q and dv = Pᵀ d_attended for a block of keys.
 template <class M>
 void keys_backward(const DensityGroup& g, const Trace& t, const DensityWorker& w) {
   using A = typename M::act;
@@ -372,14 +372,14 @@ void density_layer(const DensityGroup& g, const LayerSource& l, const Trace& t, 
   meet(w);
 }
 
-// d_stream as the operand of a product: where operands are fp32, it is one itself.
+// Returns d_stream as the operand of a product. Where operands are fp32, it is one itself.
 template <class M>
 INLINE const typename M::act* operand(const DensityGroup& g) {
   if constexpr (sizeof(typename M::act) == sizeof(float)) return g.d_stream;
   else return static_cast<const typename M::act*>(g.operand);
 }
 
-// Rows of d_stream have changed.
+// Rounds rows of d_stream that have changed to the operand's type.
 template <class M>
 INLINE void round_operand(const DensityGroup& g, Range rows) {
   if constexpr (sizeof(typename M::act) != sizeof(float))
@@ -399,7 +399,7 @@ auto keep(T* to, int64_t stride) {
   };
 }
 
-// d_stream, the gradient of what the layer made, becomes that of what it was given.
+// Turns d_stream from the gradient of the layer's output into that of its input.
 template <class M>
 void density_layer_backward(const DensityGroup& g, const LayerSource& l, const Trace& t, const DensityWorker& w) {
   using A = typename M::act;
@@ -469,8 +469,8 @@ void density_transform(const DensityGroup& g, const DensityBlock& b, const Densi
     for (int64_t r = 0; r < g.rows; r++) g.log_det[g.first + r / n] += g.token_log_det[r];
 }
 
-// From the gradient of z that of x, as far as it does not lead through the transformer, and d_stream. With
-// log p = −Σ xa + … : d xa = −d z · z − 1, d xb = −d z exp(−xa), d x = d z exp(−xa).
+// With log p = −Σ xa + …, dxa = −dz · z − 1, dxb = −dz · exp(−xa), dx = dz · exp(−xa). Turns the gradient of z into
+// d_stream and that part of the gradient of x that does not lead through the transformer.
 void density_transform_backward(const DensityGroup& g, const DensityBlock& b, const DensityWorker& w) {
   const int64_t D = g.sizes.token_dim, C = g.sizes.channels, n = g.sizes.tokens - 1, shift = g.sizes.affine ? D : 0;
   const Range rows = share(g.rows, w);
@@ -490,7 +490,7 @@ void density_transform_backward(const DensityGroup& g, const DensityBlock& b, co
   meet(w);
 }
 
-// The gradient of x that leads through the transformer is added.
+// Adds that part of the gradient of x that leads through the transformer.
 void density_embed_backward(const DensityGroup& g, const DensityBlock& b, const DensityWorker& w) {
   const int64_t D = g.sizes.token_dim, C = g.sizes.channels, n = g.sizes.tokens - 1;
   multiply<F32, false>(g.d_stream, g.channel_stride, g.rows, b.in_weight, D, D, C, nullptr, w,

@@ -14,17 +14,17 @@ namespace tarflow {
 
 namespace {
 
-constexpr int64_t GROUP_ROWS = 400;       // enough for weights to be packed on the way at a few percent
-// Multiplications of a product below which another thread is not worth its wait at the barriers: on a quiet machine it
+constexpr int64_t GROUP_ROWS = 400;       // enough for the packing of weights on the way to take a few percent
+// With fewer multiplications in a product, another thread is not worth its wait at the barriers. On a quiet machine it
 // gains little, and beside other processes it takes many times as long as one thread alone.
 constexpr int64_t THREAD_WORK = 1 << 22;
 
-// How a batch is divided: teams of threads, each of which takes one group of samples after the other.
+// The division of a batch among teams of threads, each of which takes one group of samples after the other.
 struct Division {
-  int64_t teams, size, samples;  // threads of a team, samples of a group
+  int64_t teams, size, samples;  // the number of teams, threads of a team, samples of a group
 };
 
-// Threads that take the same group of samples through the blocks, and what the group needs.
+// A team is the threads that take the same group of samples through the blocks, with the memory that the group needs.
 struct Team {
   Team(const std::vector<DensityGroup>& like, const Division& division, bool gradient, size_t operand)
       : blocks(like),
@@ -49,7 +49,7 @@ struct Team {
     };
     const auto softmax = [&](const DensityGroup& g) { return division.samples * g.heads * 3 * g.row_stride; };
 
-    // What the blocks use one after the other.
+    // This memory is used by one block after the other.
     const int64_t width = widest(&DensityGroup::channel_stride), qkv = widest(&DensityGroup::qkv_stride);
     const int64_t hidden = widest(&DensityGroup::hidden_stride), values = rows * blocks[0].in_stride;
     DensityGroup shared{};
@@ -118,7 +118,7 @@ struct Team {
     return arena.used();
   }
 
-  std::vector<DensityGroup> blocks;  // what each block is given
+  std::vector<DensityGroup> blocks;  // the group as each block is given it
   Barrier barrier;
   std::vector<DensityWorker> workers;
   std::vector<std::vector<Trace>> traces;  // [block][layer]
@@ -145,8 +145,8 @@ DensityGroup shape(const Sizes& s, const DensityBatch& batch) {
   return g;
 }
 
-// As many teams as divide the threads, if none has more than a third above its share of the samples. A team of several
-// threads waits at its barriers, and one that is the only one never does.
+// There are as many teams as divide the threads so that none has more than a third above its share of the samples. A
+// team of several threads waits at its barriers, and a single thread never does.
 Division divide(const std::vector<DensityGroup>& blocks, int64_t samples, int threads, int64_t most_bytes,
                 const std::function<size_t(const Division&)>& bytes) {
   const int64_t rows = blocks[0].sizes.tokens - 1;
@@ -187,7 +187,7 @@ bool density_pass(const std::vector<DensityBlock>& blocks, const DensityBatch& b
   threads = Pool::at_hand(threads);
   bytes = 0;
   std::fill_n(batch.log_det, B, 0.0);
-  if (tokens == 1) {  // it passes unchanged
+  if (tokens == 1) {  // a single token passes unchanged
     for (int64_t k = 0; k < K; k++) std::copy_n(batch.x, B * values, batch.outputs + k * B * values);
     if (batch.gradient) std::transform(batch.x, batch.x + B * values, batch.gradient, [](float x) { return -x; });
     return true;
@@ -214,7 +214,7 @@ bool density_pass(const std::vector<DensityBlock>& blocks, const DensityBatch& b
     Team& team = *teams[thread / division.size];
     const DensityWorker& w = team.workers[thread % division.size];
     unsigned parity = 0;
-    // Whether to go on: the leader's word, so that all of a team stop at the same step.
+    // The leader decides whether to go on, so that all threads of a team stop at the same step.
     const auto proceed = [&] {
       if (thread == 0) caller.attend();
       if (w.rank == 0) team.stop[parity] = caller.stopped();
@@ -222,7 +222,7 @@ bool density_pass(const std::vector<DensityBlock>& blocks, const DensityBatch& b
       return !team.stop[std::exchange(parity, parity ^ 1)];
     };
     const auto through = [&](int64_t first, int64_t samples) {
-      // What the block at hand is given: the thread's own copy.
+      // Each thread has a copy of its own of what the block at hand is given.
       const auto at_block = [&](int64_t k) {
         DensityGroup g = team.blocks[k];
         g.first = first;
@@ -230,7 +230,7 @@ bool density_pass(const std::vector<DensityBlock>& blocks, const DensityBatch& b
         g.rows = samples * (tokens - 1);
         g.x = k == 0 ? batch.x : batch.outputs + (k - 1) * B * values;
         g.z = batch.outputs + k * B * values;
-        // No column fills the second half of the last pair of bf16 where the channels are odd.
+        // Where the number of channels is odd, no column fills the second half of the last pair of bf16.
         if (w.rank == 0 && g.sizes.channels % 2) {
           std::memset(g.attended, 0, g.rows * g.channel_stride * operand);
           if (gradient) std::memset(g.d_qkv, 0, g.rows * g.qkv_stride * operand);

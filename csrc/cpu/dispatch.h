@@ -1,4 +1,4 @@
-// Which instruction sets were compiled, and which of them this machine has.
+// The instruction sets that were compiled, and which of them this machine has.
 #pragma once
 
 #include <string>
@@ -10,13 +10,13 @@ namespace tarflow {
 
 struct InstructionSet {
   const Kernels* kernels;
-  bool usable;  // here
+  bool usable;  // whether this machine has it
 };
 
-// All that were compiled, worst first.
+// Returns all instruction sets that were compiled, worst first.
 std::vector<InstructionSet> instruction_sets();
 
-// Raises std::invalid_argument if this name was not compiled or cannot be used here.
+// Returns the kernels of this name. Throws std::invalid_argument if they were not compiled or cannot be used here.
 const Kernels& kernels_named(const std::string& name);
 
 }  // namespace tarflow

@@ -13,11 +13,11 @@ namespace tarflow {
 
 namespace {
 
-constexpr int64_t TEAM_ROWS = 8;    // a thread with fewer rows to itself shares rows and divides columns
+constexpr int64_t TEAM_ROWS = 8;    // threads that would have fewer rows each share rows and divide columns
 constexpr int64_t LEAST_ROWS = 12;
 constexpr int64_t GROUP_ROWS = 96;  // rows that one evaluation takes at most
 
-// Bytes of the last-level cache; a modest guess where the system does not tell.
+// Returns the bytes of the last-level cache, or a modest guess where the system does not tell.
 int64_t last_level_cache() {
   std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
   int64_t kilobytes = 0;
@@ -28,12 +28,11 @@ struct Share {
   int64_t first, count;
 };
 
-// Part i of n in as many.
+// Returns part i of n items that are divided into `parts` parts of about the same size.
 Share part(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts - n * i / parts}; }
 
-// The rows of a pass, sample after sample. One token after the other: a row for each sample, which goes ahead through
-// its window in as many steps. All at once: a row for each token, with a copy of what it reads, as x is written
-// meanwhile.
+// The rows of a pass, sample after sample. A sequential pass has a row for each sample, which goes through its window
+// in as many steps. A parallel pass has a row for each token, with a copy of what it reads, as x is written meanwhile.
 struct Plan {
   Plan(const Block& b, const Batch& batch, bool sequential) : steps(sequential ? batch.stop[0] - batch.start[0] : 1) {
     for (int64_t sample = 0; sample < batch.samples; sample++) {
@@ -53,7 +52,7 @@ struct Plan {
 
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
 
-  // Part i of n: about as many rows as any other. A sample is never divided, since its tokens depend on one another.
+  // Returns part i of n, of about as many rows as any other. No sample is divided, as its tokens depend on one another.
   Share part(int64_t i, int64_t n) const {
     const auto begin = [&](int64_t at) {
       const int64_t ideal = count() * at / n;
@@ -71,11 +70,11 @@ struct Plan {
 
   const int64_t steps;
   std::vector<Row> rows;
-  std::vector<int64_t> first{0};  // row of each sample, and the end
+  std::vector<int64_t> first{0};  // the first row of each sample, and the end
   Memory copies;
 };
 
-// Threads that work on the same rows, and their scratch.
+// A team is the threads that work on the same rows, with their scratch.
 struct Team {
   Team(const Block& b, int64_t rows, int64_t size) : barrier(static_cast<int>(size)), workers(size) {
     const int64_t shared = rows * (b.channel_stride + 2 * b.attention_stride + b.hidden_stride + b.out_stride);
@@ -143,13 +142,13 @@ bool Engine::run(const Batch& batch, bool sequential, int threads, const Caller:
   // Where the weights fit in the cache but the keys and values do not, fewer rows go through all tokens at a time.
   static const int64_t cache = last_level_cache() * 2 / 5;  // at the end of a pass a row has twice the average, and
                                                             // cores that share the cache want some of it
-  const int64_t row_bytes = cache_elements() * (block_.bf16 ? 2 : 4) / 2;  // on average: half of the tokens
+  const int64_t row_bytes = cache_elements() * (block_.bf16 ? 2 : 4) / 2;  // on average half of the tokens are there
   const int64_t weights = static_cast<int64_t>(packed_bytes_);
   int64_t most_rows = GROUP_ROWS;
   if (sequential && weights < cache)
     most_rows = std::clamp((cache - weights) / std::max<int64_t>(row_bytes, 1), LEAST_ROWS, GROUP_ROWS);
 
-  // As many teams as divide the threads and still have TEAM_ROWS rows each, none more than a third above its share.
+  // As many teams as divide the threads have at least TEAM_ROWS rows each, and none more than a third above its share.
   const auto suits = [&](int64_t n) {
     return threads % n == 0 && std::min(plan.count() * branches, most_rows) / n >= TEAM_ROWS &&
            plan.largest_part(n) * n * 3 <= plan.count() * 4;

@@ -14,19 +14,20 @@ namespace tarflow {
 // One flow block's weights, fp32 and contiguous.
 struct Source {
   const float *in_weight, *in_bias, *position, *out_weight, *out_bias;
-  std::function<LayerSource(int64_t)> layer;  // called for each layer in turn; what it gave goes with the next call
+  std::function<LayerSource(int64_t)> layer;  // called for each layer in turn; a call may free what the last one gave
 };
 
 class Engine {
  public:
   Engine(const Sizes& sizes, const Source& source, bool bf16, const Kernels& kernels);
 
-  // Makes the tokens of the batch's windows, one at least: one after the other, where the windows are all the same, or
-  // all from the tokens as they are. hook: told of the tokens of a sequential pass; a parallel one is one step. Returns
-  // false if the hook ended it. Any number of calls may run at once, on different batches.
+  // Makes the tokens of the batch's windows, at least one. A sequential pass makes them one after the other, and all
+  // windows are the same; a parallel pass makes all from the tokens as they are. hook: told how many tokens of a
+  // sequential pass are done; a parallel pass is one step. Returns false if the hook ended the pass. Any number of
+  // calls may run at once, on different batches.
   bool run(const Batch& batch, bool sequential, int threads, const Caller::Hook& hook) const;
 
-  int64_t cache_elements() const;  // per cache row: keys and values of all layers, in the weights' dtype
+  int64_t cache_elements() const;  // elements of a cache row: keys and values of all layers, in the weights' dtype
   int64_t channel_stride() const { return block_.channel_stride; }
   size_t packed_bytes() const { return packed_bytes_; }
 

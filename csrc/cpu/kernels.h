@@ -1,6 +1,6 @@
 // What the engine hands to the kernels of one instruction set: packed weights, a batch, scratch memory.
-// Plain data only: this header is compiled for several instruction sets, and an inline function shared between them
-// could be linked in a version that the machine does not have.
+// All of it is plain data: this header is compiled for several instruction sets, and an inline function shared between
+// them could be linked in a version that the machine does not have.
 #pragma once
 
 #include <cstdint>
@@ -42,11 +42,11 @@ struct Linear {
 };
 
 struct Layer {
-  Linear qkv;  // columns in units of one head: q, k, v of head 0, then of head 1 …; each unit in whole panels
+  Linear qkv;  // columns are q, k, v of head 0, then of head 1 …; each of these begins a new panel
   Linear proj, fc1, fc2;
 };
 
-// One flow block. Strides are in elements and padded: rows of activations must not share the sets of the L1 cache.
+// One flow block. Strides are in elements and padded, because rows of activations must not share sets of the L1 cache.
 struct Block {
   int64_t channels, heads, tokens, token_dim;
   int64_t head_dim;      // padded to a multiple of 16; the padding of q, k and v is zero
@@ -62,15 +62,15 @@ struct Block {
   int64_t channel_stride, attention_stride, hidden_stride, out_stride, in_stride;
 };
 
-// A batch of B samples; cache rows R = B, or 2B when guided: conditional rows first.
+// A batch of B samples has R = B cache rows, or 2B when guided, the conditional ones first.
 struct Batch {
   const float* z;          // (B, T, D)
   float* x;                // (B, T, D)
   float* token_log_det;    // (B, T)
-  const int64_t* start;    // (B,): the pass makes tokens [start[b], stop[b]) of sample b
+  const int64_t* start;    // (B,), the pass makes tokens [start[b], stop[b]) of sample b
   const int64_t* stop;     // (B,)
-  float* change;           // (B, widest window) or null: largest change of each token of the window, 0 beyond it,
-  float* residual;         // and the largest |forward(old x) − z|
+  float* change;           // (B, widest window) or null, max_d |new x − old x| of each token, 0 beyond its window
+  float* residual;         // (B, widest window) or null, max_d |forward(old x) − z|
   int64_t widest;
   void* keys_values;       // [layer][R][head][K | V]; fp32: K [key_tokens/VW][d][VW], V [token][d];
                            // bf16: K [key_tokens/VW][d/2][VW][2], V [token/2][d][2]
@@ -81,22 +81,23 @@ struct Batch {
   int64_t samples;
 };
 
-// What a row of activations is evaluated for: a token of a sample. Its input (D) is x's own, or a copy of it.
+// A row of activations is the evaluation of one token of one sample. input: (D,), the token in x, or a copy of it.
 struct Row {
   int64_t sample, token;
   const float* input;
 };
 
-// One thread of a team, and the team's scratch. A team works on the same rows: it divides columns and heads.
+// A worker is one thread of a team, with the team's scratch. A team works on the same rows and divides columns and
+// heads.
 struct Worker {
   int64_t rank, size;
   Barrier* barrier;
   float *stream, *query, *attended, *hidden, *out;  // shared by the team
-  float *normed, *gathered, *scratch;               // its own
+  float *normed, *gathered, *scratch;               // the worker's own
 };
 
-// Evaluates the transformer on `count` rows, each `ahead` tokens further on than it says, writes their keys and values,
-// and makes the tokens of x that follow theirs. A row sees the rows of its sample with earlier tokens.
+// A step evaluates the transformer on `count` rows, each `ahead` tokens further on than the row says, writes their keys
+// and values, and makes the tokens of x that follow theirs. A row sees the rows of its sample with earlier tokens.
 using Step = void (*)(const Block&, const Batch&, const Worker&, const Row*, int64_t count, int64_t ahead);
 
 struct Kernels {
@@ -105,19 +106,19 @@ struct Kernels {
   bool bf16_operands;  // whether the rows of a bf16 product are bf16 too, or fp32
   Step step_f32, step_bf16;
   const DensityKernels* density;
-  // For tests of the parts: out[i] = GELU(x[i]), GELU′(x[i]) and exp(x[i]), n a multiple of 16.
+  // These are for tests of the parts: out[i] = GELU(x[i]), GELU′(x[i]) and exp(x[i]), where n is a multiple of 16.
   void (*gelu)(const float* x, float* out, int64_t n);
   void (*gelu_slope)(const float* x, float* out, int64_t n);
   void (*exp)(const float* x, float* out, int64_t n);
 };
 
-// Null where the compiler's target has no such instructions.
+// A table is null where the compiler's target has no such instructions.
 extern const Kernels* const kernels_portable;
 extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_avx512;
 extern const Kernels* const kernels_avx512_bf16;
 
-// Called by the kernels; lives in threads.cpp, so that no atomic is inlined into code for one instruction set.
+// The kernels call this. It is in threads.cpp, so that no atomic is inlined into code for one instruction set.
 void wait_at(Barrier* barrier);
 
 }  // namespace tarflow

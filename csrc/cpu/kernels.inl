@@ -1,4 +1,4 @@
-// All hot loops, compiled once for every instruction set. The including file defines
+// All hot loops of a step, compiled once for every instruction set. The including file defines
 //   KERNELS       the name of the table that it fills,    NAME  what it is called,
 //   VW            fp32 lanes of a vector,                 ACCUMULATORS  registers for a tile's sums,
 //   TARFLOW_DOT   1 where bf16 dot products exist,        ACTIVATION    float, or uint16_t with TARFLOW_DOT.
@@ -48,7 +48,7 @@ void normalise(const float* h, int64_t n, A* out) {
   if (whole < n) store(out + whole, in_tail ? (load(h + whole) - mean) * scale : vf{});
 }
 
-// What `step` works on: row r < count is the conditional branch of row[r], and count + r the other branch.
+// The rows that `step` works on: row r < count is the conditional branch of row[r], and row count + r the other branch.
 struct Rows {
   const Block& block;
   const Batch& batch;
@@ -65,7 +65,7 @@ struct Rows {
   }
 };
 
-// Keys of one (layer, cache row, head); its values follow.
+// Returns the keys of one (layer, cache row, head), which its values follow.
 template <class W>
 INLINE W* keys_of(const Rows& rows, int64_t layer, int64_t cache_row, int64_t head) {
   const Block& b = rows.block;
@@ -74,7 +74,7 @@ INLINE W* keys_of(const Rows& rows, int64_t layer, int64_t cache_row, int64_t he
   return static_cast<W*>(rows.batch.keys_values) + index * 2 * b.key_tokens * b.head_dim;
 }
 
-// stream = proj_in(x) + position + class, for both branches.
+// stream = proj_in(x) + position + class, in both branches
 void embed(const Rows& rows) {
   const Block& b = rows.block;
   const Batch& batch = rows.batch;
@@ -117,7 +117,7 @@ void attention(const Rows& rows, int64_t index) {
              [&](int64_t row, int64_t n, int64_t first, int64_t columns, const float* y) {
     for (int64_t column = first; column < first + columns; column += NB) {
       const int64_t panel = column / NB, unit = panel / b.unit_panels, head = unit / 3, which = unit % 3;
-      const int64_t offset = panel % b.unit_panels * NB;  // within the head
+      const int64_t offset = panel % b.unit_panels * NB;  // the panel's first column within the head
       const int64_t used = d - offset < NB ? d - offset : NB;
       for (int64_t i = 0; i < n; i++) {
         const float* from = y + i * columns + column - first;
@@ -209,7 +209,7 @@ void project(const Rows& rows) {
   });
 }
 
-// x = z · exp(xa) + xb, with xa and xb guided, for this worker's share of the rows.
+// x = z · exp(xa) + xb, with xa and xb guided, for this worker's share of the rows
 void transform(const Rows& rows) {
   const Block& b = rows.block;
   const Batch& batch = rows.batch;
@@ -231,7 +231,7 @@ void transform(const Rows& rows) {
       const float x = b.affine ? z * __builtin_expf(xa) + xb : z + xb;
       if (b.affine) log_det += xa;
       const float moved = __builtin_fabsf(x - before);
-      change = moved > change || moved != moved ? moved : change;  // once NaN, always NaN
+      change = moved > change || moved != moved ? moved : change;  // a NaN stays
       if (batch.change) {
         const float off = b.affine ? moved * __builtin_expf(-xa) : moved;
         residual = off > residual || off != off ? off : residual;

@@ -1,4 +1,4 @@
-// 256-bit vectors with fused multiply-add.
+// The kernels for AVX2: 256-bit vectors with fused multiply-add.
 #if defined(__AVX2__) && defined(__FMA__)
 #define NAME "avx2"
 #define KERNELS kernels_avx2

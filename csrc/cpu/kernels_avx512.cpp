@@ -1,4 +1,4 @@
-// 512-bit vectors.
+// The kernels for AVX-512: 512-bit vectors.
 #if defined(__AVX512F__)
 #define NAME "avx512"
 #define KERNELS kernels_avx512

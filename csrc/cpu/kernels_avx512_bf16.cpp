@@ -1,4 +1,4 @@
-// 512-bit vectors, and dot products of bf16 pairs.
+// The kernels for AVX-512 with BF16: 512-bit vectors, and dot products of bf16 pairs.
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #define NAME "avx512_bf16"

@@ -1,4 +1,4 @@
-// 128-bit vectors: SSE2 on x86-64, NEON with fused multiply-add on aarch64.
+// The kernels for any machine: 128-bit vectors, SSE2 on x86-64, NEON with fused multiply-add on aarch64.
 #ifdef __aarch64__
 #define NAME "neon"
 #define ACCUMULATORS 24

@@ -13,7 +13,7 @@ namespace tarflow {
 
 namespace {
 
-// bytes: a multiple of alignment.
+// Allocates memory; bytes is a multiple of alignment.
 void* allocate_aligned(size_t alignment, size_t bytes) {
 #ifdef _WIN32
   return _aligned_malloc(bytes, alignment);

@@ -12,19 +12,19 @@ struct Free {
 };
 using Memory = std::unique_ptr<void, Free>;
 
-// 64-byte aligned memory for `count` bytes, in huge pages where there are any and the size is worth it. Not cleared.
+// Returns 64-byte aligned memory, not cleared, in huge pages where there are any and the size is worth it.
 Memory allocate(size_t bytes);
 
-// Asks the system to back what has not been touched yet with huge pages.
+// Asks the system to back memory that has not been touched yet with huge pages.
 void prefer_huge_pages(void* memory, size_t bytes);
 
 int64_t round_up(int64_t n, int64_t multiple);
 
-// A stride for rows of n elements: a whole number of vectors of every width, and never a power of two, since rows must
-// not share the sets of the L1 cache.
+// Returns a stride for rows of n elements: a whole number of vectors of every width, and never a power of two, since
+// rows must not share the sets of the L1 cache.
 int64_t padded_stride(int64_t n);
 
-// Hands out parts of a piece of memory, each 64-byte aligned; without one, counts how long it has to be.
+// An arena hands out parts of a piece of memory, each 64-byte aligned; without one, it counts how long it has to be.
 class Arena {
  public:
   explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}

@@ -12,7 +12,7 @@ uint16_t to_bf16(float x) {
   return x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// W (out, in) with its bias. norm: weight γ and bias β of the LayerNorm before it, which are folded in:
+// A weight W (out, in) and its bias, with the weight γ and bias β of the LayerNorm before it, which are folded in:
 // W (γ ∘ n + β) + b = (W γ) n + (W β + b).
 struct Matrix {
   const float *weight, *bias;
@@ -20,7 +20,7 @@ struct Matrix {
   const float *gamma, *beta;
 };
 
-// row(c): the row of W that becomes column c of the panels, or −1; column(k): the column of W for k, or −1.
+// row(c) is the row of W that becomes column c of the panels, or −1; column(k) is the column of W for k, or −1.
 template <class Row, class Column>
 Linear pack_linear(Arena& arena, const Matrix& m, int64_t columns, int64_t k, int64_t width, bool bf16, const Row& row,
                    const Column& column) {

@@ -1,4 +1,4 @@
-// Weights from torch's layout into that of the kernels.
+// The packing of weights, from torch's layout into that of the kernels.
 #pragma once
 
 #include "engine.h"

@@ -1,7 +1,7 @@
-// Matrices in torch's layout to panels as `tile` reads them: [k][NB] in fp32, [k / 2][NB][2] in bf16. What lies beyond
-// the last column, or beyond the last k of a pair, is zero.
+// Matrices in torch's layout become panels as `tile` reads them: [k][NB] in fp32, [k / 2][NB][2] in bf16. Elements
+// beyond the last column, or beyond the last k of a pair, are zero.
 
-// n values, and zeros up to a whole vector.
+// Loads n values, and zeros up to a whole vector.
 INLINE vf load_some(const float* p, int64_t n) {
   if (n >= VW) return load(p);
   float t[VW] = {};
@@ -17,7 +17,7 @@ INLINE void store_some(A* p, vf x, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = t[i];
 }
 
-// Lanes of a and b whose number has the bit `Step` change places: b's low ones come to a's high ones.
+// Exchanges the lanes of a whose number has the bit `Step` with the lanes of b whose number does not.
 template <int Step, int... Lane>
 INLINE void exchange(vf& a, vf& b) {
 #ifdef __clang__
@@ -30,7 +30,7 @@ INLINE void exchange(vf& a, vf& b) {
   a = low, b = high;
 }
 
-// VW vectors, the rows of a square, become its columns.
+// Transposes a square of VW vectors: its rows become its columns.
 template <int Step = 1>
 INLINE void transpose(vf* v) {
   if constexpr (Step < VW) {
@@ -48,13 +48,13 @@ INLINE void transpose(vf* v) {
   }
 }
 
-// Two k of a panel's half, for bf16.
+// Stores two k of half a panel, for bf16.
 INLINE void store_pair(bf16* to, vf even, vf odd) {
   const vu pair = to_bf16(even) | (to_bf16(odd) << 16);
   __builtin_memcpy(to, &pair, sizeof pair);
 }
 
-// Column c of the panel is row c of w (columns, k), whose rows are ld apart; columns <= NB.
+// Packs w (columns, k), whose rows are ld apart: column c of the panel is row c of w. columns <= NB.
 template <class M>
 void pack_rows(const float* w, int64_t ld, int64_t columns, int64_t k, typename M::weight* out) {
   for (int half = 0; half < 2; half++) {
@@ -74,7 +74,7 @@ void pack_rows(const float* w, int64_t ld, int64_t columns, int64_t k, typename 
   }
 }
 
-// The panel is w (k, columns) itself; columns <= NB.
+// Packs w (k, columns), which the panel has in the same order. columns <= NB.
 template <class M>
 void pack_columns(const float* w, int64_t ld, int64_t columns, int64_t k, typename M::weight* out) {
   for (int64_t i = 0; i < k; i += M::depth)

@@ -1,16 +1,16 @@
 // Y = X Wᵀ for few rows, the one product of decoding. A tile of R rows × P panels stays in registers while k runs once
-// from end to end: every element of Y is summed in that one order, so that neither the number of rows nor the division
+// from end to end. Every element of Y is summed in that one order, so that neither the number of rows nor the division
 // of the columns among threads can change a result.
 
-constexpr int NB = 2 * VW;  // columns of a panel
+constexpr int NB = 2 * VW;  // the columns of a panel
 
 struct F32 {
   using weight = float;
-  using act = float;  // what the rows of a product are kept in
+  using act = float;  // the type of a product's rows
   static constexpr int depth = 1;
 };
 
-// bf16 weights, two k to a lane. With the dot-product instruction activations are rounded to bf16 too; without it
+// bf16 weights have two k to a lane. With the dot-product instruction, activations are rounded to bf16 too; without it,
 // weights are widened and activations stay fp32.
 struct BF16 {
   using weight = bf16;
@@ -20,8 +20,9 @@ struct BF16 {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// Asks for the weights 4 KiB ahead: the prefetchers of the processor stop at the end of a page, and wait for a core that
-// streams little and computes much. P panels, `panel` bytes apart; a step over k takes NB · 4 bytes of each.
+// Asks for the weights 4 KiB ahead, because the processor's prefetchers stop at the end of a page, and wait for a core
+// that streams little and computes much. There are P panels, `panel` bytes apart, and a step over k takes NB · 4 bytes
+// of each.
 template <int P>
 INLINE void fetch_ahead(const void* weight, int64_t panel) {
   constexpr int64_t ahead = 4096, line = 64;
@@ -75,7 +76,7 @@ void tile(const typename M::act* a, int64_t stride, const typename M::weight* w,
 template <class M>
 using Tile = void (*)(const typename M::act*, int64_t, const typename M::weight*, int64_t, int64_t, float*);
 
-// The tile of `rows` rows and one panel or two; at most ACCUMULATORS / 2 rows of one panel.
+// Computes the tile of `rows` rows and one panel or two, at most ACCUMULATORS / 2 rows where it is one panel.
 template <class M, int R = 1>
 Tile<M> choose_tile(int64_t rows, int64_t panels) {
   if constexpr (2 * R > ACCUMULATORS) {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the engine with sanitizers in a folder of its own, and runs its tests there, on every instruction set that this
-# machine has. The first finding fails. Needs g++ and what the tests need; arguments go to pytest.
+# machine has. The first finding fails. It needs g++ and what the tests need; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export TARFLOW_FAST_SANITIZERS=address,undefined TARFLOW_FAST_CUDA=0
@@ -8,7 +8,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir "$folder/source"
 cp -R csrc kernels tarflow_fast setup.py pyproject.toml README.md LICENSE "$folder/source"
-cp -R csrc tests pyproject.toml "$folder"  # csrc: of the emulation of CUDA, which some of these tests ask for
+cp -R csrc tests pyproject.toml "$folder"  # csrc is for the emulation of CUDA, which some of these tests need
 cd "$folder"
 CXX=g++ python -m pip install --quiet --no-deps --target . ./source
 ls tarflow_fast/_cpu* > /dev/null  # the extension is optional: without it the tests would be skipped
@@ -19,5 +19,5 @@ export LD_PRELOAD
 # Leaks are Python's own. Memory is full of NaN (0xff…) until it is written.
 export ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000
 export UBSAN_OPTIONS=print_stacktrace=1
-# Of memory the sanitizer itself takes more than the test of it allows.
+# The sanitizer itself takes more memory than the test of peak memory allows, so that test is left out.
 python -m pytest tests/test_cpu_engine.py tests/test_cpu_density.py tests/test_engine.py -k "cpu and not peak_memory" "$@"

@@ -17,7 +17,7 @@ namespace tarflow {
 
 namespace {
 
-// Some microseconds: longer than threads on cores of their own ever wait, and short enough where two share a core.
+// The spins take some microseconds: longer than threads on cores of their own ever wait, and short where two share one.
 constexpr int SPINS = 256;
 
 void pause_briefly() {
@@ -28,7 +28,7 @@ void pause_briefly() {
 #endif
 }
 
-// Spins, then yields, until ready() or until `patience` has passed; whether it was ready.
+// Spins, then yields, until ready() or until `patience` has passed. Returns whether it was ready.
 template <class Ready>
 bool await(const Ready& ready, std::chrono::microseconds patience) {
   for (int i = 0; i < SPINS; i++) {
@@ -43,7 +43,8 @@ bool await(const Ready& ready, std::chrono::microseconds patience) {
   return true;
 }
 
-// Sleeps while the word has this value, or not at all; may wake for no reason. Where there is no such call, yields.
+// Sleeps while the word has this value, if it has it. It may wake for no reason. Where there is no such call, it
+// yields.
 void sleep_while(const std::atomic<uint32_t>& word, uint32_t value) {
 #ifdef __linux__
   static_assert(sizeof word == 4);
@@ -62,7 +63,7 @@ void wake_all(const std::atomic<uint32_t>& word) {
 #endif
 }
 
-// A thread spins so long at a barrier before it sleeps: longer than one that runs keeps others waiting.
+// A thread spins so long at a barrier before it sleeps, longer than a thread that runs keeps others waiting.
 constexpr std::chrono::microseconds PATIENCE{50};
 constexpr std::chrono::microseconds LINGER{200};  // between two flow blocks a sampler needs about this long
 
@@ -74,11 +75,11 @@ void Barrier::wait() {
   const uint32_t phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1);  // in one order with sleeping_: either this sees the sleeper, or that one the new phase
+    phase_.store(phase + 1);  // either this thread sees the sleeper in sleeping_, or the sleeper sees the new phase
     if (sleeping_.load() > 0) wake_all(phase_);
     return;
   }
-  // No yielding here: it would hand the core to another process for a whole turn, where to sleep is to be woken at once.
+  // To yield would hand the core to another process for a whole turn, where a thread that sleeps is woken at once.
   const auto end = std::chrono::steady_clock::now() + PATIENCE;
   do {
     for (int i = 0; i < SPINS; i++) {

@@ -1,5 +1,5 @@
-// The engine's own threads. No OpenMP: torch's wheel brings a libgomp of its own, and two such runtimes in one process
-// keep spinning against each other.
+// The engine's own threads. There is no OpenMP, because torch's wheel brings a libgomp of its own, and two such
+// runtimes in one process keep spinning against each other.
 #pragma once
 
 #include <atomic>
@@ -12,8 +12,8 @@
 
 namespace tarflow {
 
-// All `size` threads meet here, again and again. Waiting spins for some microseconds and then sleeps, so
-// that a thread whose core another process has taken is not waited for by one that burns its own.
+// All `size` threads meet at a barrier, again and again. A thread that waits spins for some microseconds and then
+// sleeps, so that it does not burn its core while another process has taken the core of the thread that it waits for.
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
@@ -32,15 +32,16 @@ class Pool {
   using Job = std::function<void(int rank)>;
   using Idle = std::function<bool()>;
 
-  // The process's pool; a forked child has lost its parent's threads and gets a new one.
+  // Returns the process's pool. A forked child has lost its parent's threads and gets a new one.
   static Pool& instance();
 
-  // How many of `threads` a job of this thread may have: one alone inside another job, whose idle() or hook began it (a
-  // signal's handler, a progress bar). That job has the workers, and waits for this one.
+  // Returns how many of `threads` a job of this thread may have. Inside another job, whose idle() or hook began it (a
+  // signal's handler, a progress bar), that is one: the other job has the workers, and waits for this one.
   static int at_hand(int threads);
 
-  // threads: at hand. Runs job(0) on this thread and job(1) … job(threads − 1) on workers. Callers on several threads take turns. idle() is
-  // called every few milliseconds while this thread waits; if it returns false before the job has begun, nothing is run.
+  // Runs job(0) on this thread and job(1) … job(threads − 1) on workers. threads: as many as at_hand() gives. Callers
+  // on several threads take turns. idle() is called every few milliseconds while this thread waits. If it returns false
+  // before the job has begun, nothing is run.
   void run(int threads, const Job& job, const Idle& idle);
 
  private:
@@ -51,7 +52,7 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   const Job* job_ = nullptr;
-  int wanted_ = 0;  // ranks below take part in the current job
+  int wanted_ = 0;  // ranks below this one take part in the current job
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> running_{0};
 };

@@ -26,7 +26,7 @@ INLINE vf load(const bf16* p) {
   return bits(__builtin_convertvector(v, vu) << 16);
 }
 
-// The bits of x as bf16, rounded to nearest even; a NaN stays one.
+// Returns the bits of x as bf16, rounded to nearest even; a NaN stays one.
 INLINE vu to_bf16(vf x) {
   vu u = (vu)x;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -59,7 +59,7 @@ INLINE vi lanes() {
   return v;
 }
 
-// Sums in a fixed order: halves are added until one lane is left.
+// Sums the lanes in a fixed order: halves are added until one lane is left.
 INLINE float sum(vf v) {
   float t[VW];
   store(t, v);

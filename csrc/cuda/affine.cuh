@@ -1,6 +1,6 @@
-// From the transformer's output after a token to the token after it.
+// The affine update, from the transformer's output after a token to the token after it.
 //
-//   xa ← xa + g (xa − xa_u), xb likewise (with guidance);   x = z · exp(xa) + xb;   log-det = Σ_d xa
+//   xa ← xa + g (xa − xa_u), xb ← xb + g (xb − xb_u) with guidance;   x = z · exp(xa) + xb;   log-det = Σ_d xa
 #pragma once
 
 #include "rows.cuh"
@@ -11,7 +11,7 @@ struct Parameters {
   float xa, xb;
 };
 
-// Value d of the parameters that the row of a position has given; guidance is that after the position's token.
+// Returns value d of the guided parameters after a position's token. guidance: g after that token.
 DEVICE Parameters parameters_at(const Params& p, int position, int token, int d) {
   const Global<float> parameters(p.parameters);
   const int stride = whole_tiles(p.out_dim);
@@ -27,13 +27,13 @@ DEVICE Parameters parameters_at(const Params& p, int position, int token, int d)
   return y;
 }
 
-// Adds up over the lanes of a warp.
+// Returns the sum over the lanes of a warp.
 DEVICE float sum_lanes(float value) {
   for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
 
-// The larger, NaN if one is.
+// Returns the larger, or NaN if one is NaN.
 DEVICE float larger(float a, float b) { return a != a || a > b ? a : b; }
 
 DEVICE float largest_lane(float value) {
@@ -41,7 +41,7 @@ DEVICE float largest_lane(float value) {
   return value;
 }
 
-// Token `token` + 1 of a position, by a warp. take(d, x, xa) gets each value, on one lane. Returns the log-det.
+// Makes token `token` + 1 of a position, by a warp. take(d, x, xa) gets each value, on one lane. Returns the log-det.
 template <class Take>
 DEVICE float next_token(const Params& p, const Rows& rows, int position, int token, Take take) {
   const Global<const float> z(p.z);
@@ -56,8 +56,8 @@ DEVICE float next_token(const Params& p, const Rows& rows, int position, int tok
   return sum_lanes(log_det);
 }
 
-// How far a token moves, and its residual: max_d |new x − old x| and max_d |new x − old x| · exp(−xa). By a warp; what a
-// lane has of them, until `largest_lane`.
+// How far a token moves, and its residual: max_d |new x − old x| and max_d |new x − old x| · exp(−xa). A warp computes
+// them, and each lane has a part until `largest_lane`.
 struct Moved {
   float change = 0, residual = 0;
 
@@ -68,7 +68,7 @@ struct Moved {
   }
 };
 
-// The tokens after those that were evaluated, into x and log_det. Positions are divided among the grid's warps.
+// Puts the tokens after those that were evaluated into x and log_det. Positions are divided among the grid's warps.
 template <int WARPS>
 DEVICE void update(const Params& p, const Rows& rows) {
   const Global<float> x(p.x), log_dets(p.log_det), changes(p.change), residuals(p.residual);

@@ -1,21 +1,22 @@
-// One query against the keys and values of the tokens up to its own, softmax(q kᵀ · scale) v, in two parts.
+// The attention of one query to the tokens up to its own, softmax(q kᵀ · scale) v, in two parts.
 //
-// `attend`: the keys of a row and head are split among as many blocks as are worth it, each of which leaves an unnormalised
-// sum of values with the maximum of its logits and the sum of its weights. In a block, groups of lanes take a key each, 16
-// bytes a lane. `attended` adds up the parts, for the product that follows. fp32 throughout.
+// `attend` splits the keys of a row and head among as many blocks as are worth it, each of which leaves an unnormalised
+// sum of values with the maximum of its logits and the sum of its weights. In a block, groups of lanes take a key each,
+// 16 bytes a lane. `attended` adds up the parts, for the product that follows. All of it is fp32.
 #pragma once
 
 #include "rows.cuh"
 
 namespace tarflow {
 
-constexpr int KEYS_IN_FLIGHT = 4;  // of each group of lanes
+constexpr int KEYS_IN_FLIGHT = 4;  // keys that each group of lanes has under way
 constexpr float LOWEST = -INFINITY;
 
-// What a sum under the maximum m counts under the higher one M. An empty sum has m = −∞ and counts nothing.
+// Returns the factor by which a sum under the maximum m counts under the higher one M. An empty sum has m = −∞ and is
+// 0.
 DEVICE float rescale(float m, float M) { return m == LOWEST ? 0.0f : exp2f(m - M); }
 
-// How many of `keys` a split takes.
+// Returns how many of `keys` a split takes.
 DEVICE int split_keys(const Params& p, int keys) {
   const int even = divide_up(keys, p.splits);
   return even < p.least_keys ? p.least_keys : even;
@@ -36,12 +37,12 @@ struct Part {
   }
 };
 
-// Where in `partials` the maxima and weights begin: after the sums, at an even element.
+// Returns where in `partials` the maxima and weights begin: after the sums, at an even element.
 DEVICE int64_t statistics(const Params& p, const Rows& rows) {
   return (static_cast<int64_t>(rows.count()) * p.heads * p.splits * p.head_dim + 1) / 2 * 2;
 }
 
-// While other blocks still compute this token's keys: those before it are there, on their way to this block.
+// Asks for the keys and values before this token's while other blocks still compute this token's.
 template <class T, int WARPS>
 DEVICE void prefetch_keys(const Params& p, const Rows& rows, int layer) {
   if (block() >= rows.count() * p.heads * p.splits) return;
@@ -66,7 +67,8 @@ DEVICE void read_query(float (&q)[V], const Params& p, const Rows& rows, const P
   }
 }
 
-// V: elements that a lane takes of a key; head_dim is a multiple of it. memory: (WARPS, d + 2).
+// Attends with this block's parts. V: elements of a key that a lane takes, which divide head_dim. memory: (WARPS, d +
+// 2).
 template <class T, int V, int WARPS>
 DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> memory) {
   const Global<T> cache(p.keys_values);
@@ -118,7 +120,7 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
           for (int i = 0; i < V; i++) sum[i] += weight * to_float(v[u].at[i]);
       }
     }
-    for (int mask = width; mask < 32; mask *= 2) {  // the warp's groups
+    for (int mask = width; mask < 32; mask *= 2) {  // merges the warp's groups
       const float other = shuffle_xor(most, mask), M = fmaxf(most, other);
       const float mine = rescale(most, M), theirs = rescale(other, M);
       weights = weights * mine + shuffle_xor(weights, mask) * theirs;
@@ -135,7 +137,7 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
       store(memory, own + d + 1, weights);
     }
     sync_block();
-    for (int c = thread(); c < d; c += WARPS * 32) {  // the block's warps
+    for (int c = thread(); c < d; c += WARPS * 32) {  // merges the block's warps
       float M = LOWEST, total = 0, y = 0;
       for (int w = 0; w < WARPS; w++) M = fmaxf(M, load(memory, w * (d + 2) + d));
       for (int w = 0; w < WARPS; w++) {
@@ -151,7 +153,7 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
   }
 }
 
-// Channels [channel, channel + V) of what a row has attended to, all of one head.
+// Returns channels [channel, channel + V), all of one head, of what a row has attended to.
 template <int V>
 DEVICE Vector<float, V> attended(const Params& p, const Rows& rows, int row, int channel) {
   constexpr int AT_ONCE = 8;

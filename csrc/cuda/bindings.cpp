@@ -1,5 +1,5 @@
-// What Python sees. Memory comes as addresses with their number of elements: Python owns and checks it, and keeps it alive
-// for as long as the kernel runs.
+// The module that Python sees. Memory comes as addresses with their number of elements. Python owns and checks it, and
+// keeps it alive for as long as the kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -57,7 +57,7 @@ Params empty() {
   return params;
 }
 
-// Of each position: (sample, token, column).
+// Sets (sample, token, column) of each position.
 void set_positions(Params& params, const std::vector<std::tuple<int, int, int>>& positions) {
   if (positions.empty() || positions.size() > MOST_ROWS) throw std::invalid_argument("1 to 64 positions");
   params.positions = static_cast<int>(positions.size());

@@ -1,7 +1,7 @@
-// All that the kernel uses of CUDA. nvcc compiles it to what is below; the emulation (emulation/device.h) has the same
-// names for a host compiler, and checks every access.
+// All that the kernel uses of CUDA. nvcc compiles what is below; the emulation (emulation/device.h) has the same names
+// for a host compiler, and checks every access.
 //
-// Memory is reached through Global and Shared alone, by `load`, `store` and their vectors; indices count elements.
+// Memory is reached only through Global and Shared, by `load`, `store` and their vectors. Indices count elements.
 #pragma once
 
 #include "params.h"
@@ -22,14 +22,14 @@ namespace tarflow {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-// Where a thread is: of a block of WARPS · 32, of a grid that is on the device all at once.
+// The place of a thread in its block of WARPS · 32 threads, and in a grid that is on the device all at once.
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int block() { return blockIdx.x; }
 DEVICE int blocks() { return gridDim.x; }
 
 DEVICE void sync_block() { __syncthreads(); }
 
-// Every lane of the warp takes part.
+// Returns the value of the lane whose number differs by `mask`. Every lane of the warp takes part.
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 template <class T, int N>
@@ -48,26 +48,26 @@ struct Shared {
   T* data;
 };
 
-// The block's dynamic shared memory: `count` elements from that byte on, a multiple of 16.
+// Returns `count` elements of the block's dynamic shared memory, from this byte on, a multiple of 16.
 template <class T>
 DEVICE Shared<T> shared(int byte, int count) {
   extern __shared__ __align__(16) unsigned char memory[];
   return {reinterpret_cast<T*>(memory + byte)};
 }
 
-// Of memory that nobody writes during the launch.
+// Reads memory that nobody writes during the launch.
 template <class T>
 DEVICE T constant(Global<const T> from, int64_t i) {
   return __ldg(from.data + i);
 }
 
-// Of memory that other blocks write: not from this multiprocessor's own cache.
+// Reads memory that other blocks write, and so not from this multiprocessor's own cache.
 template <class T>
 DEVICE T load(Global<T> from, int64_t i) {
   return __ldcg(from.data + i);
 }
 
-// N · sizeof(T) is 1, 2, 4, 8 or 16 bytes, and i a multiple of N.
+// Reads N elements, which are 2, 4, 8 or 16 bytes. i: a multiple of N.
 template <int N, class T>
 DEVICE Vector<T, N> load_vector(Global<T> from, int64_t i) {
   constexpr int bytes = N * static_cast<int>(sizeof(T));
@@ -112,21 +112,21 @@ DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
   *reinterpret_cast<Vector<T, N>*>(to.data + i) = value;
 }
 
-// Brings the line of an element into the cache that all multiprocessors share. A hint.
+// Asks for the line of an element to be brought into the cache that all multiprocessors share. This is a hint.
 template <class T>
 DEVICE void prefetch(Global<T> from, int64_t i) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from.data + i));
 }
 
-// 16 bytes, i and j multiples of so many elements, from memory that nobody writes. They have come when a wait_copies of
-// the same thread has returned, and can be seen by other threads after the next sync_block.
+// Copies 16 bytes from memory that nobody writes. i, j: multiples of so many elements. The copy has come when a
+// wait_copies of the same thread has returned, and other threads can see it after the next sync_block.
 template <class T>
 DEVICE void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to.data + i));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from.data + j) : "memory");
 }
 
-// What this thread has asked for since the last commit becomes a group.
+// Makes a group of the copies that this thread has asked for since the last commit.
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
 // Waits until at most so many of this thread's groups, the last ones, have not come. pending: 0 … 7.
@@ -144,13 +144,13 @@ DEVICE void wait_copies(int pending) {
   // clang-format on
 }
 
-// counter += 1, after all that this block did before its last sync_block. One thread of the block.
+// counter += 1, after all that this block did before its last sync_block. One thread of the block calls it.
 DEVICE void signal(Global<unsigned> counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter.data) : "memory");
 }
 
 // Waits for the counter to reach a number. After the block's next sync_block, all that other blocks did before they
-// signalled can be seen. One thread of the block.
+// signalled can be seen. One thread of the block calls it.
 DEVICE void await(Global<unsigned> counter, unsigned number) {
   unsigned value;
   do {
@@ -176,8 +176,9 @@ DEVICE float to_float(float value) { return value; }
 DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
 DEVICE float to_float(fp16 value) { return __half2float(value); }
 
-// sums += A B on tensor cores, of a whole warp: A 16 × 16, B 16 × 8, sums 16 × 8. With g = lane / 4 and t = lane % 4, a lane
-// has a: A[g][2t, 2t+1], A[g+8][2t, 2t+1], A[g][2t+8, 2t+9], A[g+8][2t+8, 2t+9];
+// sums += A B on tensor cores, by a whole warp, with A 16 × 16, B 16 × 8 and sums 16 × 8. With g = lane / 4 and
+// t = lane % 4, the operands of a lane are
+// a: A[g][2t, 2t+1], A[g+8][2t, 2t+1], A[g][2t+8, 2t+9], A[g+8][2t+8, 2t+9];
 // b: B[2t, 2t+1][g], B[2t+8, 2t+9][g]; sums: [g][2t, 2t+1], [g+8][2t, 2t+1].
 DEVICE void multiply_tiles(float (&sums)[4], const Vector<bf16, 8>& a, const Vector<bf16, 2>& b0,
                            const Vector<bf16, 2>& b1) {

@@ -1,17 +1,17 @@
-// Parallel passes over the tokens ahead of each sample's frontier, without the host: see tarflow_fast/solvers/frontier.py,
-// whose rule this is.
+// Parallel passes over the tokens ahead of each sample's frontier, without the host, by the rule of
+// tarflow_fast/solvers/frontier.py.
 //
-// A pass evaluates the window [reached, reached + W) of each sample. Its tokens that moved by no more than tol, or than
-// rounding of the stream may move them, up to the first that moved by more, keep what was guessed for them; that one gets its new value;
-// those after it get theirs as guesses, unless they overflow, and start again from where they began. A sample whose final
-// token is not finite has failed: the tokens after it become NaN.
+// A pass evaluates the window [reached, reached + W) of each sample. Its first tokens keep their guesses as long as
+// each moved by no more than tol, or than rounding of the stream may move it. The first that moved by more gets its new
+// value. The tokens after it get their new values as guesses, or start again from where they began if they overflow. A
+// sample whose final token is not finite has failed: the tokens after it become NaN.
 #pragma once
 
 #include "affine.cuh"
 
 namespace tarflow {
 
-// The tokens that the next pass evaluates. Returns whether there are any; the same in all blocks.
+// Looks up the tokens that the next pass evaluates. Returns whether there are any, which is the same in all blocks.
 template <int WARPS>
 DEVICE bool look(const Params& p, const Rows& rows) {
   const Global<int> reached(p.reached);
@@ -26,7 +26,7 @@ DEVICE bool look(const Params& p, const Rows& rows) {
   return false;
 }
 
-// What a pass over a sample's window found of each of its tokens.
+// The findings of a pass for each token of a sample's window.
 struct Found {
   Shared<float> memory;  // 4 W floats
   int W;
@@ -34,7 +34,7 @@ struct Found {
   DEVICE float change(int j) const { return load(memory, j); }
   DEVICE float residual(int j) const { return load(memory, W + j); }
   DEVICE bool bad(int j) const { return load(memory, 2 * W + j) > 0; }
-  DEVICE float size(int j) const { return larger(load(memory, 3 * W + j), 1.0f); }  // of what was guessed, at least 1
+  DEVICE float size(int j) const { return larger(load(memory, 3 * W + j), 1.0f); }  // the guess's size, at least 1
   DEVICE void keep(int j, const Moved& moved, float bad, float size) const {
     store(memory, j, moved.change);
     store(memory, W + j, moved.residual);
@@ -43,7 +43,7 @@ struct Found {
   }
 };
 
-// `Trail.record` of a sample, see tarflow_fast/solvers/trail.py, whose constants these are. By a thread.
+// Does `Trail.record` for a sample, by one thread. The constants are those of tarflow_fast/solvers/trail.py.
 DEVICE void record(const Params& p, int sample, int front, int width, int kept, const Found& found) {
   constexpr float NEAR = 0.5f, FORGET = 0.9f;
   const Global<float> trail(p.trail);
@@ -68,7 +68,7 @@ DEVICE void record(const Params& p, int sample, int front, int width, int kept, 
   }
 }
 
-// What a pass makes final. A block takes a sample. memory: 4 W floats.
+// Makes final what a pass allows. A block takes a sample. memory: 4 W floats.
 template <int WARPS>
 DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
   const Global<float> x(p.x), guess(p.guess), log_dets(p.log_det), residuals(p.residual);

@@ -9,7 +9,7 @@ class Grid {
  public:
   DEVICE explicit Grid(const Params& p) : counter_(p.barrier) {}
 
-  // All that any block wrote before is seen by every block after. meanwhile(): what needs no other block.
+  // After it, every block sees all that any block wrote before. meanwhile() does what needs no other block.
   template <class Meanwhile>
   DEVICE void sync(Meanwhile meanwhile) {
     sync_block();

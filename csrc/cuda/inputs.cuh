@@ -1,4 +1,4 @@
-// What each linear layer's product is of: rows of it, prepared in shared memory in the weights' type.
+// The inputs of each linear layer's product: their rows are prepared in shared memory, in the weights' type.
 #pragma once
 
 #include "affine.cuh"
@@ -12,7 +12,7 @@ DEVICE void stage_value(const Scratch<T>& scratch, int row, int k, float value) 
   store(scratch.staged, row * scratch.stride + k, from_float<T>(value));
 }
 
-// (h − mean) / std, of rows [first, first + count); a warp takes a row, and keeps as much of it as registers allow.
+// (h − mean) / std for rows [first, first + count). A warp takes a row, and keeps as much of it as registers allow.
 template <int WARPS, class T>
 DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, int count) {
   constexpr int KEPT = 8, STEP = 128;
@@ -37,7 +37,7 @@ DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, 
     float sum = 0, squares = 0;
     each([&](int, const Vector<float, 4>& v) {
       sum += v.at[0] + v.at[1] + v.at[2] + v.at[3];
-    });  // 0 beyond the channels
+    });  // the values beyond the channels are 0
     const float mean = sum_lanes(sum) / p.channels;
     each([&](int k, const Vector<float, 4>& v) {
       for (int i = 0; i < 4; i++)
@@ -52,7 +52,7 @@ DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, 
   }
 }
 
-// h itself.
+// The residual stream h itself.
 template <int WARPS, class T>
 DEVICE void stage_stream(const Params& p, const Scratch<T>& scratch, int first, int count) {
   const Global<float> h(p.h);
@@ -65,7 +65,7 @@ DEVICE void stage_stream(const Params& p, const Scratch<T>& scratch, int first, 
   }
 }
 
-// What was attended to.
+// The attended values.
 template <int WARPS, int V, class T>
 DEVICE void stage_attended(const Params& p, const Rows& rows, const Scratch<T>& scratch, int first, int count) {
   const int vectors = whole_tiles(p.channels) / V;
@@ -78,7 +78,7 @@ DEVICE void stage_attended(const Params& p, const Rows& rows, const Scratch<T>& 
   }
 }
 
-// Columns [k0, k0 + k) of the hidden layer.
+// The columns [k0, k0 + k) of the hidden layer.
 template <int WARPS, class T>
 DEVICE void stage_hidden(const Params& p, const Scratch<T>& scratch, int first, int count, int k0, int k) {
   constexpr int V = 16 / sizeof(T);
@@ -92,8 +92,8 @@ DEVICE void stage_hidden(const Params& p, const Scratch<T>& scratch, int first, 
   }
 }
 
-// Tokens: as they are where a pass begins, and then those that follow from the parameters. The block that has the first
-// tile of proj_in keeps them.
+// The tokens: as they are where a pass begins, and then those that follow from the parameters. The block that has the
+// first tile of proj_in stores them.
 template <int WARPS, class T>
 DEVICE void stage_tokens(const Params& p, const Rows& rows, const Scratch<T>& scratch, int first, int count, bool begin,
                          bool keeps) {

@@ -2,8 +2,8 @@
 //
 //   for each token:  proj_in | LayerNorm, qkv | attention | proj, + | LayerNorm, fc1, GELU | fc2, + | … | proj_out
 //
-// where | is a barrier: 5 L + 2 a token. The affine update of a token is part of the next token's proj_in. Every output has
-// one block that computes it, so nothing is added atomically and a pass gives the same bits each time.
+// where | is a barrier: 5 L + 2 a token. The affine update of a token is part of the next token's proj_in. Every output
+// has one block that computes it, so nothing is added atomically and a pass gives the same bits each time.
 #pragma once
 
 #include "frontier.cuh"
@@ -28,7 +28,8 @@ struct Pass {
   Scratch<T> scratch;
   Ring<T, WARPS> ring;
 
-  // What a phase's product is of. begin: the first token of a pass, which is there; the others follow from parameters.
+  // Stages the input of a phase's product. begin: the first token of a pass is there; the others follow from
+  // parameters.
   DEVICE void stage(Phase phase, bool begin, int first, int count, int k0, int k) {
     switch (phase) {
       case EMBED: {
@@ -44,7 +45,7 @@ struct Pass {
     }
   }
 
-  // What a phase does with output n of a row.
+  // Does with output n of a row what its phase does.
   DEVICE void finish(Phase phase, int layer, int n, int row, float y) {
     switch (phase) {
       case EMBED: return embedded(n, row, y);
@@ -56,7 +57,7 @@ struct Pass {
       }
       case PROJ_OUT:
         return store(Global<float>(p.parameters), static_cast<int64_t>(row) * whole_tiles(p.out_dim) + n, y);
-      default: {  // h += y, which one thread does to an element
+      default: {  // h += y, as one thread takes each element
         const Global<float> h(p.h);
         const int64_t at = static_cast<int64_t>(row) * whole_tiles(p.channels) + n;
         store(h, at, load(h, at) + y);
@@ -64,7 +65,7 @@ struct Pass {
     }
   }
 
-  // h = proj_in(x) + position + class, in each branch.
+  // h = proj_in(x) + position + class, in each branch
   DEVICE void embedded(int n, int i, float y) {
     const Global<float> h(p.h);
     const Global<const float> position(p.position), classes(p.class_rows);
@@ -79,7 +80,7 @@ struct Pass {
     }
   }
 
-  // Queries, and keys and values into the cache.
+  // Stores queries, and puts keys and values into the cache.
   DEVICE void queried(int layer, int n, int row, float y) {
     const Global<T> cache(p.keys_values);
     const int which = n / p.channels, channel = n % p.channels;
@@ -119,7 +120,7 @@ struct Pass {
     });
   }
 
-  // An evaluation of the transformer.
+  // Evaluates the transformer.
   DEVICE void step(bool begin) {
     int layer = 0;
     Phase phase = EMBED;
@@ -156,8 +157,8 @@ struct Pass {
   }
 };
 
-// Shared memory: tokens of the positions; work and jobs of this block; sums, or what attention needs; X; the ring. As in
-// plan.py.
+// Shared memory has tokens of the positions; work and jobs of this block; sums, or what attention needs; X; and the
+// ring, as plan.py counts.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   const int layers = 4 * p.layers + 2, work_bytes = divide_up(4 * MOST_ROWS + 8 * (layers + p.most_jobs), 16) * 16;

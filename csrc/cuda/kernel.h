@@ -1,5 +1,5 @@
-// The kernels that there are, and how one is launched. The one file for nvcc's runtime is launch.cu; the emulation has its
-// own.
+// The kernels that there are, and how one is launched: launch.cu does it by CUDA's runtime, and the emulation has a
+// file of its own.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@ namespace tarflow {
 
 using Kernel = void (*)(Params);
 
-// One instance of the kernel: for which type of weights, at most how many rows, and its block's size.
+// One instance of the kernel, for a type of weights and at most so many rows, with the size of its block.
 struct Instance {
   const char* dtype;  // "float32", "bfloat16", "float16"
   int rows;  // 8, 16, 32 or 64
@@ -19,7 +19,7 @@ struct Instance {
   Kernel kernel;
 };
 
-// With tiles for 8, 16, 32 and 64 rows.
+// The instances have tiles for 8, 16, 32 and 64 rows.
 using Instances = std::array<Instance, 4>;
 Instances float32_instances();
 Instances float16_instances();
@@ -27,12 +27,12 @@ Instances bfloat16_instances();
 
 struct Device {
   int multiprocessors;
-  int64_t shared_bytes;  // that a block can have
+  int64_t shared_bytes;  // the shared memory that a block can have
 };
 
-// Throw std::runtime_error with the name of the call that failed and why.
+// These throw std::runtime_error with the name of the call that failed and why.
 Device device();
-// All blocks at once, or not at all. stream: a cudaStream_t.
+// Launches all blocks at once, or none. stream: a cudaStream_t.
 void launch(const Instance& instance, const Params& params, int blocks, int64_t shared_bytes, uintptr_t stream);
 
 }  // namespace tarflow

@@ -1,4 +1,4 @@
-// Devices and launches by CUDA's runtime. The current device is the caller's choice.
+// Devices and launches by CUDA's runtime. The caller chooses the current device.
 #include <cuda_runtime.h>
 
 #include <map>
@@ -18,7 +18,7 @@ namespace {
 
 void check(const char* call, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // said once: the next call is not to report it too
+  cudaGetLastError();  // clears the error, which the next call is not to report too
   fail(call, error, cudaGetErrorString(error));
 }
 #define CHECK(call, ...) check(#call, call(__VA_ARGS__))
@@ -35,8 +35,8 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Blocks that the device can have at once. Asked once of a device, kernel and size. The limit of shared memory that is set
-// is the device's own, so that sizes can come in any order.
+// Returns how many blocks the device can have at once, asked once for a device, kernel and size. The limit of shared
+// memory is set to the device's own, so that sizes can come in any order.
 int most_blocks(const Instance& instance, int64_t shared_bytes) {
   static std::mutex mutex;
   static std::map<std::tuple<int, Kernel, int64_t>, int> found;

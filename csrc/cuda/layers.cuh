@@ -9,9 +9,9 @@ DEVICE int divide_up(int n, int by) { return (n + by - 1) / by; }
 DEVICE int whole_tiles(int n) { return divide_up(n, TILE) * TILE; }
 
 struct Linear {
-  int index;    // among the packed layers
-  int k_tiles;  // of its inputs
-  int biases;   // where its own begin
+  int index;    // the layer's number among the packed ones
+  int k_tiles;  // tiles along its inputs
+  int biases;   // where its biases begin
 };
 
 DEVICE Linear linear_of(const Params& p, Phase phase, int layer) {

@@ -1,4 +1,4 @@
-// One linear layer of a pass: Y = X Wᵀ + b, each block its own tiles of 16 outputs, for all rows.
+// One linear layer of a pass, Y = X Wᵀ + b, where each block makes its own tiles of 16 outputs, for all rows.
 //
 // A tile's inputs are divided among the block's warps, which multiply with the weights as the 16-row operand and up to
 // NT · 8 rows as the other; their sums are added up in the warps' order, so that a row's result depends on nothing but
@@ -9,8 +9,8 @@
 
 namespace tarflow {
 
-// Shared memory of a product. staged: (staged_rows, stride) of X; the stride keeps lanes in different banks. sums:
-// (NT, WARPS, 32, 4).
+// The shared memory of a product. staged: (staged_rows, stride) of X, where the stride keeps lanes in different banks.
+// sums: (NT, WARPS, 32, 4).
 template <class T>
 struct Scratch {
   Shared<T> staged;
@@ -18,7 +18,7 @@ struct Scratch {
   Shared<float> sums;
 };
 
-// sums += W X of one slot, the k-tiles of this warp; rows: n-tiles [first, first + count) are staged.
+// sums += W X for one slot, by the k-tiles of this warp. The n-tiles [first, first + count) of rows are staged.
 template <int NT, int WARPS, class T>
 DEVICE void multiply(float (&sums)[NT][4], Shared<T> slots, int slot, int k_tiles, const Scratch<T>& scratch, int first,
                      int count) {
@@ -35,7 +35,7 @@ DEVICE void multiply(float (&sums)[NT][4], Shared<T> slots, int slot, int k_tile
   }
 }
 
-// The same in fp32, by the same lanes. The slot holds tiles of 16 outputs × 16 inputs as they are.
+// Does the same in fp32, by the same lanes. The slot holds tiles of 16 outputs × 16 inputs as they are.
 template <int NT, int WARPS>
 DEVICE void multiply(float (&sums)[NT][4], Shared<float> slots, int slot, int k_tiles, const Scratch<float>& scratch,
                      int first, int count) {
@@ -60,8 +60,8 @@ DEVICE void multiply(float (&sums)[NT][4], Shared<float> slots, int slot, int k_
   }
 }
 
-// stage(first, count, k0, k): puts columns [k0, k0 + k) of rows [first, first + count) of X into scratch.staged, from
-// row 0 and column 0 on; called by all threads. finish(n, row, y): takes an output, on one thread.
+// Computes a layer. stage(first, count, k0, k), called by all threads, puts columns [k0, k0 + k) of rows [first, first
+// + count) of X into scratch.staged, from row 0 and column 0 on. finish(n, row, y) takes an output, on one thread.
 template <int NT, int WARPS, class T, class Stage, class Finish>
 DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS>& ring, Shared<int> work,
                    const Scratch<T>& scratch, Stage stage, Finish finish) {
@@ -110,7 +110,7 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
   }
 }
 
-// Takes the weights of a layer that is left out.
+// Takes the weights of a layer that is skipped.
 template <int WARPS, class T>
 DEVICE void skip(const Params& p, const Linear& layer, Ring<T, WARPS>& ring, Shared<int> work) {
   const int slots = divide_up(layer.k_tiles, p.slot_k / TILE) * load(work, 2 * layer.index + 1);

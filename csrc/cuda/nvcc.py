@@ -1,4 +1,7 @@
-"""What setup.py, which alone imports this, needs to know of nvcc: what it is to compile for, where it is, its flags."""
+"""The facts about nvcc that setup.py, which alone imports this, needs.
+
+They are where nvcc is, its flags, and what it is to compile for.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ LINK_FLAGS = ["-shared", "-cudart", "static", "--no-device-link"]
 
 
 def wanted(environment: Mapping[str, str]) -> bool | None:
-    """False: leave the CUDA engine out; True: it has to be built; None: for the GPUs that are here, if it can be."""
+    """Returns False to leave the CUDA engine out, True if it has to be built, and None to build it if it can be.
+
+    With None it is built for the GPUs that are here.
+    """
     value = environment.get(WANTED)
     if value not in (None, "0", "1"):
         raise ValueError(f"{WANTED}: expected 0, 1 or not set, got {value!r}")
@@ -30,7 +36,7 @@ def wanted(environment: Mapping[str, str]) -> bool | None:
 
 
 def architectures(environment: Mapping[str, str]) -> list[str] | None:
-    """Those that are asked for, such as 80 or 90a, each once; None if none are."""
+    """Returns the architectures that are asked for, such as 80 or 90a, each once, or None if none are."""
     value = environment.get(ARCHITECTURES)
     if value is None:
         return None
@@ -46,7 +52,7 @@ def architectures(environment: Mapping[str, str]) -> list[str] | None:
 
 
 def find(environment: Mapping[str, str]) -> str:
-    """The nvcc to use. Raises setuptools' ExecError, which an optional extension may meet, if there is none."""
+    """Returns the nvcc to use. Raises setuptools' ExecError, which an optional extension may meet, if there is none."""
     if name := environment.get("CUDACXX"):
         if found := shutil.which(name, path=environment.get("PATH")):
             return found
@@ -59,7 +65,7 @@ def find(environment: Mapping[str, str]) -> str:
 
 
 def gpus(environment: Mapping[str, str]) -> list[str]:
-    """Compute capabilities of the GPUs that are here and new enough, such as 80 or 90, each once.
+    """Returns the compute capabilities of the GPUs that are here and new enough, such as 80 or 90, each once.
 
     nvidia-smi is asked, which comes with every driver. libcuda would have to be loaded into the process of the build,
     where a driver that hangs or crashes could not be survived. Raises ExecError if there are none.
@@ -80,7 +86,7 @@ def gpus(environment: Mapping[str, str]) -> list[str]:
 
 
 def known(nvcc: str) -> list[str]:
-    """All that this nvcc compiles for, such as 80 or 90. Raises ExecError if it cannot be asked."""
+    """Returns all that this nvcc compiles for, such as 80 or 90. Raises ExecError if it cannot be asked."""
     try:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -89,7 +95,10 @@ def known(nvcc: str) -> list[str]:
 
 
 def default(nvcc: str) -> list[str]:
-    """Those of DEFAULT that this nvcc can compile for. Raises ExecError if there are none, or it cannot be asked."""
+    """Returns those of DEFAULT that this nvcc can compile for.
+
+    Raises ExecError if there are none, or it cannot be asked.
+    """
     able = known(nvcc)
     names = [name for name in DEFAULT if name.rstrip("a") in able]
     if not names:
@@ -98,7 +107,9 @@ def default(nvcc: str) -> list[str]:
 
 
 def fitting(nvcc: str, capabilities: list[str]) -> list[str]:
-    """What to compile for, to serve GPUs of these compute capabilities. Raises ExecError as `default`.
+    """Returns the architectures to compile for, to serve GPUs of these compute capabilities.
+
+    Raises ExecError as `default` does.
 
     A GPU that this nvcc does not know gets the lowest of `default`, whose PTX the driver compiles for it.
     """
@@ -108,11 +119,11 @@ def fitting(nvcc: str, capabilities: list[str]) -> list[str]:
 
 
 def gencode(names: list[str]) -> list[str]:
-    """nvcc's flags for these architectures.
+    """Returns nvcc's flags for these architectures.
 
     Machine code for 80 runs on 8.x alone, and that for 90a or 100a on 9.0 or 10.0 alone. For GPUs that none of them
-    fits, later ones too, the driver compiles PTX when the module is loaded: that of the lowest architecture without a
-    letter, since PTX for 90a or 100a is for these alone as well.
+    fits, later ones too, the driver compiles PTX when the module is loaded. That is the PTX of the lowest architecture
+    without a letter, since PTX for 90a or 100a is for these alone as well.
     """
     codes = [(name, f"sm_{name}") for name in names]
     plain = [name for name in names if name.isdigit()]

@@ -1,42 +1,43 @@
-// What one launch of the kernel is given: sizes, how work is divided, and the memory of a flow block and a batch.
+// The parameters of one launch of the kernel: sizes, the division of work, and the memory of a flow block and a batch.
 #pragma once
 
 #include <cstdint>
 
 namespace tarflow {
 
-constexpr int MOST_ROWS = 64;  // R: tokens that are evaluated at once, those of the unguided branch included
-constexpr int TILE = 16;       // of a weight matrix: so many outputs, so many inputs
+constexpr int MOST_ROWS = 64;  // the most rows R that are evaluated at once, those of the unguided branch included
+constexpr int TILE = 16;       // the outputs, and the inputs, of a tile of a weight matrix
 
-// Memory on the device: so many elements of a type that the kernel knows.
+// A buffer is memory on the device: so many elements of a type that the kernel knows.
 struct Buffer {
   void* data;
   int64_t count;
   const char* name;
 };
 
-// What the launch is to do.
+// The mode says what the launch is to do.
 enum Mode : int {
-  SEQUENTIAL,   // tokens [start, stop), one after the other, of all positions' samples
+  SEQUENTIAL,   // tokens [start, stop) of all positions' samples, one after the other
   FIXED_POINT,  // one parallel pass over all positions
   FRONTIER,     // parallel passes until every sample's frontier is at the end, see frontier.cuh
 };
 
-// Phases between two barriers, as bits of `skip_phases`.
+// The phases between two barriers are bits of `skip_phases`.
 enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 
-// Names as in tarflow_fast/backend/cuda/plan.py and engine.py, which fill them in.
+// The sizes, whose names are as in tarflow_fast/backend/cuda/plan.py and engine.py, which fill them in.
 //
-// Of the block: channels C, heads H, head_dim d, hidden_dim F of the MLP, tokens T, token_dim D, out_dim O (2D, or D if volume-preserving), layers
-// L, affine (0 if volume-preserving).
-// Of the launch: mode; start, stop: of SEQUENTIAL; positions P: tokens that are evaluated at once, of one branch; branches
-// 1 or 2, R = P · branches; samples: of the whole batch, rows of a branch in the cache; guide_a, guide_b: what is guided;
-// skip_phases: phases that are not done, for measurements; of FRONTIER window W: tokens of a sample in a pass (P = W · samples
-// of the launch, sample after sample), max_passes.
-// Of the plan: slots of the ring; slot_k: inputs that a slot holds of 16 outputs; staged_rows: rows of a
-// product's input that are in shared memory at once, a multiple of 8; splits: blocks that share the keys of a row and head,
-// least_keys: what each takes at least;
-// most_jobs: of any block, see `jobs`.
+// The block has channels C, heads H, head_dim d, hidden_dim F of the MLP, tokens T, token_dim D, out_dim O (2D, or D if
+// volume-preserving), layers L, and affine (0 if volume-preserving).
+// The launch has a mode; start and stop, for SEQUENTIAL; positions P, the tokens of one branch that are evaluated at
+// once; branches, 1 or 2, with R = P · branches; samples, those of the whole batch, which are the rows of a branch in
+// the cache; guide_a and guide_b, whether xa and xb are guided; skip_phases, the phases that are not done, for
+// measurements; and for FRONTIER max_passes and a window W, the tokens of a sample in a pass (P = W · samples of the
+// launch, sample after sample).
+// The plan has slots, those of the ring; slot_k, the inputs that a slot holds for 16 outputs; staged_rows, the rows of
+// a product's input that are in shared memory at once, a multiple of 8; splits, the blocks that share the keys of a row
+// and head; least_keys, the keys that each of these takes at least; and most_jobs, the most jobs of any block, see
+// `jobs`.
 // clang-format off
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(hidden_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
@@ -44,22 +45,23 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
   X(staged_rows) X(splits) X(least_keys) X(most_jobs)
 // clang-format on
 
-// C', F', O', D': C, F, O, D rounded up to whole tiles; T type of weights and cache; fp32 unless said. Packed linear
-// layers are one after the other: proj_in, then qkv, proj, fc1, fc2 of each layer, then proj_out.
-//   weights    T, see pack_linear in tarflow_fast/backend/cuda/pack.py; LayerNorm's γ and β are folded into qkv and fc1
-//   biases     of the same layers, each a whole number of tiles
+// The buffers, which are fp32 unless another type is given. "type" is that of weights and cache. C', F', O', D' are C,
+// F, O, D rounded up to whole tiles. Packed linear layers are one after the other: proj_in, then qkv, proj, fc1, fc2 of
+// each layer, then proj_out.
+//   weights    type, see pack_linear in tarflow_fast/backend/cuda/pack.py; LayerNorm's γ and β are in qkv and fc1
+//   biases     the biases of the same layers, each a whole number of tiles
 //   work       int32 (4 L + 2, blocks, 2): the first tile and the number of tiles of each packed layer and block
-//   jobs       int32 (blocks, most_jobs, 2): what a block fetches for a token, in its order: a place in `weights` and a
+//   jobs       int32 (blocks, most_jobs, 2): what a block fetches for a token, in order: a place in `weights` and a
 //              number, in tiles of 16 × 16; 0 at the end
-//   position   (T, C), class_rows (branches · samples, C) or empty: embeddings
-//   guidance   (T − 1,) or empty
-//   scale      (branches,): of the logits, with log2 e
-//   z, x, input, guess (samples, T, D): input is where tokens are read, of FIXED_POINT a copy of x; log_det (samples, T)
-//   change, residual (samples, widest) or empty: of FIXED_POINT; of FRONTIER residual (samples,)
-//   reached, evaluations int32 (samples,), passes int32 (1,), trail (4, samples, T) or empty: of FRONTIER
-//   keys_values T (L, 2, branches · samples, H, T, d)
-//   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, their maximum and weight
-//   hidden     T (R, F'); parameters (R, O')
+//   position   (T, C), class_rows (branches · samples, C) or empty: the embeddings
+//   guidance   (T − 1,) or empty: g after each token
+//   scale      (branches,): the scale of the logits, times log2 e
+//   z, x, input, guess (samples, T, D): tokens are read from input, a copy of x for FIXED_POINT; log_det (samples, T)
+//   change, residual (samples, widest) or empty: for FIXED_POINT; for FRONTIER residual is (samples,)
+//   reached, evaluations int32 (samples,), passes int32 (1,), trail (4, samples, T) or empty: for FRONTIER
+//   keys_values type (L, 2, branches · samples, H, T, d)
+//   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, then their maximum and weight
+//   hidden     type (R, F'); parameters (R, O')
 //   barrier    uint32 (1,): 0 at launch
 // clang-format off
 #define TARFLOW_BUFFERS(X)                                                                                     \
@@ -74,11 +76,11 @@ struct Params {
 #define TARFLOW_FIELD(name) Buffer name;
   TARFLOW_BUFFERS(TARFLOW_FIELD)
 #undef TARFLOW_FIELD
-  // Of each position: its sample, the token that is evaluated, and its column of `change`. Of SEQUENTIAL the sample
-  // alone counts, of FRONTIER the sample and the column.
+  // Each position has its sample, the token that is evaluated, and its column of `change`. For SEQUENTIAL only the
+  // sample counts, for FRONTIER the sample and the column.
   int sample[MOST_ROWS], token[MOST_ROWS], column[MOST_ROWS];
-  // Of FRONTIER, see frontier.cuh. stream, rounding: the share of a token's size that rounding of the residual stream,
-  // and of weights and cache, may move it by.
+  // These are for FRONTIER, see frontier.cuh. stream, rounding: the share of a token's size that rounding of the
+  // residual stream, and of weights and cache, may move it by.
   float tol, stream, rounding;
 };
 

@@ -1,8 +1,8 @@
 // The stream of weights that a block works through, some slots ahead of the work.
 //
-// Weights do not depend on activations. So each block fetches the tiles that it is to multiply next, of this phase and of
-// those after it, while it waits for other blocks. A slot holds what one product takes of a tile: 16 outputs and at most
-// slot_k inputs.
+// Weights do not depend on activations, so each block fetches the tiles that it is to multiply next, of this phase and
+// of those after it, while it waits for other blocks. A slot holds what one product takes of a tile: 16 outputs and at
+// most slot_k inputs.
 #pragma once
 
 #include "layers.cuh"
@@ -12,7 +12,7 @@ namespace tarflow {
 template <class T, int WARPS>
 class Ring {
  public:
-  // jobs: (most_jobs, 2), what this block fetches for a token; over and over.
+  // jobs: (most_jobs, 2), what this block fetches for each token.
   DEVICE Ring(const Params& p, Shared<T> memory, Shared<int> jobs)
       : p_(p), memory_(memory), jobs_(jobs), idle_(load(jobs, 1) == 0) {}
 
@@ -21,7 +21,8 @@ class Ring {
     while (!idle_ && fetched_ - freed_ < static_cast<unsigned>(p_.slots)) fetch();
   }
 
-  // The next slot's first element, when this thread's part of it has come; sync_block, and all of it can be read.
+  // Returns the next slot's first element when this thread's part of it has come. After sync_block all of it can be
+  // read.
   DEVICE int take() {
     if (fetched_ == taken_) fill();
     wait_copies(fetched_ - taken_ - 1);
@@ -31,7 +32,7 @@ class Ring {
     return slot;
   }
 
-  // All warps have read the slots that were taken, but for the last `kept`.
+  // Frees the slots that were taken, but for the last `kept`. All warps must have read them.
   DEVICE void release(int kept = 0) { freed_ = taken_ - kept; }
 
   DEVICE void drain() const { wait_copies(0); }
@@ -62,10 +63,10 @@ class Ring {
   const Params& p_;
   Shared<T> memory_;
   Shared<int> jobs_;
-  bool idle_;  // no tile of any layer is this block's
-  int job_ = 0;  // what is fetched next
-  int fill_ = 0, take_ = 0;  // slots that are next, their first elements
-  unsigned fetched_ = 0, taken_ = 0, freed_ = 0;  // slots, since the launch
+  bool idle_;  // whether this block has no tile of any layer
+  int job_ = 0;  // the job that is fetched next
+  int fill_ = 0, take_ = 0;  // the first elements of the slots that are next
+  unsigned fetched_ = 0, taken_ = 0, freed_ = 0;  // numbers of slots since the launch
 };
 
 }  // namespace tarflow

@@ -1,7 +1,7 @@
 // The rows of a launch: which token each of them is, and where its keys and values are.
 //
-// Row b · P + i is position i in branch b; with guidance the second branch is the unguided one. A position whose token is
-// −1 has nothing to evaluate: what is computed for it goes nowhere.
+// Row b · P + i is position i in branch b; with guidance the second branch is the unguided one. A position whose token
+// is −1 has nothing to evaluate, and what is computed for it goes nowhere.
 #pragma once
 
 #include "layers.cuh"
@@ -10,7 +10,7 @@ namespace tarflow {
 
 struct Rows {
   const Params& p;
-  Shared<int> tokens;  // of each position; but of SEQUENTIAL all have the same:
+  Shared<int> tokens;  // the token of each position, except for SEQUENTIAL, where it is `next` for all
   int next;
 
   DEVICE int count() const { return p.positions * p.branches; }
@@ -20,12 +20,12 @@ struct Rows {
   DEVICE int token(int row) const { return token_at(position(row)); }
   DEVICE int cache_row(int row) const { return branch(row) * p.samples + p.sample[position(row)]; }
 
-  // Of the key (0) or value (1) of the row's token 0 in one layer and head.
+  // Returns the index of the key (0) or value (1) of the row's token 0 in one layer and head.
   DEVICE int64_t cached(int layer, int which, int row, int head) const {
     const int64_t rows = static_cast<int64_t>(p.branches) * p.samples;
     return (((2 * layer + which) * rows + cache_row(row)) * p.heads + head) * p.tokens * p.head_dim;
   }
-  // Of token `token` of the sample at a position, in (samples, T).
+  // Returns the index in (samples, T) of token `token` of the sample at a position.
   DEVICE int64_t place(int position, int token) const {
     return static_cast<int64_t>(p.sample[position]) * p.tokens + token;
   }

@@ -126,7 +126,9 @@ class BlockState:
 
 
 class Moved(NamedTuple):
-    """How far one parallel pass moved the tokens of its window. A value is NaN or infinite where the token is.
+    """The movements of the tokens of a window in one parallel pass.
+
+    A value is NaN or infinite where the token is.
 
     Attributes:
         change: (B, W), max_d |new x − old x|.

@@ -1,4 +1,4 @@
-"""How long a run of an engine takes, without the setup that it does once for a shape."""
+"""The timing of an engine's runs, without the setup that it does once for a shape."""
 
 from __future__ import annotations
 

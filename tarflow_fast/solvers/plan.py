@@ -73,7 +73,7 @@ class SolverPlan:
         return cls(torch.stack(slopes).float().cpu(), torch.stack(shifts).float().cpu(), unknown, unknown.clone())
 
     def guess(self, k: int, z: Tensor) -> Tensor:
-        """Return where the passes of a block start.
+        """Returns where the passes of a block start.
 
         Args:
             k: The number of the block.
@@ -86,7 +86,7 @@ class SolverPlan:
         return torch.addcmul(shift, slope, z)
 
     def pace(self, k: int) -> PassEstimate:
-        """Return what a block takes, as far as it is known.
+        """Returns what a block takes, as far as it is known.
 
         Args:
             k: The number of the block.

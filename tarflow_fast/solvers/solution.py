@@ -13,7 +13,9 @@ from .trail import Shown
 
 @dataclass(frozen=True)
 class Solution:
-    """How a block was solved; the result itself is in the block's state.
+    """A report of how a block was solved.
+
+    The result itself is in the block's state.
 
     passes: the number of dependent steps, each an evaluation of the transformer on one token or on a window of tokens.
     evaluations: the number of tokens that were evaluated, over all samples. steps: how many of the passes were steps of

@@ -1,5 +1,5 @@
-// The host side of device.cuh: the same names and meanings, every access checked. Where a promise is broken, the launch
-// ends with an error that says who did what.
+// The host side of device.cuh, which has the same names and meanings and checks every access. Where a promise is
+// broken, the launch ends with an error that says who did what.
 #pragma once
 
 #include <cmath>
@@ -83,7 +83,7 @@ View view(Shared<T> memory) {
   return {"shared memory", reinterpret_cast<unsigned char*>(memory.data), memory.count, sizeof(T), true};
 }
 
-// Elements [i, i + N) as a Value of their whole size.
+// Returns elements [i, i + N) as a Value of their whole size.
 template <class Value, int N, class Memory>
 Value read(Memory from, int64_t i, Use how) {
   Value value;
@@ -152,7 +152,7 @@ DEVICE void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j) {
 DEVICE void commit_copies() { emulation::machine->commit_copies(); }
 DEVICE void wait_copies(int pending) { emulation::machine->wait_copies(pending); }
 
-// The counter is for these two: its memory has no stamps.
+// The counter is only for signal and await, so its memory has no stamps.
 DEVICE void signal(Global<unsigned> counter) {
   emulation::use(emulation::view(counter), 0, 1, emulation::HINT);
   emulation::machine->signal(counter.data);
@@ -164,7 +164,7 @@ DEVICE void await(Global<unsigned> counter, unsigned number) {
 
 namespace emulation {
 
-// What a lane has of A and then of B, as in device.cuh.
+// The elements that a lane has of A and then of B, as in device.cuh.
 struct Tiles {
   float a[8], b[4];
 };

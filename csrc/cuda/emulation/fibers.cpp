@@ -1,4 +1,4 @@
-// A fortified longjmp takes another stack for a corrupt one.
+// Fortification is off, because a fortified longjmp takes another stack for a corrupt one.
 #undef _FORTIFY_SOURCE
 
 #include "fibers.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr size_t STACK = 128 << 10, GUARD = 64 << 10;  // bytes; the guard is whole pages on every machine
 
-// Stacks that outlive a launch: pages that were touched once need not be made again.
+// Stacks outlive a launch, so that pages that were touched once need not be made again.
 class Stacks {
  public:
   char* at(size_t i) {
@@ -35,7 +35,7 @@ Stacks stacks;
 
 }  // namespace
 
-// Begun by ucontext, which makes a system call at every switch; from then on by _setjmp and _longjmp, which make none.
+// A fiber begins by ucontext, which makes a system call at every switch, and goes on by _longjmp, which makes none.
 struct Fibers::Context {
   jmp_buf jump;
   ucontext_t start;

@@ -1,4 +1,5 @@
-// Functions that stop and go on, each on a stack of its own, one at a time; which goes on is drawn at random.
+// Fibers are functions that stop and go on, each on a stack of its own, one at a time. Which goes on is drawn at
+// random.
 #pragma once
 
 #include <ucontext.h>
@@ -14,18 +15,18 @@ namespace tarflow::emulation {
 
 class Fibers {
  public:
-  // stuck(): the error text when every fiber that has not ended is paused.
+  // stuck() returns the error text when every fiber that has not ended is paused.
   Fibers(int count, uint64_t seed, std::function<std::string()> stuck);
   ~Fibers();
 
-  // body(0) … body(count − 1), to their ends. The first exception ends all, and is thrown; what other fibers have on
-  // their stacks is not destroyed then.
+  // Runs body(0) … body(count − 1) to their ends. The first exception ends all and is thrown; then the objects on the
+  // stacks of other fibers are not destroyed.
   void run(const std::function<void(int)>& body);
 
-  // Of the fiber that runs.
+  // These are called by the fiber that runs.
   int current() const { return current_; }
-  void pause();  // until another fiber wakes it
-  void yield();  // others may go first
+  void pause();  // stops until another fiber wakes it
+  void yield();  // lets others go first
   void wake(int fiber) { ready_.push_back(fiber); }
 
  private:
@@ -41,7 +42,7 @@ class Fibers {
   uint64_t random_;
   const std::function<std::string()> stuck_;
   const std::function<void(int)>* body_ = nullptr;
-  std::unique_ptr<Context[]> contexts_;  // of each fiber, and last of run()'s caller
+  std::unique_ptr<Context[]> contexts_;  // the context of each fiber, and last that of run()'s caller
   std::vector<int> ready_;
   int current_, ended_ = 0;
   std::exception_ptr error_;

@@ -11,7 +11,7 @@ namespace {
 
 std::mutex one_launch;
 Device emulated{3, 227 << 10};
-uint64_t seed = 0, launches = 0;  // launches: since the seed was set
+uint64_t seed = 0, launches = 0;  // launches counts from when the seed was set
 
 }  // namespace
 

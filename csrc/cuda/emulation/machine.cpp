@@ -11,14 +11,14 @@ Thread* here = nullptr;
 
 namespace {
 
-constexpr size_t ALIGNMENT = 128;  // of shared memory
+constexpr size_t ALIGNMENT = 128;  // bytes that shared memory is aligned to
 constexpr int POISON = 0xff;       // NaN in every floating-point type
 
 void join(Clock& clock, const Clock& other) {
   for (size_t b = 0; b < clock.size(); b++) clock[b] = std::max(clock[b], other[b]);
 }
 
-// The copy has come: for other threads, written in this epoch.
+// Marks a copy as come: for other threads it was written in this epoch.
 void arrive(Coming& copy) {
   Block& block = *here->block;
   unsigned char* at = copy.to.data + copy.i * copy.to.size;
@@ -120,7 +120,7 @@ void Machine::await(uint32_t* address, uint32_t number) {
     awaiting_.push_back(here->fiber);
     pause("await", number);
   }
-  // What the first `number` signals tell, not those that happen to have come as well.
+  // Only the first `number` signals count, not others that happen to have come as well.
   const auto signals = static_cast<int32_t>(number - of.initial);
   if (signals > 0) join(here->block->next_clock, of.signalled.at(signals));
 }
@@ -170,7 +170,7 @@ void Machine::wait_copies(int pending) {
   }
 }
 
-// Where the threads of each block are, those that wait for the same together.
+// Returns where the threads of each block are, those that wait for the same thing together.
 std::string Machine::stuck() const {
   std::string text = "deadlock:";
   for (int first = 0, end; first < blocks * threads; first = end) {

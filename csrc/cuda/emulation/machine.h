@@ -23,15 +23,15 @@ struct Warp {
 
 struct Block {
   int index;
-  Clock clock, next_clock;  // next_clock: what is seen after the next sync_block
-  int arrived = 0;          // at sync_block
+  Clock clock, next_clock;  // the block's clock now, and after its next sync_block
+  int arrived = 0;          // threads that have arrived at sync_block
   std::vector<Warp> warps;
-  std::unique_ptr<unsigned char[]> memory;  // shared
-  unsigned char* shared;                    // its first aligned byte
+  std::unique_ptr<unsigned char[]> memory;  // the shared memory
+  unsigned char* shared;                    // the first aligned byte of memory
   Stamps stamps{nullptr, &std::free};
 };
 
-// 16 bytes on their way into shared memory.
+// A copy of 16 bytes on its way into shared memory.
 struct Coming {
   View to, from;
   int64_t i, j;
@@ -40,10 +40,10 @@ struct Coming {
 struct Thread {
   int index, fiber;
   Block* block;
-  const char* waits = nullptr;  // the call that it waits in; where a thread has ended, "its end"
+  const char* waits = nullptr;  // the call that it waits in, or "its end" where the thread has ended
   int64_t detail = 0;
-  std::deque<Coming> copies;  // that have not come, the oldest first
-  std::deque<int> groups;     // of how many copies each; those after are in no group
+  std::deque<Coming> copies;  // copies that have not come, the oldest first
+  std::deque<int> groups;     // the number of copies in each group; the copies after them are in no group
 };
 
 class Machine {
@@ -64,14 +64,14 @@ class Machine {
   void commit_copies();
   void wait_copies(int pending);
 
-  const int blocks, threads;  // of a block
+  const int blocks, threads;  // blocks of the grid, threads of a block
   const int64_t shared_bytes;
   GlobalStamps global_stamps;
 
  private:
   struct Counter {
     uint32_t initial;
-    std::vector<Clock> signalled;  // by how many signals: what came before the first so many
+    std::vector<Clock> signalled;  // what came before the first so many signals, by their number
   };
 
   Counter& counter(uint32_t* address);
@@ -83,16 +83,16 @@ class Machine {
   std::vector<Block> block_;
   std::vector<Thread> thread_;
   std::unordered_map<uint32_t*, Counter> counters_;
-  std::vector<int> awaiting_;  // fibers
+  std::vector<int> awaiting_;  // the fibers that wait for a counter
 };
 
-// For the launches after this. At first 3 multiprocessors, on each of which one block runs, and 227 KiB for a block.
-// Throws std::runtime_error if there can be no such device.
+// Sets the device for later launches. At first it has 3 multiprocessors, on each of which one block runs, and 227 KiB
+// for a block. Throws std::runtime_error if there can be no such device.
 void set_device(int multiprocessors, int64_t shared_bytes);
-// Each launch after this has another schedule, and the same again after the same seed.
+// Sets the seed. Each launch after this has another schedule, and the same again after the same seed.
 void set_seed(uint64_t seed);
 
-extern Machine* machine;  // of the launch, of which there is one at a time
-extern Thread* here;      // that runs
+extern Machine* machine;  // the machine of the launch, of which there is one at a time
+extern Thread* here;      // the thread that runs
 
 }  // namespace tarflow::emulation

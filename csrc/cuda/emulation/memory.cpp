@@ -25,14 +25,14 @@ std::string who(int block, int thread) {
                            " " + USES[how]);
 }
 
-// Of the granule so many bytes after element i.
+// Describes the granule that is so many bytes after element i.
 [[noreturn]] void race(const View& view, int64_t i, int byte, Use how, const Stamp& other, const char* did) {
   throw std::runtime_error("race on " + element(view, i + byte / view.size) + ": " + who(other.block, other.thread) +
                            (other.flags & Stamp::MANY ? " and others " : " ") + did + ", " +
                            who(here->block->index, here->index) + " " + USES[how]);
 }
 
-// Whether what that thread did comes before what the running one does.
+// Returns whether what that thread did comes before what the running one does.
 bool ordered(const Stamp& stamp) {
   if (stamp.epoch < here->block->clock[stamp.block]) return true;
   return stamp.block == here->block->index && stamp.thread == here->index && !(stamp.flags & Stamp::MANY);

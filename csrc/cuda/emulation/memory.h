@@ -1,6 +1,6 @@
-// Who used which memory, and whether two uses of it can meet: a race detector that does not depend on the schedule.
+// A race detector that does not depend on the schedule: it knows who used which memory, and whether two uses can meet.
 //
-// Time is counted by block: epochs, one more after each sync_block. A block's clock says of every block the first epoch
+// Each block counts time in epochs, one more after each sync_block. A block's clock says of every block the first epoch
 // that it has not seen the end of. What a thread did comes before what another does if the other's block has seen the
 // end of that epoch, by a sync_block of its own or by signal and await. Shuffles order no memory, as in CUDA.
 #pragma once
@@ -14,23 +14,23 @@
 
 namespace tarflow::emulation {
 
-using Clock = std::vector<uint32_t>;  // by block
+using Clock = std::vector<uint32_t>;  // an epoch of each block
 
 // A thread in an epoch of its block.
 struct Stamp {
   enum : uint8_t {
-    MANY = 1,  // of a reader: others of its block, too
-    COMING = 2,  // of the writer: a copy that has not come
-    CONSTANT = 4,  // of the writer: there must not be any
+    MANY = 1,  // others of the reader's block have read it, too
+    COMING = 2,  // the writer is a copy that has not come
+    CONSTANT = 4,  // nobody may write it
   };
-  uint32_t epoch;  // 0: nobody, yet
+  uint32_t epoch;  // 0 where there is no thread yet
   uint16_t thread;
   uint8_t block, flags;
 };
 
-constexpr int GRANULE = 2;  // bytes that have stamps of their own, those of the smallest types
+constexpr int GRANULE = 2;  // bytes that have stamps of their own, the size of the smallest types
 
-// Stamps of memory, zeroed: of each granule the last writer, and the last reader of each block that can reach it.
+// The stamps of memory, zeroed: for each granule the last writer, and the last reader of each block that can reach it.
 using Stamps = std::unique_ptr<Stamp[], decltype(&std::free)>;
 inline Stamps make_stamps(size_t granules, int readers) {
   Stamps stamps{static_cast<Stamp*>(std::calloc(granules * (1 + readers), sizeof(Stamp))), &std::free};
@@ -73,14 +73,14 @@ struct View {
   const char* name;
   unsigned char* data;
   int64_t count;
-  int size;  // bytes of an element
+  int size;  // the bytes of an element
   bool shared;
 };
 
 enum Use { READ, WRITE, CONSTANT_READ, COPY, HINT };
 
-// Where elements [i, i + n) are, for the running thread. Throws std::runtime_error if they are outside, not aligned to
-// their whole size, or if nothing orders this use and another one.
+// Returns where elements [i, i + n) are, for the running thread. Throws std::runtime_error if they are outside or not
+// aligned to their whole size, or if nothing orders this use and another one.
 unsigned char* use(const View& view, int64_t i, int n, Use how);
 
 }  // namespace tarflow::emulation

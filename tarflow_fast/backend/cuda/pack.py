@@ -43,8 +43,8 @@ def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a weight (N, K) as (tiles, k_tiles, 256), with zeros beyond N and K.
 
     In fp32 a tile is 16 rows of 16. In a half precision it is in the order of tensor cores: each lane has 8 elements of
-    its own, W[g][2t, 2t+1], W[g+8][2t, 2t+1], W[g][2t+8, 2t+9], W[g+8][2t+8, 2t+9], where g = lane // 4 and t = lane %
-    4.
+    its own, W[g][2t, 2t+1], W[g+8][2t, 2t+1], W[g][2t+8, 2t+9], W[g+8][2t+8, 2t+9], where
+    g = lane // 4 and t = lane % 4.
     """
     N, K = weight.shape
     tiles, k_tiles = -(-N // TILE), -(-K // TILE)

@@ -1,4 +1,4 @@
-"""How the CUDA kernel's work is divided: which block has which tiles, and how shared memory is used.
+"""The division of the CUDA kernel's work: which block has which tiles, and how shared memory is used.
 
 Every tile of 16 outputs of a layer belongs to one block. Blocks fetch weights ahead of the work, so a block that has
 more than its share in one phase may have fetched it during the phases before. What counts is that over a whole token
