@@ -45,9 +45,6 @@ def same(a: TarFlow, b: TarFlow) -> bool:
     return all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
 
 
-# Shards
-
-
 def shard(folder: Path, model: TarFlow, parts: int = 3, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
     keys = list(model.state_dict())
     names = {key: f"model-{i % parts + 1:05d}-of-{parts:05d}.safetensors" for i, key in enumerate(keys)}

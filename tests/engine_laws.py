@@ -52,9 +52,6 @@ def check_windows(
     assert_close(state.token_log_det[:, 1:], wanted.token_log_det[:, 1:], tolerance)
 
 
-# Parts of the tokens
-
-
 def assert_same(got: Tensor, wanted: Tensor) -> None:
     """Bit for bit, or NaN in both."""
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)

@@ -23,9 +23,6 @@ def model(seed: int = 0) -> TarFlow:
     return made
 
 
-# Files behind URLs
-
-
 class Server(ThreadingHTTPServer):
     """A repository, "owner/name" at COMMIT, and plain files under /files/. requests: what was asked for."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoint_files import same
+from checkpoint_files import same, shard
 from hubs import COMMIT, Server, model, saved
 
 import tarflow_fast as tff
@@ -90,8 +90,6 @@ def test_what_a_repository_has_not_is_said(hub: Server, tmp_path: Path) -> None:
 
 
 def test_shards_of_a_repository(hub: Server, tmp_path: Path) -> None:
-    from test_stored import shard
-
     shard(tmp_path, model())
     hub.files |= {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     loaded = tff.load("hf://owner/name")

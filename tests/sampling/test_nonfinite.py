@@ -19,9 +19,6 @@ from tarflow_fast.sampling.sampler import Sampler
 golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-# Samples that are not finite
-
-
 def explosive_model(bias: float) -> TarFlow:
     """xa grows with |x|: images with large noise overflow, others do not."""
     model = random_model(4)

@@ -23,9 +23,6 @@ from tarflow_fast.sampling.sampler import Sampler
 golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-# What is refused
-
-
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [

@@ -14,10 +14,7 @@ from cases import Case, random_latents, random_model
 from tolerances import BATCH, GOLDEN, INVERSE_F64, assert_close
 
 from tarflow_fast import reference
-from tarflow_fast.errors import (
-    ArgumentError,
-    OutOfMemoryError,
-)
+from tarflow_fast.errors import ArgumentError, OutOfMemoryError
 from tarflow_fast.sampling import sampler
 from tarflow_fast.sampling.noise import latent_noise
 from tarflow_fast.sampling.sampler import Sampler

@@ -22,9 +22,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_pictures(tmp_path_factory.mktemp("data") / "pictures.npz")
 
 
-# --- what is said before any work ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["train.csv", "eval.csv", "model.safetensors"])
 def test_files_of_others_stay(data: str, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
