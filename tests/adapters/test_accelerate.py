@@ -13,10 +13,7 @@ from tolerances import GOLDEN, assert_close
 from torch import nn
 
 from tarflow_fast.adapters import accelerate
-from tarflow_fast.errors import (
-    ArgumentError,
-    CheckpointError,
-)
+from tarflow_fast.errors import ArgumentError, CheckpointError
 from tarflow_fast.sampling.sampler import Sampler
 
 golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

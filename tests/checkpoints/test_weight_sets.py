@@ -167,7 +167,7 @@ def test_what_is_no_tarflow_says_what_was_found_in_one_line(tmp_path: Path) -> N
         ),
         "whole module inside": (
             {"model": Wrapper(), "epoch": 1},
-            "its model is a whole module, test_weight_sets.Wrapper",
+            f"its model is a whole module, {__name__}.Wrapper",
         ),
         "list": ([1, 2], "got list"),
         "escapes": ({"\x1b[31mred\n": torch.ones(1)}, r"Keys found: '\\x1b\[31mred\\n'"),

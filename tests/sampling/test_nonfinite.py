@@ -9,9 +9,7 @@ from cases import random_model
 from tolerances import BATCH, assert_close
 
 from tarflow_fast import reference
-from tarflow_fast.errors import (
-    NonFiniteError,
-)
+from tarflow_fast.errors import NonFiniteError
 from tarflow_fast.models.tarflow import TarFlow
 from tarflow_fast.sampling.noise import latent_noise
 from tarflow_fast.sampling.sampler import Sampler

@@ -13,11 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tarflow_fast.backend import backends
-from tarflow_fast.errors import (
-    ArgumentError,
-    BackendError,
-    NonFiniteError,
-)
+from tarflow_fast.errors import ArgumentError, BackendError, NonFiniteError
 from tarflow_fast.sampling.sampler import Sampler
 
 golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import (
-    tiny,
-    write_pictures,
-)
+from runs import tiny, write_pictures
 
 import tarflow_fast as tff
 from tarflow_fast.errors import ArgumentError, DataError
