@@ -19,6 +19,8 @@ from remarks import Remarks
 
 from tarflow_fast.errors import TarFlowWarning
 
+pytest.register_assert_rewrite("checkpoint_files", "engine_laws")
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
     from interpreter import patch_once

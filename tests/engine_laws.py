@@ -20,6 +20,104 @@ from tarflow_fast.errors import ArgumentError
 from tarflow_fast.solvers import sequential
 
 
+def check_reverse(backend: str, guidance: Guidance, batch: int, k: int, sizes: dict[str, int]) -> None:
+    """The sequential pass is the reference's inverse, and leaves its input alone."""
+    model = random_model(3, **sizes)
+    labels = torch.arange(-1, batch - 1).clamp(max=1) if model.config.num_classes else None
+    condition = Condition(labels, guidance)
+    z = random_latents(model, batch)
+    given_z = z.clone()
+    engine = engine_of(model, k, backend)
+    state = poisoned(engine, z, condition)
+    engine.reverse(state)
+    x, log_det = expected(model, k, z, condition)
+    assert_close(state.x, x, GOLDEN)
+    assert_close(state.token_log_det, log_det, GOLDEN)
+    assert_close(state.log_det, log_det.sum(1), GOLDEN)
+    assert torch.equal(z, given_z)
+
+
+def check_causality(backend: str, guidance: Guidance, bad: float) -> None:
+    """Also where a later one of the window, or a stale one behind it in the cache, overflows."""
+    model = random_model(11, num_classes=2, img_size=6)
+    condition = Condition(torch.tensor([1, -1]), guidance)
+    z, T = random_latents(model, 2), model.config.num_patches
+    engine = engine_of(model, 0, backend)
+    wanted, spoilt = (engine.begin(z, condition) for _ in range(2))
+    spoilt.x[0, 4] = bad
+    for state in (wanted, spoilt):
+        engine.fixed_point(state, 1, T)
+    assert torch.equal(spoilt.x[0, :5], wanted.x[0, :5])
+    assert torch.equal(spoilt.x[1], wanted.x[1])
+    assert not torch.equal(spoilt.x[0, 5:], wanted.x[0, 5:])
+    assert bad == 1e38 or spoilt.x[0, 5:].isnan().all()
+    spoilt.x[0, 4:] = wanted.x[0, 4:]
+    for state in (wanted, spoilt):  # the cache behind the window is still spoilt
+        engine.fixed_point(state, 2, 4)
+        engine.fixed_point(state, 4, T)
+    assert torch.equal(spoilt.x, wanted.x)
+
+
+def check_residual(backend: str, nvp: bool) -> None:
+    """The residual of a pass is that of the tokens before it."""
+    model = random_model(11, img_size=6, nvp=nvp)
+    engine, T = engine_of(model, 0, backend), model.config.num_patches
+    state = engine.begin(random_latents(model, 3), Condition())
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+    for _ in range(3):
+        z, _ = reference.block_density(weights, 0, state.x.double().cpu())
+        moved = engine.fixed_point(state, 1, T)
+        assert_close(moved.residual, (z - state.z.cpu()).abs().amax(-1)[:, 1:], GOLDEN)
+
+
+def check_progress(backend: str) -> None:
+    """Steps that are told add up to all tokens but the first."""
+    model = random_model(img_size=6)
+    engine = engine_of(model, 0, backend)
+    steps: list[int] = []
+    sequential(engine, engine.begin(random_latents(model, 2), Condition()), steps.append)
+    assert sum(steps) == model.config.num_patches - 1
+
+
+def check_reuse(backend: str) -> None:
+    """Only its memory: not its contents, and what the other block made stays as it is."""
+    model = random_model(img_size=6)
+    z = random_latents(model, 3)
+    first, second = (engine_of(model, k, backend) for k in (1, 0))
+    spent = first.begin(z, Condition())
+    first.reverse(spent)
+    made = spent.x.clone()
+    spent.cache.keys_values.fill_(torch.nan)
+    state = second.begin(spent.x, Condition(), reuse=spent)
+    assert state.cache.keys_values.data_ptr() == spent.cache.keys_values.data_ptr()
+    second.reverse(state)
+    assert_close(state.x, expected(model, 0, made, Condition())[0], GOLDEN)
+    assert torch.equal(spent.x, made)
+    other = second.begin(z[:2], Condition(), reuse=spent)
+    assert other.cache.keys_values.data_ptr() != spent.cache.keys_values.data_ptr()
+
+
+def check_autocast(backend: str) -> None:
+    """Autocast around an engine changes nothing."""
+    model = random_model(img_size=6)
+    z = random_latents(model, 2)
+    engine = engine_of(model, 0, backend)
+    plain, under = engine.begin(z, Condition()), engine.begin(z, Condition())
+    engine.reverse(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.reverse(under)
+    assert torch.equal(plain.x, under.x)
+
+
+def check_bytes(backend: str, guided: bool) -> None:
+    """What a sample is said to take covers its cache, z and x."""
+    model = random_model(num_classes=2)
+    engine = engine_of(model, 0, backend)
+    state = engine.begin(random_latents(model, 3), Condition(None, GUIDED if guided else Guidance()))
+    assert state.cache_bytes == state.cache.keys_values.nbytes
+    assert 3 * engine.bytes_per_sample(guided) >= state.cache_bytes + state.z.nbytes + state.x.nbytes
+
+
 def memory_held(data: st.DataObject, dtype: torch.dtype) -> float:
     """What a cache was before it was written to: no number, or one whose products overflow."""
     held: float = data.draw(st.sampled_from([torch.nan, torch.finfo(dtype).max]))
@@ -88,100 +186,8 @@ def check_parts(
     assert state.first_nonfinite().tolist() == [T, T]
 
 
-def check_bytes(backend: str, guided: bool) -> None:
-    model = random_model(num_classes=2)
-    engine = engine_of(model, 0, backend)
-    state = engine.begin(random_latents(model, 3), Condition(None, GUIDED if guided else Guidance()))
-    assert state.cache_bytes == state.cache.keys_values.nbytes
-    assert 3 * engine.bytes_per_sample(guided) >= state.cache_bytes + state.z.nbytes + state.x.nbytes
-
-
-def check_progress(backend: str) -> None:
-    model = random_model(img_size=6)
-    engine = engine_of(model, 0, backend)
-    steps: list[int] = []
-    sequential(engine, engine.begin(random_latents(model, 2), Condition()), steps.append)
-    assert sum(steps) == model.config.num_patches - 1
-
-
-def check_reuse(backend: str) -> None:
-    """Only its memory: not its contents, and what the other block made stays as it is."""
-    model = random_model(img_size=6)
-    z = random_latents(model, 3)
-    first, second = (engine_of(model, k, backend) for k in (1, 0))
-    spent = first.begin(z, Condition())
-    first.reverse(spent)
-    made = spent.x.clone()
-    spent.cache.keys_values.fill_(torch.nan)
-    state = second.begin(spent.x, Condition(), reuse=spent)
-    assert state.cache.keys_values.data_ptr() == spent.cache.keys_values.data_ptr()
-    second.reverse(state)
-    assert_close(state.x, expected(model, 0, made, Condition())[0], GOLDEN)
-    assert torch.equal(spent.x, made)
-    other = second.begin(z[:2], Condition(), reuse=spent)
-    assert other.cache.keys_values.data_ptr() != spent.cache.keys_values.data_ptr()
-
-
-def check_autocast(backend: str) -> None:
-    model = random_model(img_size=6)
-    z = random_latents(model, 2)
-    engine = engine_of(model, 0, backend)
-    plain, under = engine.begin(z, Condition()), engine.begin(z, Condition())
-    engine.reverse(plain)
-    with torch.autocast("cpu", torch.bfloat16):
-        engine.reverse(under)
-    assert torch.equal(plain.x, under.x)
-
-
-def check_residual(backend: str, nvp: bool) -> None:
-    model = random_model(11, img_size=6, nvp=nvp)
-    engine, T = engine_of(model, 0, backend), model.config.num_patches
-    state = engine.begin(random_latents(model, 3), Condition())
-    weights = {name: value.double() for name, value in model.state_dict().items()}
-    for _ in range(3):
-        z, _ = reference.block_density(weights, 0, state.x.double().cpu())
-        moved = engine.fixed_point(state, 1, T)
-        assert_close(moved.residual, (z - state.z.cpu()).abs().amax(-1)[:, 1:], GOLDEN)
-
-
-def check_causality(backend: str, guidance: Guidance, bad: float) -> None:
-    """Also where a later one of the window, or a stale one behind it in the cache, overflows."""
-    model = random_model(11, num_classes=2, img_size=6)
-    condition = Condition(torch.tensor([1, -1]), guidance)
-    z, T = random_latents(model, 2), model.config.num_patches
-    engine = engine_of(model, 0, backend)
-    wanted, spoilt = (engine.begin(z, condition) for _ in range(2))
-    spoilt.x[0, 4] = bad
-    for state in (wanted, spoilt):
-        engine.fixed_point(state, 1, T)
-    assert torch.equal(spoilt.x[0, :5], wanted.x[0, :5])
-    assert torch.equal(spoilt.x[1], wanted.x[1])
-    assert not torch.equal(spoilt.x[0, 5:], wanted.x[0, 5:])
-    assert bad == 1e38 or spoilt.x[0, 5:].isnan().all()
-    spoilt.x[0, 4:] = wanted.x[0, 4:]
-    for state in (wanted, spoilt):  # the cache behind the window is still spoilt
-        engine.fixed_point(state, 2, 4)
-        engine.fixed_point(state, 4, T)
-    assert torch.equal(spoilt.x, wanted.x)
-
-
-def check_reverse(backend: str, guidance: Guidance, batch: int, k: int, sizes: dict[str, int]) -> None:
-    model = random_model(3, **sizes)
-    labels = torch.arange(-1, batch - 1).clamp(max=1) if model.config.num_classes else None
-    condition = Condition(labels, guidance)
-    z = random_latents(model, batch)
-    given_z = z.clone()
-    engine = engine_of(model, k, backend)
-    state = poisoned(engine, z, condition)
-    engine.reverse(state)
-    x, log_det = expected(model, k, z, condition)
-    assert_close(state.x, x, GOLDEN)
-    assert_close(state.token_log_det, log_det, GOLDEN)
-    assert_close(state.log_det, log_det.sum(1), GOLDEN)
-    assert torch.equal(z, given_z)
-
-
 def check_raggedness(backend: str) -> None:
+    """An engine takes a window for each sample if it says so, and refuses it otherwise."""
     model = random_model(img_size=4)
     engine = engine_of(model, 0, backend)
     state = engine.begin(random_latents(model, 2), Condition())
@@ -193,19 +199,21 @@ def check_raggedness(backend: str) -> None:
             engine.fixed_point(state, [1, 1], [3, 2])
 
 
-def check_part_refused(backend: str, part: tuple[Any, Any]) -> None:
-    model = random_model(img_size=4)
-    engine = engine_of(model, 0, backend)
-    state = engine.begin(random_latents(model, 2), Condition())
-    with pytest.raises(ArgumentError, match=r"^start, stop: expected integers with 1 <= start <= stop <= 4"):
-        engine.reverse(state, None, *part)
-    assert torch.equal(state.x, state.z)
-
-
 def check_window_refused(backend: str, window: tuple[Any, Any]) -> None:
+    """A window outside of the sequence is refused before any work."""
     model = random_model(img_size=4)
     engine = engine_of(model, 0, backend)
     state = engine.begin(random_latents(model, 2), Condition())
     with pytest.raises(ArgumentError, match=r"^start, stop: expected integers with 1 <= start < stop <= 4"):
         engine.fixed_point(state, *window)
+    assert torch.equal(state.x, state.z)
+
+
+def check_part_refused(backend: str, part: tuple[Any, Any]) -> None:
+    """A part outside of the sequence is refused before any work."""
+    model = random_model(img_size=4)
+    engine = engine_of(model, 0, backend)
+    state = engine.begin(random_latents(model, 2), Condition())
+    with pytest.raises(ArgumentError, match=r"^start, stop: expected integers with 1 <= start <= stop <= 4"):
+        engine.reverse(state, None, *part)
     assert torch.equal(state.x, state.z)

@@ -15,13 +15,6 @@ from tarflow_fast.models.tarflow import TarFlow
 
 TUNED = TritonEngine._tuned  # see conftest.py
 ON_GPU = pytest.mark.skipif(KERNEL_DEVICE.type != "cuda", reason="there is no GPU")
-
-
-def engine_of(model: TarFlow, k: int = 0, pool: Pool | None = None, **options: Any) -> TritonEngine:
-    weights = model.block_weights(k)
-    return TritonEngine(weights, device=KERNEL_DEVICE, dtype=torch.float32, pool=pool, **options)
-
-
 SHAPE = triton_plan.PassShape(
     rows=32,
     pairs=384,
@@ -36,3 +29,8 @@ SHAPE = triton_plan.PassShape(
     dtype=torch.bfloat16,
     multiprocessors=132,
 )
+
+
+def engine_of(model: TarFlow, k: int = 0, pool: Pool | None = None, **options: Any) -> TritonEngine:
+    weights = model.block_weights(k)
+    return TritonEngine(weights, device=KERNEL_DEVICE, dtype=torch.float32, pool=pool, **options)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNEL_DEVICE, TESTS, cuda_kernel_missing, random_latents, random_model
+from cases import KERNEL_DEVICE, TESTS, random_latents, random_model
+from engines import BACKENDS
 from torch import Tensor
 
 from tarflow_fast.backend import make_engines
@@ -22,9 +23,6 @@ from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
 from tarflow_fast.engine.backend import Request
 from tarflow_fast.models.tarflow import TarFlow
 
-NATIVE = pytest.param("cpu", marks=pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing())))
-NO_CUDA = cuda_kernel_missing()
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA)))
 WRITTEN = {"keys_values", "x", "token_log_det", "h", "queries", "attended", "hidden", "parameters", "change"} | {
     *("residual", "partial", "partials")
 }
@@ -76,7 +74,7 @@ def passes(engine: BlockEngine, model: TarFlow, condition: Condition, held: floa
     return [tensor.clone() for tensor in out]
 
 
-@pytest.mark.parametrize("backend", ["torch", NATIVE, "triton", CUDA])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", [Guidance(), Guidance(1.5, "ab", 0.7, True)], ids=["plain", "guided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_buffers_held_changes_nothing(backend: str, rule: Guidance, dtype: torch.dtype) -> None:
