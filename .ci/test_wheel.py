@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("test_package.py", "test_reference.py", "test_cpu_engine.py", "test_images.py", "test_checkpoint.py")
+QUICK = ("test_package.py", "test_reference.py", "backend/cpu", "test_images.py", "checkpoints/test_checkpoint.py")
 # The engine has to be in a wheel: where it is missing, its tests are skipped.
 CHECK = """
 import pathlib, sys

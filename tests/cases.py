@@ -21,7 +21,9 @@ from torch import Tensor
 from tarflow_fast.backend.cuda.engine import cuda_missing
 from tarflow_fast.models.tarflow import TarFlow
 
-GOLDEN_FOLDER = Path(__file__).parent / "golden"
+TESTS = Path(__file__).parent
+"""The folder of the helper modules, which processes of their own are to find."""
+ROOT = TESTS.parent
 
 KERNEL_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 """Where kernels run: on the GPU, or in Triton's interpreter and the emulation of CUDA (see conftest.py)."""
@@ -165,6 +167,6 @@ def _read_folder(folder: Path, prefix: str = "") -> list[Case]:
     return [Case.read(path, prefix + path.stem) for path in sorted(folder.glob("*.safetensors"))]
 
 
-GOLDEN = _read_folder(GOLDEN_FOLDER)
+GOLDEN = _read_folder(TESTS / "golden")
 if "TARFLOW_FAST_GOLDEN" in os.environ:  # more cases of the same layout
     GOLDEN += _read_folder(Path(os.environ["TARFLOW_FAST_GOLDEN"]), "extra-")

@@ -15,8 +15,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from remarks import Remarks
 
 from tarflow_fast.errors import TarFlowWarning
+
+pytest.register_assert_rewrite("checkpoint_files", "engine_laws")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
@@ -33,20 +36,6 @@ torch.set_num_threads(1)  # the models are too small to gain from more
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("suite", untimed, derandomize=True, database=None)
 settings.load_profile("suite")
-
-
-class Remarks:
-    """What the package has said for the user to know, see `TarFlowWarning`."""
-
-    def __init__(self, caught: list[warnings.WarningMessage]):
-        self._caught = caught
-
-    @property
-    def messages(self) -> list[str]:
-        return [str(each.message) for each in self._caught if issubclass(each.category, TarFlowWarning)]
-
-    def clear(self) -> None:
-        self._caught.clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import random_latents, random_model
-from test_agreement import Foreign
+from foreign import Foreign
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

@@ -1,0 +1,91 @@
+"""Faults planted into the CUDA kernel's source: the emulation finds what only a GPU would show, and only at times."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cases import KERNEL_DEVICE, random_latents, random_model
+from cuda_emulation import SOURCES, compiler_missing, emulated
+from engines import GUIDED
+
+from tarflow_fast.backend.cuda import engine as cuda_engine
+from tarflow_fast.backend.cuda.engine import CudaEngine
+from tarflow_fast.engine import Condition
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing())),
+    pytest.mark.skipif(KERNEL_DEVICE.type == "cuda", reason="of the emulation"),
+]
+
+
+MUTANTS = {  # file, text, instead, what is found
+    "no sync before the signal": (
+        "grid.cuh",
+        "    sync_block();\n    if (thread() == 0) signal",
+        "    if (thread() == 0) signal",
+        "race on",
+    ),
+    "no barrier": (
+        "kernel.cuh",
+        "      barrier(phase, layer);",
+        "      if (phase != FC1) barrier(phase, layer);",
+        "race on hidden",
+    ),
+    "no sync after a copy": (
+        "linear.cuh",
+        "        if (group == 0) slot = ring.take();\n        sync_block();",
+        "        if (group == 0) slot = ring.take();",
+        "race on shared memory",
+    ),
+    "a copy not waited for": (
+        "ring.cuh",
+        "wait_copies(fetched_ - taken_ - 1)",
+        "wait_copies(fetched_ - taken_)",
+        "wait_copies|copy",
+    ),
+    "a slot too many": (
+        "ring.cuh",
+        "fetched_ - freed_ < static_cast<unsigned>(p_.slots)",
+        "fetched_ - freed_ <= static_cast<unsigned>(p_.slots)",
+        "race on shared memory|copy",
+    ),
+    "another block's jobs": (
+        "kernel.cuh",
+        "block() * p.most_jobs * 2 + i",
+        "(block() + 1) * p.most_jobs * 2 + i",
+        "out of bounds: jobs",
+    ),
+    "rows that nobody zeroed": (
+        "kernel.cuh",
+        "store(scratch.staged, i, from_float<T>(0.0f))",
+        "sync_block()",
+        "never written: shared memory|sync_block",
+    ),
+    "a token too far": (
+        "affine.cuh",
+        "rows.place(position, token + 1)",
+        "rows.place(position, token + 2)",
+        "out of bounds: z",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "text", "instead", "found"), MUTANTS.values(), ids=MUTANTS)
+def test_is_caught(
+    file: str, text: str, instead: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cuda"
+    shutil.copytree(SOURCES, folder)
+    source = (folder / file).read_text()
+    assert text in source
+    (folder / file).write_text(source.replace(text, instead))
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(2, folder))
+    model = random_model(6, num_classes=2, img_size=6, layers_per_block=2)
+    engine = CudaEngine(model.block_weights(0), device=KERNEL_DEVICE, dtype=torch.bfloat16)
+    state = engine.begin(random_latents(model, 3), Condition(torch.tensor([0, 1, -1]), GUIDED))
+    with pytest.raises(RuntimeError, match=found):
+        engine.reverse(state)

@@ -1,0 +1,108 @@
+"""How the CUDA engine divides work: pure functions, without the kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tarflow_fast import BackendError
+from tarflow_fast.backend.cuda.pack import TILE, LinearSize, linear_sizes
+from tarflow_fast.backend.cuda.plan import (
+    MOST_SLOTS,
+    MOST_SPLITS,
+    choose_splits,
+    fetches,
+    grid_blocks,
+    make_plan,
+    share,
+    slot_inputs,
+)
+from tarflow_fast.engine import BlockShape
+from tarflow_fast.models.config import TarFlowConfig
+
+AFHQ = TarFlowConfig(3, 256, 8, 768, 8, 8, num_classes=3).block_shape
+IMAGENET64 = TarFlowConfig(3, 64, 2, 768, 8, 8, num_classes=1000).block_shape
+H200, A100 = 232448, 166912  # bytes of shared memory that a block can have
+some_sizes = st.lists(st.builds(LinearSize, st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=12)
+
+
+@given(sizes=some_sizes, blocks=st.integers(1, 30))
+def test_every_tile_is_one_blocks(sizes: list[LinearSize], blocks: int) -> None:
+    work = share(sizes, blocks)
+    for (tiles, _), of_layer in zip(sizes, work.tolist(), strict=True):
+        taken = [tile for first, count in of_layer for tile in range(first, first + count)]
+        assert sorted(taken) == list(range(tiles))
+        counts = [count for _, count in of_layer]
+        assert max(counts) - min(counts) <= 1
+
+
+@given(sizes=some_sizes, blocks=st.integers(1, 30), slot_tiles=st.integers(1, 12))
+def test_blocks_fetch_their_tiles_in_order(sizes: list[LinearSize], blocks: int, slot_tiles: int) -> None:
+    """Slot by slot, what the kernel's products take: all inputs of a tile, then of the next, layer after layer."""
+    work = share(sizes, blocks)
+    jobs = fetches(sizes, work, slot_tiles * TILE)
+    for block in range(blocks):
+        fetched, begin = [], 0
+        for place, count in jobs[block].tolist():
+            assert 0 <= count <= slot_tiles
+            fetched += range(place, place + count)
+        wanted = []
+        for (tiles, k_tiles), (first, count) in zip(sizes, work[:, block].tolist(), strict=True):
+            wanted += range(begin + first * k_tiles, begin + (first + count) * k_tiles)
+            begin += tiles * k_tiles
+        assert fetched == wanted
+        counts = jobs[block, :, 1]
+        assert not counts[int((counts > 0).sum()) :].any()  # a 0 ends the list
+
+
+@pytest.mark.parametrize("shape", [AFHQ, IMAGENET64], ids=["AFHQ", "ImageNet"])
+@pytest.mark.parametrize("blocks", [108, 132, 148])
+def test_blocks_fetch_about_as_much(shape: BlockShape, blocks: int) -> None:
+    sizes = linear_sizes(shape)
+    tiles = fetches(sizes, share(sizes, blocks), slot_inputs(shape))[:, :, 1].sum(1)
+    assert tiles.sum() == sum(n * k for n, k in sizes)
+    assert tiles.max() <= 1.06 * tiles.double().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shared_bytes", [H200, A100])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 31, 32, 64])
+def test_a_plan_fits(dtype: torch.dtype, shared_bytes: int, rows: int) -> None:
+    most_rows = next(n for n in (8, 16, 32, 64) if n >= rows)
+    plan = make_plan(
+        AFHQ, dtype, rows=rows, most_rows=most_rows, warps=8, jobs=40, blocks=132, shared_bytes=shared_bytes
+    )
+    assert plan.shared_bytes <= shared_bytes
+    assert 1 <= plan.slots <= MOST_SLOTS
+    assert plan.slot_k % TILE == 0
+    assert plan.slot_k >= AFHQ.channels
+    assert plan.staged_rows % 8 == 0
+    assert 8 <= plan.staged_rows <= most_rows
+    assert 1 <= plan.splits <= MOST_SPLITS
+    if dtype == torch.bfloat16 and shared_bytes == H200:  # what the engine is for
+        assert plan.staged_rows >= rows
+        assert plan.slots >= 4
+
+
+def test_a_model_too_wide_is_refused() -> None:
+    wide = TarFlowConfig(3, 64, 8, 8192, 1, 1).block_shape
+    with pytest.raises(BackendError, match=r"needs \d+ bytes of shared memory for a model of 8192 channels in float32"):
+        make_plan(wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, blocks=132, shared_bytes=H200)
+
+
+@given(pairs=st.integers(1, 1000), tokens=st.integers(1, 4096), blocks=st.integers(1, 200))
+def test_keys_are_split_no_further_than_pays(pairs: int, tokens: int, blocks: int) -> None:
+    splits = choose_splits(pairs, tokens, blocks)
+    assert 1 <= splits <= MOST_SPLITS
+    if pairs % blocks == 0 or tokens <= 64:  # all blocks have as much to do already, or each too little to share
+        assert splits == 1
+    if 16 * pairs <= blocks and tokens >= 1024:
+        assert splits >= 4
+
+
+def test_the_grid_has_a_block_for_each_multiprocessor_that_has_work() -> None:
+    assert grid_blocks(AFHQ, 132) == 132
+    small = TarFlowConfig(1, 8, 2, 64, 2, 1).block_shape
+    assert grid_blocks(small, 132) == 16  # tiles of fc1

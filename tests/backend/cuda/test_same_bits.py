@@ -1,0 +1,87 @@
+"""What results of the CUDA engine do not depend on: the grid, the order of threads, shared memory, the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import random_latents, random_model
+from cuda_emulation import emulated
+from cuda_engines import IN_EMULATION, engine_of, inverse
+from engines import GUIDED, expected, poisoned
+from tolerances import GOLDEN, assert_close
+
+from tarflow_fast.backend.cuda import engine as cuda_engine
+from tarflow_fast.backend.cuda import plan as cuda_plan
+from tarflow_fast.engine import Condition, Guidance
+
+
+@IN_EMULATION
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+def test_the_same_bits_for_any_grid_and_any_order_of_threads(guidance: Guidance, device: Any) -> None:
+    model = random_model(8, num_classes=2, img_size=6, channels=64, head_dim=32, layers_per_block=2)
+    z, condition = random_latents(model, 2), Condition(torch.tensor([1, -1]), guidance)
+    wanted = None
+    for seed, multiprocessors in enumerate((3, 3, 1, 2, 5, 7)):
+        device(multiprocessors, seed=seed)
+        engine = engine_of(model, 0, torch.bfloat16)
+        assert engine.blocks == multiprocessors
+        got = inverse(engine, z, condition)
+        wanted = wanted or got
+        assert all(map(torch.equal, got, wanted))
+
+
+@IN_EMULATION
+def test_the_same_bits_in_any_shared_memory(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one slot, or eight rows at a time, to all at once."""
+    model = random_model(8, img_size=6, channels=64, head_dim=32, layers_per_block=2)
+    z, condition = random_latents(model, 13), Condition(None, GUIDED)
+    plans, wanted = set(), None
+    for kilobytes, slots in ((227, 8), (227, 1), (18, 8), (16, 8), (12, 8), (12, 2), (12, 1)):
+        device(2, kilobytes * 1024)
+        monkeypatch.setattr(cuda_plan, "MOST_SLOTS", slots)
+        engine = engine_of(model, 0, torch.bfloat16)
+        plan = engine.plan(26)
+        plans.add((plan.slots, plan.staged_rows))
+        got = inverse(engine, z, condition)
+        wanted = wanted or got
+        assert all(map(torch.equal, got, wanted))
+    assert plans == {(8, 32), (1, 32), (4, 32), (4, 16), (3, 8), (2, 8), (1, 8)}
+
+
+@IN_EMULATION
+@pytest.mark.parametrize("batch", [1, 13])
+def test_blocks_of_eight_warps_as_on_a_gpu(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(8))
+    model = random_model(8, channels=64, head_dim=32, num_classes=2, img_size=4)
+    z, condition = random_latents(model, batch), Condition(torch.arange(batch) % 3 - 1, GUIDED)
+    for dtype, tolerance in ((torch.float32, GOLDEN), (torch.bfloat16, 0.1)):
+        engine = engine_of(model, 1, dtype)
+        state = poisoned(engine, z, condition)
+        engine.reverse(state)
+        assert_close(state.x, expected(model, 1, z, condition)[0], tolerance)
+        moved = engine.fixed_point(state, 1, model.config.num_patches)
+        assert moved.change.max() <= tolerance / 10
+
+
+@IN_EMULATION
+def test_phases_can_be_left_out(device: Any) -> None:
+    """For measurements: what is left is still a pass, which fetches the same weights."""
+    model = random_model(img_size=4, layers_per_block=2)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 2), Condition())
+    for phase in range(7):
+        state.cache.launch.set_size("skip_phases", 1 << phase)
+        engine.reverse(state)
+    state.cache.launch.set_size("skip_phases", 127)
+    engine.reverse(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_repeat_bit_by_bit(dtype: torch.dtype) -> None:
+    model = random_model(5, num_classes=2, layers_per_block=2)
+    engine = engine_of(model, 0, dtype)
+    z, condition = random_latents(model, 3), Condition(torch.tensor([1, -1, 0]), GUIDED)
+    first, second = (inverse(engine, z, condition) for _ in range(2))
+    assert all(map(torch.equal, first, second))
