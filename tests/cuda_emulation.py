@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+import pytest
+import torch
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 WARPS = 2  # of a block: on a GPU 8, which a step takes four times as long for here
@@ -110,3 +112,9 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout
+
+
+IN_EMULATION = pytest.mark.skipif(
+    torch.cuda.is_available() or compiler_missing() is not None,
+    reason="of the emulation of CUDA, which is for machines with a compiler and no GPU",
+)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cuda_emulation
 import pytest
 import torch
+from cuda_emulation import IN_EMULATION
 from stand_in import bench, quick_limits, stand_in
 
 from bench.common import harness, record
@@ -24,10 +24,6 @@ from tarflow_fast.backend.cuda.engine import CudaEngine
 
 CPU = torch.device("cpu")
 PARAMS = ROOT / "csrc" / "cuda" / "params.h"
-IN_EMULATION = pytest.mark.skipif(
-    torch.cuda.is_available() or cuda_emulation.compiler_missing() is not None,
-    reason="of the emulation of CUDA, which is for machines with a compiler and no GPU",
-)
 
 
 def test_phases_are_the_kernels() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench_cuda import CPU, IN_EMULATION
+from cuda_emulation import IN_EMULATION
 
 from bench.suites.gpu import checks
 from bench.suites.gpu.checks import FOUND, run_sanitizer, small_run
@@ -23,7 +23,7 @@ from tarflow_fast.backend.cuda.engine import CudaEngine
 def test_the_small_run_sees_bits_that_differ(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SIZES", {"tiny": TarFlowConfig(1, 4, 2, 16, 1, 1, num_classes=3, head_dim=16)})
     monkeypatch.setattr(checks, "BATCHES", (2,))
-    small_run(CPU)
+    small_run(torch.device("cpu"))
     right = getattr(CudaEngine, mode)
 
     def differs(engine: CudaEngine, state: Any, *arguments: Any, **options: Any) -> Any:
@@ -33,7 +33,7 @@ def test_the_small_run_sees_bits_that_differ(mode: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(CudaEngine, mode, differs)
     with pytest.raises(RuntimeError, match=r"tiny, torch\.float32, batch 2: not finite, or not the same bits twice"):
-        small_run(CPU)
+        small_run(torch.device("cpu"))
 
 
 def test_what_is_watched_has_all_rows_and_the_real_width() -> None:

@@ -123,6 +123,6 @@ def test_records_of_no_suite_are_told() -> None:
 
 
 def test_the_tests_that_run_on_a_gpu_are_there() -> None:
-    assert len(checks.FILES) == len(checks.NAMES)
+    assert len(set(checks.FILES)) == len(checks.FILES) > 10
     for file in checks.FILES:
         assert "KERNEL_DEVICE" in (ROOT / file).read_text(encoding="utf-8")

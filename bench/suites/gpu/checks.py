@@ -24,9 +24,16 @@ from ...common.machine import ROOT
 from ...common.models import SANITIZED as SIZES
 from ...common.models import labels, latents, random_model
 
+# Whose tests run on a GPU where there is one.
 KERNELS = ("norm_linear", "cached_attention", "affine_step", "affine_density", "fixed_point_update")
-NAMES = ("engine", "triton_engine", "cuda_engine", *KERNELS)  # whose tests run on a GPU where there is one
-FILES = tuple(str(path.relative_to(ROOT)) for name in NAMES for path in (ROOT / "tests").rglob(f"test_{name}.py"))
+TRITON, CUDA = ("engine", "workspace", "graph", "plan"), ("engine", "same_bits", "refusals", "frontier")
+FILES = (
+    *("tests/engine/test_contract.py", "tests/engine/test_windows.py", "tests/backend/test_images.py"),
+    "tests/backend/pytorch/test_compile.py",
+    *(f"tests/kernels/test_{name}.py" for name in KERNELS),
+    *(f"tests/backend/triton/test_{name}.py" for name in TRITON),
+    *(f"tests/backend/cuda/test_{name}.py" for name in CUDA),
+)
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
 COMMAND = (sys.executable, "-m", "bench.suites.gpu.checks")
 TOOLKIT = "/usr/local/cuda"  # where it is unless CUDA_HOME says otherwise
