@@ -54,8 +54,8 @@ Sizes sizes_from(const std::map<std::string, int64_t>& given) {
 Engine make(const std::map<std::string, int64_t>& sizes, const Addresses& weights, const py::function& layer, bool bf16,
             const std::string& instruction_set) {
   Source source{tensor_named(weights, "proj_in_weight"), tensor_named(weights, "proj_in_bias"),
-                tensor_named(weights, "position"), tensor_named(weights, "proj_out_weight"),
-                tensor_named(weights, "proj_out_bias"), nullptr};
+                tensor_named(weights, "position"),       tensor_named(weights, "proj_out_weight"),
+                tensor_named(weights, "proj_out_bias"),  nullptr};
   source.layer = [&](int64_t i) {
     const py::gil_scoped_acquire acquire;
     return layer_from(layer(i).cast<Addresses>());
@@ -160,9 +160,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("elementary", &elementary, arg("name"), arg("instruction_set"), arg("x"), arg("out"), arg("count"));
   m.def("density", &density, py::kw_only(), arg("blocks"), arg("samples"), arg("x"), arg("outputs"), arg("log_det"),
         arg("gradient"), arg("bf16"), arg("instruction_set"), arg("threads"), arg("most_bytes"));
-  m.def(
-      "prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); },
-      arg("memory"), arg("bytes"));
+  m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); },
+        arg("memory"), arg("bytes"));
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make), py::kw_only(), arg("sizes"), arg("weights"), arg("layer"), arg("bf16"),
            arg("instruction_set"))

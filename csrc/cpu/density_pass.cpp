@@ -44,7 +44,7 @@ struct Team {
       for (const DensityGroup& g : blocks) n = std::max<int64_t>(n, size(g));
       return n;
     };
-    const auto widest = [&](int64_t DensityGroup::*stride) {
+    const auto widest = [&](int64_t DensityGroup::* stride) {
       return rows * most([&](const DensityGroup& g) { return g.*stride; });
     };
     const auto softmax = [&](const DensityGroup& g) { return division.samples * g.heads * 3 * g.row_stride; };
@@ -69,8 +69,10 @@ struct Team {
       shared.scale = arena.take(values);
       shared.stream = arena.take(width);
     }
-    const Trace only = gradient ? Trace{} : Trace{shared.stream, shared.stream, shared.stream, arena.take(qkv),
-                                                  arena.take(most(softmax)), arena.take(rows * 4), nullptr};
+    const Trace only =
+        gradient ? Trace{}
+                 : Trace{shared.stream,        shared.stream, shared.stream, arena.take(qkv), arena.take(most(softmax)),
+                         arena.take(rows * 4), nullptr};
 
     // With a gradient every layer of every block keeps its own trace; without one all share the same.
     traces.assign(blocks.size(), {});
@@ -102,9 +104,7 @@ struct Team {
     const auto deepest = [](const DensityGroup& g) {
       return std::max({g.sizes.hidden, 3 * g.sizes.channels, g.out_dim, g.sizes.token_dim}) + 1;
     };
-    const auto head = [&](const DensityGroup& g) {
-      return (g.row_stride + panel) * round_up(g.sizes.head_dim, panel);
-    };
+    const auto head = [&](const DensityGroup& g) { return (g.row_stride + panel) * round_up(g.sizes.head_dim, panel); };
     for (size_t rank = 0; rank < workers.size(); rank++) {
       DensityWorker& w = workers[rank];
       w.rank = static_cast<int64_t>(rank);

@@ -21,7 +21,7 @@ struct DensityBatch {
 // long as the call lasts. most_bytes: the memory that the pass may take, unless a single sample takes more. bytes: the
 // memory that it took. hook: called on the calling thread, at most every 50 ms; it returns whether to go on. Returns
 // false if the hook ended the pass. Any number of calls may run at once.
-bool density_pass(const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16,
-                  const Kernels& kernels, int threads, int64_t most_bytes, int64_t& bytes, const Caller::Hook& hook);
+bool density_pass(const std::vector<DensityBlock>& blocks, const DensityBatch& batch, bool bf16, const Kernels& kernels,
+                  int threads, int64_t most_bytes, int64_t& bytes, const Caller::Hook& hook);
 
 }  // namespace tarflow

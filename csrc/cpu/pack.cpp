@@ -75,10 +75,9 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
                                 width, bf16, qkv_row, same);
     layers[i].proj =
         pack_linear(arena, {l.proj_weight, l.proj_bias, C, nullptr, nullptr}, C, H * d, width, bf16, same, attended);
-    layers[i].fc1 = pack_linear(arena, {l.fc1_weight, l.fc1_bias, C, l.norm2_weight, l.norm2_bias}, F, C, width,
-                                bf16, same, same);
-    layers[i].fc2 =
-        pack_linear(arena, {l.fc2_weight, l.fc2_bias, F, nullptr, nullptr}, C, F, width, bf16, same, same);
+    layers[i].fc1 =
+        pack_linear(arena, {l.fc1_weight, l.fc1_bias, C, l.norm2_weight, l.norm2_bias}, F, C, width, bf16, same, same);
+    layers[i].fc2 = pack_linear(arena, {l.fc2_weight, l.fc2_bias, F, nullptr, nullptr}, C, F, width, bf16, same, same);
   }
   block.out = pack_linear(arena, {source.out_weight, source.out_bias, C, nullptr, nullptr}, block.out_dim, C, width,
                           false, same, same);
