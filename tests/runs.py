@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 import tarflow_fast as tff
 from tarflow_fast.trainer import TrainConfig
+from tarflow_fast.trainer.loop import _Run
 
 IMAGES, CLASSES, STEPS = 70, 3, 12  # 70 images in batches of 16 for 3 epochs
 
@@ -219,3 +221,27 @@ def pixels(folder: Path) -> dict[str, bytes]:
         with Image.open(path) as picture:
             out[path.name] = picture.tobytes()
     return out
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
+    """Calls `action` when so many steps are done."""
+    plain = _Run._step
+
+    def stepped(run: _Run) -> None:
+        plain(run)
+        if run.state.step == step:
+            action()
+
+    monkeypatch.setattr(_Run, "_step", stepped)
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill() -> None:
+    raise Killed
+
+
+def config_for_batches(**changes: Any) -> TrainConfig:
+    return TrainConfig("-", "-", **{"batch_size": 8, "noise_std": 1e-4, "drop_label": 0.0, **changes})

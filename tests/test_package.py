@@ -117,3 +117,19 @@ def test_the_version_is_the_same_everywhere() -> None:
     version = tarflow_fast.__version__
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1] == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_public_names() -> None:
+    assert set(tarflow_fast.__all__) == {*tarflow_fast._HOME, "__version__"}
+    assert dir(tarflow_fast) == sorted(tarflow_fast.__all__)
+    for name in tarflow_fast.__all__:
+        assert getattr(tarflow_fast, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = tarflow_fast.nonsense
+
+
+def test_no_module_hides_a_function() -> None:
+    """Importing a module puts it into its package under its own name."""
+    for name in tarflow_fast.__all__:
+        with pytest.raises(ImportError):
+            import_module(f"tarflow_fast.{name}")

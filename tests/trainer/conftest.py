@@ -1,0 +1,11 @@
+"""Data that the trainer's tests share."""
+
+from __future__ import annotations
+
+import pytest
+from runs import write_pictures
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures.npz")
