@@ -153,7 +153,7 @@ class Load(Suite[Case]):
       sample               Sampler.sample, engine cpu, sequential, without denoising
       denoise              tarflow_fast.denoise of these images
       log_prob             TarFlow.log_prob of these images
-      bits_per_dim         tarflow_fast.evaluate.bits_per_dim of these images in 8 bits
+      bits_per_dim         tarflow_fast.bits_per_dim of these images in 8 bits
       tarflow-fast sample  the command, a process of its own, from its start to its end
       tarflow-fast eval    the same, on a file of these images, without the accuracy
 
