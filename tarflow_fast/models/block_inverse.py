@@ -37,8 +37,8 @@ def invert_block(
     kind, dtype = weight.device.type, weight.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
-    condition = Condition(batch_labels(y, x.shape[0], shape.classes, weight.device), rule)
+    classifier_free = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
+    condition = Condition(batch_labels(y, x.shape[0], shape.classes, weight.device), classifier_free)
     request = Request(weight.device, dtype)
     backend, _ = choose_backend("auto", request)
     (engine,) = make_engines(backend, [block.weights()], request)

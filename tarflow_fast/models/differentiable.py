@@ -25,18 +25,18 @@ from .flow_block import FlowBlock
 
 def parallel_pass(block: FlowBlock, x: Tensor, z: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
     """Returns F(x, z), (B, T, D), and the log-det of each token, (B, T), Σ_d xa; all is in the block's own order."""
-    rule, labels = condition.guidance, condition.labels
+    guidance, labels = condition.guidance, condition.labels
     out = block.transformer(x, labels).to(x.dtype)[:, :-1]
-    if rule.active:
-        unguided = block.transformer(x, None, rule.attn_temp).to(x.dtype)[:, :-1]
-        scale = torch.tensor(rule.schedule(x.shape[1]), dtype=x.dtype, device="cpu").to(x.device).view(-1, 1)
+    if guidance.active:
+        unguided = block.transformer(x, None, guidance.attn_temp).to(x.dtype)[:, :-1]
+        scale = torch.tensor(guidance.schedule(x.shape[1]), dtype=x.dtype, device="cpu").to(x.device).view(-1, 1)
         guided = out + scale * (out - unguided)
         D = x.shape[2]
         if block.nvp:
-            a, b = (guided if part in rule.what else out for part in "ab")
+            a, b = (guided if part in guidance.what else out for part in "ab")
             out = torch.cat([a[..., :D], b[..., D:]], dim=-1)
         else:
-            out = guided if "b" in rule.what else out
+            out = guided if "b" in guidance.what else out
     if not block.nvp:
         return torch.cat([z[:, :1], z[:, 1:] + out], dim=1), x.new_zeros(x.shape[:2])
     xa, xb = out.chunk(2, dim=-1)
@@ -102,14 +102,14 @@ def _gradients(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> Any:
 
 
 def differentiable_reverse(
-    model: Any, x: Tensor, labels: Tensor | None, rule: Guidance, sampler: Sampler
+    model: Any, x: Tensor, labels: Tensor | None, guidance: Guidance, sampler: Sampler
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the tokens that go into the blocks and come out of each, K + 1 of (B, T, D), and log|det dx/dz| (B,).
 
-    model: a TarFlow. x: (B, T, D) float latents on the model's device. labels: (B,) int64, or None. rule: the guidance.
+    model: a TarFlow. x: (B, T, D) float latents on the model's device. labels: (B,) int64, or None.
     sampler: a sampler made of the model, whose engines run the pass.
     """
-    condition = Condition(labels, rule)
+    condition = Condition(labels, guidance)
     std = model.var.to(residual_dtype(model.dtype)).sqrt()
     tokens = [x.to(std.dtype), x.to(std.dtype) * std]
     log_det = std.log().sum().expand(x.shape[0])

@@ -181,9 +181,9 @@ class TarFlow(TarFlowDensity):
         check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
         names = self.metadata.get("class_names")
         labels = batch_labels(y, x.shape[0], self.config.num_classes, self.device, class_names=names)
-        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
+        classifier_free = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
         sampler = Sampler(self.flow(own_reverse=True), solver="sequential")
-        tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, rule, sampler)
+        tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, classifier_free, sampler)
         if on_nonfinite == "raise" and not host_ops.all_finite(tokens[-1].detach()):
             sampler.reverse(x.detach(), labels, plain(guidance), guide_what, plain(attn_temp), annealed_guidance)
         sequence = [self.unpatchify(each).to(x.device) for each in tokens]

@@ -267,7 +267,7 @@ class Sampler:
         """
         n, seed = check_count("n", n, high=MOST_NUMBER), check_count("seed", seed, 0, MOST_SEED)
         first = check_count("first", first, 0, MOST_NUMBER - n)
-        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
+        classifier_free = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
         check_number("guidance", guidance, 0, MOST_GUIDANCE)
         check_number("attn_temp", attn_temp, 0, MOST_ATTN_TEMP, open_low=True)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "redraw"))
@@ -282,15 +282,17 @@ class Sampler:
             name, value = ("denoise_scale", denoise_scale) if noise_std is None else ("noise_std", noise_std)
             raise ArgumentError(name, "the default where denoise is off, as it has no effect", repr(value))
         label_of = LabelRule(labels, self.flow.num_classes, self.flow.class_names)
-        check_effect(rule, unlabelled=label_of.none)
-        batch = self._batch_size(n, rule.active, batch_size)
+        check_effect(classifier_free, unlabelled=label_of.none)
+        batch = self._batch_size(n, classifier_free.active, batch_size)
 
         def draw() -> Generator[Samples, None, None]:
             with self._bar(n, progress) as bar:
                 for start in range(first, first + n, batch):
                     numbers = range(start, min(start + batch, first + n))
                     y = label_of(numbers)
-                    part = self._draw(numbers, y, seed, rule, batch, bar, trajectory, on_nonfinite == "redraw")
+                    part = self._draw(
+                        numbers, y, seed, classifier_free, batch, bar, trajectory, on_nonfinite == "redraw"
+                    )
                     if denoise:
                         self._denoise(part, noise_std, denoise_scale)
                     yield part
@@ -302,7 +304,7 @@ class Sampler:
         numbers: range,
         labels: Tensor | None,
         seed: int,
-        rule: Guidance,
+        guidance: Guidance,
         batch: int,
         bar: Any,
         trajectory: bool,
@@ -317,7 +319,7 @@ class Sampler:
         n, (T, D) = len(numbers), self.flow.latent_shape
         y = None if labels is None else labels.to(self.device)
         images = torch.empty((n, *self.flow.data_shape), device=self.device, dtype=residual_dtype(self.dtype))
-        log_prob = None if rule.active else images.new_empty(n)
+        log_prob = None if guidance.active else images.new_empty(n)
         error = torch.empty(n, device="cpu", dtype=torch.float32)
         sequence = [torch.empty_like(images) for _ in range(len(self.flow.stages) + 1)] if trajectory else None
         sizes: list[int] = []  # how many rows each attempt draws
@@ -325,7 +327,7 @@ class Sampler:
         started, setup = time.perf_counter(), self._setup_seconds()
         for attempt in range(MAX_REDRAWS + 1):
             z = latent_noise(seed, [numbers[row] for row in rows], T, D, attempt)
-            part = self._invert(z, None if y is None else y[rows], rule, bar, trajectory)
+            part = self._invert(z, None if y is None else y[rows], guidance, bar, trajectory)
             sizes.append(len(rows))
             report.tokens += len(rows) * self.flow.block_tokens
             for k, solution in part.solutions.items():
@@ -346,7 +348,7 @@ class Sampler:
             rows = [rows[row] for row in sorted(part.failures)]
             report.redrawn.update({numbers[row]: attempt + 1 for row in rows})
         report.seconds = time.perf_counter() - started
-        report.backend, report.backend_reason = self._served_by(sizes, rule.active)
+        report.backend, report.backend_reason = self._served_by(sizes, guidance.active)
         report.setup_seconds = self._setup_seconds() - setup
         return Samples(images, log_prob, labels, report, error, sequence)
 
@@ -413,15 +415,17 @@ class Sampler:
         x = check_tensor("x", x, self.flow.latent_shape)
         warn_range("x", x, LATENT_RANGE, "noise of a standard normal distribution")
         labels = batch_labels(y, x.shape[0], self.flow.num_classes, self.device, class_names=self.flow.class_names)
-        rule = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
+        classifier_free = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
         return_sequence = check_flag("return_sequence", return_sequence)
         return_log_det = check_flag("return_log_det", return_log_det)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "return"))
-        batch = self._batch_size(x.shape[0], rule.active, None)
+        batch = self._batch_size(x.shape[0], classifier_free.active, None)
         parts = []
         for start in range(0, x.shape[0], batch):
             rows = slice(start, start + batch)
-            part = self._invert(x[rows], None if labels is None else labels[rows], rule, None, return_sequence)
+            part = self._invert(
+                x[rows], None if labels is None else labels[rows], classifier_free, None, return_sequence
+            )
             for row, (block, token) in sorted(part.failures.items()):
                 if on_nonfinite == "raise":
                     raise NonFiniteError(block, token, start + row)
@@ -522,12 +526,12 @@ class Sampler:
         return type(self)(copy.deepcopy(self.flow.model), **self._options)
 
     @safe_in_forked_child()
-    def _invert(self, z: Tensor, y: Tensor | None, rule: Guidance, bar: Any, trajectory: bool) -> Inverse:
+    def _invert(self, z: Tensor, y: Tensor | None, guidance: Guidance, bar: Any, trajectory: bool) -> Inverse:
         """Takes one batch through all blocks. z: (B, T, D) on any device; y: (B,) on the sampler's device, or None."""
         z = z.detach().to(self.device, residual_dtype(self.dtype))
         advance = None if bar is None else bar.update
         return invert(
-            self.flow, self.engines, self.solvers, z, Condition(y, rule), progress=advance, trajectory=trajectory
+            self.flow, self.engines, self.solvers, z, Condition(y, guidance), progress=advance, trajectory=trajectory
         )
 
     def _served_by(self, sizes: list[int], guided: bool) -> tuple[str, str]:
@@ -586,23 +590,23 @@ class Sampler:
         return min(wanted, fits)
 
 
-def check_effect(rule: Guidance, unlabelled: bool) -> None:
+def check_effect(guidance: Guidance, unlabelled: bool) -> None:
     """Raises ArgumentError for arguments of guidance that would have no effect.
 
-    rule: the guidance. unlabelled: whether no image has a class.
+    unlabelled: whether no image has a class.
     """
     details = {
-        "guide_what": (rule.what, "ab"),
-        "attn_temp": (rule.attn_temp, 1),
-        "annealed_guidance": (rule.annealed, False),
+        "guide_what": (guidance.what, "ab"),
+        "attn_temp": (guidance.attn_temp, 1),
+        "annealed_guidance": (guidance.annealed, False),
     }
-    if not rule.active:
+    if not guidance.active:
         for name, (value, default) in details.items():
             if value != default:
                 raise ArgumentError(name, "the default where guidance is 0, as it has no effect", repr(value))
-    elif unlabelled and rule.attn_temp == 1:
+    elif unlabelled and guidance.attn_temp == 1:
         expected = "0 without labels, where it has no effect unless attn_temp differs from 1"
-        raise ArgumentError("guidance", expected, repr(rule.scale))
+        raise ArgumentError("guidance", expected, repr(guidance.scale))
 
 
 def check_plan(plan: object, shapes: Sequence[BlockShape]) -> SolverPlan:

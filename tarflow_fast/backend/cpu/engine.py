@@ -163,7 +163,7 @@ class CpuEngine(EngineBase):
         They are made all at once if `moved` is given, which is filled. Otherwise they are made one after the other, and
         all samples have the same window.
         """
-        cache, rule = state.cache, state.condition.guidance
+        cache, guidance = state.cache, state.condition.guidance
         check_plain(state)
         if starts == stops:  # a single token passes unchanged
             return
@@ -186,9 +186,9 @@ class CpuEngine(EngineBase):
             keys_values=address("cache", cache.keys_values, self.dtype, count=R * self._native.cache_elements),
             embedding=optional("embedding", cache.embedding, R * self._native.channel_stride),
             guidance=optional("guidance", cache.guidance, T - 1),
-            guide_a="a" in rule.what,
-            guide_b="b" in rule.what,
-            unguided_scale=1 / rule.attn_temp,
+            guide_a="a" in guidance.what,
+            guide_b="b" in guidance.what,
+            unguided_scale=1 / guidance.attn_temp,
             sequential=moved is None,
             threads=self.threads or default_threads(),
             progress=progress,

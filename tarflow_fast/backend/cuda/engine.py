@@ -330,7 +330,7 @@ class CudaEngine(EngineBase):
         return workspace
 
     def _launch(self, workspace: _Workspace, batch: int, condition: Condition) -> Any:
-        shape, rule = self.shape, condition.guidance
+        shape, guidance = self.shape, condition.guidance
         launch = self._native.Launch()
         sizes = {
             "channels": shape.channels,
@@ -342,10 +342,10 @@ class CudaEngine(EngineBase):
             "out_dim": shape.parameters,
             "layers": shape.layers,
             "affine": shape.affine,
-            "branches": 2 if rule.active else 1,
+            "branches": 2 if guidance.active else 1,
             "samples": batch,
-            "guide_a": rule.active and "a" in rule.what,
-            "guide_b": rule.active and "b" in rule.what,
+            "guide_a": guidance.active and "a" in guidance.what,
+            "guide_b": guidance.active and "b" in guidance.what,
             "most_jobs": self._jobs.shape[1],
         }
         for name, value in sizes.items():
