@@ -79,7 +79,7 @@ def train(
     Raises:
         ArgumentError: An argument or option has the wrong type or range, or does not go with the data, the model, the
             folder or the checkpoint.
-        BackendError: The processes of torchrun do not come together.
+        BackendError: The processes of torchrun do not come together, or there is no compiler for `config.compile`.
         CheckpointError: The checkpoint is broken, or not the same for all processes.
         DataError: The data, or the metrics in the folder, cannot be read.
         OutOfMemoryError: A step does not fit in the memory of the device.
