@@ -208,7 +208,11 @@ class TrainConfig:
             self.check_for_sequences()
 
     def check_for_sequences(self) -> None:
-        """Raises ArgumentError for options that mean nothing where the data are sequences."""
+        """Checks that no option is given that means nothing where the data are sequences.
+
+        Raises:
+            ArgumentError: Such an option differs from its default.
+        """
         for name, only, why in (
             ("img_size", None, "None, as sequences have no pixels"),
             ("patch_size", DEFAULT_PATCH, f"{DEFAULT_PATCH}, its default, as sequences have no patches"),
@@ -220,17 +224,37 @@ class TrainConfig:
                 raise ArgumentError(name, why, repr(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the options by their names."""
+        """Returns the options as a dict.
+
+        Returns:
+            The value of each option by its name.
+        """
         return asdict(self)
 
     def batch_size_for(self, images: int, processes: int) -> int:
-        """Returns `batch_size`, or by default as many images up to DEFAULT_BATCH as the processes share evenly."""
+        """Returns `batch_size`, or by default as many images up to 256 as there are and as the processes share evenly.
+
+        Args:
+            images: The number of images to learn.
+            processes: The number of processes that share a batch.
+
+        Returns:
+            The number of images in a step, over all processes.
+        """
         if self.batch_size is not None:
             return self.batch_size
         return max(min(DEFAULT_BATCH, images) // processes, 1) * processes
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """Returns the learning rate of optimiser step number `step` (from 0) out of `steps`."""
+        """Returns the learning rate of a step: a linear warm-up to `lr`, then a cosine down to `min_lr`.
+
+        Args:
+            step: The number of the optimiser step, from 0.
+            steps: The number of all steps of the run.
+
+        Returns:
+            The learning rate.
+        """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)

@@ -473,7 +473,7 @@ class _Run:
         noise = Noise.of(model, seed=self.config.seed)
         try:
             found = bits_per_dim(model, held_out, noise=noise)
-        except TarFlowError as error:  # a density may be infinite early on
+        except TarFlowError as error:  # early on a density may be infinite or NaN
             self.progress.say(f"step {self.state.step}: no bits/dim of held-out images: {error}")
             return
         if self.log is not None:
@@ -495,5 +495,5 @@ class _Run:
                 on_nonfinite="redraw",
             )
             save_grid(samples.images, path, columns)
-        except TarFlowError as error:  # images may be infinite early on, or too many for the memory
+        except TarFlowError as error:  # early on images may not be finite; they may be too many for the memory
             self.progress.say(f"step {self.state.step}: no grid of samples: {error}")
