@@ -45,7 +45,9 @@ def load_images(
     cache: PathLike | None = None,
     progress: bool = False,
 ) -> ImageData:
-    """Reads the images at `path`, which is one of
+    """Reads images from a folder of pictures, a `.npz` or `.npy` file, or IDX files.
+
+    `path` is one of
 
     - a folder with one sub-folder of pictures a class (class names: the sorted names of the sub-folders; pictures in
       folders further down are of that class), or with pictures alone (no labels), or with folders `train` and `val`

@@ -26,7 +26,7 @@ class Noise:
         kind: "uniform", x = (v + u)/128 − 1 with u uniform in [0, 1); "gaussian", x = v/127.5 − 1 + σε; or "none", x =
             v/127.5 − 1.
         std: σ > 0, on the scale of x; 0 unless the kind is "gaussian".
-        seed: The seed; the noise of image i depends on (seed, i, draw) alone.
+        seed: The seed of the noise; that of image i depends on (seed, i, draw) alone.
 
     Raises:
         ArgumentError: A field has the wrong type or range, or `std` does not go with the kind.
