@@ -1,4 +1,4 @@
-"""Sizes of two sides: one number where height and width are the same, else (height, width). Imports no torch."""
+"""A size of two sides is one number where height and width are the same, else (height, width). It needs no torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from .errors import ArgumentError
 from .scalars import plain
 
-MOST = 2**31 - 1  # of any size
+MOST = 2**31 - 1  # no side is longer
 
-Size = int | tuple[int, int]  # of a square, or (height, width)
+Size = int | tuple[int, int]  # one number for a square, or (height, width)
 
 
 def check_side(name: str, value: object, low: int = 1, high: int = MOST) -> None:
@@ -20,12 +20,12 @@ def check_side(name: str, value: object, low: int = 1, high: int = MOST) -> None
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """Height and width."""
+    """Returns (height, width)."""
     return (size, size) if isinstance(size, int) else size
 
 
 def checked_size(name: str, value: Any, high: int = MOST) -> Size:
-    """One number for a square, else (height, width). Raises ArgumentError for anything else."""
+    """Returns one number for a square, else (height, width). Raises ArgumentError for a value that is neither."""
     value = plain(value)
     if not isinstance(value, (tuple, list)):
         check_side(name, value, 1, high)
@@ -40,5 +40,5 @@ def checked_size(name: str, value: Any, high: int = MOST) -> Size:
 
 
 def by(size: Size) -> str:
-    """The size as text, "28×28"."""
+    """Returns the size as text, "28×28"."""
     return "{}×{}".format(*pair(size))

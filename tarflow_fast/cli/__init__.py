@@ -1,4 +1,4 @@
-"""`tarflow-fast`: the command line. One file a command; torch is imported by a command when it runs."""
+"""`tarflow-fast` is the command line: each command has a file of its own, and imports torch when it runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 class _Group(click.Group):
-    """Commands in the order they were added; failures as one line and an exit code."""
+    """A `_Group` lists commands in the order they were added, and tells failures by one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -61,7 +61,7 @@ class _Group(click.Group):
         with stoppable():
             try:
                 return super().main(*args, **kwargs)
-            except OSError as error:  # of --help and the like, whose text click prints
+            except OSError as error:  # --help and the like fail here, as click prints their text
                 give_up_output()
                 echo(f"Error: {error_text(error)}", err=True)
                 sys.exit(FAILED)
@@ -102,7 +102,7 @@ Examples:
     "--traceback",
     is_flag=True,
     envvar="TARFLOW_FAST_TRACEBACK",
-    help="Show Python's traceback of a failure (also: TARFLOW_FAST_TRACEBACK=1).",
+    help="Show Python's traceback of a failure, as TARFLOW_FAST_TRACEBACK=1 does too.",
 )
 @click.version_option(package_name="tarflow_fast", prog_name="tarflow-fast", message="%(prog)s %(version)s")
 def main(traceback: bool) -> None:

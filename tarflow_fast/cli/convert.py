@@ -1,4 +1,4 @@
-"""`tarflow-fast convert`: from one kind of checkpoint to the other."""
+"""`tarflow-fast convert` turns one kind of checkpoint into the other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .terminal import echo
 
 
 def read_names(text: str) -> list[str]:
-    """Names from "a,b,c", or from a file, one a line, if given as @FILE."""
+    """Returns names from "a,b,c", or, if given as @FILE, from a file that has one a line."""
     if text.startswith("@"):
         return read_lines(text[1:], "--class-names")
     return [part for part in split_list(text) if part]
@@ -64,7 +64,7 @@ Examples:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     section="Output",
-    help="Of the stored weights. Half precision halves the file and rounds the weights.",
+    help="Dtype of the stored weights. Half precision halves the file and rounds the weights.",
 )
 @quiet_option
 @json_option

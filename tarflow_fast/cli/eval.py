@@ -1,4 +1,4 @@
-"""`tarflow-fast eval`: how good a model is on data."""
+"""`tarflow-fast eval` measures how good a model is on data."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ if TYPE_CHECKING:
 
 
 def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | None, **how: Any) -> ImageData:
-    """The images with the model's labels; `limit` of them evenly spread, as data may be sorted by class.
+    """Returns the images with the model's labels, or `limit` of them evenly spread, as data may be sorted by class.
 
-    names: of the data's classes, in place of their own; how: arguments of `load_images`.
+    names: the names that the data's classes get in place of their own, or None. how: the arguments of `load_images`.
+    Raises click.UsageError where the layout does not go with the model.
     """
     from ..data import load_images, matched, renamed
 
     config = model.config
-    channels = config.in_channels if config.in_channels in (1, 3) else 3  # others are not pictures' to have
+    channels = config.in_channels if config.in_channels in (1, 3) else 3  # pictures have no others
     sequences, layout = config.layout == "tokens", how["layout"]
     if sequences and layout not in ("auto", "tokens"):
         raise click.UsageError(f"--layout: expected tokens, as the model's data are sequences, got {layout}")
@@ -106,7 +107,7 @@ Examples:
     type=click.Choice(["train", "val", "test"]),
     default="test",
     section="Data",
-    help="Which part of data that has parts; val serves as test where there is no other.",
+    help="The part that is taken of data that has parts; val serves as test where there is no other.",
 )
 @option(
     "--class-names",
@@ -122,7 +123,7 @@ Examples:
     type=click.IntRange(1),
     metavar="N",
     section="Data",
-    help="Take only so many images, evenly spread.",
+    help="Take only N images, evenly spread over the data.",
 )
 @option(
     "--noise",
@@ -160,9 +161,9 @@ Examples:
     default=1,
     metavar="N",
     section="What to compute",
-    help="Average over so many noise draws for each image.",
+    help="Average over N noise draws for each image.",
 )
-@option("--seed", type=SEED, default=0, metavar="N", section="What to compute", help="Of the noise.")
+@option("--seed", type=SEED, default=0, metavar="N", section="What to compute", help="Seed of the noise.")
 @device_option
 @option(
     "--dtype",
@@ -177,7 +178,7 @@ Examples:
     default=128,
     metavar="N",
     section="Machine",
-    help="Images in one pass.",
+    help="Number of images in one pass.",
 )
 @threads_option
 @progress_option

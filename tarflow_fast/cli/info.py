@@ -1,4 +1,4 @@
-"""`tarflow-fast info`: what this installation can do, and what a checkpoint holds."""
+"""`tarflow-fast info` shows what this installation can do, and what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def installation_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def describe_model(model: TarFlow) -> dict[str, Any]:
-    """Sizes, number of parameters, metadata, and where it was loaded from."""
+    """Returns the sizes of a model, its number of parameters, its metadata, and where it was loaded from."""
     return {
         **model.config.to_dict(),
         "tokens": model.config.num_patches,
@@ -78,7 +78,7 @@ def model_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def printable(value: object) -> str:
-    """Text from a file for a terminal: what would move its cursor or change its colours is escaped."""
+    """Returns text of a file for a terminal: what would move its cursor or change its colours is escaped."""
     text = str(value)
     return text if text.isprintable() else repr(text)
 

@@ -1,4 +1,4 @@
-"""The option --labels: which classes are drawn."""
+"""The option --labels says which classes are drawn."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ..models.tarflow import TarFlow
     from ..sampling.labels import LabelsByNumber
 
-MOST_LISTED = 10  # names that are printed
-MOST_BYTES = 2**26  # of a file of names or labels
+MOST_LISTED = 10  # so many names are printed
+MOST_BYTES = 2**26  # a file of names or labels may be so large
 
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"\s*(?:,|$)')
 _WORD = re.compile(r"([^,]*?)\s*(?:,|$)")
@@ -26,8 +26,12 @@ _RANGE = re.compile(r"(#?)(\d{1,18})\s*-\s*(#?)(\d{1,18})")
 
 @dataclass(frozen=True)
 class Chosen:
-    """labels: for `Sampler.stream`. entries: what they are if they come in turn, image i having entry i mod their
-    number; None if they do not. described: in words, or None for a model without classes."""
+    """A `Chosen` holds the labels that a run draws.
+
+    labels: what `Sampler.stream` takes as its labels. entries: the labels that come in turn, image i having entry i mod
+    their number, or None if they do not come in turn. described: the labels in words, or None for a model without
+    classes.
+    """
 
     labels: LabelsByNumber
     entries: list[int] | None
@@ -35,8 +39,10 @@ class Chosen:
 
 
 def choose(text: str | None, model: TarFlow, seed: int) -> Chosen:
-    """The labels that --labels asks for; without it all classes in turn. An unknown class is wrong usage, a number that
-    the model does not have an ArgumentError."""
+    """Returns the labels that --labels asks for, or, without it, all classes in turn.
+
+    Raises click.UsageError for a class that is not known, and ArgumentError for a number that the model does not have.
+    """
     from ..checks import find_class
     from ..flow import known_names
     from ..sampling.noise import random_label
@@ -65,14 +71,14 @@ def choose(text: str | None, model: TarFlow, seed: int) -> Chosen:
 
 
 def label_name(label: int, names: Sequence[str]) -> str:
-    """The name of a class, or its number."""
+    """Returns the name of a class, or its number where it has no name."""
     if label < 0:
         return "no class"
     return names[label] if label < len(names) else str(label)
 
 
 def read_lines(path: str, option: str) -> list[str]:
-    """The lines of a UTF-8 file without the space around them; empty ones are passed over."""
+    """Returns the lines of a UTF-8 file without the space around them; empty ones are passed over."""
     with Path(path).open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -85,7 +91,7 @@ def read_lines(path: str, option: str) -> list[str]:
 
 
 def split_list(text: str) -> list[str]:
-    """The words of "a, b,c"; one that holds a comma is put in quotation marks, as in CSV."""
+    """Returns the words of "a, b,c"; a word that holds a comma stands in quotation marks, as in CSV."""
     return _split(text, [])
 
 
@@ -94,8 +100,10 @@ def _wrong(what: str) -> click.BadParameter:
 
 
 def _split(text: str, names: Sequence[str]) -> list[str]:
-    """Words between commas, of which the last may end the text; a class name that holds some is one word, as is what
-    is quoted."""
+    """Returns the words between commas, of which the last may end the text.
+
+    A class name that holds commas is one word, as is what is quoted.
+    """
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if name)
     name = re.compile(rf"({known})\s*(?:,|$)", re.IGNORECASE) if known else None
     words, rest = [], text.strip()
@@ -109,7 +117,7 @@ def _split(text: str, names: Sequence[str]) -> list[str]:
 
 
 def _labels(word: str, names: Sequence[str], classes: int) -> list[int]:
-    """What one word of a list stands for: a class name, a number, or a range of either."""
+    """Returns the labels that one word of a list stands for: a class name, a number, or a range of either."""
     from ..checks import find_class
     from ..errors import ArgumentError
 
@@ -140,7 +148,7 @@ def _labels(word: str, names: Sequence[str], classes: int) -> list[int]:
 
 
 def _range_of_names(word: str, low: int, high: int, names: Sequence[str]) -> list[int]:
-    """The classes whose names are numbers from low to high; none where neither of these two is a name."""
+    """Returns the classes whose names are numbers from low to high; none where neither of these two is a name."""
     numbers = sorted((int(name), label) for label, name in enumerate(names) if re.fullmatch(r"\d{1,18}", name))
     ends = {low, high} & {number for number, _ in numbers}
     if ends and ends != {low, high}:

@@ -1,4 +1,4 @@
-"""How the images of a run lie in its grid."""
+"""A layout says how the images of a run lie in its grid."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PER_CLASS = 8  # images of each class, unless -n tells
-MOST_ROWS = 20  # classes that get a row each
+PER_CLASS = 8  # so many images of each class are drawn, unless -n tells
+MOST_ROWS = 20  # classes get a row each where there are no more
 PIXELS = 96  # pictures of smaller images are enlarged towards this side
-MOST_PIXELS = 2**26  # unless the grid then had more
+MOST_PIXELS = 2**26  # enlarging never gives a grid more
 
 
 @dataclass(frozen=True)
 class Layout:
-    """columns: images in a row, in the order of their numbers; None for as many as make a square.
+    """A `Layout` gives each image a cell of the grid: in the order of their numbers, or a row for each class.
 
-    classes: if not None, image number i is of class i mod classes, and each class has a row; columns is None then.
+    columns: the number of images in a row, in the order of their numbers, or None for as many as make a square.
+    classes: if not None, image number i is of class i mod classes, each class has a row, and columns is None.
     """
 
     columns: int | None = None
     classes: int | None = None
 
     def size(self, first: int, count: int) -> tuple[int, int]:
-        """(cells, columns) of the grid of the images numbered first … first+count−1."""
+        """Returns (cells, columns) of the grid of the images numbered first … first+count−1."""
         if self.classes is None:
             return count, self.columns or math.isqrt(count - 1) + 1
         columns = -(-(first + count) // self.classes) - first // self.classes
         return self.classes * columns, columns
 
     def places(self, first: int, count: int) -> Sequence[int]:
-        """The cell of each of these images, cells being counted row after row."""
+        """Returns the cell of each image numbered first … first+count−1, where cells are counted row after row."""
         if self.classes is None:
             return range(count)
         _, columns = self.size(first, count)
@@ -39,8 +40,11 @@ class Layout:
 
 
 def layout(n: int, entries: Sequence[int] | None, columns: int | None) -> Layout:
-    """A row for each class where these come in turn, are few, and fewer than images; else a square, if need be with
-    gaps."""
+    """Returns the layout of n images.
+
+    Each class has a row where `columns` is None and classes come in turn, are few, and fewer than images; else images
+    lie in rows of `columns`, or without it in a square, if need be with gaps.
+    """
     classes = 0 if entries is None else len(entries)
     if columns is None and 1 < classes <= MOST_ROWS and n > classes:
         return Layout(classes=classes)
@@ -48,7 +52,7 @@ def layout(n: int, entries: Sequence[int] | None, columns: int | None) -> Layout
 
 
 def default_count(entries: Sequence[int] | None, asked: bool) -> int:
-    """How many images if nobody says: a row of each class, or one of each of many classes that were asked for."""
+    """Returns how many images to draw by default: a row of each class, or one of each of many that were asked for."""
     classes = 0 if entries is None else len(entries)
     if 0 < classes <= MOST_ROWS:
         return PER_CLASS * classes
@@ -56,7 +60,7 @@ def default_count(entries: Sequence[int] | None, asked: bool) -> int:
 
 
 def default_scale(cells: int, columns: int, height: int, width: int) -> int:
-    """Small images are enlarged to about PIXELS pixels, if the grid stays within MOST_PIXELS."""
+    """Returns the scale that enlarges small images to about PIXELS pixels while the grid stays within MOST_PIXELS."""
     from ..images import grid_size
 
     scale = max(1, PIXELS // max(height, width))

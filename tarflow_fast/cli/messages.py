@@ -1,4 +1,4 @@
-"""What the library says, in the words of the command line: arguments become the flags that set them."""
+"""What the library says is put in the words of the command line: arguments become the flags that set them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SEQUENCE = re.compile(r"(?:^\(|\[)('[^']*'(?:, '[^']*')*),?[)\]]")  # a tuple t
 
 
 def failure(ctx: click.Context, command: Command, error: Exception) -> click.ClickException:
-    """The error as one line, with its notes. A wrong value of an option is wrong usage of that option."""
+    """Returns the error as one line, with its notes; a wrong value of an option is wrong usage of that option."""
     notes = getattr(error, "__notes__", ())
     if not isinstance(error, ArgumentError):
         return click.ClickException("; ".join([in_flags(command, error_text(error)), *map(one_line, notes)]))
@@ -35,7 +35,7 @@ def failure(ctx: click.Context, command: Command, error: Exception) -> click.Cli
 
 
 def error_text(error: Exception) -> str:
-    """What went wrong."""
+    """Returns one line that says what went wrong."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{os.fspath(error.filename)}: "
@@ -46,9 +46,9 @@ def error_text(error: Exception) -> str:
 
 
 def in_flags(command: Command, text: str) -> str:
-    """The text with flags in the place of name='value', of names that have an underscore, and of those in advice.
+    """Returns the text with flags in the place of name='value', of names with an underscore, and of names in advice.
 
-    Names before a colon stay: they are what a file holds, but for the one that begins the text.
+    Names before a colon stay, as they are what a file holds, except for the one that begins the text.
     """
     flags = _flags(command)
     names = "|".join(map(re.escape, sorted(flags, key=len, reverse=True)))
@@ -61,7 +61,7 @@ def in_flags(command: Command, text: str) -> str:
 
 
 def _flags(command: Command) -> dict[str, str]:
-    """What the command line calls each argument."""
+    """Returns what the command line calls each argument."""
     return {**command.aliases, **{param.name: _flag(param) for param in command.params if param.name is not None}}
 
 
@@ -70,7 +70,7 @@ def _flag(param: click.Parameter) -> str:
 
 
 def _switch(param: click.Parameter | None, value: str) -> str | None:
-    """The flag that says this value of a switch; None for what is no switch, or has no flag for it."""
+    """Returns the flag that says this value of a switch, or None for what is no switch, or has no flag for it."""
     if not isinstance(param, click.Option) or not param.is_flag or value not in ("True", "False"):
         return None
     return next(iter(param.opts if value == "True" else param.secondary_opts), None)
@@ -82,7 +82,7 @@ def _set(command: Command, name: str, value: str) -> str:
 
 
 def _sides(text: str) -> str:
-    """The text with 6x8 in the place of (6, 8)."""
+    """Returns the text with 6x8 in the place of (6, 8)."""
     return _SIDES.sub(r"\1x\2", text)
 
 

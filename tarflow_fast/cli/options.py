@@ -1,4 +1,4 @@
-"""What the commands share: help in sections, options for the model and the machine, and output.
+"""The commands share help in sections, options for the model and the machine, and output.
 
 Nothing here imports torch before a command runs, so that --help is quick.
 """
@@ -31,7 +31,7 @@ SIZE = click.IntRange(1, MOST_SIZE)
 
 
 class TwoSides(click.ParamType):
-    """One whole number for a square, or HEIGHTxWIDTH. side: what a number may be."""
+    """A `TwoSides` reads one whole number for a square, or HEIGHTxWIDTH. side: the type of each number."""
 
     name = SIZES
 
@@ -54,10 +54,10 @@ SEED = click.IntRange(0, MOST_SEED)
 
 
 class Option(click.Option):
-    """An option that belongs to a section of the help.
+    """An `Option` belongs to a section of the help.
 
-    outside: what can be wrong with its value lies outside the command line, as in a file of that name: the command then
-    fails, where a wrong value of another option is wrong usage.
+    section: the title of that section. outside: whether what can be wrong with its value lies outside the command line,
+    as in a file of that name: the command then fails, where a wrong value of another option is wrong usage.
     """
 
     def __init__(self, *args: Any, section: str = "Other", outside: bool = False, **kwargs: Any):
@@ -66,10 +66,10 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose options are listed by section; its arguments are told by its text.
+    """A `Command` lists its options by section; its arguments are told by its text.
 
-    What the library raises becomes one line that speaks of flags. aliases: what to call the library's arguments that
-    no parameter of this command is named after.
+    What the library raises becomes one line that speaks of flags. aliases: the names, in messages, of those of the
+    library's arguments that no parameter of this command is named after.
     """
 
     def __init__(self, *args: Any, aliases: Mapping[str, str] | None = None, **kwargs: Any):
@@ -100,7 +100,7 @@ def option(*names: str, section: str, **attributes: Any) -> Callable[[F], F]:
 
 
 def combine(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """One decorator that adds all these options, listed in this order."""
+    """Returns one decorator that adds all these options, listed in this order."""
 
     def decorate(function: F) -> F:
         for decorator in reversed(decorators):
@@ -116,7 +116,7 @@ size_options = combine(
         metavar="NAME",
         section="Model",
         show_default="the average where there is one",
-        help="Which set, of a file that holds several: ema, model, or its name.",
+        help="The set of weights that is taken where a file holds several: ema, model, or its name.",
     ),
     option(
         "--patch-size",
@@ -167,7 +167,7 @@ device_option = option(
     metavar="NAME",
     section="Machine",
     show_default="the best there is",
-    help="cpu, cuda, cuda:1, mps.",
+    help="Device to run on: cpu, cuda, cuda:1, mps.",
 )
 threads_option = option(
     "--threads",
@@ -175,14 +175,14 @@ threads_option = option(
     metavar="N",
     section="Machine",
     show_default="as many as PyTorch takes",
-    help="Threads on a CPU.",
+    help="Number of threads on a CPU.",
 )
 progress_option = option(
     "--progress/--no-progress",
     default=None,
     section="Output",
     show_default="on a terminal",
-    help="Progress bars on standard error.",
+    help="Show progress bars on standard error.",
 )
 quiet_option = option("-q", "--quiet", is_flag=True, section="Output", help="Print nothing but errors.")
 layout_option = option(
@@ -190,15 +190,15 @@ layout_option = option(
     type=click.Choice(["auto", "NHWC", "NCHW", "tokens"]),
     default="auto",
     section="Data",
-    help="Where an array has its channels; to be given where its shape does not tell. tokens: sequences (N,T,D) of "
-    "floats, which the model takes as they are.",
+    help="Where an array has its channels, which must be given where its shape does not tell. tokens stands for "
+    "sequences (N,T,D) of floats, which the model takes as they are.",
 )
 values_option = option(
     "--values",
     type=click.Choice(["auto", "0..1", "-1..1", "0..255", "raw"]),
     default="auto",
     section="Data",
-    help="What an array's floats mean; raw: no pictures, but data that the model takes as they are.",
+    help="What an array's floats mean; raw stands for data that are no pictures, which the model takes as they are.",
 )
 cache_option = option(
     "--cache",
@@ -206,7 +206,7 @@ cache_option = option(
     metavar="FOLDER",
     section="Data",
     show_default="the system's temporary folder",
-    help="Where images are put that memory has no room for, or that several processes share.",
+    help="Folder for images that memory has no room for, or that several processes share.",
 )
 json_option = option("--json", "as_json", is_flag=True, section="Output", help="Print the report as JSON.")
 
@@ -217,7 +217,11 @@ def load_model(
     weights: str | None = None,
     **sizes: Any,
 ) -> TarFlow:
-    """The checkpoint at `path`, or the shipped model. sizes: as for `load`, None where not given."""
+    """Returns the checkpoint at `path`, or the shipped model.
+
+    sizes: the sizes that `load` takes, each None where it was not given. Raises click.UsageError where they are given
+    for the shipped model.
+    """
     from ..checkpoints.checkpoint import load, load_pretrained
 
     if path is not None:
@@ -229,7 +233,7 @@ def load_model(
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name; without one, the best that a backend runs on."""
+    """Returns the device of that name, or, without one, the best that a backend runs on."""
     from ..backend import backends
     from ..devices import check_device
 
@@ -252,7 +256,7 @@ def show_progress(progress: bool | None, quiet: bool) -> bool:
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """On one standard output, as strict JSON: a number that is not finite becomes null."""
+    """Prints the report on standard output as strict JSON: a number that is not finite becomes null."""
 
     def strict(value: Any) -> Any:
         if isinstance(value, dict):
@@ -261,5 +265,5 @@ def print_json(report: dict[str, Any]) -> None:
             return [strict(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    text = json.dumps(strict(report), indent=2, allow_nan=False)  # in ASCII, so that no name steers the terminal
+    text = json.dumps(strict(report), indent=2, allow_nan=False)  # it is in ASCII, so that no name steers the terminal
     echo(*text.replace("\x7f", "\\u007f").splitlines())

@@ -1,4 +1,4 @@
-"""The files that `tarflow-fast sample` writes: checked before the work, written as it goes on.
+"""The files that `tarflow-fast sample` writes are checked before the work, and written as it goes on.
 
 What has been drawn is not lost. Single pictures are written batch by batch. A grid, animation or `.npz` file takes
 its name when it holds all images; if the work ends before, those that were drawn are put into a file of their own,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def output_path(option: str, path: str, suffixes: Sequence[str]) -> Path:
-    """A file that can be written, else wrong usage of that option."""
+    """Returns the path of a file that can be written. Raises click.UsageError of that option for any other."""
     from ..errors import ArgumentError
     from ..images import check_path
 
@@ -39,7 +39,7 @@ def output_path(option: str, path: str, suffixes: Sequence[str]) -> Path:
 
 
 def output_folder(option: str, path: str) -> Path:
-    """A folder that can be written to or made, else wrong usage of that option."""
+    """Returns a folder that can be written to or made. Raises click.UsageError of that option for any other."""
     folder = Path(path)
     there = next((place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)), folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -49,9 +49,10 @@ def output_folder(option: str, path: str) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """What is drawn: n images from number `first` on. how: model, seed and options, for the files to hold.
+    """A `Run` draws n images from number `first` on.
 
-    class_names: in the order of the classes, perhaps none. scale: of grid and animation.
+    layout: how the images lie in grid and animation. scale: each pixel of these is enlarged to scale×scale. how: the
+    model, seed and options, which the files record. class_names: the names of the classes in their order, perhaps none.
     """
 
     n: int
@@ -64,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the samples go; None: not asked for."""
+    """The `Outputs` of a run are the paths that its samples go to, each None where it was not asked for."""
 
     grid: Path | None
     singles: Path | None
@@ -73,7 +74,7 @@ class Outputs:
 
     @classmethod
     def checked(cls, out: str | None, singles: str | None, npz: str | None, gif: str | None) -> Outputs:
-        """Refuses what cannot be written."""
+        """Returns the outputs of these paths. Raises click.UsageError for a path that cannot be written."""
         from ..images import PICTURE_SUFFIXES
 
         return cls(
@@ -84,9 +85,10 @@ class Outputs:
         )
 
     def check(self, run: Run, shape: tuple[int, ...], frames: int) -> None:
-        """Refuses what these images would be too many, too large or of too many channels for.
+        """Raises click.UsageError where the images are too many, too large or of too many channels for an output.
 
-        shape: of an image, (ch, H, W), or of a sequence, (T, D), which only a .npz file takes.
+        shape: (ch, H, W) of an image, or (T, D) of a sequence, which only a .npz file takes. frames: the number of
+        pictures of the animation.
         """
         from ..errors import ArgumentError
         from ..images import check_grid
@@ -102,7 +104,7 @@ class Outputs:
         if self.singles is not None and shape[0] not in (1, 3):
             raise click.UsageError(f"--singles: expected images of 1 or 3 channels, got {shape[0]} channels")
         if self.npz is not None:
-            needed = 2 * 4 * run.n * math.prod(shape)  # collected, then copied
+            needed = 2 * 4 * run.n * math.prod(shape)  # they are collected, then copied
             free = shutil.disk_usage(self.npz.parent).free
             if needed > free:
                 lacking = f"{run.n} images need {needed / 2**30:.1f} GiB while written, {free / 2**30:.1f} are free"
@@ -110,8 +112,10 @@ class Outputs:
 
     @contextlib.contextmanager
     def writing(self, run: Run) -> Iterator[Writing]:
-        """Takes samples; at the end, or when the block raises, writes what is not yet written. Exceptions get notes of
-        what was kept."""
+        """Gives a `Writing`, which takes samples; what is not yet written is written when the block ends or raises.
+
+        Exceptions get notes of what was kept.
+        """
         with contextlib.ExitStack() as stack:
             writing = Writing(run, self, stack)
             try:
@@ -129,7 +133,7 @@ class Outputs:
 
 
 class _Output(Protocol):
-    """One file, or folder. count: images that it has taken."""
+    """An `_Output` is one file, or folder. count: the number of images that it has taken."""
 
     path: Path
     count: int
@@ -140,7 +144,7 @@ class _Output(Protocol):
 
 
 class Writing:
-    """The outputs of one run. kept: which files hold a part of the images, and how many."""
+    """A `Writing` feeds the outputs of one run. kept: lines that say which files hold a part of the images."""
 
     def __init__(self, run: Run, outputs: Outputs, stack: contextlib.ExitStack):
         self._n = run.n
@@ -166,8 +170,10 @@ class Writing:
             raise failures[0]
 
     def finish(self) -> None:
-        """Writes each output that was not yet tried, under a name of its own if it does not have all images. Raises
-        what failed first, when all have been tried."""
+        """Writes each output that was not yet tried, under a name of its own if it does not have all images.
+
+        Raises what failed first, when all have been tried.
+        """
         failures: list[Exception] = []
         while self._outputs:
             output = self._outputs.pop(0)
@@ -192,7 +198,7 @@ def _kept(failures: list[Exception]) -> Iterator[None]:
 
 
 def _facts(run: Run, count: int, labels: list[Tensor]) -> dict[str, Any]:
-    """What a file of `count` images says of them; labels: of each batch."""
+    """Returns what a file of `count` images records of them. labels: the labels of each batch."""
     facts = {**run.how, "first": run.first, "images": count}
     if labels:
         facts["labels"] = [y for part in labels for y in part.tolist()]
@@ -202,7 +208,7 @@ def _facts(run: Run, count: int, labels: list[Tensor]) -> dict[str, Any]:
 
 
 class _Sheet:
-    """8-bit images that come batch by batch and lie in a grid."""
+    """A `_Sheet` collects 8-bit images, which come batch by batch and lie in a grid."""
 
     def __init__(self, run: Run):
         self._run, self._parts = run, list[Any]()
@@ -213,7 +219,7 @@ class _Sheet:
         self._parts.append(to_uint8(images))
 
     def laid_out(self) -> tuple[Tensor, int]:
-        """All cells of the grid, those without an image being white, and its columns."""
+        """Returns all cells of the grid, of which those without an image are white, and its number of columns."""
         import torch
 
         from ..images import PAD_VALUE
@@ -244,7 +250,7 @@ class _Grid:
 
 
 class _Gif:
-    """Noise, the images after each block, and the denoised ones if they are."""
+    """A `_Gif` shows the noise, the images after each block, and the denoised images if there are any."""
 
     def __init__(self, path: Path, run: Run):
         self.path, self.count = path, 0
@@ -281,12 +287,12 @@ class _Singles:
             save_png(image, self.path / f"{number:05d}.png", info=facts, sweep=number == self._run.first)
 
     def write(self, path: Path) -> None:
-        """They are."""
+        """Does nothing: `add` has written each picture already."""
 
 
 @contextlib.contextmanager
 def _about(path: Path) -> Iterator[None]:
-    """Errors name that file."""
+    """Makes an OSError of the block name this file."""
     try:
         yield
     except OSError as error:
@@ -294,7 +300,7 @@ def _about(path: Path) -> Iterator[None]:
 
 
 class _Npz:
-    """Numbers, which are collected on the disk: in a file without a name, which nobody sees and which ends with the
+    """An `_Npz` collects numbers on the disk, in a file without a name, which nobody sees and which ends with the
     process."""
 
     def __init__(self, path: Path, run: Run, stack: contextlib.ExitStack):

@@ -1,4 +1,4 @@
-"""`tarflow-fast sample`: pictures from a model."""
+"""`tarflow-fast sample` draws pictures from a model."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from ..models.tarflow import TarFlow
     from ..sampling.report import Report, Samples
 
-# How the shipped model is drawn from unless told otherwise. For other models: no guidance. For all: denoising
-# with the optimal step where the checkpoint records the Gaussian noise that it was trained with.
+# The shipped model is drawn from by these options unless told otherwise, other models without guidance. Images of all
+# models are denoised, by the optimal step, where the checkpoint records the Gaussian noise that it was trained with.
 SHIPPED: dict[str, Any] = {
     "guidance": 1.0,
     "annealed_guidance": False,
@@ -60,14 +60,18 @@ SHIPPED: dict[str, Any] = {
     "denoise_scale": 1.0,
 }
 
-GRID = "samples.png"  # unless --out tells
+GRID = "samples.png"  # the grid goes there unless --out tells
 
 GUIDANCE_DETAILS = ("guide_what", "attn_temp", "annealed_guidance")
 DENOISING_DETAILS = ("noise_std", "denoise_scale")
 
 
 def drawing_rule(model: TarFlow, shipped: bool, given: dict[str, Any], labelled: bool) -> dict[str, Any]:
-    """Guidance and denoising, as arguments of `Sampler.sample`. An option without effect is wrong usage."""
+    """Returns guidance and denoising as arguments of `Sampler.sample`.
+
+    given: the options, each None where it was not given. labelled: whether any image may have a class. Raises
+    click.UsageError for an option without effect.
+    """
     told = {name: value for name, value in given.items() if value is not None}
     known = {**SHIPPED, **told} if shipped else told
     steerable = labelled or told.get("attn_temp", 1) != 1
@@ -91,7 +95,7 @@ def drawing_rule(model: TarFlow, shipped: bool, given: dict[str, Any], labelled:
 
 
 def check_sequences(outputs: Outputs, given: dict[str, Any]) -> None:
-    """Refuses pictures of sequences."""
+    """Raises click.UsageError where pictures of sequences are asked for."""
     for name in ("out", "singles", "gif"):
         if given[name] is not None:
             raise click.UsageError(f"--{name}: sequences make no picture; --npz writes them as numbers")
@@ -100,7 +104,7 @@ def check_sequences(outputs: Outputs, given: dict[str, Any]) -> None:
 
 
 class Totals:
-    """What the batches of a run come to."""
+    """The `Totals` of a run sum up its batches."""
 
     def __init__(self) -> None:
         self._report: Report | None = None
@@ -120,7 +124,7 @@ class Totals:
             self._log_prob.append(part.log_prob.cpu())
 
     def facts(self) -> dict[str, Any]:
-        """What was done, as numbers."""
+        """Returns what was done, in numbers."""
         report = self._report
         assert report is not None
         facts: dict[str, Any] = {
@@ -136,7 +140,7 @@ class Totals:
 
 
 def summary_lines(facts: dict[str, Any], model: TarFlow, chosen: Chosen, rows: bool) -> list[str]:
-    """rows: whether each class has a row."""
+    """Returns the lines that tell what was done. rows: whether each class has a row of the grid."""
     from ..flow import known_names
 
     size, names = by(model.config.img_size), known_names(model.metadata)
@@ -189,7 +193,7 @@ Examples:
       Unguided samples, also as numbers, with the exact log-likelihood of each.
   tarflow-fast sample -m afhq_model_8_768_8_8_0.07.pth -n 16 --guidance 2 --dtype bfloat16
   tarflow-fast sample -m imagenet.safetensors -n 50000 --labels random --no-grid --npz fid.npz
-      Of 1000 classes, each as likely.
+      Samples of 1000 classes, each as likely.
   tarflow-fast sample -n 1000 --first 5000 --singles images/ --quiet
       Images number 5000 to 5999 of seed 0, one file each: what -n 6000 draws last.
 """,
@@ -202,7 +206,7 @@ Examples:
     metavar="N",
     section="What to draw",
     show_default=f"{PER_CLASS} of each of up to {MOST_ROWS} classes, else {PER_CLASS**2}",
-    help="How many images.",
+    help="Number of images.",
 )
 @option(
     "--labels",
@@ -210,8 +214,8 @@ Examples:
     section="What to draw",
     show_default="all",
     help='Classes, which images take in turn by their number: names or numbers, "bag,coat" or "0,3-7". Where names are '
-    "numbers, 3 and 3-7 are names, #3 and #3-#7 class numbers. -1: no class. Also all; none; random, each as likely; "
-    "@FILE, one a line. Upper and lower case are alike.",
+    "numbers, 3 and 3-7 are names, #3 and #3-#7 class numbers; -1 is no class. LIST may also be all; none; random, "
+    "each class as likely; or @FILE with one a line. Upper and lower case are alike.",
 )
 @option(
     "--seed",
@@ -219,7 +223,7 @@ Examples:
     default=0,
     metavar="N",
     section="What to draw",
-    help="The noise of image number i depends on the seed and i alone.",
+    help="Seed of the noise; that of image number i depends on the seed and i alone.",
 )
 @option(
     "--first",
@@ -227,7 +231,7 @@ Examples:
     default=0,
     metavar="N",
     section="What to draw",
-    help="Number of the first image: go on where another run stopped. Noise and labels are a matter of the number.",
+    help="Number of the first image, to go on where another run stopped. Noise and labels depend on the number.",
 )
 @option(
     "--guidance",
@@ -272,7 +276,7 @@ Examples:
     metavar="SIGMA",
     section="How to draw",
     show_default="as recorded",
-    help="Level of that noise.",
+    help="Level of the noise that --denoise takes off.",
 )
 @option(
     "--denoise-scale",
@@ -289,21 +293,27 @@ Examples:
     section="How to draw",
     help="What to do about an image with infinities or NaNs: fail, or draw it again.",
 )
-@option("--backend", default="auto", metavar="NAME", section="Machine", help="See `tarflow-fast info`.")
+@option(
+    "--backend",
+    default="auto",
+    metavar="NAME",
+    section="Machine",
+    help="Name of a backend; `tarflow-fast info` lists them.",
+)
 @device_option
 @option(
     "--dtype",
     type=click.Choice(DTYPES),
     section="Machine",
     show_default="float32",
-    help="Of weights and KV cache.",
+    help="Dtype of weights and KV cache.",
 )
 @option(
     "--solver",
     default="auto",
     metavar="NAME",
     section="Machine",
-    help="auto (the quickest for each block), sequential (exact) or adaptive.",
+    help="Solver of the blocks: auto (the quickest for each block), sequential (exact) or adaptive.",
 )
 @option(
     "--tol",
@@ -311,7 +321,7 @@ Examples:
     default=None,
     metavar="X",
     section="Machine",
-    help="Of parallel passes: how far a token may still move, on the scale -1 to 1.",
+    help="How far a token may still move when a parallel pass takes it as final, on the scale -1 to 1.",
 )
 @option("--compile", is_flag=True, section="Machine", help="Run the torch backend under torch.compile.")
 @threads_option
@@ -321,7 +331,7 @@ Examples:
     metavar="N",
     section="Machine",
     show_default="what fits in memory",
-    help="Images drawn together.",
+    help="Number of images drawn together.",
 )
 @option(
     "-o",
@@ -330,18 +340,18 @@ Examples:
     metavar="FILE",
     section="Output",
     show_default=GRID,
-    help="The grid, .png or .jpg; by default none with --npz where images are no pictures, having neither 1 nor 3 "
-    "channels, or being sequences. A file of that name is replaced, here and below, when all images are drawn; a run "
-    "that ends before puts what it has drawn into NAME.partial.png.",
+    help="File of the grid, .png or .jpg; by default none with --npz where images are no pictures, having neither 1 "
+    "nor 3 channels, or being sequences. A file of that name is replaced, here and below, when all images are drawn; a "
+    "run that ends before puts what it has drawn into NAME.partial.png.",
 )
-@option("--no-grid", is_flag=True, section="Output", help="Write the files below alone.")
+@option("--no-grid", is_flag=True, section="Output", help="Write no grid, but the files below alone.")
 @option(
     "--columns",
     type=click.IntRange(1, MOST_SIZE),
     metavar="N",
     section="Output",
     show_default="a row for each class",
-    help="Images in a row of the grid.",
+    help="Number of images in a row of the grid.",
 )
 @option(
     "--scale",
@@ -410,7 +420,7 @@ def sample_command(
     if sequences:
         check_sequences(outputs, given)
     if (sequences or model.config.in_channels not in (1, 3)) and given["out"] is None and outputs.npz is not None:
-        outputs = replace(outputs, grid=None)  # there is none to show
+        outputs = replace(outputs, grid=None)  # such images make no grid
     seed, first = given["seed"], given["first"]
     chosen = choose(labels, model, seed)
     n = default_count(chosen.entries, labels is not None) if count is None else count

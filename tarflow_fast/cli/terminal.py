@@ -1,4 +1,4 @@
-"""What reaches the terminal, and how a command ends.
+"""This file sees to what reaches the terminal, and to how a command ends.
 
 Names and metadata come from files that somebody else has written: no character of theirs may move the cursor, change
 the title or begin a line.
@@ -23,14 +23,14 @@ FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 
 
 def one_line(text: object) -> str:
-    """The words of a message, as `printable` text."""
+    """Returns the words of a message on one line, as `printable` text."""
     return printable(" ".join(str(text).split()))
 
 
 def echo(*lines: object, err: bool = False) -> None:
     """Prints lines, each made `printable`; characters that the stream's encoding lacks are escaped too.
 
-    Raises OSError that names the standard output where it takes no more; BrokenPipeError as it is.
+    Raises an OSError that names the standard output where that takes no more; a BrokenPipeError passes as it is.
     """
     text = "\n".join(map(printable, lines))
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
@@ -44,23 +44,27 @@ def echo(*lines: object, err: bool = False) -> None:
 
 
 def give_up_output() -> None:
-    """Python writes what is left in the buffer of the standard output when it ends, and would complain again."""
+    """Puts another file in the place of the standard output: Python would write what is left in its buffer at the end,
+    and complain again."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C. Where KeyboardInterrupt itself passes through exec(), as in many an import, Python kills itself at the
-    end, whatever the exit code."""
+    """`Interrupted` is raised by Ctrl-C.
+
+    Where KeyboardInterrupt itself passes through exec(), as in many an import, Python kills itself at the end, whatever
+    the exit code.
+    """
 
 
 class Terminated(BaseException):
-    """SIGTERM."""
+    """`Terminated` is raised by SIGTERM."""
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise Interrupted and Terminated within, so that files are left as `replacing` promises. A
-    second SIGTERM is ignored; signals that somebody else handles are left alone."""
+    """Makes Ctrl-C and SIGTERM raise Interrupted and Terminated in the block, so that files are left as `replacing`
+    promises. A second SIGTERM is ignored; signals that somebody else handles are left alone."""
     if threading.current_thread() is not threading.main_thread():  # Python gives signals to that one alone
         yield
         return

@@ -1,4 +1,4 @@
-"""`tarflow-fast train`: a model from images."""
+"""`tarflow-fast train` learns a model from images."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .options import (
 )
 from .terminal import echo
 
-TOP_PAD = 1 << 28  # bytes by which the heap grows
+TOP_PAD = 1 << 28  # the heap grows by so many bytes
 
 
 def numbers(section: str, *rows: tuple[str, int | float, str, str]) -> Callable[[F], F]:
-    """Options from rows (flag and perhaps parameter, default, metavar, help), typed as their defaults."""
+    """Returns options of rows (flag and perhaps parameter, default, metavar, help), typed as their defaults."""
     return combine(
         *(
             option(*names.split(), type=type(value), default=value, metavar=metavar, section=section, help=text)
@@ -48,15 +48,15 @@ data_options = combine(
         section="Data",
         help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images or "
         "sequences, labels), a .npy file, an IDX file, or a folder of MNIST's four IDX files; or a folder with train "
-        "and val or test halves. Required but with --resume.",
+        "and val or test halves. Required unless --resume is given.",
     ),
     option(
         "--eval-data",
         type=click.Path(),
         metavar="PATH",
         section="Data",
-        help="Held-out images for bits/dim. Of a folder that has a train and a test (or val) half, the test half "
-        "is taken: it may be the folder given as --data. Classes are matched by name.",
+        help="Held-out images for bits/dim. Where a folder has a train and a test (or val) half, the test half "
+        "is taken, so that it may be the folder given as --data. Classes are matched by name.",
     ),
     option(
         "--img-size",
@@ -70,7 +70,7 @@ data_options = combine(
         type=click.Choice(["1", "3"]),
         default="3",
         section="Data",
-        help="For folders of pictures: 1 makes them grey.",
+        help="Channels that pictures of a folder get: 1 makes them grey.",
     ),
     option(
         "--conditional/--unconditional",
@@ -108,7 +108,7 @@ size_options = combine(
         type=click.Path(dir_okay=False),
         metavar="FILE",
         section="Model",
-        help="Start from this checkpoint, ml-tarflow's .pth or one of ours, which has the sizes below.",
+        help="Start from this checkpoint, ml-tarflow's .pth or one of ours, which sets the sizes below.",
     ),
     option(
         "--patch-size",
@@ -121,42 +121,42 @@ size_options = combine(
     numbers(
         "Model",
         ("--channels", 512, "N", "Width of the transformers."),
-        ("--blocks num_blocks", 8, "N", "Flow blocks."),
-        ("--layers layers_per_block", 8, "N", "Transformer layers of each flow block."),
+        ("--blocks num_blocks", 8, "N", "Number of flow blocks."),
+        ("--layers layers_per_block", 8, "N", "Number of transformer layers of each flow block."),
         ("--head-dim", 64, "N", "Channels of an attention head."),
     ),
     option(
         "--nvp/--vp",
         default=True,
         section="Model",
-        help="Affine blocks, or volume-preserving ones (shift only).",
+        help="Use affine blocks, or volume-preserving ones (shift only).",
     ),
 )
 
 schedule_options = combine(
-    numbers("Schedule", ("--epochs", 100, "N", "Passes over the data.")),
+    numbers("Schedule", ("--epochs", 100, "N", "Number of passes over the data.")),
     option(
         "--batch-size",
         type=int,
         metavar="N",
         section="Schedule",
         show_default="256, or all images where there are fewer",
-        help="Images a step, over all processes.",
+        help="Number of images in a step, over all processes.",
     ),
     numbers(
         "Schedule",
         ("--lr", 1e-4, "RATE", "Highest learning rate."),
-        ("--min-lr", 1e-6, "RATE", "Where its cosine ends."),
-        ("--warmup-steps", 1000, "N", "Steps in which it is reached."),
-        ("--weight-decay", 1e-4, "X", "Of AdamW."),
-        ("--clip-norm", 1.0, "X", "Limit of the gradient's norm; 0: none."),
-        ("--ema-decay", 0.999, "X", "Of the moving average of the weights, which is the model that is saved."),
-        ("--seed", 0, "N", "Of weights, order, noise and dropped labels."),
+        ("--min-lr", 1e-6, "RATE", "Learning rate at which the cosine ends."),
+        ("--warmup-steps", 1000, "N", "Number of steps in which the highest learning rate is reached."),
+        ("--weight-decay", 1e-4, "X", "Weight decay of AdamW."),
+        ("--clip-norm", 1.0, "X", "Limit of the gradient's norm; 0 is none."),
+        ("--ema-decay", 0.999, "X", "Decay of the moving average of the weights, which is the model that is saved."),
+        ("--seed", 0, "N", "Seed of weights, order, noise and dropped labels."),
     ),
 )
 
 machine_options = combine(
-    option("--device", default="auto", metavar="NAME", section="Machine", help="cpu, cuda or auto."),
+    option("--device", default="auto", metavar="NAME", section="Machine", help="Device to use: cpu, cuda or auto."),
     option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16"]),
@@ -165,7 +165,7 @@ machine_options = combine(
         help="bfloat16 is mixed precision: fp32 weights, residual stream and log-det.",
     ),
     threads_option,
-    option("--compile", is_flag=True, section="Machine", help="torch.compile the model."),
+    option("--compile", is_flag=True, section="Machine", help="Train the model under torch.compile."),
 )
 
 output_options = combine(
@@ -175,7 +175,7 @@ output_options = combine(
         type=click.Path(),
         metavar="FOLDER",
         section="Output",
-        help="Where checkpoint.pt, model.safetensors, train.csv, eval.csv and samples/ go.",
+        help="Folder for checkpoint.pt, model.safetensors, train.csv, eval.csv and samples/.",
     ),
     option(
         "--resume",
@@ -189,11 +189,11 @@ output_options = combine(
         "Output",
         ("--log-every", 50, "N", "Steps between rows of train.csv."),
         ("--checkpoint-every", 500, "N", "Steps between checkpoints."),
-        ("--eval-every", 0, "N", "Steps between rows of eval.csv; 0: at the end only."),
-        ("--eval-images", 1000, "N", "How many held-out images."),
-        ("--sample-every", 0, "N", "Steps between grids of samples; 0: none."),
-        ("--sample-rows", 4, "N", "Rows of a grid; a column is a class."),
-        ("--sample-guidance", 0.0, "W", "Guidance of the samples."),
+        ("--eval-every", 0, "N", "Steps between rows of eval.csv; 0 writes one at the end only."),
+        ("--eval-images", 1000, "N", "Number of held-out images."),
+        ("--sample-every", 0, "N", "Steps between grids of samples; 0 is none."),
+        ("--sample-rows", 4, "N", "Number of rows of a grid, in which each class has a column."),
+        ("--sample-guidance", 0.0, "W", "Weight of the guidance of the samples."),
     ),
     option(
         "--tensorboard", is_flag=True, outside=True, section="Output", help="Write the metrics for TensorBoard too."
@@ -208,8 +208,8 @@ def keep_freed_memory() -> None:
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # other C libraries have no such call
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    if mallopt is not None:  # other C libraries have no such function
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # these numbers are from malloc.h
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_top_pad, TOP_PAD)
@@ -223,10 +223,10 @@ def keep_freed_memory() -> None:
     epilog="""\b
 Examples:
   tarflow-fast train --data images/ --img-size 64 --flip --out run
-      images/cat/1.jpg, images/dog/1.jpg, …: sizes and schedule of a GPU.
+      Learns images/cat/1.jpg, images/dog/1.jpg, …, with sizes and schedule for a GPU.
   tarflow-fast train --data fashion-mnist/ --eval-data fashion-mnist/ --channels 128 --blocks 4 --layers 4 \\
       --noise-std 0.1 --batch-size 128 --epochs 12 --lr 1e-3 --warmup-steps 400 --out run
-      MNIST's four IDX files, hours of two CPU cores.
+      Learns MNIST's four IDX files, in hours of two CPU cores.
   tarflow-fast train --resume --out run
       Goes on where a killed run made its last checkpoint.
   tarflow-fast train --init afhq_model_8_768_8_8_0.07.pth --data cats/ --img-size 256 --out run
@@ -295,7 +295,7 @@ def train_command(
 
 
 def _progress(progress: bool | None, quiet: bool) -> bool | str:
-    """What `train` is to show."""
+    """Returns what `train` takes as `progress`. Raises click.UsageError where both options are given."""
     if quiet and progress:
         raise click.UsageError("--progress and --quiet exclude each other")
     if progress is None:

@@ -1,4 +1,4 @@
-"""Labelled images, from a folder of pictures, a `.npz` or `.npy` file, or IDX files (MNIST's)."""
+"""Labelled images are read from a folder of pictures, a `.npz` or `.npy` file, or IDX files (MNIST's)."""
 
 from .classes import matched, renamed
 from .image_data import ImageData

@@ -1,4 +1,4 @@
-"""Images and labels of `.npz` and `.npy` files, under the names that people give them."""
+"""Images and labels of `.npz` and `.npy` files are found under the names that people give them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .members import Member, npy_member, npz_members
 from .store import Store
 from .values import WITH_ALPHA, Range, channel_axis, check_sequences, converted, meaning
 
-# Names of images and of their labels, the first that is there being taken; in those of a half, {} is its name.
+# These are names of images and of their labels, of which the first that is there is taken; {} is the name of a half.
 OF_A_HALF = (
     ("{}_images", "{}_labels"),
     ("x_{}", "y_{}"),
@@ -30,12 +30,12 @@ OF_A_HALF = (
 OF_ALL = (("images", "labels"), ("arr_0", "arr_1"), ("x", "y"), ("data", "labels"), ("samples", "labels"))
 OTHER_LABELS = ("labels", "label", "y", "targets")
 CLASS_NAMES = ("class_names", "label_names")
-SAMPLED = {"images", "seed", "first"}  # what `tarflow-fast sample --npz` writes, at least
+SAMPLED = {"images", "seed", "first"}  # `tarflow-fast sample --npz` writes at least these
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of readers as DataError that names the file."""
+    """Turns errors of readers in the block into a DataError that names the file."""
     try:
         yield
     except TarFlowError:
@@ -46,13 +46,13 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def load_npy(path: Path, layout: str, values: str, store: Store) -> tuple[ImageData, list[str]]:
-    """Images alone, and what should be said of them."""
+    """Returns images alone, and notes on what was decided of them. Raises DataError for a file that cannot be read."""
     with _naming(path):
         return _images_and_labels(path, npy_member(path), None, None, "train", layout, values, False, store)
 
 
 def load_npz(path: Path, split: str, layout: str, values: str, store: Store) -> tuple[ImageData, list[str]]:
-    """Images and labels, and what should be said of them."""
+    """Returns images and labels, and notes on what was decided of them. Raises DataError for a file without images."""
     if not zipfile.is_zipfile(path):
         raise DataError(f"{str(path)!r}: not a .npz file")
     with _naming(path), zipfile.ZipFile(path) as archive:
@@ -65,7 +65,7 @@ def load_npz(path: Path, split: str, layout: str, values: str, store: Store) -> 
 
 
 def _pick(path: Path, members: Mapping[str, Member], split: str) -> tuple[Member, Member | None, list[str]]:
-    """The arrays of images and of labels, if there are any."""
+    """Returns the arrays of images, and of labels or None, and notes. Raises DataError where there are no images."""
     lower = {name.lower(): member for name, member in members.items()}
     found: dict[str, tuple[Member, Member | None]] = {}
     for half, words in HALVES.items():
@@ -101,7 +101,7 @@ def _images_and_labels(
 ) -> tuple[ImageData, list[str]]:
     where = repr(str(path))
     shape, dtype = images.header()
-    # Of what `tarflow-fast sample` writes, images have four dimensions: three are of sequences.
+    # `tarflow-fast sample` writes images in four dimensions: three are of sequences.
     sequences = layout == "tokens" or (layout == "auto" and sampled and len(shape) == 3)
     axis = None if sequences else channel_axis(where, dtype, shape, layout)
     if 0 in shape:
@@ -137,7 +137,7 @@ def _images_and_labels(
 
 
 def _arranged(rows: np.ndarray[Any, Any], axis: int | None, sequences: bool) -> np.ndarray[Any, Any]:
-    """Rows of an array as (n, ch, H, W), or sequences as they are. axis: of `channel_axis`."""
+    """Returns rows of an array as (n, ch, H, W), or sequences as they are. axis: what `channel_axis` returned."""
     if sequences or axis == 1:
         return rows
     return rows[:, None] if axis is None else rows.transpose(0, 3, 1, 2)
@@ -148,7 +148,7 @@ def _text(name: Any) -> str:
 
 
 def image_data(where: str, images: np.ndarray[Any, Any], labels: Labels | None) -> ImageData:
-    """Arrays as ImageData, errors naming the file."""
+    """Returns arrays as ImageData. Raises DataError that begins with `where`, the file, if they are none."""
     try:
         return ImageData(
             torch.from_numpy(images),

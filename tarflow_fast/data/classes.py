@@ -1,4 +1,4 @@
-"""Classes of data and of a model meet by name; by number only where the data has no names."""
+"""Classes of data and of a model meet by name, and by number only where the data has no names."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ MOST_LISTED = 20
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names as a message shows them."""
+    """Returns names as a message shows them."""
     more = ", …" if len(names) > MOST_LISTED else ""
     return ", ".join(map(repr, names[:MOST_LISTED])) + more
 
 
 def same_form(name: str) -> str:
-    """The name in Unicode's composed form: file systems differ in how they store accents."""
+    """Returns the name in Unicode's composed form: file systems differ in how they store accents."""
     return unicodedata.normalize("NFC", name)
 
 
 def renamed(data: ImageData, names: Sequence[str], argument: str = "class_names") -> ImageData:
-    """The data with these names for its classes, in order.
+    """Returns the data with these names for its classes, in order.
 
-    A name that the data has for another class is an error: to reorder the list would give images wrong labels.
+    Raises ArgumentError that names the argument for data without labels, and for a name that the data has for another
+    class: to reorder the list would give images wrong labels.
     """
     if data.labels is None:
         raise ArgumentError(argument, "no names, as the data has no labels", _listed(names))
@@ -49,12 +50,14 @@ def matched(
     argument: str = "data",
     aliases: Sequence[str] = (),
 ) -> ImageData:
-    """The data with the labels and class names of a model; without labels for a model without classes.
+    """Returns the data with the labels and class names of a model; without labels for a model without classes.
 
-    names: the model's, or None where it has none; aliases: other names of its classes, in their order. Data with names:
-    each must be the model's. Data without: its numbers are the model's labels, or the model's names where these are
-    numbers. A model without names takes the data's classes in their order, if there are as many. Data without labels
-    stays as it is. Raises ArgumentError that names the argument.
+    names: the names of the model's classes, or None where it has none. num_classes: the number of these. aliases: other
+    names of the model's classes, in their order.
+
+    Where the data has names, each must be the model's. Where it has none, its numbers are the model's labels, or the
+    model's names where these are numbers. A model without names takes the data's classes in their order, if there are
+    as many. Data without labels stays without. Raises ArgumentError that names the argument.
     """
     if data.labels is None or num_classes == 0:
         return replace(data, labels=None, class_names=None, numbers=None)
@@ -66,7 +69,7 @@ def matched(
 def _table(
     data: ImageData, labels: Tensor, names: Sequence[str], num_classes: int, argument: str, aliases: Sequence[str]
 ) -> list[int]:
-    """The model's class for each of the data's."""
+    """Returns the model's class for each class of the data."""
     known = {same_form(name): k for k, name in [*enumerate(aliases), *enumerate(names)]}
     if data.class_names is not None and names:
         return _by_name(data.class_names, known, names, argument)
@@ -92,7 +95,7 @@ def _table(
 
 
 def _by_name(wanted: Sequence[str | None], known: dict[str, int], names: Sequence[str], argument: str) -> list[int]:
-    """The model's class for each wanted name; None: a class that is not there."""
+    """Returns the model's class for each wanted name, −1 for None, which is a class without images."""
     unknown = [name for name in wanted if name is not None and same_form(name) not in known]
     if unknown:
         raise ArgumentError(argument, f"classes that the model knows ({_listed(names)})", _listed(unknown))

@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, and of which class."""
+"""These functions find which files of a folder are pictures, and of which class."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ MOST_LISTED = 3
 
 @dataclass
 class Pictures:
-    """What was found: paths in the order of classes and names, the class of each, names of classes, and what was not
-    taken. Without classes labels and class_names are None."""
+    """`Pictures` are those that were found in a folder.
+
+    paths: the files, in the order of classes and names. labels: the class of each, or None without classes.
+    class_names: the names of the classes, or None without classes. notes: sentences on what was decided.
+    """
 
     paths: list[str] = field(default_factory=list)
     labels: list[int] | None = None
@@ -34,14 +37,14 @@ class Pictures:
 
 @dataclass
 class _Listing:
-    """One folder: sub-folders and pictures by name."""
+    """A `_Listing` has the names of the sub-folders and the pictures of one folder."""
 
     folders: list[str]
     pictures: list[str]
 
 
 class _Skipped:
-    """Counts files that are no pictures and folders that hold none."""
+    """A `_Skipped` counts files that are no pictures and folders that hold none."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -57,7 +60,7 @@ class _Skipped:
 
 
 def _list(folder: str, skipped: _Skipped) -> _Listing:
-    """What a folder holds; what is hidden, of the system or no picture is counted as skipped."""
+    """Returns what a folder holds; whatever is hidden, of the system or no picture is counted as skipped."""
     found = _Listing([], [])
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -81,7 +84,7 @@ def _list(folder: str, skipped: _Skipped) -> _Listing:
 
 
 def _walk(folder: str, skipped: _Skipped, above: tuple[str, ...] = ()) -> list[str]:
-    """All pictures in a folder and the folders in it."""
+    """Returns all pictures in a folder and the folders in it."""
     real = os.path.realpath(folder)
     if real in above or len(above) >= MOST_NESTED:
         raise DataError(f"{folder!r}: folders in one another without end")
@@ -93,15 +96,18 @@ def _walk(folder: str, skipped: _Skipped, above: tuple[str, ...] = ()) -> list[s
 
 
 def pick_half(names: Sequence[str], split: str) -> tuple[dict[str, list[str]], str]:
-    """The names that are of a half of data, by half; and the half that serves as `split`: for "test" also "val"."""
+    """Returns names of halves of data, by half, and the half that serves as `split`: for "test" it may be "val"."""
     kinds = {half: [name for name in names if name.lower() in known] for half, known in HALVES.items()}
     kinds = {half: found for half, found in kinds.items() if found}
     return kinds, "val" if split == "test" and "test" not in kinds and "val" in kinds else split
 
 
 def find_pictures(root: Path, split: str) -> Pictures:
-    """The pictures at `root`, which holds pictures, or a folder of them for each class, or halves (train, val, …) of
-    such, or is wrapped around one of these. Raises DataError where it cannot be told what is meant."""
+    """Returns the pictures at `root`.
+
+    The folder holds pictures, or a folder of them for each class, or halves (train, val, …) of such, or is wrapped
+    around one of these. Raises DataError where it cannot be told what is meant.
+    """
     result, skipped = Pictures(), _Skipped()
     folder = os.fspath(root)
     for _ in range(MOST_NESTED):
@@ -138,7 +144,7 @@ def _half(
     others: list[str],
     notes: list[str],
 ) -> str:
-    """The folder of a half."""
+    """Returns the folder of a half. Raises DataError where there is none, or more than one."""
     if half not in kinds:
         there = ", ".join(repr(name) for names in kinds.values() for name in names)
         raise DataError(f"{folder!r}: has no {split} half beside {there}")
@@ -155,7 +161,7 @@ def _half(
 
 
 def _take_classes(folder: str, found: _Listing, result: Pictures, skipped: _Skipped) -> None:
-    """Adds pictures and, if they are in sub-folders, classes."""
+    """Adds pictures and, if they are in sub-folders, classes to the result."""
     classes: list[list[str]] = []
     for name in found.folders:
         own = _Skipped()

@@ -1,4 +1,4 @@
-"""IDX files, MNIST's: bytes 0, 0, 8, dims, then big-endian uint32 sizes, then unsigned bytes."""
+"""IDX files, as MNIST's, have bytes 0, 0, 8, dims, then big-endian uint32 sizes, then unsigned bytes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from .store import Store
 PREFIX = {"train": "train", "val": "val", "test": "t10k"}
 UINT8 = 8  # the type byte of the header
 BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
-MOST_PACKED = 1032  # bytes for one byte of a deflate stream
+MOST_PACKED = 1032  # one byte of a deflate stream gives no more bytes
 BLOCK = 1 << 22
 
 
 def find_idx(folder: Path, split: str) -> Path | None:
-    """The images file of that half in a folder as MNIST's, torchvision's (`raw/`, `MNIST/raw/`) or Kaggle's; None where
-    the folder has no IDX files at all. Raises DataError where only another half is there, or more than one data set."""
+    """Returns the images file of that half in a folder as MNIST's, torchvision's (`raw/`, `MNIST/raw/`) or Kaggle's.
+
+    Returns None where the folder has no IDX files at all. Raises DataError where only another half is there, or more
+    than one data set.
+    """
     sets = [p.parent for p in sorted(folder.glob("*/raw")) if _any(p)]
     places = [p for p in (folder, folder / "raw", *(s / "raw" for s in sets)) if _any(p)]
     if not places:
@@ -50,13 +53,13 @@ def _images_in(folder: Path, split: str) -> Path | None:
 
 
 def _packed_or_not(folder: Path, name: str) -> Path | None:
-    """The file of that name, packed or not, or in a folder of its own name, as Kaggle's archives unpack."""
+    """Returns the file of that name, packed or not, or in a folder of its own name, as Kaggle's archives unpack."""
     places = (folder / name, folder / f"{name}.gz", folder / name / name)
     return next((p for p in places if p.is_file()), None)
 
 
 def labels_beside(path: Path) -> Path | None:
-    """The labels file that goes with an images file."""
+    """Returns the labels file that goes with an images file, or None."""
     name = path.name.removesuffix(".gz")
     matched = re.fullmatch(r"(.*)images([-.])idx3(.*)", name)
     if matched is None:
@@ -66,7 +69,7 @@ def labels_beside(path: Path) -> Path | None:
 
 
 def read_idx(path: Path, dims: int, store: Store) -> NDArray[np.uint8]:
-    """The array of `dims` dimensions. Raises DataError for anything else."""
+    """Returns the array of a file. Raises DataError for anything but one of `dims` dimensions."""
     packed = path.suffix == ".gz"
     try:
         with cast(BinaryIO, gzip.open(path)) if packed else path.open("rb") as file:

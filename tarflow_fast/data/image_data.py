@@ -1,4 +1,4 @@
-"""Images and labels, however they were stored."""
+"""An `ImageData` has images and labels, however they were stored."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from torch import Tensor
 from ..checks import check_count, check_dense
 from ..errors import ArgumentError
 
-ROWS = 4096  # images looked at together
+ROWS = 4096  # so many images are looked at together
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """N images, or sequences, and, if they have any, their labels.
+    """An `ImageData` is N images, or sequences, with their labels if they have any.
 
-    images: (N, ch, H, W), uint8 for pictures, or finite float32 for data that are no pictures (latents), which models
-    take as they are; or sequences, (N, T, D) finite float32; labels: (N,) int64 >= 0, or None; class_names: one name a
-    class, no two alike, or None; numbers: the label that each class had where it was stored, if that is another. Raises
-    ArgumentError for anything else.
+    Attributes:
+        images: (N, ch, H, W) uint8 pictures, or finite float32 for data that are no pictures (latents), which models
+            take as they are; or (N, T, D) finite float32 sequences.
+        labels: (N,) int64 labels, >= 0, or None.
+        class_names: One name a class, no two alike, or None.
+        numbers: The label that each class had where it was stored, or None where the labels are the same.
+
+    Raises:
+        ArgumentError: A field has another type, shape or range.
     """
 
     images: Tensor
@@ -70,12 +75,12 @@ class ImageData:
 
     @property
     def sequences(self) -> bool:
-        """Whether these are sequences, (N, T, D)."""
+        """Whether these are sequences, (N, T, D), or else images."""
         return self.images.dim() == 3
 
     @property
     def num_classes(self) -> int:
-        """Classes: as many as there are names or numbers, or the highest label + 1; 0 without labels."""
+        """The number of classes: that of names or numbers, without them the highest label + 1; 0 without labels."""
         if self.labels is None:
             return 0
         known = self.class_names or self.numbers
@@ -83,13 +88,26 @@ class ImageData:
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """What a model that learns this should call its classes: their names, or their numbers where these differ."""
+        """The names by which a model that learns these data should call its classes.
+
+        They are the names of the classes, without these the numbers where those differ from the labels, else None.
+        """
         if self.class_names is not None or self.numbers is None or self.numbers == tuple(range(len(self.numbers))):
             return self.class_names
         return tuple(map(str, self.numbers))
 
     def spread(self, limit: int) -> ImageData:
-        """`limit` images at even distances, as data may be sorted by class; all if there are no more."""
+        """Takes images at even distances, as data may be sorted by class.
+
+        Args:
+            limit: The number of images to take, >= 1.
+
+        Returns:
+            `limit` images with their labels, or all where there are no more.
+
+        Raises:
+            ArgumentError: The limit is no integer >= 1.
+        """
         if check_count("limit", limit) >= len(self):
             return self
         rows = torch.arange(limit) * len(self) // limit
@@ -97,6 +115,6 @@ class ImageData:
 
     @property
     def fingerprint(self) -> int:
-        """A checksum of images and labels."""
+        """The CRC-32 of images and labels."""
         crc = zlib.crc32(self.images.contiguous().numpy().data)
         return crc if self.labels is None else zlib.crc32(self.labels.contiguous().numpy().data, crc)

@@ -1,4 +1,4 @@
-"""Labels as arrays store them: (N,) or (N, 1) integers from anywhere on, one-hot rows, or names."""
+"""Arrays store labels as (N,) or (N, 1) integers from anywhere on, as one-hot rows, or as names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ MOST_LISTED = 6
 
 @dataclass(frozen=True)
 class Labels:
-    """labels: (N,) int64, 0 to classes − 1; names, numbers: as in `ImageData`; note: what should be said, or None."""
+    """`Labels` are the labels of N images, as `ImageData` has them.
+
+    labels: (N,) int64, 0 to classes − 1. names, numbers: the `class_names` and `numbers` of an `ImageData`. note: a
+    sentence on what was decided, or None.
+    """
 
     labels: NDArray[np.int64]
     names: tuple[str, ...] | None = None
@@ -25,7 +29,9 @@ class Labels:
 
 
 def read_labels(where: str, array: NDArray[Any], n: int, names: Sequence[str] | None, split: str) -> Labels:
-    """The labels of n images. names: of the classes, if the file has them: then labels are numbers of names.
+    """Returns the labels of n images.
+
+    names: the names of the classes, if the file has them: labels are then numbers of names. split: the data's half.
 
     Integers of data to train on (split "train") that leave out some below the highest are numbered anew, in order;
     other data may lack classes that the model has. Raises DataError that begins with `where`.

@@ -1,4 +1,4 @@
-"""`load_images`: whatever holds images, as ImageData."""
+"""`load_images` reads whatever holds images as ImageData."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from .store import Store
 from .values import LAYOUTS, PICTURE_CHANNELS, VALUES
 
 SPLITS = ("train", "val", "test")
-DECODED_SHARE = 0.15  # of the pixels that are asked for, that decoded pictures may take beside these
-DECODED_BYTES, USUAL_SIZE = 64 * 2**20, 1024  # or so many a thread, where pictures are made no larger than this
+DECODED_SHARE = 0.15  # decoded pictures take at most this share of the memory of the pixels asked for
+DECODED_BYTES, USUAL_SIZE = 64 * 2**20, 1024  # or so many bytes a thread, for pictures made no larger
 REDRAWN = 0.1  # seconds between looks at a bar
 
 
@@ -45,12 +45,14 @@ def load_images(
     cache: PathLike | None = None,
     progress: bool = False,
 ) -> ImageData:
-    """The images at `path`, which is one of
+    """Reads images from a folder of pictures, a `.npz` or `.npy` file, or IDX files.
+
+    `path` is one of
 
     - a folder with one sub-folder of pictures a class (class names: the sorted names of the sub-folders; pictures in
       folders further down are of that class), or with pictures alone (no labels), or with folders `train` and `val`
-      (`valid`, `validation`) or `test` that hold such. What is hidden, of the system or no picture is skipped.
-      Pictures are made 8-bit, upright and opaque as `read_picture` says, resized until they just cover `size`
+      (`valid`, `validation`) or `test` that hold such. Whatever is hidden, of the system or no picture is skipped.
+      Pictures are made 8-bit, upright and opaque (see `data/pictures.py`), resized until they just cover `size`
       (bicubic), cropped to the centre, and made RGB, or grey for channels = 1;
     - a `.npz` file: images (N, H, W), (N, H, W, ch) or (N, ch, H, W), or sequences (N, T, D), under the name images,
       arr_0, x or data, or of a half x_train, train_images, … (val, test); labels, if any, (N,) or (N, 1) integers,
@@ -59,20 +61,33 @@ def load_images(
     - an IDX file of images (`…-images-idx3-ubyte`, perhaps `.gz`), with the labels file of the same name beside it if
       there is one; or a folder of MNIST's four files, as MNIST's own, torchvision's or Kaggle's.
 
-    split: "train", "val" or "test", which half of what has halves; what has none is taken whole, and "val" serves as
-    "test" where there is no other; and of data to train on ("train") integer labels that leave out some below the
-    highest are numbered anew. size: pixels along a side, or (height, width), required for pictures; images of the other
-    formats must have it already. channels: 1 or 3, for pictures only.
-    layout: "NHWC" or "NCHW" where a shape of four dimensions does not tell: "auto" takes a reading if it gives images
-    of 1 or 3 channels or square ones, and the other does not. "tokens" is for sequences (N, T, D) of floats, which stay
-    as they are, in float32; else an array of three dimensions is one of grey images. values: what floats mean, "0..1",
-    "-1..1", "0..255", or "raw" for data that are no pictures, which stay float32; "auto" sees it by their range, and by
-    a number of channels other than 1 and 3 ("raw"). cache: the folder for images that take more than half of the memory
-    that is free (default: the system's temporary folder): they are mapped from a file, which goes with this process.
-    progress: a bar while pictures are read.
+    Args:
+        path: A folder or file as above.
+        split: "train", "val" or "test", the half to take of data that has halves; data without halves is taken whole,
+            and "val" serves as "test" where there is no other. In data to train on ("train") integer labels that leave
+            out some below the highest are numbered anew.
+        size: The pixels along a side, or (height, width), required for pictures; images of the other formats must have
+            it already, sequences have none.
+        channels: 1 or 3, the number of channels that pictures get; the other formats have their own.
+        layout: "NHWC" or "NCHW" where a shape of four dimensions does not tell: "auto" takes a reading if it gives
+            images of 1 or 3 channels or square ones, and the other does not. "tokens" is for sequences (N, T, D) of
+            floats, which stay as they are, in float32; "auto" sees those that `tarflow-fast sample` wrote. Any
+            other array of three dimensions is one of grey images.
+        values: The meaning of floats: "0..1", "-1..1", "0..255", or "raw" for data that are no pictures, which stay
+            float32; "auto" sees it by their range, and by a number of channels other than 1 and 3 ("raw").
+        cache: The folder for images that take more than half of the memory that is free, by default the system's
+            temporary folder; they are mapped from a file, which goes with this process.
+        progress: Whether to show a bar while pictures are read.
 
-    What was decided, as which files were skipped, is said by a `TarFlowWarning` each. Raises ArgumentError, and
-    DataError for files that are truncated, foreign or at odds with each other.
+    Returns:
+        The images, with labels and class names where they have any.
+
+    Raises:
+        ArgumentError: An argument has the wrong type or range, or does not go with the data.
+        DataError: A file is missing, truncated, foreign or at odds with another, or there is no room for the images.
+
+    Warns:
+        TarFlowWarning: Something was decided that may not be meant, as which files were skipped.
     """
     check_choice("split", split, SPLITS)
     check_choice("layout", layout, LAYOUTS)
@@ -99,7 +114,7 @@ def load_into(
     values: str = "auto",
     progress: bool = False,
 ) -> ImageData:
-    """`load_images`, with the images in an array of `store`."""
+    """Returns what `load_images` does, with the images in an array of `store`."""
     path = Path(path)
     where = repr(os.fspath(path))
     notes: list[str] = []
@@ -128,7 +143,7 @@ def load_into(
 
 
 def _check_size(where: str, data: ImageData, size: Size) -> None:
-    """Raises an error where the data are no images of this size."""
+    """Raises ArgumentError for sequences, DataError for images of another size."""
     if data.sequences:
         raise ArgumentError("size", "None, as sequences have no pixels", size)
     for there, wanted, kind in zip(data.images.shape[:1:-1], pair(size)[::-1], ("wide", "high"), strict=True):
@@ -157,17 +172,18 @@ def _load_folder(
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_pictures(
     paths: list[str], out: np.ndarray, progress: bool = False, stop: threading.Event | None = None
 ) -> None:
-    """Picture i into out[i], (N, channels, H, W) uint8.
+    """Reads picture i into out[i].
 
-    By as many threads as there are cores, as decoding frees Python's lock, but no more than there is room for decoded
-    pictures. stop: ends it early. Raises DataError for the first picture that cannot be read.
+    There are as many threads as cores, as decoding frees Python's lock; they decode no more pictures at once than there
+    is room for. paths: the N pictures. out: (N, channels, H, W) uint8. stop: an event that ends reading early. Raises
+    DataError for the first picture that cannot be read.
     """
     numbers, failed = count(), dict[int, DataError]()
     stop = threading.Event() if stop is None else stop

@@ -1,4 +1,4 @@
-"""Arrays of `.npz` and `.npy` files, read piece by piece: a header that lies is found before memory is taken for it."""
+"""Arrays of `.npz` and `.npy` files are read piece by piece: a header that lies is found before it takes memory."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 PIECE = 1 << 22  # bytes
-MOST_PACKED = 1032  # bytes for one byte of a deflate stream
-LARGEST_TABLE = 1 << 32  # bytes of labels or names
+MOST_PACKED = 1032  # one byte of a deflate stream gives no more bytes
+LARGEST_TABLE = 1 << 32  # labels or names take no more bytes
 
 
 class BrokenArray(ValueError):
-    """Not a whole array of plain numbers or text."""
+    """A `BrokenArray` is raised for what is not a whole array of plain numbers or text."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One array of a file, not yet read. open: its bytes from the start; size: their number; packed: in the file."""
+    """A `Member` is one array of a file, not yet read.
+
+    open: opens its bytes from the start. size: the number of these bytes. packed: the number of bytes that they take in
+    the file.
+    """
 
     open: Callable[[], IO[bytes]]
     size: int
     packed: int
 
     def header(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and dtype."""
+        """Returns (shape, dtype). Raises BrokenArray for a header that cannot be true."""
         with self.open() as stream:
             shape, _, dtype = self._header(stream)
         return shape, dtype
 
     def _header(self, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-        """(shape, whether Fortran's order, dtype), with the stream left at the data."""
+        """Returns (shape, whether in Fortran's order, dtype), and leaves the stream at the data."""
         version = npy.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
             raise BrokenArray(f"version {version} of the format")
@@ -53,7 +57,7 @@ class Member:
         return shape, fortran, dtype
 
     def pieces(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        """(first row, rows), from the first row to the last; all at once if stored in Fortran's order."""
+        """Yields (number of the first row, rows) from the first row to the last; all at once for Fortran's order."""
         with self.open() as stream:
             shape, fortran, dtype = self._header(stream)
             row = math.prod(shape[1:]) * dtype.itemsize
@@ -70,7 +74,7 @@ class Member:
                 raise BrokenArray("it goes on after its array")
 
     def whole(self) -> NDArray[Any]:
-        """The array in memory, for small ones."""
+        """Returns the array in memory. Raises BrokenArray for one that is too large to be labels or names."""
         if self.size > LARGEST_TABLE:
             raise BrokenArray(f"{self.size} bytes, where labels or names are expected")
         pieces = [piece for _, piece in self.pieces()]
@@ -93,13 +97,13 @@ def _exactly(stream: IO[bytes], size: int) -> bytearray:
 
 
 def npy_member(path: Path) -> Member:
-    """The array of a `.npy` file."""
+    """Returns the array of a `.npy` file."""
     size = os.stat(path).st_size
     return Member(lambda: open(path, "rb"), size, size)
 
 
 def npz_members(path: Path, archive: zipfile.ZipFile) -> dict[str, Member]:
-    """The arrays of an open `.npz` file by name."""
+    """Returns the arrays of an open `.npz` file by name."""
 
     def member(info: zipfile.ZipInfo) -> Member:
         packed = (

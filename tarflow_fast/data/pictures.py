@@ -1,4 +1,4 @@
-"""One picture as a viewer shows it: 8 bits, upright, on white; or refused by name."""
+"""A picture is read as a viewer shows it, with 8 bits, upright, on white, or refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PICTURES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2"}
 )
-# Pictures too, which nothing here reads: left out in silence they would be missed.
+# These are pictures too, which nothing here reads: left out in silence they would be missed.
 OTHER_PICTURES = frozenset(
     {".heic", ".heif", ".jxl", ".j2k", ".exr", ".hdr", ".psd", ".tga", ".svg", ".pfm", ".dds", ".ico"}
     | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"}
@@ -28,9 +28,9 @@ OTHER_PICTURES = frozenset(
 PLUGINS = {"Png": "PNG", "Jpeg": "JPEG", "WebP": "WEBP", "Bmp": "BMP", "Gif": "GIF", "Tiff": "TIFF", "Ppm": "PPM"}
 LATER_PLUGINS = {"Avif": "AVIF", "Jpeg2K": "JPEG2000"}
 STRIP = 256  # rows of pixels
-BLOCK_BYTES = 2**28  # of Pillow's memory: pieces of 16 MiB, its own choice, stay with the thread that had them
-LONGEST_STRIP = 32  # times its shorter side
-ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
+BLOCK_BYTES = 2**28  # Pillow takes memory by such blocks: its own, of 16 MiB, stay with the thread that had them
+LONGEST_STRIP = 32  # a strip is no longer than so many times its shorter side
+ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262  # these are tags of EXIF and TIFF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,12 +43,12 @@ TURNS = {
 
 
 class _Refused(Exception):
-    """Why a whole picture is not taken."""
+    """A `_Refused` says why a whole picture is not taken."""
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """What Pillow may take a file for: not all that it knows, as some of it runs other programs."""
+    """Returns the formats that Pillow may take a file for: not all that it knows, as some run other programs."""
     for plugin in (*PLUGINS, *LATER_PLUGINS):
         with contextlib.suppress(ImportError):
             importlib.import_module(f"PIL.{plugin}ImagePlugin")
@@ -57,9 +57,9 @@ def _formats() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def reading_pictures() -> Iterator[None]:
-    """Pillow's warnings are errors or nothing, and the memory of a large picture goes back to the system with it.
+    """Makes Pillow's warnings errors or nothing, and the memory of a large picture go back to the system with it.
 
-    Both are the process's, so that this goes around all threads.
+    Both settings are the whole process's, so that this block goes around all threads.
     """
     _formats()
     blocks = Image.core.get_block_size()
@@ -74,9 +74,10 @@ def reading_pictures() -> Iterator[None]:
 
 
 class Room:
-    """Memory that decoded pictures share. One that finds too little waits for others to go; alone it always has enough.
+    """A `Room` is memory that decoded pictures share.
 
-    nbytes: of all at once.
+    A picture that finds too little waits for others to go; alone it always has enough. nbytes: the bytes that all may
+    take at once.
     """
 
     def __init__(self, nbytes: int):
@@ -96,25 +97,26 @@ class Room:
 
 
 def read_picture(path: str, size: Size, channels: int) -> NDArray[np.uint8]:
-    """(channels, H, W) uint8, as `read_picture_into` says; size: H and W, or one number for both."""
+    """Returns a picture, (channels, H, W) uint8, as `read_picture_into` reads it. size: (H, W), or one number."""
     out = np.empty((channels, *pair(size)), np.uint8)
     read_picture_into(out, path, Room(0))
     return out
 
 
 def read_picture_into(out: NDArray[np.uint8], path: str, room: Room) -> None:
-    """A picture into (channels, H, W) uint8: resized until it just covers H×W, then the centre.
+    """Reads a picture into `out`: resized until it just covers H×W, then cropped to the centre.
 
-    As a viewer shows it: the first frame of an animation, turned by its EXIF orientation, transparent parts white.
-    16 bits lose the lower 8; floats are 0 (black) to 1. Colours are taken as sRGB, whatever profile is embedded.
-    Raises DataError that names the file for anything else, for more pixels than PIL.Image.MAX_IMAGE_PIXELS, and for
-    strips that are more than 32 times as long as wide.
+    The picture is as a viewer shows it: the first frame of an animation, turned by its EXIF orientation, transparent
+    parts white. 16 bits lose the lower 8; floats are 0 (black) to 1. Colours are taken as sRGB, whatever profile is
+    embedded. out: (channels, H, W) uint8. room: the memory for decoded pictures. Raises DataError that names the file
+    for anything else, for more pixels than PIL.Image.MAX_IMAGE_PIXELS, and for strips that are more than 32 times as
+    long as wide.
     """
     mode = "L" if out.shape[0] == 1 else "RGB"
     try:
         with Image.open(path, formats=_formats()) as file:
             _check_size(file)
-            # Pillow has four bytes a pixel, one if it is grey, and two pictures where one is converted.
+            # Pillow takes four bytes a pixel, one if it is grey, and holds two pictures where one is converted.
             nbytes = file.width * file.height * (1 if file.mode == mode == "L" else 4 if file.mode == mode else 8)
             with room.take(nbytes):
                 _put(out, _shown(file, mode))
@@ -125,8 +127,8 @@ def read_picture_into(out: NDArray[np.uint8], path: str, room: Room) -> None:
 
 
 def _put(out: NDArray[np.uint8], picture: Image.Image) -> None:
-    """The picture, resized and cropped, strip by strip: an array of all of it would be a copy, and be made by way of
-    another."""
+    """Puts the picture, resized and cropped, into `out` strip by strip: an array of all of it would be a copy, and be
+    made by way of another."""
     channels, height, width = out.shape
     scale = max(width / picture.width, height / picture.height)
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
@@ -140,7 +142,7 @@ def _put(out: NDArray[np.uint8], picture: Image.Image) -> None:
 
 
 def _check_size(file: Image.Image) -> None:
-    """Before anything is decoded."""
+    """Raises _Refused for a picture that is too large or too long, before anything is decoded."""
     width, height = file.size
     if max(file.size) > LONGEST_STRIP * min(file.size):
         raise _Refused(f"a strip of {width} x {height} pixels, longer than {LONGEST_STRIP} times its shorter side")
@@ -150,8 +152,8 @@ def _check_size(file: Image.Image) -> None:
 
 
 def _shown(file: Image.Image, mode: str) -> Image.Image:
-    """The picture in mode "L" or "RGB"."""
-    stored = str(getattr(file, "tile", None) or "")  # how many bits it has in the file, which load() forgets
+    """Returns the picture in `mode`, "L" or "RGB"."""
+    stored = str(getattr(file, "tile", None) or "")  # load() forgets how many bits it has in the file
     file.load()
     if file.mode in ("I", "F") or file.mode.startswith("I;16"):
         picture = Image.fromarray(_grey(file))
@@ -169,27 +171,27 @@ def _shown(file: Image.Image, mode: str) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
-    picture = picture if picture.mode == mode else picture.convert(mode)  # which would copy it
+    picture = picture if picture.mode == mode else picture.convert(mode)  # convert would copy it
     turn = TURNS.get(_orientation(file))
     return picture if turn is None else picture.transpose(turn)
 
 
 def _orientation(file: Image.Image) -> int:
-    """By EXIF; 1, upright, where that cannot be read."""
+    """Returns the orientation by EXIF, or 1, upright, where that cannot be read."""
     try:
         found = file.getexif().get(ORIENTATION, 1)
-    except Exception:  # as in a decoder
+    except Exception:  # a decoder may raise anything
         return 1
     return found if isinstance(found, int) else 1
 
 
 def _grey(file: Image.Image) -> NDArray[np.uint8]:
-    """A grey picture of more than 8 bits, with 8."""
+    """Returns a grey picture of more than 8 bits with 8."""
     tags = getattr(file, "tag_v2", {})
     values = np.asarray(file)
     if file.mode == "F":
         low, high = float(values.min()), float(values.max())
-        if not (low >= 0 and high <= 1):  # nor NaN
+        if not (low >= 0 and high <= 1):  # NaN is refused too
             raise _Refused(f"floats from {low:g} to {high:g}, where 0 is to be black and 1 white")
         grey = np.rint(values * np.float32(255)).astype(np.uint8)
     elif file.mode == "I" and file.format not in ("PNG", "PPM"):
@@ -201,7 +203,7 @@ def _grey(file: Image.Image) -> NDArray[np.uint8]:
 
 
 def _colour_key(file: Image.Image, stored: str) -> NDArray[np.uint8] | None:
-    """Alpha, 0 or 255, where one colour of a picture without a palette is transparent."""
+    """Returns alpha, 0 or 255, where one colour of a picture without a palette is transparent, else None."""
     key = file.info.get("transparency")
     if key is None or not (file.mode in ("1", "L", "RGB") or file.mode.startswith("I;16")):
         return None

@@ -1,4 +1,4 @@
-"""Where pixels are put: in memory, or in a file that is mapped into it."""
+"""A `Store` puts pixels in memory, or in a file that is mapped into it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from ..devices import free_memory
 from ..errors import ArgumentError, DataError
 from ..files import PathLike, _create, _remove_unfinished
 
-SHARE = 0.5  # of the memory that is free: more goes into a file
+SHARE = 0.5  # images that take more of the memory that is free go into a file
 
 
 class Store:
-    """Makes arrays in memory, or, where they are more than half of what is free, in a file of a temporary folder.
+    """A `Store` makes arrays in memory, or, where they are more than half of what is free, in a file of a folder.
 
-    folder: that folder; the system's unless given; mapped: True for files whatever the size. The files have no name, or
-    lose theirs when the store is closed, so that nothing stays behind; those of a killed process go with the next store
-    in the folder. notes: what should be said of the arrays; stop: set where they are not wanted any more.
+    folder: that folder, by default the system's temporary one. mapped: whether arrays go into files whatever their
+    size. notes: sentences on where arrays were put. stop: an event that is set where arrays are not wanted any more.
+
+    The files have no name, or lose theirs when the store is closed, so that nothing stays behind; those of a killed
+    process go with the next store in the folder.
     """
 
     def __init__(self, folder: PathLike | None = None, *, mapped: bool = False):
@@ -43,11 +45,11 @@ class Store:
 
     @property
     def path(self) -> Path | None:
-        """The file of the array that was made last."""
+        """The file of the array that was made last, or None where none has a name."""
         return self._files[-1][1] if self._files else None
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-        """A new array. Raises DataError where there is no room."""
+        """Returns a new array. Raises DataError where there is no room."""
         size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
         if not self.mapped and size <= SHARE * free_memory(torch.device("cpu")):
             return np.empty(shape, dtype)
@@ -74,7 +76,7 @@ class Store:
         return array
 
     def close(self) -> None:
-        """Takes the files' names away; arrays stay. Windows keeps a file that is in use: the next store removes it."""
+        """Takes the files' names away, while arrays stay. Windows keeps a file in use, which the next store removes."""
         for descriptor, path in self._files:
             os.close(descriptor)
             with contextlib.suppress(OSError):
@@ -83,7 +85,7 @@ class Store:
 
 
 def _reserve(descriptor: int, size: int, folder: Path) -> None:
-    """Makes a file that long, and fails now rather than at the first write to a page for which there is no room."""
+    """Makes a file so long, and raises OSError now rather than fail at the first write to a page without room."""
     if sys.platform == "linux":
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -97,6 +99,6 @@ def _reserve(descriptor: int, size: int, folder: Path) -> None:
 
 
 def mapped_array(path: Path, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-    """The array that another process has put into this file."""
+    """Returns the array that another process has put into this file."""
     array: NDArray[Any] = np.memmap(path, dtype, "r+", shape=tuple(shape))
     return array

@@ -1,4 +1,4 @@
-"""What numbers of an array mean as pictures, and which axis has the channels."""
+"""These functions tell what the numbers of an array mean as pictures, and which axis has the channels."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LAYOUTS = ("auto", "NHWC", "NCHW", "tokens")
 VALUES = ("auto", "0..1", "-1..1", "0..255", "raw")
 PICTURE_CHANNELS = (1, 3)
 WITH_ALPHA = {2: "LA", 4: "RGBA"}
-OVERSHOOT = 0.01  # beyond 0..1 or -1..1, of resizing and rounding
-DARKEST = 16.0  # the brightest value of floats that can only be 0 to 255
+OVERSHOOT = 0.01  # resizing and rounding go so far beyond 0..1 or -1..1
+DARKEST = 16.0  # floats whose brightest value is no less can only be 0 to 255
 
 
 @dataclass(frozen=True)
 class Range:
-    """The least and the largest of all values; finite: none is infinite or NaN."""
+    """A `Range` has the least and the largest of all values. finite: whether none is infinite or NaN."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ class Range:
 
 
 def channel_axis(where: str, dtype: np.dtype[Any], shape: tuple[int, ...], layout: str) -> int | None:
-    """1 (N, ch, H, W), 3 (N, H, W, ch), or None: (N, H, W).
+    """Returns the axis of the channels: 1 for (N, ch, H, W), 3 for (N, H, W, ch), None for (N, H, W).
 
     Without a layout a reading of the shape counts if it gives images of 1 or 3 channels, or square ones. Raises
     DataError where both readings count, or neither.
@@ -56,7 +56,7 @@ def channel_axis(where: str, dtype: np.dtype[Any], shape: tuple[int, ...], layou
 
 
 def check_sequences(where: str, dtype: np.dtype[Any], shape: tuple[int, ...], found: Range | None, values: str) -> None:
-    """Raises DataError for what are no sequences (N, T, D) of finite floats. found: of all values, where known."""
+    """Raises DataError for what are no sequences (N, T, D) of finite floats. found: the range of values, if known."""
     if len(shape) != 3:
         raise DataError(f"{where}: expected sequences (N, T, D), got {dtype} {shape}")
     if dtype.kind != "f":
@@ -68,10 +68,10 @@ def check_sequences(where: str, dtype: np.dtype[Any], shape: tuple[int, ...], fo
 
 
 def meaning(where: str, dtype: np.dtype[Any], channels: int, found: Range | None, values: str, sampled: bool) -> str:
-    """What the numbers are: one of VALUES, but not "auto".
+    """Returns what the numbers are: one of VALUES, but not "auto".
 
-    found: of all values, where they are no uint8; sampled: the file is one of `tarflow-fast sample`'s, whose pictures
-    are about -1 to 1. Raises DataError where it cannot be told.
+    found: the range of all values, where they are no uint8. sampled: whether `tarflow-fast sample` has written the
+    file: its pictures are about -1 to 1. Raises DataError where it cannot be told.
     """
     if dtype == np.uint8:
         if values not in ("auto", "0..255"):
@@ -113,7 +113,7 @@ def meaning(where: str, dtype: np.dtype[Any], channels: int, found: Range | None
 
 
 def converted(values: NDArray[Any], what: str) -> NDArray[Any]:
-    """Values as 8-bit ones, rounded, or for "raw" as float32."""
+    """Returns values as 8-bit ones, rounded, or for "raw" as float32. what: their meaning, one of VALUES."""
     if what == "raw":
         return values.astype(np.float32)
     if what == "0..255" and values.dtype.kind != "f":

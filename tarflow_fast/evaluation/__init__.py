@@ -1,4 +1,4 @@
-"""How good a model is on data."""
+"""These functions measure how good a model is on data."""
 
 from .bayes import BayesAccuracy, bayes_accuracy
 from .density import BitsPerDim, bits_per_dim

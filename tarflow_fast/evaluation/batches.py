@@ -1,4 +1,4 @@
-"""What both measures do: the data as the model's, and batches of them with noise."""
+"""Both measures take the data as the model's, and batches of them with noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from .noise import Noise
 def batches(
     model: TarFlowDensity, images: Tensor, noise: Noise, draws: int, batch_size: int, progress: bool, title: str
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Each batch of each draw: which images, and their x where the model is."""
+    """Yields each batch of each draw: which images it has, and their x on the model's device, in its dtype.
+
+    title: the text before the bar. Raises ArgumentError for a wrong `draws`, `batch_size` or `progress`.
+    """
     draws, batch_size = check_count("draws", draws, high=MOST_NUMBER), check_count("batch_size", batch_size)
     progress = check_flag("progress", progress)
     n = len(images)
@@ -46,7 +49,7 @@ def autocast_of(model: TarFlowDensity, dtype: torch.dtype | None) -> torch.autoc
 
 
 def unpacked(model: TarFlowDensity, images: Tensor | ImageData, labels: Labels) -> tuple[Tensor, Labels]:
-    """Images and their labels as the model's."""
+    """Returns images and their labels as the model has them. Raises ArgumentError for those that it cannot take."""
     if isinstance(images, ImageData):
         if labels is not None:
             raise ArgumentError("labels", "None, as the data have their own", type(labels).__name__)
@@ -62,7 +65,7 @@ def unpacked(model: TarFlowDensity, images: Tensor | ImageData, labels: Labels) 
 
 
 def check_finite(values: Tensor) -> None:
-    """values: (n, ...), one row an image."""
+    """Raises TarFlowError unless all values are finite. values: (n, ...), one row an image."""
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         raise TarFlowError(f"the density of image {int(bad[0, 0])} is not finite; evaluate it in float32")

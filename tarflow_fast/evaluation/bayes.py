@@ -1,4 +1,4 @@
-"""The accuracy of the classifier that Bayes' rule makes of a class-conditional model."""
+"""`bayes_accuracy` is the accuracy of the classifier that Bayes' rule makes of a class-conditional model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ from .noise import Noise
 
 @dataclass(frozen=True)
 class BayesAccuracy:
-    """What `bayes_accuracy` found. standard_error: √(p(1 − p)/n)."""
+    """A `BayesAccuracy` is what `bayes_accuracy` found.
+
+    Attributes:
+        accuracy: p, the share of images whose most probable class is the label.
+        standard_error: √(p(1 − p)/n), of p.
+        correct: The number of images whose most probable class is the label.
+        images: n, the number of images.
+        draws: The number of noise draws for each image.
+        noise: The noise on the images.
+        seconds: The time that it took.
+    """
 
     accuracy: float
     standard_error: float
@@ -31,6 +41,7 @@ class BayesAccuracy:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields by their names, `noise` as a dict of its own."""
         return asdict(self)
 
 
@@ -45,13 +56,28 @@ def bayes_accuracy(
     autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> BayesAccuracy:
-    """How often argmax_y p(y | x) = argmax_y log p(x | y) is the label: Bayes' rule under a uniform prior.
+    """argmax_y p(y | x) = argmax_y log p(x | y) under a uniform prior: measures how often this is the label.
 
-    images: (n, ch, H, W) uint8; labels: n of them (or an int for all), none negative; or images with their labels as
-    ImageData (`load_images`), matched with the model's classes by name; noise: none unless
-    given, as in ml-tarflow; an image's noise is the same for every class; draws: log p(x | y) is averaged
-    over so many noise draws; batch_size, autocast: as for `bits_per_dim`. An image costs num_classes · draws
-    density passes. Raises ArgumentError, and TarFlowError for a density that is not finite.
+    An image costs num_classes · draws density passes, which run on the model's device.
+
+    Args:
+        model: A class-conditional TarFlow.
+        images: (n, ch, H, W) uint8, or ImageData (`load_images`), whose labels are matched with the model's classes by
+            name.
+        labels: One label for each image, or one for all, none negative; None with ImageData.
+        noise: The noise on the images, by default none, as in ml-tarflow. An image's noise is the same for every class.
+        draws: The number of noise draws for each image, over which log p(x | y) is averaged.
+        batch_size: The number of images in one pass.
+        autocast: torch.bfloat16 or torch.float16 for speed, by default none.
+        progress: Whether to show a bar.
+
+    Returns:
+        The accuracy, and how it was measured.
+
+    Raises:
+        ArgumentError: An argument has the wrong type, shape or range; the model has no classes, or not those of the
+            data; an image has no label.
+        TarFlowError: A density is not finite.
     """
     model, noise = check_model(model), checked_noise(noise)
     classes = model.config.num_classes

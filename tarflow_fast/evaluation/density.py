@@ -1,4 +1,4 @@
-"""Bits per dimension of a model on data."""
+"""`bits_per_dim` measures the bits per dimension of a model on data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from .noise import Noise
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """What `bits_per_dim` found. standard_error: of the mean over images; None for a single image."""
+    """A `BitsPerDim` is what `bits_per_dim` found.
+
+    Attributes:
+        mean: The bits per dimension, averaged over images.
+        standard_error: The standard error of that mean, or None for a single image.
+        images: The number of images.
+        draws: The number of noise draws for each image.
+        noise: The noise on the images.
+        seconds: The time that it took.
+    """
 
     mean: float
     standard_error: float | None
@@ -30,6 +39,7 @@ class BitsPerDim:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields by their names, `noise` as a dict of its own."""
         return asdict(self)
 
 
@@ -44,17 +54,30 @@ def bits_per_dim(
     autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> BitsPerDim:
-    """−log2 p(x | y) / N + log2(128), N = values per image, averaged over images: `TarFlow.bits_per_dim`.
+    """−log2 p(x | y) / N + log2(128), N = values per image: averages this, `TarFlow.bits_per_dim`, over images.
 
     With uniform dequantisation it is, in expectation, an upper bound on the bits that a code by this model
     takes for an 8-bit value, and compares with other models' figures. With Gaussian noise it is the density
-    of noisy images, and compares between models of one noise level only.
+    of noisy images, and compares between models of one noise level only. The passes run on the model's device.
 
-    images: (n, ch, H, W) uint8, or ImageData (`load_images`), whose labels are matched with the model's classes by
-    name; labels: n of them, an int for all, or None (no class); noise: the model's own unless given (`Noise.of`);
-    draws: noise draws averaged for each image; batch_size: images in one pass;
-    autocast: torch.bfloat16 or float16 for speed. Runs where the model is. Raises ArgumentError, and
-    TarFlowError for a density that is not finite.
+    Args:
+        model: A TarFlow.
+        images: (n, ch, H, W) uint8, or ImageData (`load_images`), whose labels are matched with the model's classes by
+            name.
+        labels: One label for each image, one for all, or None (no class); None with ImageData.
+        noise: The noise on the images, by default what the model was trained with (`Noise.of`).
+        draws: The number of noise draws for each image, over which its bits are averaged.
+        batch_size: The number of images in one pass.
+        autocast: torch.bfloat16 or torch.float16 for speed, by default none.
+        progress: Whether to show a bar.
+
+    Returns:
+        The mean, its standard error, and how they were measured.
+
+    Raises:
+        ArgumentError: An argument has the wrong type, shape or range, or the model does not have the classes of the
+            data.
+        TarFlowError: A density is not finite.
     """
     model, noise = check_model(model), checked_noise(noise)
     noise = Noise.of(model) if noise is None else noise

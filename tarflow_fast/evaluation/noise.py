@@ -1,4 +1,4 @@
-"""The noise that is added to 8-bit images before their density is taken."""
+"""A `Noise` is added to 8-bit images before their density is taken."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ NOISES = ("uniform", "gaussian", "none")
 
 @dataclass(frozen=True)
 class Noise:
-    """What is added to an 8-bit image v before its density is taken. Data that are no pictures are x already.
+    """A `Noise` is what is added to an 8-bit image v before its density is taken.
 
-    kind: "uniform": x = (v + u)/128 − 1, u uniform in [0, 1); "gaussian": x = v/127.5 − 1 + σε; "none": x =
-    v/127.5 − 1. std: σ > 0, on the scale of x; 0 unless gaussian. seed: image i's noise depends on (seed, i)
-    alone. Raises ArgumentError.
+    Data that are no pictures are on the scale of x already: x = v + σε, or v with "none".
+
+    Attributes:
+        kind: "uniform", x = (v + u)/128 − 1 with u uniform in [0, 1); "gaussian", x = v/127.5 − 1 + σε; or "none", x =
+            v/127.5 − 1.
+        std: σ > 0, on the scale of x; 0 unless the kind is "gaussian".
+        seed: The seed of the noise; that of image i depends on (seed, i, draw) alone.
+
+    Raises:
+        ArgumentError: A field has the wrong type or range, or `std` does not go with the kind.
     """
 
     kind: str = "uniform"
@@ -40,7 +47,7 @@ class Noise:
 
     @classmethod
     def of(cls, model: TarFlowDensity, kind: str = "auto", std: float | None = None, seed: int = 0) -> Noise:
-        """Noise of a kind and level; what is left out ("auto", None) is what the model was trained with.
+        """Returns noise of a kind and level; what is left out ("auto", None) is what the model was trained with.
 
         A model whose metadata tells nothing is taken to be trained with uniform noise. Raises ArgumentError
         for Gaussian noise whose level is neither given nor in the metadata.
@@ -61,10 +68,10 @@ class Noise:
         return "uniform dequantisation" if self.kind == "uniform" else "no noise"
 
     def add(self, images: Tensor, first: int = 0, draw: int = 0) -> Tensor:
-        """x, fp32, of images (n, ch, H, W) uint8 that are numbered from `first`; draw: which of several.
+        """Returns x, fp32 on the CPU, of images that are numbered from `first` on.
 
-        float32 images are data that are no pictures, of which x is v + σε or v. Raises ArgumentError for uniform noise
-        on them.
+        images: (n, ch, H, W) uint8, or float32 for data that are no pictures. draw: the number of the draw, of several
+        for the same images. Raises ArgumentError for uniform noise on data that are no pictures.
         """
         v = images.cpu().numpy().astype(np.float32)
         if images.is_floating_point():

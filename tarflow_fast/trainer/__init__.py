@@ -1,4 +1,4 @@
-"""Training: `train(TrainConfig(...))`."""
+"""`train(TrainConfig(...))` trains a TarFlow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training batches as a function of (seed, step) alone, whatever ran before and in however many processes."""
+"""A training batch is a function of (seed, step) alone, whatever ran before and in however many processes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from .config import TrainConfig
 
 
 def stream(seed: int, purpose: str, index: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator of one purpose ("order", "noise", …) and index (epoch, step)."""
+    """Returns the random generator of one purpose ("order", "noise", …) and index (the epoch, the step)."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def add_noise(v: Tensor, noise_type: str, noise_std: float, noise: Tensor) -> Tensor:
-    """Gaussian: x = v/127.5 − 1 + σ ε; uniform: x = (v + u)/128 − 1.
+    """x = v/127.5 − 1 + σ ε for "gaussian", x = (v + u)/128 − 1 for "uniform", x = v + σ ε for v that are no pictures.
 
-    v: (B, ch, H, W) uint8, or float32 for data that are no pictures, sequences (B, T, D) among them: x = v + σ ε;
-    noise: the same shape, ε ~ N(0, 1) or u ~ U[0, 1), fp32. Returns fp32.
+    v: (B, ch, H, W) uint8, or float32 for data that are no pictures, sequences (B, T, D) among them. noise_type:
+    "gaussian" or "uniform". noise_std: σ, on the scale of x. noise: fp32 of the same shape, ε ~ N(0, 1) or u ~ U[0, 1).
+    Returns x, fp32.
     """
     if noise_type == "uniform":
         return (v + noise) / 128 - 1
@@ -33,10 +34,13 @@ def add_noise(v: Tensor, noise_type: str, noise_std: float, noise: Tensor) -> Te
 
 
 class Batches:
-    """Batch number `step`: images in the order of that epoch's permutation, noised, some labels dropped.
+    """`Batches` gives batch number `step`: images in the order of the epoch's permutation, noised, some labels dropped.
 
-    Every process draws what is random for the whole batch and keeps its rows from rank · B/world on: this
-    costs little and makes the batch the same for any number of processes.
+    Every process draws what is random for the whole batch of B images and keeps B/world rows from rank · B/world on:
+    this costs little and makes the batch the same for any number of processes.
+
+    data: the images to learn. config: the run. device: where the batches go. rank, world: the number of this process,
+    and how many there are. Raises ArgumentError where the data do not go with the configuration.
     """
 
     def __init__(self, data: ImageData, config: TrainConfig, device: torch.device, rank: int, world: int):
@@ -57,12 +61,15 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the data; the rest of a permutation is left out, another rest every epoch."""
+        """The number of whole batches in the data; the rest of a permutation is left out, another rest every epoch."""
         return len(self.data) // self.size
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """x (B/world, ch, H, W) fp32, or (B/world, T, D) of sequences; y (B/world,) int64, -1 for a dropped label; None
-        when unconditional."""
+        """Returns (x, y), this process's rows of batch number `step`.
+
+        x: (B/world, ch, H, W) fp32, or (B/world, T, D) for sequences. y: (B/world,) int64, -1 for a dropped label; None
+        when unconditional.
+        """
         config, B = self.config, self.size
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:

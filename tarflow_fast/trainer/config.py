@@ -1,4 +1,4 @@
-"""What a training run is: sizes, noise, schedule; checked once, stored in its checkpoints."""
+"""A `TrainConfig` says what a training run is; it is checked once, and stored in the run's checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..sizes import Size, checked_size
 NOISE_TYPES = ("gaussian", "uniform")
 DTYPES = ("float32", "bfloat16")
 
-# What may differ between a run and its continuation. `epochs` is among them as the schedule is a function of
+# These options may differ between a run and its continuation. `epochs` is among them as the schedule is a function of
 # the step: a run continued with another number of epochs follows the new schedule from there on.
 FREE_ON_RESUME = frozenset(
     {
@@ -37,8 +37,8 @@ FREE_ON_RESUME = frozenset(
 PATHS = ("data", "eval_data", "out")
 DEFAULT_BATCH = 256
 DEFAULT_PATCH = 4
-NETWORK = ("channels", "num_blocks", "layers_per_block", "nvp", "head_dim")  # of a model's sizes, what data do not tell
-MOST = 2**63 - 1  # of any count, as torch's own integers have no more
+NETWORK = ("channels", "num_blocks", "layers_per_block", "nvp", "head_dim")  # sizes of a model that data do not tell
+MOST = 2**63 - 1  # no count is larger, as torch's own integers have no more
 
 COUNTS = (
     *("channels", "num_blocks", "layers_per_block", "head_dim", "epochs"),
@@ -53,32 +53,59 @@ def _is_name(value: object) -> bool:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. All numbers of steps count optimiser steps.
+    """A `TrainConfig` says what one training run is. All numbers of steps count optimiser steps.
 
-    Data: data, eval_data: paths for `load_images` (splits "train" and "test"); out: the folder to be written.
-    img_size, in_channels: for folders of pictures, else read off the data; layout, values, cache: as for `load_images`.
-    conditional: learn p(x | label);
-    class_names: one name a class, in place of the data's own. flip: mirror half of the images. noise_type:
-    "gaussian", x = v/127.5 − 1 + noise_std · ε, or "uniform", x = (v + u)/128 − 1 (dequantisation), for 8-bit
-    values v. drop_label: share of labels replaced by "no class".
+    Attributes:
+        data: The path of the images to learn, for `load_images` with split "train".
+        out: The folder that the run writes.
+        eval_data: The path of held-out images, for `load_images` with split "test", or None.
+        img_size: The pixels along a side, or (height, width), to which pictures of a folder are brought, and which
+            other data must have; None where the data tell it.
+        in_channels: The number of channels of pictures of a folder, 1 or 3; other data tell their own.
+        layout: The layout of an array's images, as in `load_images`; with "tokens" the data are sequences.
+        values: The meaning of an array's floats, as in `load_images`.
+        cache: The folder for images that memory has no room for, as in `load_images`.
+        patch_size: The pixels along a patch's side, or (height, width). Sequences have no patches: it stays at its
+            default for them.
+        channels: The width of the transformers.
+        num_blocks: The number of flow blocks.
+        layers_per_block: The number of transformer layers of each flow block.
+        nvp: Whether the blocks are affine, or else volume-preserving (shift only).
+        head_dim: The number of channels of an attention head.
+        conditional: Whether the model learns p(x | label), or else p(x).
+        class_names: One name a class, in place of the data's own, or None.
+        noise_type: The noise on the images, of 8-bit values v: "gaussian", x = v/127.5 − 1 + noise_std · ε, or
+            "uniform", x = (v + u)/128 − 1 (dequantisation). Data that are no pictures take "gaussian" alone, x = v +
+            noise_std · ε.
+        noise_std: The level of Gaussian noise, on the scale of x.
+        drop_label: The share of labels that are replaced by "no class", 0 to 1.
+        flip: Whether half of the images are mirrored.
+        epochs: The number of passes over the data.
+        batch_size: The number of images in a step, over all processes, by default 256, or where there are fewer images,
+            as many of them as the processes share evenly.
+        lr: The highest learning rate, reached by a linear warm-up.
+        min_lr: The learning rate at the end, reached by a cosine.
+        warmup_steps: The number of steps of the warm-up.
+        weight_decay: The weight decay of AdamW, whose betas are 0.9 and 0.95.
+        clip_norm: The limit of the gradient's norm, or None for none.
+        ema_decay: The decay of the moving average of the weights, which is the model that is saved; after s steps it is
+            at most (1 + s)/(10 + s).
+        seed: The seed of weights, order, noise and dropped labels.
+        dtype: "float32", or "bfloat16" for autocast.
+        device: "cpu", "cuda", or "auto", a GPU where there is one.
+        compile: Whether the model is trained under torch.compile.
+        threads: The number of torch's threads on the CPU while it trains, by default as many as it has.
+        log_every: The number of steps between rows of train.csv.
+        checkpoint_every: The number of steps between checkpoints.
+        eval_every: The number of steps between rows of eval.csv; 0 is one row, at the end.
+        eval_images: The number of held-out images that are evaluated, all where there are fewer.
+        sample_every: The number of steps between grids of samples; 0 is no grids.
+        sample_rows: The number of rows of a grid, in which each class has a column.
+        sample_guidance: The weight of the samples' guidance.
+        tensorboard: Whether event files for TensorBoard are written too.
 
-    Model: patch_size, channels, num_blocks, layers_per_block, nvp, head_dim: as in `TarFlowConfig`. Of sequences
-    (layout "tokens") a token is one of the model's, so that patch_size stays at its default.
-
-    Schedule: epochs; batch_size, over all processes, by default 256, or all images where there are fewer; lr:
-    reached by a linear warm-up over warmup_steps, and left by a cosine that ends at min_lr; weight_decay of AdamW
-    (betas 0.9, 0.95); clip_norm: limit of the gradient's norm, None for none; ema_decay: of the moving average of
-    the weights, which is the model that is saved, ramped as (1 + s)/(10 + s) after s steps; seed.
-
-    Machine: dtype: "float32", or "bfloat16" for autocast; device: "cpu", "cuda", or "auto", a GPU where
-    there is one; compile: torch.compile; threads: of torch on a CPU, while it trains, default as many as it has.
-
-    Output: log_every, checkpoint_every, eval_every, sample_every: steps between rows of metrics, checkpoints,
-    held-out evaluations and sample grids (0: one evaluation, at the end, and no grids); eval_images: how many
-    held-out images; sample_rows: rows of a grid, a class a column; sample_guidance: guidance of the samples;
-    tensorboard: write event files.
-
-    Raises ArgumentError for what cannot be.
+    Raises:
+        ArgumentError: An option has the wrong type or range, or does not go with the others.
     """
 
     data: str
@@ -181,7 +208,11 @@ class TrainConfig:
             self.check_for_sequences()
 
     def check_for_sequences(self) -> None:
-        """Raises ArgumentError for options that mean nothing where the data are sequences."""
+        """Checks that no option is given that means nothing where the data are sequences.
+
+        Raises:
+            ArgumentError: Such an option differs from its default.
+        """
         for name, only, why in (
             ("img_size", None, "None, as sequences have no pixels"),
             ("patch_size", DEFAULT_PATCH, f"{DEFAULT_PATCH}, its default, as sequences have no patches"),
@@ -193,16 +224,37 @@ class TrainConfig:
                 raise ArgumentError(name, why, repr(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the options as a dict.
+
+        Returns:
+            The value of each option by its name.
+        """
         return asdict(self)
 
     def batch_size_for(self, images: int, processes: int) -> int:
-        """Images a step; by default as many up to DEFAULT_BATCH as there are and as the processes share evenly."""
+        """Returns `batch_size`, or by default as many images up to 256 as there are and as the processes share evenly.
+
+        Args:
+            images: The number of images to learn.
+            processes: The number of processes that share a batch.
+
+        Returns:
+            The number of images in a step, over all processes.
+        """
         if self.batch_size is not None:
             return self.batch_size
         return max(min(DEFAULT_BATCH, images) // processes, 1) * processes
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """lr of optimiser step number `step` (from 0) out of `steps`."""
+        """Returns the learning rate of a step: a linear warm-up to `lr`, then a cosine down to `min_lr`.
+
+        Args:
+            step: The number of the optimiser step, from 0.
+            steps: The number of all steps of the run.
+
+        Returns:
+            The learning rate.
+        """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)

@@ -1,4 +1,4 @@
-"""The folder of a run: one trainer at a time, by a lock that dies with its owner."""
+"""The folder of a run has one trainer at a time, by a lock that dies with its owner."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ else:
 LOCK = ".tarflow.lock"
 _OWNER = re.compile(r"process \d+ on [\w.-]+")
 _OWNER_BYTES = 300
-_LOCKED_BYTE = 1 << 20  # on Windows, where what is locked cannot be read: beyond the owner's name
+_LOCKED_BYTE = 1 << 20  # Windows lets nobody read what is locked: this lies beyond the owner's name
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _held: set[int] = set()
 
 
 def _close_in_child() -> None:
-    """A forked process shares the lock, and would keep it when its owner is dead."""
+    """Closes the lock in a forked process, which shares it and would keep it when its owner is dead."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -44,7 +44,7 @@ def locked(out: str) -> Iterator[bool]:
     Gives whether a trainer was killed in the folder and has left its lock file. If the block raises, folders that were
     made for it and are empty go. Between machines the lock is as good as the network file system's: where that has
     none, a line on standard error says so; one that keeps locks to each machine cannot be told from others.
-    Raises ArgumentError where another trainer is, or for what is no folder or cannot be written to.
+    Raises ArgumentError where another trainer runs in the folder, or `out` is no folder or cannot be written to.
     """
     folder = Path(out)
     made = _make(folder)
@@ -64,7 +64,7 @@ def locked(out: str) -> Iterator[bool]:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Makes a folder and those above it; gives those that were not there, innermost first."""
+    """Makes a folder and those above it, and returns those that were not there, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def _refusal(folder: Path, error: OSError) -> Exception:
 
 
 def _acquire(folder: Path) -> tuple[int, bool]:
-    """(descriptor of the locked file, whether the file was there)."""
+    """Returns (descriptor of the locked file, whether the file was there)."""
     path = folder / LOCK
     while True:
         left = os.path.lexists(path)
@@ -103,17 +103,17 @@ def _acquire(folder: Path) -> tuple[int, bool]:
             _close(descriptor)
             raise
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # else its owner has removed it meanwhile
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # if not, its owner has removed it meanwhile
                 break
         _close(descriptor)
-    with contextlib.suppress(OSError):  # for the reader of a refusal; a full disk is told by what matters
+    with contextlib.suppress(OSError):  # this is for the text of a refusal; a full disk is told by what matters
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor, left
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether this process has the lock now. Raises OSError where there are no locks."""
+    """Returns whether this process has the lock now. Raises OSError where there are no locks."""
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)

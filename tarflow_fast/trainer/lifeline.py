@@ -1,4 +1,4 @@
-"""How the processes of a run learn that one of them is gone: a connection from each to rank 0 that ends with it.
+"""The processes of a run learn that one of them is gone by its connection to rank 0, which ends with it.
 
 A kernel closes the connections of a process that dies, and notices within half a minute a machine that does, whatever
 the process was doing; collectives alone would wait for half an hour (gloo) or for ever.
@@ -14,18 +14,18 @@ import socket
 import threading
 from typing import Any
 
-KEY = "tarflow_fast/lifeline"  # in the store: "port token"
+KEY = "tarflow_fast/lifeline"  # the store has "port token" under it
 CONNECT_SECONDS = 30.0
-GRACE_SECONDS = 20.0  # in which a process that has lost another may end by itself
-PART_SECONDS = 2.0  # in which a process hears that another one leaves
-MOST_BYTES = 4096  # of a message
+GRACE_SECONDS = 20.0  # a process that has lost another has so long to end by itself
+PART_SECONDS = 2.0  # a process has so long to hear that another one leaves
+MOST_BYTES = 4096  # a message is no longer
 BYE, LOST, HELLO = "bye", "lost ", "hello "
-# (option, seconds or number): a silent machine is taken for dead after 10 + 4 · 5 s.
+# These are (option, seconds or number): a silent machine is taken for dead after 10 + 4 · 5 s.
 KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPALIVE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
 
 
 class _Peer:
-    """A connection, the part of a message that has come, and whose it is (None: not said yet)."""
+    """A `_Peer` is a connection, the part of a message that has come, and the rank at the other end, once known."""
 
     def __init__(self, connection: socket.socket, rank: int | None):
         self.connection, self.rank, self.received = connection, rank, b""
@@ -40,7 +40,7 @@ class _Peer:
             self.connection.sendall(message.encode() + b"\n")
 
     def part(self) -> None:
-        """Says goodbye, and waits until that was heard: what is closed with something unread takes it back."""
+        """Says goodbye, and waits until that was heard: a connection closed with something unread takes it back."""
         self.send(BYE)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
@@ -51,9 +51,10 @@ class _Peer:
 
 
 class Lifeline:
-    """The connections of this process, watched by a thread.
+    """A `Lifeline` holds the connections of this process, which a thread watches.
 
-    store: the run's; host: where rank 0 is. After `fail`, or when another process is lost, whose `reason` then says
+    store: the store of the run. rank, world: the number of this process, and how many there are. host: the machine of
+    rank 0. After `fail`, or when another process is lost, whose `reason` then says
     why, this process has GRACE_SECONDS to call `close`; if it hangs meanwhile, say in a collective, the thread prints
     the reason and ends it with exit code 1.
     """
@@ -84,7 +85,7 @@ class Lifeline:
         self._thread.start()
 
     def wait(self, seconds: float) -> str:
-        """The reason why the run cannot go on, if it comes within so many seconds; else nothing."""
+        """Returns the reason why the run cannot go on, if it comes within so many seconds, else an empty text."""
         self._lost.wait(seconds)
         return self.reason
 
@@ -93,13 +94,13 @@ class Lifeline:
         self._lose(f"rank {self.rank} ended: {' '.join(reason.split())}"[: MOST_BYTES // 4])
 
     def close(self) -> None:
-        """Leaves in peace; the others do not take it for a death."""
+        """Closes the connections so that the other processes do not take it for a death."""
         self._closed.set()
         self._wake.close()
         self._thread.join()
         if self._server is not None:
             self._server.setblocking(False)
-            with contextlib.suppress(OSError):  # there are no more
+            with contextlib.suppress(OSError):  # accept fails when there are no more
                 while True:
                     self._peers.append(_Peer(self._server.accept()[0], None))
             self._server.close()
@@ -119,7 +120,7 @@ class Lifeline:
         peer.connection.close()
 
     def _lose(self, reason: str) -> None:
-        """Records why, once, and passes it on: rank 0 to all, others to rank 0."""
+        """Records, once, why the run cannot go on, and passes it on: rank 0 to all, others to rank 0."""
         with self._lock:
             if self._lost.is_set():
                 return
@@ -128,7 +129,7 @@ class Lifeline:
                 peer.send(LOST + reason)
             self._lost.set()
         if threading.current_thread() is not self._thread:
-            self._wake.send(b"x")  # it has to watch the time now
+            self._wake.send(b"x")  # the thread has to watch the time now
 
     def _watch(self) -> None:
         while not self._lost.is_set():
@@ -164,7 +165,7 @@ class Lifeline:
             if peer in self._peers:
                 self._understand(peer, message.decode(errors="replace"))
         if len(peer.received) > MOST_BYTES and peer in self._peers:
-            self._drop(peer)  # a stranger
+            self._drop(peer)  # it is a stranger
 
     def _understand(self, peer: _Peer, message: str) -> None:
         if peer.rank is None:

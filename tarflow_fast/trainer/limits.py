@@ -1,4 +1,4 @@
-"""What training takes at least, and whether a machine has it: asked before any work."""
+"""These functions tell what memory training takes at least, and check before any work that a machine has it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..errors import OutOfMemoryError
 from ..models.config import EXPANSION, TarFlowConfig
 
 GB = 1e9
-PARAMETER_BYTES = 20  # in fp32: the weight, its average, its gradient and AdamW's two moments
-MASK_BYTES = 8  # of an element of the causal masks, which the average has too
-LAYER_VALUES = 12  # for each channel of a token, that autograd keeps of a transformer layer at the least
-LAYER_BYTES = 2  # of such a value, in bf16
+PARAMETER_BYTES = 20  # a parameter takes so many: fp32 weight, average, gradient and AdamW's two moments
+MASK_BYTES = 8  # an element of the causal masks takes so many, as the average has them too
+LAYER_VALUES = 12  # autograd keeps at least so many in a transformer layer for each channel of a token
+LAYER_BYTES = 2  # such a value is bf16
 
 
 def parameters(config: TarFlowConfig) -> int:
-    """How many a model of these sizes has."""
+    """Returns how many parameters a model of these sizes has."""
     C, D, E = config.channels, config.token_dim, EXPANSION
     layer = (4 + 2 * E) * C * C + (9 + E) * C  # qkv, proj, up, down; their biases and two norms
     outputs = 2 * D if config.nvp else D

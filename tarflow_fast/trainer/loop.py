@@ -1,4 +1,4 @@
-"""The training run: one loop over optimiser steps, and what happens between them."""
+"""A training run is one loop over optimiser steps, between which files are written."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ from .state import CHECKPOINT, SUMS, TrainState, begun_with
 MODEL = "model.safetensors"
 OURS = (CHECKPOINT, MODEL, "train.csv", "eval.csv")
 UNCONDITIONAL_COLUMNS = 8
-MOST_STEPS = 10**10  # years, at a thousandth of a second each
-MOST_PIXELS = 10**9  # of a grid of samples
+MOST_STEPS = 10**10  # at a thousandth of a second each they take months
+MOST_PIXELS = 10**9  # a grid of samples has no more
 
 
 def train(
@@ -59,18 +59,37 @@ def train(
 ) -> TarFlow:
     """Minimise E[½ |z|² − log|det dz/dx|] / (T·D) over noised images (arXiv 2412.06329, section 2).
 
-    Writes into config.out: `checkpoint.pt` (all that is needed to go on), `model.safetensors` (the
-    averaged weights, with noise_type, noise_std and class_names), `train.csv`, `eval.csv`,
-    `samples/*.png`, `tensorboard/`. While it runs, no other trainer can in that folder.
-    resume: go on from the checkpoint there, or start again where the run was killed before its first one; on a
-    CPU, with the same number of threads, the result is bit for bit that of a run that was never interrupted.
-    init: start from this model, or from the checkpoint at this path; the sizes in `config` that are left at their
-    defaults are the model's. progress: "bar" or "lines" on standard error, "none" (False), or True: a bar on a
-    terminal, else lines. Under torchrun all processes share each batch. SIGINT and SIGTERM end the run after the step
-    under way.
+    The run writes into config.out: `checkpoint.pt` (all that is needed to go on), `model.safetensors` (the averaged
+    weights, with noise_type, noise_std and class_names), `train.csv`, `eval.csv`, `samples/*.png`, `tensorboard/`.
+    While it runs, no other trainer can in that folder. Under torchrun all processes share each batch. SIGINT and
+    SIGTERM end the run after the step under way.
 
-    Returns the averaged model. Raises ArgumentError, DataError, CheckpointError, OutOfMemoryError, OSError (a full
-    disk), TrainingStopped (by a signal), TrainingDiverged, ProcessLost (another process of the run is gone).
+    Args:
+        config: The run.
+        resume: Whether to go on from the checkpoint in config.out, or start again where the run was killed before its
+            first one. On a CPU, with the same number of threads, the result is bit for bit that of a run that was never
+            interrupted.
+        init: The model to start from, or the path of its checkpoint, or None for a new model. The sizes in `config`
+            that are left at their defaults are the model's.
+        progress: "bar" or "lines" on standard error, "none" or False, or True for a bar on a terminal, else lines.
+
+    Returns:
+        The averaged model.
+
+    Raises:
+        ArgumentError: An argument or option has the wrong type or range, or does not go with the data, the model, the
+            folder or the checkpoint.
+        BackendError: The processes of torchrun do not come together, or there is no compiler for `config.compile`.
+        CheckpointError: The checkpoint is broken, or not the same for all processes.
+        DataError: The data, or the metrics in the folder, cannot be read.
+        OutOfMemoryError: A step does not fit in the memory of the device.
+        OSError: A file cannot be written, as on a full disk.
+        ProcessLost: Another process of the run is gone.
+        TrainingDiverged: The loss, the gradient or the weights are not finite.
+        TrainingStopped: A signal has ended the run; its checkpoint is written.
+
+    Warns:
+        TarFlowWarning: The batch size is not the usual default, or something was decided about the data.
     """
     if not isinstance(config, TrainConfig):
         raise ArgumentError("config", "a TrainConfig", type(config).__name__)
@@ -102,7 +121,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """torch computes with so many threads while the block runs."""
+    """Makes torch compute with so many threads while the block runs; None leaves their number as it is."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
@@ -113,7 +132,7 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def model_config(config: TrainConfig, data: ImageData) -> TarFlowConfig:
-    """The sizes of the model that learns these data."""
+    """Returns the sizes of the model that learns these data."""
     network: dict[str, Any] = {name: getattr(config, name) for name in NETWORK}
     network["num_classes"] = data.num_classes if config.conditional else 0
     if data.sequences:
@@ -123,7 +142,7 @@ def model_config(config: TrainConfig, data: ImageData) -> TarFlowConfig:
 
 
 def run_metadata(config: TrainConfig, data: ImageData) -> dict[str, Any]:
-    """What the model's file records besides weights."""
+    """Returns what the model's file records besides weights."""
     metadata: dict[str, Any] = {"noise_type": config.noise_type}
     if config.noise_type == "gaussian":
         metadata["noise_std"] = config.noise_std
@@ -136,7 +155,7 @@ def run_metadata(config: TrainConfig, data: ImageData) -> dict[str, Any]:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM add their number. Python gives signals to the main thread alone."""
+    """Gives a list to which SIGINT and SIGTERM add their number, in the main thread, as Python signals no other."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -151,7 +170,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 class _Run:
-    """A run in one process: `go` is its loop, the other methods what the loop does."""
+    """A `_Run` is a run in one process: `go` is its loop, the other methods are its parts."""
 
     def __init__(
         self, config: TrainConfig, group: Processes, resume: bool, init: Init | None, progress: str, killed: bool
@@ -163,7 +182,7 @@ class _Run:
         if source is not None:
             config = replace(config, **sizes_of(source, given_options(config)))
         self.config, self.group = config, group
-        self.bar = group.first and progress == "bar"  # while data is read
+        self.bar = group.first and progress == "bar"  # whether one shows while data is read
         self._check_options(math.ceil((config.batch_size or 1) / group.world), source)
 
         own = self._named(lambda: self._load(config.data, "train"))
@@ -175,7 +194,7 @@ class _Run:
             begun = source.config, source.metadata.get("class_names")
         if begun is not None:
             data = with_classes_of(begun[0].num_classes, begun[1], data)
-            own = own if own.numbers is None else replace(data, class_names=None)  # numbers are the model's labels
+            own = own if own.numbers is None else replace(data, class_names=None)  # the numbers are the model's labels
         sizes = model_config(config, data) if begun is None else begun[0]
         if tuple(data.images.shape[1:]) != sizes.data_shape:
             raise ArgumentError("init", f"a model of images of shape {tuple(data.images.shape[1:])}", sizes.data_shape)
@@ -208,7 +227,7 @@ class _Run:
         if group.world > 1:
             ids = [group.device] if group.device.type == "cuda" else None
             with warnings.catch_warnings():
-                # of broadcast_buffers, for which torch 2.10 has no other name
+                # torch 2.10 warns of broadcast_buffers, and has no other name for it.
                 warnings.simplefilter("ignore", FutureWarning)
                 self.forward = DistributedDataParallel(self.forward, device_ids=ids, broadcast_buffers=False)
             total = int(group.sum(torch.tensor(self.state.step, device=group.device)))
@@ -228,7 +247,7 @@ class _Run:
         return self.out / "samples"
 
     def _resumes(self, resume: bool, killed: bool) -> bool:
-        """Whether there is a checkpoint to go on from. Raises ArgumentError for a folder that the run cannot have."""
+        """Returns whether the run goes on from a checkpoint. Raises ArgumentError for a folder that it cannot have."""
         if resume and (self.out / CHECKPOINT).is_file():
             return True
         if resume and not killed:
@@ -242,7 +261,7 @@ class _Run:
         return False
 
     def _with_batch_size(self, images: int) -> TrainConfig:
-        """The configuration with the batch size that is taken, which a warning says where it is not the default."""
+        """Returns the configuration with its batch size, which a warning tells where it is not the usual default."""
         config, world = self.config, self.group.world
         size = config.batch_size_for(images, world)
         if config.batch_size is None and size != DEFAULT_BATCH and self.group.first:
@@ -252,7 +271,7 @@ class _Run:
         return replace(config, batch_size=size)
 
     def _check_options(self, rows: int, source: TarFlow | None) -> None:
-        """What can be said against the options before data is read."""
+        """Raises an error for options that cannot be, as far as that can be told before data is read."""
         config = self.config
         check_compile(config.compile, self.group.device)
         if config.eval_data is not None and not os.path.exists(config.eval_data):
@@ -281,7 +300,7 @@ class _Run:
 
     @staticmethod
     def _named(read: Callable[[], Any]) -> Any:
-        """What reading data gives, its errors under our names of the arguments."""
+        """Returns what `read` returns; its errors have the names of the run's options."""
         try:
             return read()
         except ArgumentError as error:
@@ -301,14 +320,14 @@ class _Run:
                     self.progress.say(f"{start.name} was trained with {key} {before!r}; this run has {now!r}")
 
     def _write_first(self, resumed: bool) -> None:
-        """What a run has from before its first step on, and has to have at the end: a checkpoint and its model."""
+        """Writes what a run has before its first step and has to have at the end: a checkpoint and its model."""
         if not resumed:
             self._save()
         elif not self._model_is_written():
             self._save_model()
 
     def _model_is_written(self) -> bool:
-        """Not where the run was killed between its checkpoint and the model of it."""
+        """Returns whether the model's file has the model of the checkpoint: a run may be killed between the two."""
         try:
             found, model = load(self.out / MODEL), self.state.average
         except (TarFlowError, OSError):
@@ -332,7 +351,7 @@ class _Run:
         )
 
     def _load_held_out(self, data: ImageData, own: ImageData) -> ImageData | None:
-        """The held-out images with the model's labels. own: the data under the names of its own classes."""
+        """Returns the held-out images with the model's labels, or None. own: the data with its own class names."""
         if self.config.eval_data is None:
             return None
         held_out = self._load(self.config.eval_data, "test")
@@ -369,11 +388,11 @@ class _Run:
         return state.average
 
     def _due(self, every: int) -> bool:
-        """At the multiples of `every` steps, and at the end."""
+        """Returns whether this is a multiple of `every` steps, or the end."""
         return self.state.step == self.steps or (every > 0 and self.state.step % every == 0)
 
     def _step(self) -> None:
-        """One optimiser step; adds its figures to the sums."""
+        """Takes one optimiser step, and adds its figures to the sums."""
         state, config, kind = self.state, self.config, self.group.device.type
         lr = config.learning_rate(state.step, self.steps)
         for parameters in state.optimizer.param_groups:
@@ -396,7 +415,7 @@ class _Run:
         state.step += 1
 
     def _update_prior(self, z: Tensor) -> None:
-        """The model's own update, by the z of all processes."""
+        """Updates the prior of a volume-preserving model by the z of all processes."""
         if self.group.world > 1:
             z = self.group.mean(z.square().mean(0, keepdim=True)).sqrt()
         self.state.model.update_prior(z)
@@ -417,7 +436,7 @@ class _Run:
         return self.state.step / self.batches.steps_per_epoch
 
     def _checked(self, values: Tensor) -> dict[str, float]:
-        """The figures of a row by name. Raises TrainingDiverged."""
+        """Returns the figures of a row by name. Raises TrainingDiverged for one that is not finite."""
         named = dict(zip(SUMS, values.tolist(), strict=True))
         for name, value in named.items():
             if not math.isfinite(value):
@@ -425,7 +444,7 @@ class _Run:
         return named
 
     def _write_files(self, stop: bool) -> None:
-        """What is due after this step. stop: the run ends here, so that a checkpoint is."""
+        """Writes what is due after this step. stop: whether the run ends here, so that a checkpoint is due."""
         config = self.config
         if self.held_out is not None and self._due(config.eval_every):
             self._evaluate(self.held_out)
@@ -436,9 +455,9 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        """The checkpoint, of which the model can be had again, and the model."""
+        """Writes the checkpoint, of which the model can be had again, and the model."""
         if self.log is not None:
-            self.log.sync()  # rows that the checkpoint takes for written
+            self.log.sync()  # the checkpoint takes these rows for written
         self.state.average.metadata["steps"] = self.state.step
         self.state.save(self.out / CHECKPOINT, self.config, self.fingerprint)
         self._save_model()
@@ -449,19 +468,19 @@ class _Run:
             os.fsync(file.fileno())
 
     def _evaluate(self, held_out: ImageData) -> None:
-        """bits/dim of held-out images under the averaged model, in fp32, by the same noise at every call."""
+        """Writes bits/dim of held-out images under the averaged model, in fp32, by the same noise at every call."""
         model = self.state.average
         noise = Noise.of(model, seed=self.config.seed)
         try:
             found = bits_per_dim(model, held_out, noise=noise)
-        except TarFlowError as error:  # a density that is not finite, as may be early on
+        except TarFlowError as error:  # early on a density may be infinite or NaN
             self.progress.say(f"step {self.state.step}: no bits/dim of held-out images: {error}")
             return
         if self.log is not None:
             self.log.write("eval", self.state.step, {"epoch": self._epoch(), "bits_per_dim": found.mean})
 
     def _sample(self) -> None:
-        """A grid of the averaged model's samples, a class a column, from the same noise at every call."""
+        """Writes a grid of the averaged model's samples, a class a column, from the same noise at every call."""
         model, config = self.state.average, self.config
         classes = model.config.num_classes
         columns = classes or UNCONDITIONAL_COLUMNS
@@ -476,5 +495,5 @@ class _Run:
                 on_nonfinite="redraw",
             )
             save_grid(samples.images, path, columns)
-        except TarFlowError as error:  # images that are not finite, as may be early on, or too many for the memory
+        except TarFlowError as error:  # early on images may not be finite; they may be too many for the memory
             self.progress.say(f"step {self.state.step}: no grid of samples: {error}")

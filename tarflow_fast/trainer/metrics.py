@@ -1,4 +1,4 @@
-"""Rows of numbers in CSV files and, on request, in TensorBoard's event files."""
+"""Metrics go as rows of numbers to CSV files and, on request, to TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def _event_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 class MetricsLog:
-    """`<out>/train.csv`, `<out>/eval.csv`: a header and one row a call, in the file at once.
+    """A `MetricsLog` writes `<out>/train.csv` and `<out>/eval.csv`: a header and one row a call, in the file at once.
 
-    step: where the run starts; rows after it, left by a run that was killed later than its last
-    checkpoint, are removed. Raises DataError for files that are no metrics.
+    out: the folder of the run. step: the number of steps done when the run starts; rows after it, left by a run that
+    was killed later than its last checkpoint, are removed. tensorboard: whether to write event files too. Raises
+    DataError for files that are no metrics, ArgumentError where TensorBoard is not installed.
     """
 
     def __init__(self, out: Path, step: int = 0, tensorboard: bool = False):
@@ -53,7 +54,7 @@ class MetricsLog:
                 raise DataError(f"{path}: not the metrics of a run ({error})") from error
         if header[:1] != ["step"]:
             raise DataError(f"{path}: not the metrics of a run")
-        # the last row may be half a row, and is then later than any checkpoint
+        # The last row may be half a row, and is then later than any checkpoint.
         kept = [row for row in rows if len(row) == len(header) and row[0].isdecimal() and int(row[0]) <= step]
         if not kept:
             path.unlink()
@@ -62,9 +63,10 @@ class MetricsLog:
                 csv.writer(file).writerows([header, *kept])
 
     def write(self, kind: str, step: int, row: Row) -> None:
-        """kind: "train" or "eval"; step: optimiser steps done; row: the same names at every call.
+        """Writes a row: it is in the file whole, or, where OSError is raised, not at all.
 
-        The row is in the file whole, or, where OSError is raised, not at all.
+        kind: "train" or "eval". step: the number of optimiser steps done. row: numbers by name, with the same names at
+        every call.
         """
         path, text = self._path(kind), io.StringIO(newline="")
         writer = csv.writer(text)
@@ -76,7 +78,7 @@ class MetricsLog:
             try:
                 written = file.write(text.getvalue().encode())
                 if written < len(text.getvalue()):
-                    file.write(text.getvalue().encode()[written:])  # raises why
+                    file.write(text.getvalue().encode()[written:])  # this raises the reason
             except OSError as error:
                 file.truncate(end)
                 raise OSError(error.errno, error.strerror, str(path)) from error

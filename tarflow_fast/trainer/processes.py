@@ -1,4 +1,4 @@
-"""The processes that share a run: one, or as many as `torchrun` started."""
+"""A run is shared by its processes: one, or as many as `torchrun` started."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from ..errors import ArgumentError, BackendError, ProcessLost, TrainingStopped
 from .lifeline import Lifeline
 
-JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to have started
-NOTICE_SECONDS = 5.0  # from the failure of a collective to the word of which process is gone
+JOIN_TIMEOUT = timedelta(minutes=10)  # all processes have so long to start
+NOTICE_SECONDS = 5.0  # word of which process is gone comes so long after the failure of a collective
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all: rank < world, on one device."""
+    """A `Processes` is this process among all: number `rank` of `world`, on one device."""
 
     rank: int
     world: int
@@ -35,17 +35,17 @@ class Processes:
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over processes, in place."""
+        """Returns x, into which the sum over processes is put."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over processes, in place."""
+        """Returns x, into which the mean over processes is put."""
         return self.sum(x).div_(self.world)
 
     def any(self, flag: bool) -> bool:
-        """Whether any process has its flag up."""
+        """Returns whether any process has its flag up."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)))
@@ -57,7 +57,8 @@ class Processes:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """ "auto": a GPU where there is one, else the CPU; "cuda": the GPU of this process."""
+    """Returns the device of that name: for "auto" a GPU where there is one, else the CPU; for "cuda" the GPU of this
+    process. Raises ArgumentError for a device that cannot be had."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -96,10 +97,10 @@ def processes(device: str) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), picked)
         dist.barrier()  # a process that ends while another still talks to it can be aborted by its own gloo threads
-    except TrainingStopped:  # all of them at once
+    except TrainingStopped:  # all processes stop at once
         raise
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # DistributedDataParallel in them would keep the group
+        traceback.clear_frames(error.__traceback__)  # DistributedDataParallel in the frames would keep the group
         if _is_of_collective(error):
             reason = lifeline.wait(NOTICE_SECONDS) or f"a process of this run is gone ({_gist(error)})"
             lifeline.fail(reason)
@@ -116,9 +117,9 @@ def processes(device: str) -> Iterator[Processes]:
 
 
 def _join(backend: str) -> Lifeline:
-    # Its functions have the group of the moment when it is first imported, which DistributedDataParallel does, as a
-    # default argument. It must not be this one: its threads would outlive destroy_process_group, and a thread that is
-    # there when the interpreter goes can abort the process.
+    # This module's functions have as a default argument the group of the moment when it is first imported, which
+    # DistributedDataParallel does. That must not be this group: its threads would outlive destroy_process_group, and a
+    # thread that is there when the interpreter goes can abort the process.
     importlib.import_module("torch.distributed.nn.functional")
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
@@ -134,6 +135,6 @@ def _is_of_collective(error: Exception) -> bool:
 
 
 def _gist(error: Exception) -> str:
-    """The first line, without the place in gloo's sources."""
+    """Returns the first line of the error, without the place in gloo's sources."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rpartition("] ")[2]

@@ -1,4 +1,4 @@
-"""What a run shows on standard error: a bar on a terminal, elsewhere a line for each row of metrics."""
+"""A run shows on standard error a bar on a terminal, elsewhere a line for each row of metrics."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ KINDS = ("bar", "lines", "none")
 
 
 def progress_kind(progress: object) -> str:
-    """True: a bar where standard error is a terminal, else lines; False: none; or one of KINDS."""
+    """Returns the one of KINDS that is meant: for True a bar where standard error is a terminal, else lines; for False
+    none. Raises ArgumentError for what is none of these."""
     if progress is True:
         return "bar" if sys.stderr.isatty() else "lines"
     return "none" if progress is False else check_choice("progress", progress, KINDS)
 
 
 class Progress:
-    """kind: of KINDS; done of all `steps` are behind; batch_size: images a step."""
+    """A `Progress` shows how far a run is.
+
+    kind: one of KINDS. done: the number of steps that are behind when it starts. steps: the number of all steps.
+    batch_size: the number of images in a step.
+    """
 
     def __init__(self, kind: str, done: int, steps: int, batch_size: int):
         self.shown = kind != "none"
@@ -41,11 +46,11 @@ class Progress:
         self._bar.close()
 
     def update(self) -> None:
-        """A step is done."""
+        """Tells that a step is done."""
         self._bar.update()
 
     def row(self, step: int, values: Mapping[str, str]) -> None:
-        """The figures of the steps up to this one."""
+        """Shows the figures of the steps up to this one. values: their texts, by name."""
         self._bar.set_postfix(values)
         if self._lines:
             now = (time.perf_counter(), step)
@@ -59,7 +64,7 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Shows a line of its own."""
         if self.shown:
             tqdm.write(text, file=sys.stderr)
         else:
@@ -67,5 +72,5 @@ class Progress:
 
 
 def _rate(then: tuple[float, int], now: tuple[float, int]) -> float:
-    """Steps a second."""
+    """Returns the steps a second between two moments, each (seconds, step)."""
     return (now[1] - then[1]) / max(now[0] - then[0], 1e-9)

@@ -1,4 +1,4 @@
-"""Data that all processes of a machine share: one reads it, the others map the file in which it is."""
+"""All processes of a machine share their data: one reads it, the others map the file in which it is."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..errors import DataError
 from ..files import PathLike
 from .processes import Processes
 
-BEAT = 1.0  # seconds between signs of life while one reads: no process may be taken for dead
+BEAT = 1.0  # seconds between signs of life while one reads, so that no process is taken for dead
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """Where another process finds the images, and all else of ImageData."""
+    """A `_Shared` tells another process in which file the images are, and all else of an ImageData."""
 
     path: Path
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class _Shared:
 
 
 def load_once(group: Processes, path: PathLike, *, cache: PathLike | None, **how: Any) -> ImageData:
-    """`load_images`, read by one process of each machine.
+    """Returns what `load_images` does, read by one process of each machine.
 
     The others map the same file, which has no name any more when this returns. Where the environment does not tell
     which processes share a machine (LOCAL_RANK and GROUP_RANK, as torchrun sets them), each reads for itself.

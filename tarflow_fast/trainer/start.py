@@ -1,4 +1,4 @@
-"""A run that starts from a model: whose sizes it has, and whose classes its data must have."""
+"""A run that starts from a model has its sizes, and data of its classes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..errors import ArgumentError
 from ..models.tarflow import TarFlow
 from .config import NETWORK, TrainConfig
 
-READ_WITH = ("patch_size", "in_channels", "head_dim", "img_size")  # what the weights of a .pth leave open
+READ_WITH = ("patch_size", "in_channels", "head_dim", "img_size")  # the weights of a .pth leave these open
 
 
 @dataclass(frozen=True)
 class Start:
-    """The model that a run starts from, and what the run records of where it comes from."""
+    """A `Start` is the model that a run starts from. name: what the run records of where it comes from."""
 
     model: TarFlow
     name: str
@@ -32,7 +32,11 @@ Init = Start | TarFlow | str | os.PathLike[str]
 
 
 def read_init(init: Init, given: Mapping[str, Any]) -> Start:
-    """given: the options of the run that were given."""
+    """Returns the model that a run starts from, read from a file if `init` is a path.
+
+    given: the options of the run that were given. Raises ArgumentError for what is neither a TarFlow nor a path, and
+    what `load` raises.
+    """
     if isinstance(init, Start):
         return init
     if isinstance(init, TarFlow):
@@ -45,13 +49,16 @@ def read_init(init: Init, given: Mapping[str, Any]) -> Start:
 
 
 def given_options(config: TrainConfig) -> dict[str, Any]:
-    """Those that differ from the defaults."""
+    """Returns the options that differ from the defaults."""
     values = ((field.name, getattr(config, field.name), field.default) for field in fields(config))
     return {name: value for name, value, default in values if value != default}
 
 
 def sizes_of(model: TarFlow, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a run has of the model that it starts from. Raises ArgumentError where others are given."""
+    """Returns the options that a run takes from the model that it starts from.
+
+    given: the options of the run that were given. Raises ArgumentError where they differ.
+    """
     sizes = {name: getattr(model.config, name) for name in NETWORK}
     if model.config.layout == "tokens":
         sizes["layout"] = "tokens"  # the rest is read off the data
@@ -67,10 +74,11 @@ def sizes_of(model: TarFlow, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_classes_of(classes: int, names: Sequence[str] | None, data: ImageData) -> ImageData:
-    """The data with the labels and class names of a model of so many classes that a run starts from.
+    """Returns the data with the labels and class names of the model that a run starts from.
 
-    Labels that are numbers are the model's own, whichever of them the data has. Raises ArgumentError where the data has
-    names and they are not the model's, and for labels that the model does not know.
+    classes: the number of the model's classes. names: the names of these, or None. Labels that are numbers are the
+    model's own, whichever of them the data has. Raises ArgumentError where the data has names and they are not the
+    model's, and for labels that the model does not know.
     """
     if classes == 0:
         return data

@@ -1,4 +1,4 @@
-"""The state of a run between two steps, and its file."""
+"""A `TrainState` is the state of a run between two steps; `save` and `restore` keep it in a file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from .config import FREE_ON_RESUME, PATHS, TrainConfig
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
-SUMS = ("loss", "half_z2", "log_det", "grad_norm")  # summed over the steps since the last row of metrics
+SUMS = ("loss", "half_z2", "log_det", "grad_norm")  # these are summed over the steps since the last row of metrics
 
 
 def ema_decay(limit: float, s: int) -> float:
-    """Decay of the update after s others: (1 + s)/(10 + s), to forget the start soon, up to the limit."""
+    """min(limit, (1 + s)/(10 + s)) is the decay of the update after s others, which forgets the start soon."""
     return min(limit, (1 + s) / (10 + s))
 
 
 class TrainState:
-    """Model, moving average, optimiser, number of steps done, and the sums of the unfinished row of metrics.
+    """A `TrainState` has the model, its moving average, the optimiser, the number of steps done, and the sums of the
+    unfinished row of metrics.
 
     There is no state of a random generator: whatever is random is a function of (seed, step), see `Batches`.
     """
@@ -51,13 +52,16 @@ class TrainState:
 
     @property
     def average(self) -> TarFlow:
-        """The model that is evaluated and saved."""
+        """The averaged model, which is evaluated and saved."""
         module = self.ema.module
         assert isinstance(module, TarFlow)
         return module
 
     def save(self, path: Path, config: TrainConfig, fingerprint: int) -> None:
-        """Writes all of it; the file appears whole or not at all. Raises TrainingDiverged for weights that broke."""
+        """Writes the whole state; the file appears whole or not at all. Raises TrainingDiverged for weights that broke.
+
+        fingerprint: the checksum of the data, which `restore` compares.
+        """
         for module in (self.model, self.average):
             if not all(bool(value.isfinite().all()) for value in module.state_dict().values()):
                 raise TrainingDiverged(f"weights are not finite by step {self.step}; try a lower lr or clip_norm")
@@ -80,7 +84,7 @@ class TrainState:
             save_torch(content, partial)
 
     def restore(self, path: Path, config: TrainConfig, fingerprint: int) -> None:
-        """Takes over what `save` wrote. CheckpointError: a broken file; ArgumentError: another run's."""
+        """Takes over what `save` wrote. Raises CheckpointError for a broken file, ArgumentError for another run's."""
         content = _read(path, self.sums.device)
         _changed(_recorded(path, content), config.to_dict())
         if content["fingerprint"] != fingerprint:
@@ -109,7 +113,7 @@ class TrainState:
 
 
 def continued(out: Path, given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that the run in `out` has recorded, with the changes that are given.
+    """Returns the configuration that the run in `out` has recorded, with the changes that are given.
 
     Raises CheckpointError for a broken checkpoint, ArgumentError for a change that a run cannot take.
     """
@@ -120,7 +124,7 @@ def continued(out: Path, given: Mapping[str, Any]) -> TrainConfig:
 
 
 def _changed(recorded: TrainConfig, given: Mapping[str, Any]) -> None:
-    """Raises ArgumentError for what is not as recorded and has to be."""
+    """Raises ArgumentError for an option that is not as recorded and has to be."""
     for name, value in given.items():
         before = getattr(recorded, name)
         if name not in FREE_ON_RESUME and before != value:
@@ -128,10 +132,13 @@ def _changed(recorded: TrainConfig, given: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, Any]:
-    """What `save` wrote. mmap: tensors are read when they are used, and the file is in use until they are gone."""
+    """Returns what `save` wrote. Raises CheckpointError for a file that it did not write whole.
+
+    mmap: whether tensors are read when they are used; the file is then in use until they are gone.
+    """
     try:
         content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever a foreign or damaged file makes the parser raise
+    except Exception as error:  # a foreign or damaged file may make the parser raise anything
         raise CheckpointError(f"{path}: not a whole training checkpoint ({first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a training checkpoint of format {FORMAT}")
@@ -149,7 +156,7 @@ def _read(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, 
 
 
 def begun_with(path: Path) -> tuple[TarFlowConfig, list[str] | None] | None:
-    """Sizes and class names of the model that the run of this checkpoint started from; None if it started from none."""
+    """Returns (sizes, class names) of the model that this checkpoint's run started from, or None if there was none."""
     content = _read(path, torch.device("cpu"), mmap=True)
     metadata = content.get("metadata", {})
     if "init" not in metadata or "sizes" not in content:
@@ -158,7 +165,7 @@ def begun_with(path: Path) -> tuple[TarFlowConfig, list[str] | None] | None:
 
 
 def _recorded(path: Path, content: Mapping[str, Any]) -> TrainConfig:
-    """The configuration in it; what it does not know yet has its default."""
+    """Returns the configuration in a checkpoint; an option that it does not know yet has its default."""
     known = {field.name for field in fields(TrainConfig)}
     for name in content["config"]:
         if name not in known:
@@ -170,7 +177,7 @@ def _recorded(path: Path, content: Mapping[str, Any]) -> TrainConfig:
 
 
 def _check_weights(module: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Raises ValueError for what are not finite tensors; of their names and shapes load_state_dict takes care."""
+    """Raises ValueError for weights that are not finite tensors; load_state_dict checks their names and shapes."""
     for name, value in weights.items():
         if not isinstance(value, Tensor) or not value.isfinite().all():
             raise ValueError(f"{name!r} is not finite")
