@@ -110,8 +110,8 @@ class Flow:
         num_classes: The number of classes, 0 for an unconditional model.
         metadata: What the model records of itself, see `TarFlow.metadata`.
         denoise: Tweedie's step, or None where the model has none.
-        check_unchanged: A function that raises ArgumentError where weights that the flow shares with the model have
-            changed since the flow was made.
+        check_unchanged: A function (thorough) that raises ArgumentError where weights that the flow shares with the
+            model have changed since the flow was made. thorough: whether it reads them all.
     """
 
     stages: tuple[Stage, ...]
@@ -125,7 +125,7 @@ class Flow:
     num_classes: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
     denoise: Denoise | None = None
-    check_unchanged: Callable[[], None] = lambda: None
+    check_unchanged: Callable[[bool], None] = lambda thorough: None
 
     @property
     def latent_shape(self) -> tuple[int, int]:

@@ -206,6 +206,18 @@ def test_what_is_no_model_is_refused() -> None:
     for model in (SimpleNamespace(), Mosaic, 3):
         with pytest.raises(ArgumentError, match=r"^model: expected a TarFlow"):
             Sampler(model)
+    known = {"device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(
+        ArgumentError, match=r"^model: expected one whose flow\(device\) is a Flow of at least one stage, got 3"
+    ):
+        Sampler(SimpleNamespace(flow=lambda device: 3, **known))
+    with pytest.raises(ArgumentError, match=r"^model: expected one with a device"):
+        Sampler(SimpleNamespace(flow=lambda device: 3))
+    with pytest.raises(ArgumentError, match=r"^model: expected a model whose blocks have as many tokens"):
+        Sampler(Mosaic()).learn_plan(2)
+    for solvers in (3, [3, 3, 3]):
+        with pytest.raises(ArgumentError, match=r"^solvers: expected a sequence of solvers"):
+            Sampler(Mosaic()).with_solvers(solvers)  # type: ignore[arg-type]
 
 
 def test_any_order_of_tokens_in_a_model_of_ours() -> None:

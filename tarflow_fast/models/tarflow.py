@@ -228,6 +228,7 @@ def _plain(model: TarFlow, device: torch.device) -> TarFlow:
         plain_model.blocks = nn.ModuleList([FlowBlock(block.shape, block.permutation) for block in blocks])
     with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is made in
         weights = {key: _lasting(value.detach().to(device)) for key, value in model.state_dict().items()}
+        weights["var"] = weights["var"].clone()  # no engine packs it, and training changes it
     _check_values(plain_model, weights)
     plain_model.requires_grad_(False).load_state_dict(weights, assign=True)
     plain_model.metadata = copy.deepcopy(model.metadata)

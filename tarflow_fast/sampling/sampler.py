@@ -125,6 +125,8 @@ class Sampler:
         self._threads = threads = check_threads(threads, self.backend)
         with torch.inference_mode(False), torch.no_grad():  # a sampler outlives the mode that it is made in
             self.flow: Flow = model if isinstance(model, Flow) else model.flow(self.device)
+            if not isinstance(self.flow, Flow) or not self.flow.stages:
+                raise ArgumentError("model", "one whose flow(device) is a Flow of at least one stage", repr(self.flow))
             shapes = [stage.shape for stage in self.flow.stages]
             self.plan = None if plan is None else check_plan(plan, shapes)
             self.solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, shapes=shapes)
@@ -286,6 +288,8 @@ class Sampler:
         batch = self._batch_size(n, classifier_free.active, batch_size)
 
         def draw() -> Generator[Samples, None, None]:
+            if denoise:
+                self.flow.check_unchanged(True)
             with self._bar(n, progress) as bar:
                 for start in range(first, first + n, batch):
                     numbers = range(start, min(start + batch, first + n))
@@ -356,7 +360,7 @@ class Sampler:
         """Puts denoised images into `part`, and the time that they took into its report."""
         started = time.perf_counter()
         assert self.flow.denoise is not None
-        self.flow.check_unchanged()
+        self.flow.check_unchanged(False)
         part.images = self.flow.denoise(
             part.images,
             part.labels,
@@ -437,7 +441,12 @@ class Sampler:
         return (images, torch.cat([part.log_det for part in parts]).to(x.device)) if return_log_det else images
 
     def with_solvers(self, solvers: Sequence[Solver]) -> Sampler:
-        """A sampler that shares this one's weights and engines, and inverts block k by solvers[k]."""
+        """Returns a sampler that shares this one's weights and engines, and inverts block k by solvers[k].
+
+        Copies and pickles of it have the solvers of the sampler that it was made of.
+        """
+        if not isinstance(solvers, Sequence) or not all(map(callable, solvers)):
+            raise ArgumentError("solvers", "a sequence of solvers", repr(solvers))
         if len(solvers) != len(self.engines):
             raise ArgumentError("solvers", f"one for each of the {len(self.engines)} blocks", len(solvers))
         new = copy.copy(self)
@@ -485,6 +494,9 @@ class Sampler:
             OutOfMemoryError: The images and their trajectories do not fit in memory.
         """
         n = check_count("n", n, 2)
+        if len({(stage.shape.tokens, stage.shape.token_dim) for stage in self.flow.stages}) > 1:
+            expected = "a model whose blocks have as many tokens, as a plan is of these"
+            raise ArgumentError("model", expected, [stage.shape.tokens for stage in self.flow.stages])
         samples = self.sample(n, labels, seed=seed, trajectory=True, progress=progress)
         assert samples.trajectory is not None
         tokens = [self.flow.to_tokens(images) for images in samples.trajectory]
@@ -511,7 +523,7 @@ class Sampler:
 
     def __reduce__(self) -> tuple[Callable[[Any], Sampler], tuple[Any]]:
         """Pickles the weights and the options; the engines are made anew where the pickle is read."""
-        self.flow.check_unchanged()
+        self.flow.check_unchanged(True)
         return functools.partial(type(self), **self._options), (self.flow.model,)
 
     def __copy__(self) -> Sampler:
@@ -522,7 +534,7 @@ class Sampler:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
         """Returns a sampler of a copy of the model, with engines of its own."""
-        self.flow.check_unchanged()
+        self.flow.check_unchanged(True)
         return type(self)(copy.deepcopy(self.flow.model), **self._options)
 
     @safe_in_forked_child()
@@ -624,5 +636,10 @@ def check_flow_of(model: object) -> None:
     if isinstance(model, type) or not (isinstance(model, Flow) or callable(getattr(model, "flow", None))):
         got = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", got)
+    for name, kind in (("device", torch.device), ("dtype", torch.dtype)):
+        if not isinstance(getattr(model, name, None), kind):
+            raise ArgumentError(
+                "model", f"one with a {name}", f"{type(model).__name__}.{name} = {getattr(model, name, None)!r}"
+            )
     if isinstance(model, nn.Module):
         check_weights(model)

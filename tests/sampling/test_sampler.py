@@ -192,8 +192,8 @@ def test_weights_changed_later_have_no_effect() -> None:
     before, copied = s.sample(2), copy.deepcopy(s)
     denoised = s.sample(2, denoise=True).images
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
+        for value in (*model.parameters(), model.var):
+            value.mul_(1.1)
     after = s.sample(2)
     assert torch.equal(after.images, before.images)
     assert torch.equal(after.log_prob, before.log_prob)
