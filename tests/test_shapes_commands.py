@@ -261,8 +261,8 @@ def test_train_command(run: Run, rectangles: str, sequences: str) -> None:
         (("--noise-type", "uniform"), "--noise-type: expected 'gaussian', as only 8-bit values"),
         (("--flip",), "--flip: expected none, as sequences have no mirror image"),
         (("--sample-every", 2), "--sample-every: expected 0, as sequences make no picture, got 2"),
-        (("--img-size", "7x"), "'--img-size': '' is not a valid integer"),
-        (("--img-size", "7x8x9"), "'--img-size': '8x9' is not a valid integer"),
+        (("--img-size", "7x"), "'--img-size': '7x' is neither a whole number"),
+        (("--img-size", "7x8x9"), "'--img-size': '7x8x9' is neither a whole number"),
         (("--img-size", "0x9"), "--img-size: expected an integer >= 1, got 0"),
     ],
 )

@@ -42,6 +42,8 @@ class TwoSides(click.ParamType):
         if isinstance(value, (int, tuple)):
             return value
         first, cross, second = str(value).lower().replace("×", "x").partition("x")
+        if not all(side.strip().lstrip("+-").isdecimal() for side in (first, second if cross else first)):
+            self.fail(f"{value!r} is neither a whole number, of a square, nor two, as in 48x64.", param, ctx)
         height: int = self.side.convert(first, param, ctx)
         width: int = self.side.convert(second, param, ctx) if cross else height
         return height if height == width else (height, width)
