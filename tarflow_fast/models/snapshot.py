@@ -35,4 +35,4 @@ def _checksum(x: Tensor) -> int:
     """Returns a checksum of the values."""
     if x.device.type == "cpu":
         return zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return int(x.contiguous().reshape(-1).view(torch.uint8).to(torch.int64).sum())
+    return int(x.contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))

@@ -135,7 +135,6 @@ class Sampler:
             self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
             request = Request(self.device, self.dtype, compile, threads)
             self.engines = make_engines(self.backend, (stage.weights() for stage in self.flow.stages), request)
-            self._prior_std = self.flow.prior_var.to(self.device).sqrt()
         self.config = getattr(self.flow.model, "config", None)
         self._options: dict[str, Any] = {
             **{"backend": backend, "device": self.device, "dtype": self.dtype, "solver": solver, "tol": tol},
@@ -500,7 +499,7 @@ class Sampler:
         samples = self.sample(n, labels, seed=seed, trajectory=True, progress=progress)
         assert samples.trajectory is not None
         tokens = [self.flow.to_tokens(images) for images in samples.trajectory]
-        tokens[0] = tokens[0] * self._prior_std.cpu()
+        tokens[0] = tokens[0] * self.flow.prior_var.sqrt().cpu()
         stages = self.flow.stages
         pairs = [  # z and x of each block; sampling comes to block 0 last
             (stage.enter(tokens[-2 - k]), stage.enter(tokens[-1 - k])) for k, stage in enumerate(stages)

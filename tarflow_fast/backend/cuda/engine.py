@@ -26,7 +26,6 @@ from ...engine.contract import (
     Moved,
     PassTrail,
     Progress,
-    check_latents,
     check_plain,
     embedding_rows,
 )
@@ -161,19 +160,10 @@ class CudaEngine(EngineBase):
         return self._plans[rows]
 
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
-        check_latents(z, self.shape)
-        z = z.detach().to(self.device, torch.float32).contiguous()
+        z = self.latents(z, torch.float32)
         with self._on_device():
             workspace = self._workspace(z.shape[0], condition, reuse)
-            state = BlockState(
-                z=z,
-                x=z.clone(),
-                token_log_det=z.new_zeros(z.shape[:2]),
-                condition=condition,
-                cache=workspace,
-                cache_bytes=workspace.keys_values.nbytes,
-            )
-        return state
+            return self.state(z, z.clone(), condition, workspace, workspace.keys_values.nbytes)
 
     def bytes_per_sample(self, guided: bool) -> int:
         shape = self.shape
@@ -279,7 +269,7 @@ class CudaEngine(EngineBase):
 
     def _most_rows(self, state: BlockState) -> int:
         """Returns the most rows of one branch that a launch can take."""
-        return MOST_ROWS // (2 if state.condition.guidance.active else 1)
+        return MOST_ROWS // self.branches(state.condition)
 
     @staticmethod
     def _groups(rows: list[Any], most: int) -> Iterator[list[Any]]:
@@ -290,7 +280,8 @@ class CudaEngine(EngineBase):
 
     def _workspace(self, batch: int, condition: Condition, reuse: BlockState | None) -> _Workspace:
         shape, guidance = self.shape, condition.guidance
-        R = 2 * batch if guidance.active else batch
+        branches = self.branches(condition)
+        R = branches * batch
         L, H, T, d = shape.layers, shape.heads, shape.tokens, shape.head_dim
         old = reuse.cache if reuse is not None else None
         sizes = (L, 2, R, H, T, d)
@@ -302,7 +293,6 @@ class CudaEngine(EngineBase):
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device=self.device)
 
-        branches = 2 if guidance.active else 1
         scale = torch.full((branches,), d**-0.5 * math.log2(math.e), dtype=torch.float32, device="cpu")
         if guidance.active:
             scale[1] /= guidance.attn_temp
@@ -342,7 +332,7 @@ class CudaEngine(EngineBase):
             "out_dim": shape.parameters,
             "layers": shape.layers,
             "affine": shape.affine,
-            "branches": 2 if guidance.active else 1,
+            "branches": self.branches(condition),
             "samples": batch,
             "guide_a": guidance.active and "a" in guidance.what,
             "guide_b": guidance.active and "b" in guidance.what,
@@ -371,7 +361,7 @@ class CudaEngine(EngineBase):
         check_plain(state)
         workspace: _Workspace = state.cache
         launch = workspace.launch
-        plan = self.plan(len(positions) * (2 if state.condition.guidance.active else 1))
+        plan = self.plan(len(positions) * self.branches(state.condition))
         geometry = asdict(plan)
         shared_bytes = geometry.pop("shared_bytes")
         for name, value in {**geometry, **sizes}.items():

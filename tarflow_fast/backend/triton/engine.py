@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...checks import short
 from ...engine.base import EngineBase
-from ...engine.contract import BlockState, Condition, Moved, Progress, check_latents, embedding_rows
+from ...engine.contract import BlockState, Condition, Moved, Progress, embedding_rows
 from ...engine.weights import BlockWeights
 from ...engine.windows import Bounds, check_part, check_window
 from ...errors import ArgumentError, BackendError
@@ -94,11 +94,10 @@ class TritonEngine(EngineBase):
 
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         shape, guidance = self.shape, condition.guidance
-        check_latents(z, shape)
         B = z.shape[0]
         with self._on_device():
-            z = z.detach().to(self.device, torch.float32).contiguous()
-            size = Size(shape, self.dtype, self.device, B, 2 if guidance.active else 1)
+            z = self.latents(z, torch.float32)
+            size = Size(shape, self.dtype, self.device, B, self.branches(condition))
             workspace = self.pool.take(size, reuse)
             if workspace.used is not None:
                 torch.cuda.current_stream().wait_event(workspace.used)
@@ -111,14 +110,7 @@ class TritonEngine(EngineBase):
             if workspace.classes is not None and self.chain.classes is not None:
                 rows = embedding_rows(condition, B, shape.classes, self.device)
                 torch.index_select(self.chain.classes, 0, rows, out=workspace.classes)
-            state = BlockState(
-                z=z,
-                x=z.clone(),
-                token_log_det=z.new_zeros(z.shape[:2]),
-                condition=condition,
-                cache=workspace,
-                cache_bytes=workspace.keys_values.nbytes,
-            )
+            state = self.state(z, z.clone(), condition, workspace, workspace.keys_values.nbytes)
         workspace.owner = weakref.ref(state)
         return state
 
