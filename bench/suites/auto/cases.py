@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_fast import Sampler, SolverPlan, TarFlow
+from tarflow_fast import NonFiniteError, Sampler, SolverPlan, TarFlow
 from tarflow_fast.engine import Condition
-from tarflow_fast.sampling.report import Report
+from tarflow_fast.sampling.report import BlockReport, Report
 from tarflow_fast.solvers import TOL, Auto, Costs, CostTable, Solver, adaptive, make_solvers, sequential, widths
 
 from ...common import harness, models
@@ -46,10 +46,6 @@ class Problem:
         return {"model": self.name, "dtype": self.dtype, "batch": self.batch}
 
     @property
-    def tokens(self) -> int:
-        return self.model.config.num_patches
-
-    @property
     def labels(self) -> list[int] | None:
         classes = self.model.config.num_classes
         return [*range(classes), -1] if classes else None
@@ -62,26 +58,25 @@ class Problem:
     def y(self) -> Tensor | None:
         return models.labels(self.model.config, self.batch, self.device, none=True)
 
-    def sampler(self, solver: str, dtype: str | None = None) -> Sampler:
-        """dtype: default the problem's own."""
-        kind = DTYPES[dtype or self.dtype]
-        return Sampler(self.model, backend=self.backend, device=self.device, dtype=kind, solver=solver)
+    def sampler(self, solver: str) -> Sampler:
+        how: dict[str, Any] = {"backend": self.backend, "device": self.device, "dtype": DTYPES[self.dtype]}
+        return Sampler(self.model, solver=solver, **how)
 
     def yardstick(self) -> tuple[Tensor, float]:
-        """Images of the sequential pass in the problem's dtype, and how far from them others may be.
+        """Returns images of the sequential pass in the problem's dtype, and how far from them others may be.
 
         In bf16 that is by how far that pass is off from fp32. The largest difference of one image says little about a
         dtype: it is taken of BOUND_IMAGES at least.
         """
         if self.dtype == "float32":
-            return self._sequential(self.dtype), BOUND
+            return self._sequential(), BOUND
         enough = replace(self, batch=max(self.batch, BOUND_IMAGES))
-        wanted = enough._sequential(self.dtype)
-        off = float((wanted - enough._sequential("float32")).abs().max())
+        wanted = enough._sequential()
+        off = float((wanted - replace(enough, dtype="float32")._sequential()).abs().max())
         return wanted[: self.batch], harness.half_tolerance(off, wanted, DTYPES[self.dtype])
 
-    def _sequential(self, dtype: str) -> Tensor:
-        return self.sampler(BASELINE, dtype).reverse(self.z, self.y)
+    def _sequential(self) -> Tensor:
+        return self.sampler(BASELINE).reverse(self.z, self.y)
 
 
 @dataclass
@@ -99,7 +94,7 @@ class Candidate:
 
     @classmethod
     def fixed(cls, name: str, auto: Candidate, solvers: Sequence[Solver]) -> Candidate:
-        """A candidate with auto's engines, so that weights are as warm in the caches for all."""
+        """Returns a candidate with auto's engines, so that weights are as warm in the caches for all."""
         return cls(name, auto.problem, auto.sampler.with_solvers(solvers))
 
     def reverse(self) -> object:
@@ -107,14 +102,14 @@ class Candidate:
         return self.sampler.reverse(self.problem.z, self.problem.y)
 
     def sample(self) -> Tensor:
-        """The same images, with a report."""
+        """Returns the same images, and keeps the report."""
         n = self.problem.batch
         samples = self.sampler.sample(n, self.problem.labels, seed=self.problem.seed, batch_size=n)
         self.report = samples.report
         return samples.images
 
     def run(self, wanted: Tensor, allowed: float) -> bool:
-        """Run it once, checked; returns whether it passed."""
+        """Runs it once, checked; returns whether it passed."""
         trial = harness.admit(lambda: self.sample, wanted, allowed)
         self.reason = trial.reason
         if trial.error is not None:
@@ -123,37 +118,39 @@ class Candidate:
             self.seconds.append(self.report.seconds - self.report.setup_seconds)
         return self.reason is None
 
+    @property
+    def blocks(self) -> Sequence[BlockReport]:
+        return [] if self.report is None else self.report.blocks
+
     def windows(self) -> list[int]:
-        """The window of each block; 1 is the sequential pass."""
-        return [] if self.report is None else [block.window for block in self.report.blocks]
+        """Returns the window of each block; 1 is the sequential pass."""
+        return [block.window for block in self.blocks]
 
     def entry(self, runs: Mapping[str, Any]) -> dict[str, Any]:
-        """A run of the record. runs: those of the rounds, by name; without one, the first runs' seconds are listed."""
-        blocks = [] if self.report is None else self.report.blocks
+        """Returns a run of the record. runs: those of the rounds by name; without one, the first runs are listed."""
         return {
             **runs.get(self.name, harness.timed(self.name, self.seconds)),
-            "passes": sum(block.passes for block in blocks),
-            "evaluations": sum(block.evaluations for block in blocks) / self.problem.batch,
+            "passes": sum(block.passes for block in self.blocks),
+            "evaluations": sum(block.evaluations for block in self.blocks) / self.problem.batch,
             "max_error": self.error,
-            "blocks": [asdict(block) for block in blocks],
+            "blocks": [asdict(block) for block in self.blocks],
         }
 
 
 def settle(auto: Candidate, wanted: Tensor, allowed: float) -> dict[str, Any]:
-    """Run a sampler until two runs in a row have the same windows. Says what each run took and chose."""
+    """Runs a sampler until two runs in a row have the same windows. Returns what each run took and chose."""
     taken: list[dict[str, Any]] = []
     settled = False
     while not settled and len(taken) < MOST_RUNS and auto.run(wanted, allowed):
         assert auto.report is not None
-        before = taken[-1]["windows"] if taken else None
         taken.append({"seconds": auto.report.seconds, "setup": auto.report.setup_seconds, "windows": auto.windows()})
-        settled = taken[-1]["windows"] == before
+        settled = len(taken) > 1 and taken[-2]["windows"] == taken[-1]["windows"]
     return {"settled": settled, "runs": taken}
 
 
 def costs_of(auto: Candidate) -> tuple[Costs, Costs]:
-    """What auto has measured for this batch, and the same measured again: if auto is mistaken, what it is compared with
-    must not be chosen by that mistake."""
+    """Returns what auto has measured for this batch, and the same measured again: if auto is mistaken, what it is
+    compared with must not be chosen by that mistake."""
     solver, engine = auto.sampler.solvers[0], auto.sampler.engines[0]
     assert isinstance(solver, Auto)
     state = engine.begin(auto.problem.z, Condition(auto.problem.y))
@@ -163,7 +160,7 @@ def costs_of(auto: Candidate) -> tuple[Costs, Costs]:
 def try_windows(
     auto: Candidate, baseline: Candidate, costs: Costs, wanted: Tensor, allowed: float
 ) -> tuple[list[Candidate], list[dict[str, str]]]:
-    """A candidate for each window, run once, from narrow to wide; and {name, reason} of those that are not run.
+    """Returns a candidate for each window, run once, from narrow to wide; and {name, reason} of those that are not run.
 
     At best a window of so many times the tokens takes as many times fewer passes. So what it takes at best follows
     from the last window that was run (the sequential pass is one of 1) and from the costs of a pass. None is run if the
@@ -173,28 +170,29 @@ def try_windows(
     not_run: list[dict[str, str]] = []
     if baseline.reason is not None:
         return tried, not_run
+    model, tol = auto.problem.model.config, TOL[DTYPES[auto.problem.dtype]]
     fastest = last = min(baseline.seconds)
     each = costs.token  # seconds of a pass for each token of its window, of the last one
-    for window in widths(auto.problem.tokens):
-        name = f"window {window}"
-        at_best = last * costs.of_pass(window) / window / each
+    for window in widths(model.num_patches):
+        name, cost = f"window {window}", costs.of_pass(window) / window
+        at_best = last * cost / each
         if at_best > max(HOPELESS * fastest, QUICK):
             times = at_best / fastest
             not_run.append({"name": name, "reason": f"takes {times:.1f} times as long as the fastest at best"})
             continue
-        solver = functools.partial(adaptive, tol=TOL[DTYPES[auto.problem.dtype]], window=window)
-        candidate = Candidate.fixed(name, auto, [solver] * auto.problem.model.config.num_blocks)
+        solver = functools.partial(adaptive, tol=tol, window=window)
+        candidate = Candidate.fixed(name, auto, [solver] * model.num_blocks)
         tried.append(candidate)
         if candidate.run(wanted, allowed):
             if HOPELESS * fastest < candidate.seconds[0] <= QUICK:
                 candidate.run(wanted, allowed)
-            last, each = min(candidate.seconds), costs.of_pass(window) / window
+            last, each = min(candidate.seconds), cost
             fastest = min(fastest, last)
     return tried, not_run
 
 
 def judge(samples: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Auto against the fixed choice of the least median. ratio: best / auto, by round. slower: median auto / best.
+    """Holds auto to the fixed choice of the least median. ratio: best / auto, by round. slower: median auto / best.
 
     The least of several medians is lower by chance too: that is to auto's disadvantage.
     """
@@ -205,9 +203,8 @@ def judge(samples: Mapping[str, list[float]]) -> dict[str, Any]:
     return {"best": best, "ratio": ratio, "slower": slower, "allowed": ALLOWED, "met": slower <= ALLOWED}
 
 
-def take_turns(candidates: list[Candidate], rounds: Rounds) -> dict[str, list[float]]:
-    """The seconds of the candidates that are not hopeless; of none if the baseline or auto failed."""
-    passed = [each for each in candidates if each.reason is None]
+def take_turns(passed: list[Candidate], rounds: Rounds) -> dict[str, list[float]]:
+    """Returns the seconds of the candidates that are not hopeless; of none if the baseline or auto failed."""
     if not {BASELINE, AUTO} <= {each.name for each in passed}:
         return {}
     fastest = min(min(each.seconds) for each in passed if each.name not in (AUTO, PLANNED))
@@ -216,51 +213,42 @@ def take_turns(candidates: list[Candidate], rounds: Rounds) -> dict[str, list[fl
 
 
 def measure(problem: Problem, rounds: Rounds) -> dict[str, Any]:
-    """An entry of the record's "cells". Raises NonFiniteError if the sequential pass is not finite.
+    """Returns one of the record's "cells".
 
     costs: of a token and of passes by width, as auto measured them, and measured again. first: auto's first run over
     sequential's median. verdict: `judge`, None if sequential or auto failed. Candidates that are too slow for the
-    rounds have the seconds of their first runs and no "ratio".
+    rounds have the seconds of their first runs and no "ratio". If the sequential pass is not finite, there is nothing
+    to compare with, and nothing is measured.
     """
-    wanted, allowed = problem.yardstick()
-    plan = problem.plan
+    cell = {"label": problem.label, "backend": problem.backend, "tokens": problem.model.config.num_patches, "costs": []}
+    cell |= {"settling": {"settled": False, "runs": []}, "first": None, "verdict": None, "not_run": [], "runs": []}
+    try:
+        wanted, allowed = problem.yardstick()
+    except NonFiniteError as error:
+        reason = f"{BASELINE}: {error}"
+        check = harness.failed_check(reason)
+        return {**cell, "check": check, "left_out": [{"name": BASELINE, "reason": reason}]}
     auto = Candidate(AUTO, problem, problem.sampler("auto"))
     settling = settle(auto, wanted, allowed)
-    blocks = problem.model.config.num_blocks
-    baseline = Candidate.fixed(BASELINE, auto, [sequential] * blocks)
+    baseline = Candidate.fixed(BASELINE, auto, [sequential] * problem.model.config.num_blocks)
     costs, again = costs_of(auto)
     baseline.run(wanted, allowed)
-    windows, not_run = try_windows(auto, baseline, again, wanted, allowed)
+    windows, cell["not_run"] = try_windows(auto, baseline, again, wanted, allowed)
     candidates = [baseline, *windows, auto]
-    if plan is not None:
+    if problem.plan is not None:
         shapes = [stage.shape for stage in auto.sampler.flow.stages]
-        solvers = make_solvers("auto", None, plan, dtype=DTYPES[problem.dtype], shapes=shapes)
+        solvers = make_solvers("auto", None, problem.plan, dtype=DTYPES[problem.dtype], shapes=shapes)
         candidates.append(Candidate.fixed(PLANNED, auto, solvers))
         settle(candidates[-1], wanted, allowed)
-    samples = take_turns(candidates, rounds)
-    runs = {run["name"]: run for run in harness.runs_of(samples)}
     passed = [each for each in candidates if each.reason is None]
-    failed = [{"name": each.name, "reason": each.reason} for each in candidates if each.reason is not None]
+    samples = take_turns(passed, rounds)
+    runs = {run["name"]: run for run in harness.runs_of(samples)}
+    failed = harness.left_out({each.name: each for each in candidates})
     worst = max((each.error for each in passed if each.error is not None), default=None)
-    reason = "; ".join(f"{out['name']}: {out['reason']}" for out in failed) or None
-    check = {"passed": not failed, "max_error": worst, "tolerance": allowed, "reason": reason}
-    cell = empty(problem, auto.sampler.backend, check) | {"left_out": failed, "not_run": not_run}
+    cell |= {"backend": auto.sampler.backend, "check": harness.check_of(failed, worst, allowed), "left_out": failed}
     cell |= {"costs": [{"token": each.token, "passes": list(each.passes.items())} for each in (costs, again)]}
     cell |= {"settling": settling, "runs": [each.entry(runs) for each in passed]}
     if samples:
-        first = settling["runs"][0]["seconds"] / runs[BASELINE]["median"]
-        cell |= {"first": first, "verdict": judge(samples)}
+        cell["first"] = settling["runs"][0]["seconds"] / runs[BASELINE]["median"]
+        cell["verdict"] = judge(samples)
     return cell
-
-
-def empty(problem: Problem, backend: str, check: Any) -> dict[str, Any]:
-    """A cell without anything that was measured."""
-    cell = {"label": problem.label, "backend": backend, "tokens": problem.tokens, "check": check, "costs": []}
-    cell |= {"settling": {"settled": False, "runs": []}, "first": None}
-    return {**cell, "left_out": [], "not_run": [], "runs": [], "verdict": None}
-
-
-def failed(problem: Problem, reason: str) -> dict[str, Any]:
-    """The cell of a case that has nothing to compare with."""
-    left_out = [{"name": BASELINE, "reason": reason}]
-    return empty(problem, problem.backend, harness.failed_check(reason)) | {"left_out": left_out}

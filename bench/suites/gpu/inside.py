@@ -21,7 +21,7 @@ from tarflow_fast.backend.triton.engine import TritonEngine
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.kernels.launch import dependent_launch, launch_dependents, wait
 
-from ...common.harness import Rounds, timed
+from ...common.harness import Rounds, beyond, timed
 from .cases import DTYPE, Case, Inputs
 
 PHASES = ("embed", "qkv", "attention", "proj", "fc1", "fc2", "proj_out")  # `Phase` in csrc/cuda/params.h, in its order
@@ -58,12 +58,6 @@ def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _warm(runs: dict[str, Callable[[], object]], rounds: Rounds) -> dict[str, list[float]]:
-    for run in runs.values():
-        run()
-    return rounds.alternate(runs)
-
-
 def measure_launches(rounds: Rounds) -> list[dict[str, Any]]:
     """Seconds of one launch that does nothing but wait for the one before it, the least that a step of a chain can
     take: in a CUDA graph without and, where there is such a thing, with PDL. Without a GPU in the interpreter."""
@@ -72,7 +66,7 @@ def measure_launches(rounds: Rounds) -> list[dict[str, Any]]:
     else:
         kinds = (("graph", False), ("graph + PDL", True))[: 1 + dependent_launch(rounds.device)]
         chains = {name: graph_of(functools.partial(_chain, pdl)).replay for name, pdl in kinds}
-    found = _warm(chains, rounds)
+    found = rounds.warm(chains)
     return [timed(name, [sample / LAUNCHES for sample in samples]) for name, samples in found.items()]
 
 
@@ -91,20 +85,14 @@ def operation_samples(group: Sequence[Callable[[], object]], rounds: Rounds) -> 
     Without a GPU: of a call.
     """
     if rounds.device.type != "cuda":
-        found = _warm({"all": lambda: [run() for run in group]}, rounds)
+        found = rounds.warm({"all": lambda: [run() for run in group]})
         return [sample / len(group) for sample in found["all"]]
     sweep, runs = _sweep(rounds.device), list(group) * math.ceil(OPERATIONS / len(group))
-
-    def with_sweeps() -> None:
-        for run in runs:
-            sweep()
-            run()
-
-    def sweeps() -> None:
-        for _ in runs:
-            sweep()
-
-    found = _warm({"both": graph_of(with_sweeps).replay, "sweeps": graph_of(sweeps).replay}, rounds)
+    graphs = {
+        "both": graph_of(lambda: [(sweep(), run()) for run in runs]),
+        "sweeps": graph_of(lambda: [sweep() for _ in runs]),
+    }
+    found = rounds.warm({name: graph.replay for name, graph in graphs.items()})
     return [(a - b) / len(runs) for a, b in zip(found["both"], found["sweeps"], strict=True)]
 
 
@@ -127,9 +115,9 @@ def block_engine(inputs: Inputs, device: torch.device, **options: Any) -> Any:
 
 
 def _wrong(name: str, x: Tensor, inputs: Inputs, exact: Tensor, tolerance: float) -> list[str]:
-    """What is wrong with an engine's images, or nothing."""
-    error = float((inputs.model.unpatchify(x) - exact).abs().max())
-    return [] if error <= tolerance else [f"{name}: differs by {error:.1e}, more than {tolerance:.1e}"]  # so for NaN
+    """Returns what is wrong with an engine's images, or nothing."""
+    reason = beyond(float((inputs.model.unpatchify(x) - exact).abs().max()), tolerance)
+    return [] if reason is None else [f"{name}: {reason}"]
 
 
 def measure_engine(
@@ -200,7 +188,7 @@ def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, ro
             engine.reverse(state)
 
     skipped = {"step": 0, **{name: 1 << bit for bit, name in enumerate(PHASES)}, "barriers": ALL}
-    samples = _warm({name: functools.partial(without, phases) for name, phases in skipped.items()}, rounds)
+    samples = rounds.warm({name: functools.partial(without, phases) for name, phases in skipped.items()})
     steps = {name: [sample / tokens for sample in taken] for name, taken in samples.items()}
     saved = {name: [whole - rest for whole, rest in zip(steps["step"], steps[name], strict=True)] for name in PHASES}
     found |= {name: timed(name, steps[name]) for name in ("step", "barriers")}

@@ -123,7 +123,7 @@ class GpuSuite(Suite[Case]):
     name = "gpu"
     baseline = BASELINE
     options = (
-        options.checkout(),
+        options.CHECKOUT,
         options.option(
             *("--cell", "cases"), multiple=True, default=CASES, show_default="all below",
             callback=_cases, metavar="MODEL:BATCH:PASS", help=CELL,

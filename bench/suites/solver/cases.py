@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tarflow_fast import TarFlow
-from tarflow_fast.backend import make_engines
+from tarflow_fast import Sampler, TarFlow
 from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
-from tarflow_fast.engine.backend import Request
 from tarflow_fast.solvers import Solution, Solver, adaptive, sequential
 
 from ...common.harness import ADAPTIVE_BOUND as BOUND
@@ -34,21 +32,20 @@ class Candidate:
     """A solver with its settings, as the record has them."""
 
     name: str
-    settings: dict[str, float]
     solver: Solver
+    settings: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, name: str, solver: Callable[..., Solution], **settings: float) -> Candidate:
-        return cls(name, settings, functools.partial(solver, **settings))
+    def __call__(self, *how: Any) -> Solution:
+        return self.solver(*how, **self.settings)
 
 
 def candidates(segments: int, gs_passes: int) -> list[Candidate]:
-    """The baseline first."""
+    """Returns the baseline and then the others."""
     return [
-        Candidate(BASELINE, {}, sequential),
-        *(Candidate.of(f"adaptive {tol:g}", adaptive, tol=tol) for tol in TOLS),
-        *(Candidate.of(f"all-Jacobi {each:g}", jacobi, threshold=each) for each in (PUBLISHED_THRESHOLD, *TOLS)),
-        Candidate.of(f"GS-Jacobi {segments}x{gs_passes}", gs_jacobi, segments=segments, passes=gs_passes),
+        Candidate(BASELINE, sequential),
+        *(Candidate(f"adaptive {tol:g}", adaptive, {"tol": tol}) for tol in TOLS),
+        *(Candidate(f"all-Jacobi {x:g}", jacobi, {"threshold": x}) for x in (PUBLISHED_THRESHOLD, *TOLS)),
+        Candidate(f"GS-Jacobi {segments}x{gs_passes}", gs_jacobi, {"segments": segments, "passes": gs_passes}),
     ]
 
 
@@ -76,15 +73,15 @@ class Problem:
         self._reuse = self.engine.begin(self.z, self.condition, reuse=self._reuse)
         return self._reuse
 
-    def solve(self, solver: Solver) -> Solution:
-        return solver(self.engine, self.begin(), None)
+    def solve(self, candidate: Candidate) -> Solution:
+        return candidate(self.engine, self.begin(), None)
 
     def error(self, x: Tensor) -> float | None:
-        """max |x − wanted|; None if that is no number."""
+        """Returns max |x − wanted|; None if that is no number."""
         return finite((x - self.wanted).abs().max())
 
     def final(self, x: Tensor) -> int:
-        """Tokens from the first on that are within FINAL of the sequential ones, in the worst sample."""
+        """Returns how many tokens, from the first on, are within FINAL of the sequential ones in the worst sample."""
         return int(((x - self.wanted).abs().amax(-1) <= FINAL).cumprod(1).sum(1).min())
 
 
@@ -97,37 +94,31 @@ def finite(value: Tensor) -> float | None:
 def problems(
     model: TarFlow, backend: str, device: torch.device, *, batch: int, guidance: float, seed: int
 ) -> Iterator[Problem]:
-    """The blocks in the order of sampling, each from the sequential result of the one before.
-
-    Labels go round the classes and "no class".
-    """
-    config = model.config
-    weights = map(model.block_weights, range(config.num_blocks))
-    engines = make_engines(backend, weights, Request(device))
-    condition = Condition(labels(config, batch, device, none=True), Guidance(guidance))
-    x = latents(config, batch, seed, device) * model.var.to(device).sqrt()
-    for k in reversed(range(config.num_blocks)):
-        order = config.permutation(k)
-        problem = Problem(k, engines[k], order.enter(x), condition)
+    """Yields the blocks in the order of sampling, each from the sequential result of the one before."""
+    sampler = Sampler(model, backend=backend, device=device, solver=BASELINE)
+    condition = Condition(labels(model.config, batch, device, none=True), Guidance(guidance))
+    x = latents(model.config, batch, seed, device) * model.var.to(device).sqrt()
+    for k, stage in reversed(list(enumerate(sampler.flow.stages))):
+        problem = Problem(k, sampler.engines[k], stage.enter(x), condition)
         yield problem
-        x = order.leave(problem.wanted)
+        x = stage.leave(problem.wanted)
 
 
 def examine(problem: Problem, candidate: Candidate) -> dict[str, Any]:
-    """A run without times.
+    """Returns a run without times.
 
     final: of the state before the first pass and after each (`Problem.final`). advance: tokens gained by a pass.
     evaluations: for each image. residual: what the solver states; None if it states none.
     """
     state = problem.begin()
-    T = state.x.shape[1]
+    B, T, _ = state.x.shape
     final = [problem.final(state.x)]
-    solution = candidate.solver(problem.engine, state, lambda tokens: final.append(problem.final(state.x)))
+    solution = candidate(problem.engine, state, lambda tokens: final.append(problem.final(state.x)))
     return {
         "name": candidate.name,
         "settings": candidate.settings,
         "passes": solution.passes,
-        "evaluations": solution.evaluations / state.x.shape[0],
+        "evaluations": solution.evaluations / B,
         "advance": (T - 1) / solution.passes if solution.passes else 0.0,
         "max_error": problem.error(state.x),
         "residual": finite(solution.residual.max()),
@@ -138,10 +129,9 @@ def examine(problem: Problem, candidate: Candidate) -> dict[str, Any]:
 
 @torch.no_grad()
 def jacobi_errors(problem: Problem, until: float) -> list[float | None]:
-    """The largest error after 1, 2, … passes over all tokens, to the first that is no larger than `until`."""
-    state = problem.begin()
+    """Returns the largest error after 1, 2, … passes over all tokens, to the first that is no larger than `until`."""
+    state, errors = problem.begin(), []
     T = state.x.shape[1]
-    errors: list[float | None] = []
     while len(errors) < T - 1 and not (errors and errors[-1] is not None and errors[-1] <= until):
         problem.engine.fixed_point(state, 1, T)
         errors.append(problem.error(state.x))
@@ -149,11 +139,9 @@ def jacobi_errors(problem: Problem, until: float) -> list[float | None]:
 
 
 def check(runs: Sequence[dict[str, Any]]) -> Check:
-    """Adaptive's errors against BOUND · tol; the figures are of the run that is nearest to its bound, or beyond."""
+    """Holds adaptive's errors to BOUND · tol; the figures are of the run that is nearest to its bound, or beyond."""
     worst: Check = {"passed": True, "max_error": 0.0, "tolerance": math.inf, "reason": None}
-    for run in runs:
-        if "tol" not in run["settings"]:
-            continue
+    for run in (run for run in runs if "tol" in run["settings"]):
         error, tolerance = run["max_error"], BOUND * run["settings"]["tol"]
         if error is None:
             return {"passed": False, "max_error": None, "tolerance": tolerance, "reason": f"{run['name']}: not finite"}
@@ -164,7 +152,7 @@ def check(runs: Sequence[dict[str, Any]]) -> Check:
 
 
 def measure(problem: Problem, candidates: Sequence[Candidate], rounds: Rounds) -> dict[str, Any]:
-    """An entry of the record's "cells"; its runs are there if the check failed too, with times if it passed.
+    """Returns one of the record's "cells"; its runs are there if the check failed too, with times if it passed.
 
     largest: the largest |x| of the sequential result; jacobi_errors: see there. A run of adaptive's has
     "jacobi_evaluations": what all-Jacobi evaluates until its error is no larger.
@@ -174,15 +162,15 @@ def measure(problem: Problem, candidates: Sequence[Candidate], rounds: Rounds) -
     if largest is None:
         return {**cell, "check": failed_check("sequential: not finite")}
     runs = [examine(problem, candidate) for candidate in candidates]
-    cell.update(runs=runs, check=check(runs))
+    cell |= {"runs": runs, "check": check(runs)}
     ours = [run for run in runs if "tol" in run["settings"] and run["max_error"] is not None]
-    errors = jacobi_errors(problem, min((run["max_error"] for run in ours), default=math.inf))
-    cell["jacobi_errors"] = errors
+    cell["jacobi_errors"] = jacobi_errors(problem, min((run["max_error"] for run in ours), default=math.inf))
     for run in ours:
-        reached = (n for n, error in enumerate(errors, 1) if error is not None and error <= run["max_error"])
+        passes = enumerate(cell["jacobi_errors"], 1)
+        reached = (n for n, error in passes if error is not None and error <= run["max_error"])
         run["jacobi_evaluations"] = next(reached, T - 1) * (T - 1)
     if cell["check"]["passed"]:
-        solves = {each.name: functools.partial(problem.solve, each.solver) for each in candidates}
-        for run, times in zip(runs, runs_of(rounds.alternate(solves)), strict=True):
+        samples = rounds.alternate({each.name: functools.partial(problem.solve, each) for each in candidates})
+        for run, times in zip(runs, runs_of(samples), strict=True):
             run.update(times)
     return cell

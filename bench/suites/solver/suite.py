@@ -8,23 +8,20 @@ from typing import Any
 import click
 
 from tarflow_fast.backend import choose_backend
-from tarflow_fast.devices import check_device
 from tarflow_fast.engine.backend import Request
 
 from ...common import options, plot
-from ...common.record import hardware, short
+from ...common.record import hardware, short, title
 from ...common.suite import Suite
-from ...common.table import aligned, row, shown
+from ...common.table import table
 from .cases import BASELINE, BOUND, FINAL, TOLS, Problem, candidates, measure, problems
 
 PROMISED = f"adaptive {TOLS[1]:g}"
-
-COLUMNS = {
-    "block": "{block}", "policy": "{name}", "passes": "{passes}", "evaluations": "{evaluations:.0f}",
-    "gained": "{advance:.1f}", "max error": "{error}", "residual": "{residual:.1e}",
-    "same error": "{jacobi_evaluations}", "seconds": "{median:.4g}", "p20-p80": "{p20:.3g}-{p80:.3g}", "n": "{n}",
-    "faster": "{faster}",
-}  # fmt: skip
+COLUMNS = (
+    "block: {block} | policy: {name} | passes: {passes} | evaluations: {evaluations:.0f} | gained: {advance:.1f} | "
+    "max error: {error} | residual: {residual:.1e} | same error: {jacobi_evaluations} | seconds: {median:.4g} | "
+    "p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | faster: {faster}"
+)
 LEGEND = """\
 passes: dependent steps. evaluations: tokens evaluated for each image. gained: tokens by a pass. max error: from the
 sequential result of the same input. residual: as the solver states it, max |forward(x) - z|. same error: tokens that
@@ -36,18 +33,13 @@ SHOWN = {  # colour and width, from the slowest on
 }
 
 
-def _row(block: str, run: dict[str, Any]) -> list[str]:
-    error = "not finite" if run["max_error"] is None else f"{run['max_error']:.1e}"
-    return row(COLUMNS, {**shown(run), "block": block, "error": error})
-
-
-def _total(runs: Sequence[dict[str, Any]], tokens: int) -> list[str]:
-    """The sums of one candidate's runs over all blocks, of so many tokens each."""
-    summed = ["passes", "evaluations", *(["median"] if all(run["seconds"] for run in runs) else [])]
-    summed += ["jacobi_evaluations"] if all("jacobi_evaluations" in run for run in runs) else []
-    total = {"block": "all", "name": runs[0]["name"], **{key: sum(run[key] for run in runs) for key in summed}}
-    gained = {"advance": len(runs) * (tokens - 1) / total["passes"]} if total["passes"] else {}
-    return row(COLUMNS, {**total, **gained})
+def _total(runs: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Returns the sums of one candidate's runs over all blocks, of so many tokens each."""
+    total: dict[str, Any] = {"block": "all", "name": runs[0]["name"]}
+    for figure in ("passes", "evaluations", "median", "jacobi_evaluations"):
+        if all(figure in run for run in runs):
+            total[figure] = sum(run[figure] for run in runs)
+    return total | ({"advance": len(runs) * (tokens - 1) / total["passes"]} if total["passes"] else {})
 
 
 def _model(settings: dict[str, Any]) -> str:
@@ -77,27 +69,25 @@ class SolverSuite(Suite[Problem]):
     name = "solver"
     baseline = BASELINE
     options = (
-        options.model(),
-        options.option("--batch", type=click.IntRange(1), default=16, help="Images at once."),
+        options.option("--model", "path", help=f"{options.MODEL_HELP}.", **options.MODEL),
+        options.count("--batch", "Images at once.", default=16),
         options.option("--guidance", type=click.FloatRange(0), default=0.0, help="Scale of classifier-free guidance."),
-        *options.engine(),
-        options.option("--segments", type=click.IntRange(1), default=7, help="GS-Jacobi's windows in a block."),
-        options.option("--gs-passes", type=click.IntRange(1), default=5, help="GS-Jacobi's passes over each window."),
-        options.threads(),
+        *options.ENGINE,
+        options.count("--segments", "GS-Jacobi's windows in a block.", default=7),
+        options.count("--gs-passes", "GS-Jacobi's passes over each window.", default=5),
+        options.THREADS,
         *options.of_every_suite("solver", 30.0),
     )
 
     def prepare(self) -> None:
-        self.device = check_device(self.chosen.device)
         self.model_name, self.model = options.load_model(self.chosen.path, self.device)
         self.backend, self.reason = choose_backend(self.chosen.backend, Request(self.device))
 
     def settings(self) -> dict[str, Any]:
-        chosen = self.chosen
-        found = {"model": self.model_name, "sizes": self.model.config.to_dict()}
-        found |= {"device": self.device.type, "dtype": "float32"}
-        found |= {"backend": self.backend, "backend_reason": self.reason, "batch": chosen.batch}
-        return {**found, "guidance": chosen.guidance, "final": FINAL, "bound": BOUND}
+        found = {"model": self.model_name, "sizes": self.model.config.to_dict(), "device": self.device.type}
+        found |= {"dtype": "float32", "backend": self.backend, "backend_reason": self.reason}
+        found |= {"batch": self.chosen.batch, "guidance": self.chosen.guidance}
+        return {**found, "final": FINAL, "bound": BOUND}
 
     def cases(self) -> Iterator[Problem]:
         sizes = {"batch": self.chosen.batch, "guidance": self.chosen.guidance, "seed": self.chosen.seed}
@@ -107,52 +97,54 @@ class SolverSuite(Suite[Problem]):
         return measure(case, candidates(self.chosen.segments, self.chosen.gs_passes), self.rounds)
 
     def verdicts(self, record: Any) -> list[str]:
-        """What is wrong if adaptive took more dependent steps in all than the sequential pass."""
+        """Returns what is wrong if adaptive took more dependent steps in all than the sequential pass."""
         runs = [run for cell in record["cells"] for run in cell["runs"]]
         passes, steps = (sum(run["passes"] for run in runs if run["name"] == name) for name in (PROMISED, BASELINE))
         return [f"{PROMISED} took {passes} passes, the sequential solver {steps} steps"] if passes > steps else []
 
     def lines(self, record: Any) -> list[str]:
-        """A line for each candidate in each block, and over all blocks."""
-        rows, cells, settings = [list(COLUMNS)], record["cells"], record["settings"]
-        solved = [cell for cell in cells if cell["runs"]]
-        for cell in cells:
-            rows += [_row(short(cell["label"]["block"]), run) for run in cell["runs"]]
-            if not cell["check"]["passed"]:
-                rows.append(row(COLUMNS, {"block": cell["label"]["block"], "name": "FAILED"}))
+        """Returns a line for each candidate in each block, and over all blocks."""
+        rows, settings = [], record["settings"]
+        solved = [cell for cell in record["cells"] if cell["runs"]]
+        for cell in record["cells"]:
+            rows += [{"reason": "not finite", **run, **cell["label"]} for run in cell["runs"]]
+            rows += [] if cell["check"]["passed"] else [{"name": "FAILED", **cell["label"]}]
         rows += [_total(runs, solved[0]["tokens"]) for runs in zip(*(cell["runs"] for cell in solved), strict=True)]
-        checks = [(f"block {cell['label']['block']}", cell["check"]) for cell in cells]
-        failed = [f"{block}: {check['reason']}" for block, check in checks if not check["passed"]]
-        sizes = ", ".join(f"block {cell['label']['block']} {cell['largest']:.1f}" for cell in solved)
-        model = f"model:   {_model(settings)}, {settings['backend']} backend, {settings['dtype']}"
-        legend = [*LEGEND.splitlines(), f"largest |x| of the sequential results: {sizes}"]
-        return [model, "", *aligned(rows, 2), "", *legend, *(f"FAILED {each}" for each in failed + record["failures"])]
+        sizes = ", ".join(f"{title(cell['label'])} {cell['largest']:.1f}" for cell in solved)
+        return [
+            f"model:   {_model(settings)}, {settings['backend']} backend, {settings['dtype']}",
+            "",
+            *table(COLUMNS, rows, 2),
+            "",
+            *LEGEND.splitlines(),
+            f"largest |x| of the sequential results: {sizes}",
+            *self.failed(record),
+        ]
 
     def figure(self, record: Any) -> plot.Figure:
-        """How many tokens of a block are final after so many passes: a panel for each block, in the order of sampling,
-        each as wide as its slowest candidate takes passes."""
+        """Returns a panel for each block, in the order of sampling: how many of its tokens are final after so many
+        passes. Each is as wide as its slowest candidate takes passes."""
         cells, settings = record["cells"], record["settings"]
         figure, panels = plot.grid(len(cells), 4, (3.1, 3.0), (0.6, 1.1), sharey=True)
         handles: dict[str, Any] = {}
-        for number, (axes, cell) in enumerate(zip(panels, cells, strict=True)):
+        for axes, cell in zip(panels, cells, strict=True):
             T, widest = cell["tokens"], 1
             (handles["sequential"],) = axes.plot([0, T - 1], [1, T], "--", color=plot.GREY, linewidth=1.2)
-            runs = {run["name"]: run for run in cell["runs"]}
-            for name in [name for name in SHOWN if name in runs and runs[name]["final"]]:
-                final, (colour, width) = runs[name]["final"], SHOWN[name]
-                widest = max(widest, len(final) - 1)
-                how = {"color": colour, "linewidth": width, "markersize": 2 * width}
-                (handles[name],) = axes.plot(range(len(final)), final, marker="o", clip_on=False, **how)
-            axes.set_title(f"block {cell['label']['block']}", fontsize=11)
+            finals = {run["name"]: run["final"] for run in cell["runs"] if run["final"]}
+            for name, (colour, width) in SHOWN.items():
+                if name in finals:
+                    how = {"color": colour, "linewidth": width, "markersize": 2 * width, "clip_on": False}
+                    (handles[name],) = axes.plot(finals[name], marker="o", **how)
+                    widest = max(widest, len(finals[name]) - 1)
+            axes.set_title(title(cell["label"]), fontsize=11)
             if not cell["check"]["passed"]:
                 axes.annotate("check failed", (0.96, 0.06), xycoords="axes fraction", ha="right", color=plot.RED)
             axes.set_xlim(0, widest)
             axes.set_ylim(0, T)
-            plot.whole_numbers(axes)
-            plot.plain(axes)
             axes.set_xlabel("passes")
-            if number % 4 == 0:
-                axes.set_ylabel("tokens final, worst sample")
+            plot.whole_numbers(axes)
+        for axes in panels[::4]:
+            axes.set_ylabel("tokens final, worst sample")
         plot.legend(figure, handles)
         final = f"final: within {settings['final']:g} of the sequential result, as all tokens before it"
         below = f"{_model(settings)}; {hardware(record)}\n{final}; a line that ends below the top has a larger error"
