@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from tarflow_fast.devices import torch_threads
+
 from . import roofline
 from .harness import timer_of
-from .machine import CPU, torch_threads
+from .machine import CPU
 from .models import DTYPES
 from .record import Cell, Limits
 
@@ -85,7 +87,8 @@ def names(dtype: str, threads: int | None) -> tuple[str, str]:
 def of_cases(cases: Iterable[Any]) -> Limits:
     """Returns the limits of this CPU for cases, which have a dtype, threads and work; and those of fp32 with the last
     number of threads, for the table."""
-    cases, found = list(cases), {}
+    cases = list(cases)
+    found: Limits = {}
     for threads in dict.fromkeys(case.threads for case in cases):
         here = [case for case in cases if case.threads == threads]
         with torch_threads(threads):

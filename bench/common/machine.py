@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,6 @@ CPU = torch.device("cpu")
 def cores() -> int:
     """Returns the number of logical cores that this process may use."""
     return usable_cores() or 1
-
-
-@contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """Within this context torch has so many threads, or with None as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def cpu_model() -> str:

@@ -79,8 +79,7 @@ def labels(config: TarFlowConfig, batch: int, device: torch.device | str = "cpu"
 def inputs(
     config: TarFlowConfig, batch: int, seed: int, device: torch.device | str = "cpu", none: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns (B, T, D) noise, what `Sampler.sample` draws, and (B,) labels that go round the classes, with `none` round
-    "no class" too."""
+    """Returns what `latents` and `labels` return."""
     return latents(config, batch, seed, device), labels(config, batch, device, none)
 
 

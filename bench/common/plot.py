@@ -84,7 +84,7 @@ class Bar(NamedTuple):
 
 def bars(axes: Axes, groups: Sequence[Sequence[Bar]], names: Sequence[str], size: int = 9) -> None:
     """Draws bars side by side in groups, with names below. A group without bars is one whose check failed."""
-    width = 0.84 / max([1, *map(len, groups)])
+    width = 0.8 / max([1, *map(len, groups)])
     for position, group in enumerate(groups):
         for number, bar in enumerate(group):
             place, top = position + (number - (len(group) - 1) / 2) * width, bar.value
@@ -97,7 +97,7 @@ def bars(axes: Axes, groups: Sequence[Sequence[Bar]], names: Sequence[str], size
             say_failed(axes, position)
     axes.set_xticks(range(len(groups)), names, fontsize=9)
     axes.tick_params(axis="x", length=0)
-    axes.margins(y=0.2)
+    axes.margins(y=0.15)
     axes.set_ylim(bottom=0)
 
 

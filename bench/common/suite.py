@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 import click
 import torch
 
+from tarflow_fast.devices import torch_threads
+
 from . import limits, machine, plot
 from .harness import Rounds
 from .ml_tarflow import MlTarflow
@@ -132,7 +134,7 @@ class Suite(Generic[C]):
         plot.require_matplotlib()
         out, threads = self.chosen.out, getattr(self.chosen, "threads", None)
         self.device = getattr(self.chosen, "device", self.device)
-        with machine.torch_threads(max(threads) if isinstance(threads, tuple) else threads):
+        with torch_threads(max(threads) if isinstance(threads, tuple) else threads):
             self.prepare()
             record = self._new_record()
             self._fill(record)

@@ -17,7 +17,7 @@ MICRO = ": {name} | µs: {us[median]:.2f} | p20-p80: {us[p20]:.2f}-{us[p80]:.2f}
 
 def shown(part: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a part with what tables derive from it: the number of its samples, how many times faster than the
-    baseline it was, its rates in units of 10⁹, its times in microseconds, and its error or the reason why it has none."""
+    baseline it was, its rates in units of 10⁹, its times in microseconds, and its error or why it has none."""
     found: dict[str, Any] = {"us": {name: 1e6 * part[name] for name in ("median", "p20", "p80") if name in part}}
     for unit in ("bytes", "flops"):
         if f"{unit}_per_second" in part:

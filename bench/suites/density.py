@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tarflow_fast import TarFlow, TarFlowConfig, load_pretrained
 from tarflow_fast.backend.cpu.engine import choose_instruction_set
+from tarflow_fast.devices import torch_threads
 
 from ..common import options, plot
 from ..common.harness import measure_cell
-from ..common.machine import CPU, torch_threads
+from ..common.machine import CPU
 from ..common.ml_tarflow import autocast
 from ..common.models import DTYPES, MODELS, denoised, labels, random_model, with_density
 from ..common.record import Cell, counted, hardware

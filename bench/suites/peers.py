@@ -122,8 +122,7 @@ class Peers(Suite[Case]):
         compiled = {COMPILED: "torch"} if self.chosen.compile else {}
         ours = {"torch": "torch", **compiled, **{name: name for name in self.backends}}
         model = models.random_model(case.sizes, seed)
-        of = {"device": CPU, "dtype": dtype}
-        candidates = models.samplers(self.baseline, self.ml_tarflow, ours, model, inputs, **of)
+        candidates = models.samplers(self.baseline, self.ml_tarflow, ours, model, inputs, device=CPU, dtype=dtype)
         yardstick = None if case.dtype == "float32" else ("torch", dtype)
         return measure_cell(case, candidates, self.rounds, yardstick=yardstick)
 

@@ -27,27 +27,18 @@ BACKEND = "triton"
 DENSITY = "tarflow_fast bf16"
 SIZES = {name: one_block(MODELS[name]) for name in ("afhq", "imagenet")}
 DRY_BATCH = 3
-CASES = [
-    "afhq:16:guided",
-    "afhq:1:guided",
-    "imagenet:16:guided",
-    "imagenet:1:guided",
+CASES = (  # the most important first
+    *(f"{model}:{batch}:guided" for model in SIZES for batch in (16, 1)),
     "afhq:128:guided",
-    "afhq:16:unguided",
-    "afhq:1:unguided",
-    "imagenet:16:unguided",
-    "imagenet:1:unguided",
+    *(f"{model}:{batch}:unguided" for model in SIZES for batch in (16, 1)),
     "afhq:16:forward+backward",
     "imagenet:256:unguided",
-    "afhq:4:guided",
-    "afhq:4:unguided",
-    "imagenet:4:guided",
-    "imagenet:4:unguided",
+    *(f"{model}:4:{what}" for model in SIZES for what in ("guided", "unguided")),
     "afhq:16:forward",
     "imagenet:16:forward",
     "imagenet:16:forward+backward",
     "afhq:128:unguided",
-]  # the most important first
+)
 PASSES = ("guided", "unguided", "forward", "forward+backward")
 
 
@@ -130,7 +121,7 @@ def samplers(
         return models.samplers(BASELINE, ml_tarflow, ours, model, arguments, device=device, **dtypes)
 
     def theirs() -> Callable[[], Tensor]:
-        """Returns the baseline after it has been run on images of 2×2 tokens, with the same kernels and over at once."""
+        """Returns the baseline after it has been run on images of 2×2 tokens, with the same kernels and soon over."""
         height, width = case.sizes.patch_shape
         short = random_model(replace(case.sizes, img_size=(2 * height, 2 * width)), 0)
         of(short)[BASELINE]()()
