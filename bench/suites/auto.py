@@ -33,6 +33,26 @@ ALLOWED = 1.05  # of the best fixed choice's time
 HOPELESS = 2.0  # times the fastest fixed choice: not timed again, and not run if it takes so long at best
 QUICK = 0.5  # seconds: a run as short is done whatever is expected, and twice if it looks hopeless, as by a hiccup
 MOST_RUNS = 12  # of auto, to settle
+RUNS = (
+    "run: {name} | passes: {passes} | evaluations: {evaluations:.0f} | seconds: {median:.4g} | "
+    "p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | faster: {faster} | max error: {error}"
+)
+VERDICTS = (
+    "best fixed: {best} | auto / best: {slower:.3f} | p20-p80: {low:.3g}-{high:.3g} | first: {first:.2f} | "
+    "runs: {runs} | windows: {windows} | rule: {rule}"
+)
+LEGEND = """\
+passes: dependent steps of all blocks. evaluations: tokens evaluated for each image. faster: than sequential, side by
+side; - where a window was too slow to be timed again (n: of its first runs). max error: from the sequential result.
+auto / best: time of auto, settled, over that of the best fixed choice, median over the rounds; the rule is at most
+{allowed:g}. The best is the fixed choice of the least median, which with few rounds is luck in part, to auto's
+disadvantage. first: auto's very first run, set-up included, over sequential's median. runs: until auto settled; + if it
+did not. windows: of auto by block, in the order of sampling; 1 is the sequential pass."""
+STYLES = {  # colour and marker; windows are small grey points
+    BASELINE: (plot.GREY, "s"),
+    AUTO: (plot.COLOURS[1], "o"),
+    PLANNED: (plot.COLOURS[3], "^"),
+}
 
 
 @dataclass(frozen=True)
@@ -259,28 +279,6 @@ def measure(problem: Problem, rounds: Rounds) -> dict[str, Any]:
         cell["first"] = settling["runs"][0]["seconds"] / runs[BASELINE]["median"]
         cell["verdict"] = judge(samples)
     return cell
-
-
-RUNS = (
-    "run: {name} | passes: {passes} | evaluations: {evaluations:.0f} | seconds: {median:.4g} | "
-    "p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | faster: {faster} | max error: {error}"
-)
-VERDICTS = (
-    "best fixed: {best} | auto / best: {slower:.3f} | p20-p80: {low:.3g}-{high:.3g} | first: {first:.2f} | "
-    "runs: {runs} | windows: {windows} | rule: {rule}"
-)
-LEGEND = """\
-passes: dependent steps of all blocks. evaluations: tokens evaluated for each image. faster: than sequential, side by
-side; - where a window was too slow to be timed again (n: of its first runs). max error: from the sequential result.
-auto / best: time of auto, settled, over that of the best fixed choice, median over the rounds; the rule is at most
-{allowed:g}. The best is the fixed choice of the least median, which with few rounds is luck in part, to auto's
-disadvantage. first: auto's very first run, set-up included, over sequential's median. runs: until auto settled; + if it
-did not. windows: of auto by block, in the order of sampling; 1 is the sequential pass."""
-STYLES = {  # colour and marker; windows are small grey points
-    BASELINE: (plot.GREY, "s"),
-    AUTO: (plot.COLOURS[1], "o"),
-    PLANNED: (plot.COLOURS[3], "^"),
-}
 
 
 def _runs(cell: Any) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,21 @@ TOLS = (1e-2, 1e-3, 1e-4)
 PUBLISHED_THRESHOLD = 0.5
 BASELINE = "sequential"
 FINAL = 1e-3  # a token is final if it is this near to the sequential one
+PROMISED = f"adaptive {TOLS[1]:g}"
+COLUMNS = (
+    "block: {block} | policy: {name} | passes: {passes} | evaluations: {evaluations:.0f} | gained: {advance:.1f} | "
+    "max error: {error} | residual: {residual:.1e} | same error: {jacobi_evaluations} | seconds: {median:.4g} | "
+    "p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | faster: {faster}"
+)
+LEGEND = """\
+passes: dependent steps. evaluations: tokens evaluated for each image. gained: tokens by a pass. max error: from the
+sequential result of the same input. residual: as the solver states it, max |forward(x) - z|. same error: tokens that
+all-Jacobi evaluates for each image until its error is no larger."""
+SHOWN = {  # colour and width, from the slowest on
+    "all-Jacobi 0.001": ("#e07b1a", 3.2),
+    "adaptive 0.0001": ("#1f4f94", 1.6),
+    "adaptive 0.001": ("#63aee8", 1.6),
+}
 
 
 @dataclass(frozen=True)
@@ -181,23 +196,6 @@ def measure(problem: Problem, candidates: Sequence[Candidate], rounds: Rounds) -
         for run, times in zip(runs, runs_of(samples), strict=True):
             run.update(times)
     return cell
-
-
-PROMISED = f"adaptive {TOLS[1]:g}"
-COLUMNS = (
-    "block: {block} | policy: {name} | passes: {passes} | evaluations: {evaluations:.0f} | gained: {advance:.1f} | "
-    "max error: {error} | residual: {residual:.1e} | same error: {jacobi_evaluations} | seconds: {median:.4g} | "
-    "p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | faster: {faster}"
-)
-LEGEND = """\
-passes: dependent steps. evaluations: tokens evaluated for each image. gained: tokens by a pass. max error: from the
-sequential result of the same input. residual: as the solver states it, max |forward(x) - z|. same error: tokens that
-all-Jacobi evaluates for each image until its error is no larger."""
-SHOWN = {  # colour and width, from the slowest on
-    "all-Jacobi 0.001": ("#e07b1a", 3.2),
-    "adaptive 0.0001": ("#1f4f94", 1.6),
-    "adaptive 0.001": ("#63aee8", 1.6),
-}
 
 
 def _total(runs: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
