@@ -85,7 +85,7 @@ def inputs(
 
 def samplers(
     baseline: str,
-    theirs: MlTarflow | None,
+    theirs: MlTarflow,
     ours: Mapping[str, str],
     model: TarFlow,
     inputs: tuple[Tensor, Tensor | None, float],
@@ -101,7 +101,7 @@ def samplers(
     """
 
     def make(name: str) -> Callable[[], Tensor]:
-        if name == baseline and theirs is not None:
+        if name == baseline:
             return functools.partial(theirs.reverse(model, device, their_dtype), *inputs)
         if name == COMPILED:
             torch.compiler.reset()  # else the code of earlier cells counts against torch's limit of recompilations

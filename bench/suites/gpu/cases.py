@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_fast import TarFlow, TarFlowConfig
+from tarflow_fast import Sampler, TarFlow, TarFlowConfig
 
 from ...common import models
 from ...common.harness import Candidate
@@ -102,9 +102,8 @@ class Inputs:
 def exact_images(case: Case, inputs: Inputs, device: torch.device) -> Tensor:
     """Returns images in fp32 by the torch backend, for which a block is a second of work where ml-tarflow takes
     minutes. That this is no check of the torch backend by itself is the baseline's part: it has to agree as well."""
-    arguments = (inputs.z, inputs.y, case.guidance)
-    run = models.samplers(BASELINE, None, {TORCH: "torch"}, inputs.model, arguments, device=device, dtype=torch.float32)
-    return run[TORCH]()()
+    sampler = Sampler(inputs.model, solver="sequential", backend="torch", device=device, dtype=torch.float32)
+    return sampler.reverse(inputs.z, inputs.y, case.guidance)
 
 
 def samplers(
