@@ -123,6 +123,18 @@ def usable_cores() -> int | None:
     return min(known, default=None)
 
 
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Makes torch compute with so many threads while the block runs; None leaves their number as it is."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @functools.cache
 def _granted_cores() -> int | None:
     return container.cores()

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..backend import check_compile
 from ..checkpoints.checkpoint import load, save
 from ..data import ImageData, matched, renamed
-from ..devices import own_defaults
+from ..devices import own_defaults, torch_threads
 from ..errors import (
     ArgumentError,
     CheckpointError,
@@ -98,7 +98,7 @@ def train(
         raise ArgumentError("init", "None, as resume is given", repr(init))
     with (
         processes(config.device) as group,
-        _threads(config.threads),
+        torch_threads(config.threads),
         locked(config.out) if group.first else nullcontext(False) as killed,
     ):
         run = _Run(config, group, resume, init, kind, group.any(killed))
@@ -117,18 +117,6 @@ def train(
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Makes torch compute with so many threads while the block runs; None leaves their number as it is."""
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def model_config(config: TrainConfig, data: ImageData) -> TarFlowConfig:

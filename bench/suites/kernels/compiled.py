@@ -15,8 +15,8 @@ SIZES = {name: MODELS[name] for name in NAMES}  # of the models whose kernels ar
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers are those of a thread. stack is the bytes of spilled ones, of which may_spill are no fault. shared is
-    the bytes for one program, which has so many warps."""
+    """A compiled kernel uses registers of a thread, bytes of a stack for those spilled, of which may_spill are no
+    fault, and bytes of shared memory for one program of so many warps."""
 
     kernel: str
     architecture: int
@@ -40,7 +40,7 @@ class Compiled:
 
 
 def resource_usage(path: str) -> str:
-    """What `cuobjdump`, which comes with Triton, says of a compiled file."""
+    """Returns what `cuobjdump`, which comes with Triton, says of a compiled file."""
     import triton
 
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]

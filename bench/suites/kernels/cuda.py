@@ -24,14 +24,14 @@ RESERVED = {80: 0, 90: 1024, 100: 1024}  # shared memory that cuobjdump counts, 
 
 
 def module_path() -> str | None:
-    """Where the compiled module is, or None where it was not built."""
+    """Returns where the compiled module is, or None where it was not built."""
     found = find_spec("tarflow_fast._cuda")
     return None if found is None else found.origin
 
 
 def survey(usage: str, architectures: Collection[int]) -> Iterator[Compiled]:
-    """usage: of the module, as cuobjdump prints it. Raises BackendError if a model's launch does not fit an
-    architecture."""
+    """Yields what each instance uses. usage: of the module, as cuobjdump prints it. Raises BackendError if a model's
+    launch does not fit an architecture."""
     architecture, kernel = 0, ""
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
@@ -61,7 +61,7 @@ def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
 
 
 def dynamic_bytes(model: str, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
-    """The bytes of shared memory that a launch of this instance asks for."""
+    """Returns the bytes of shared memory that a launch of this instance asks for."""
     shape, limit = SIZES[model].block_shape, SHARED_LIMIT[architecture]
     jobs, blocks = _division(model, architecture)
     sizes = {"rows": rows, "most_rows": rows, "warps": warps, "jobs": jobs, "blocks": blocks, "shared_bytes": limit}
@@ -70,7 +70,7 @@ def dynamic_bytes(model: str, dtype: torch.dtype, rows: int, warps: int, archite
 
 @cache
 def _division(model: str, architecture: int) -> tuple[int, int]:
-    """The most that a block fetches, and how many blocks there are."""
+    """Returns the most that a block fetches, and how many blocks there are."""
     shape = SIZES[model].block_shape
     sizes, blocks = linear_sizes(shape), grid_blocks(shape, MULTIPROCESSORS[architecture])
     return fetches(sizes, share(sizes, blocks), slot_inputs(shape)).shape[1], blocks

@@ -59,7 +59,7 @@ def _rows(only: str | None, architectures: list[int], every: bool) -> Iterator[C
 
 
 class KernelsSuite(Suite[None]):
-    """Kernels are compiled and looked at; nothing is timed, and no record is left."""
+    """Kernels are compiled and looked at here; nothing is timed, and no record is left."""
 
     name = "kernels"
 
