@@ -32,6 +32,13 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def kind_of(value: object) -> str:
+    """Returns the name of a value's type for a message; "None" for None, and a class's own name for a class."""
+    if value is None:
+        return "None"
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
 def check_dense(name: str, x: Tensor, *, values: bool = True) -> None:
     """Raises ArgumentError for a tensor that is not an array in memory. values: whether it has to have values."""
     kinds = {"nested": x.is_nested, "quantized": x.is_quantized, "meta": values and x.is_meta}

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.checkpoint import build, infer_config
+from ..checkpoints.assembly import build
+from ..checkpoints.inference import infer_config
 from ..checkpoints.weight_sets import split_prefix
 from ..checks import check_weights
 from ..errors import ArgumentError

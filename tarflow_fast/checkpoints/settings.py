@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
+from ..models.config import TarFlowConfig
 from .pickles import Foreign
 
+HEADER = "tarflow_fast"  # this entry of a safetensors file's metadata is ours: JSON of {"config": …, "metadata": …}
 NOISE_TYPES = ("gaussian", "uniform")
 # Training scripts keep their settings under these names, ours and Lightning's among them.
 _PLACES = ("config", "hyper_parameters", "model_config", "hparams", "args", "cfg", "params", "settings", "metadata")
@@ -40,6 +43,27 @@ def _cut(value: object) -> str:
     """Returns what the value looks like, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def recorded(tree: Any, header: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns sizes and metadata as `save` and the trainer write them, which are empty if neither did."""
+    if HEADER in header:
+        try:
+            record = json.loads(header[HEADER])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError("the header that tells its sizes is not JSON") from error
+        sizes = record.get("config") if isinstance(record, dict) else None
+        metadata = record.get("metadata", {}) if isinstance(record, dict) else None
+    elif isinstance(tree, Mapping) and "fingerprint" in tree and "sizes" in tree:  # the trainer's checkpoint has both
+        sizes, metadata = tree["sizes"], tree.get("metadata", {})
+    else:
+        return {}, {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError("the metadata that it records is not an object")
+    try:
+        return TarFlowConfig(**(sizes or {})).to_dict(), metadata
+    except TypeError as error:  # some name is one that no model has
+        raise CheckpointError("the sizes that it records are not those of a TarFlow") from error
 
 
 def find_settings(tree: Any) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def convert_command(
             raise click.UsageError(f"--class-names: expected {model.config.num_classes} names, got {len(names)}")
         model.metadata["class_names"] = names
 
-    from ..checkpoints.checkpoint import save
+    from ..checkpoints import save
 
     save(model, path, dtype=torch_dtype(dtype))
     facts = {"source": source, "target": target, "bytes": path.stat().st_size, "stored_dtype": dtype}

@@ -224,7 +224,7 @@ def load_model(
     sizes: the sizes that `load` takes, each None where it was not given. Raises click.UsageError where they are given
     for the shipped model.
     """
-    from ..checkpoints.checkpoint import load, load_pretrained
+    from ..checkpoints import load, load_pretrained
 
     if path is not None:
         return load(path, weights=weights, **sizes)

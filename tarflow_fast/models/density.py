@@ -17,6 +17,7 @@ from ..checks import (
     check_dense,
     check_tensor,
     check_weights,
+    kind_of,
     short,
     warn_range,
 )
@@ -29,7 +30,7 @@ from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .flow_block import Attention, FlowBlock
 
 if TYPE_CHECKING:
-    from ..checkpoints.checkpoint import Origin
+    from ..checkpoints.reading import Origin
     from ..engine import BlockWeights
 
 # No image of −1 to 1 with noise, and no sample, has values beyond this; 8-bit values as they are go to 255.
@@ -373,7 +374,7 @@ class TarFlowDensity(nn.Module):
 def check_model(model: object, *, values: bool = True) -> TarFlowDensity:
     """Returns the model. Raises ArgumentError unless it is a TarFlow; values: whether its weights have to have any."""
     if not isinstance(model, TarFlowDensity):
-        raise ArgumentError("model", "a TarFlow", model.__name__ if isinstance(model, type) else type(model).__name__)
+        raise ArgumentError("model", "a TarFlow", kind_of(model))
     if values:
         check_weights(model)
     return model

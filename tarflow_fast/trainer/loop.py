@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..backend import check_compile
-from ..checkpoints.checkpoint import load, save
+from ..checkpoints import load, save
 from ..data import ImageData, matched, renamed
 from ..devices import own_defaults
 from ..errors import (

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tolerances import GOLDEN, assert_close
 
 from tarflow_fast.adapters import accelerate
-from tarflow_fast.checkpoints.checkpoint import load, save
+from tarflow_fast.checkpoints import load, save
 from tarflow_fast.errors import ArgumentError, CheckpointError, TarFlowWarning
 from tarflow_fast.models.config import TarFlowConfig
 from tarflow_fast.models.tarflow import TarFlow

@@ -264,7 +264,7 @@ class TestSample:
         assert "--patch-size goes with --model" in run("sample", "--patch-size", 2, code=2).stderr
 
     def test_without_a_model_the_shipped_one_is_drawn_from(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tarflow_fast.checkpoints.checkpoint.load_pretrained", lambda: tff.load("m.safetensors"))
+        monkeypatch.setattr("tarflow_fast.checkpoints.load_pretrained", lambda: tff.load("m.safetensors"))
         monkeypatch.setattr("tarflow_fast.cli.sample.SHIPPED", {"guidance": 1.5, "attn_temp": 2.0})
         facts = json.loads(run("sample", "-n", 1, "--json").stdout)
         assert (facts["guidance"], facts["attn_temp"], facts["denoise"]) == (1.5, 2.0, True)
