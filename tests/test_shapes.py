@@ -262,6 +262,24 @@ def test_a_pth_of_a_rectangle_is_told_its_size(tmp_path: Path) -> None:
         tff.load(tmp_path / "m.pth", img_size=(4, 8))
 
 
+def test_all_that_a_pth_of_a_rectangle_leaves_open_is_asked_for_at_once(tmp_path: Path) -> None:
+    model = random_model(9, **{**RECTANGLE, "channels": 48, "head_dim": 24})
+    sizes = {"patch_size": (3, 2), "img_size": (6, 8), "head_dim": 24}
+    path = tmp_path / "m.pth"
+    with pytest.warns(tff.TarFlowWarning, match="load it with patch_size"):
+        tff.save(model, path)
+    asked = (
+        "a token has 18 values, neither 3 nor 1 channels of a square patch; 8 tokens make no square; "
+        "its width 48 is no multiple of 64; give patch_size, img_size and head_dim"
+    )
+    for given in ({}, {"patch_size": (3, 2)}, {"img_size": (6, 8)}, {"head_dim": 24}):
+        with pytest.raises(tff.CheckpointError) as caught:
+            tff.load(path, **given)
+        text, open_ = str(caught.value), [name for name in sizes if name not in given]
+        assert text.endswith(asked if not given else f"; give {open_[0]} and {open_[1]}")
+    assert tff.load(path, **sizes).config == model.config
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 11])
 def test_a_pth_does_not_say_that_data_are_sequences(tokens: int, tmp_path: Path) -> None:
     model = random_model(9, **{**SEQUENCE, "img_size": (tokens, 1)})

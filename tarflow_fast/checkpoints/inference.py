@@ -47,18 +47,24 @@ def infer_config(
     (C, D), outputs, T = state[needed[0]].shape, state[needed[1]].shape[0], state[needed[2]].shape[0]
     if outputs not in (D, 2 * D) or not D:
         raise CheckpointError(f"blocks.0.proj_out.weight: expected {D} or {2 * D} rows, got {outputs}")
-    in_channels, patch_size = _split_token(D, in_channels, patch_size)
-    img_size = _image_size(T, patch_size, img_size)
+    if T == 0:
+        raise CheckpointError("blocks.0.pos_embed: expected at least one token, got none")
     classes = state.get("blocks.0.class_embed")
     if classes is not None and (len(classes.shape) != 3 or not classes.shape[0]):
         raise CheckpointError(f"blocks.0.class_embed: expected (classes, 1, {C}), got shape {tuple(classes.shape)}")
-    if head_dim is None and C % HEAD_DIM:
-        raise CheckpointError(
-            f"its width {C} is no multiple of {HEAD_DIM}, and it does not record its heads; give head_dim"
-        )
+    token = _split_token(D, in_channels, patch_size)
+    left_open = {
+        "patch_size": token is None and f"a token has {D} values, neither 3 nor 1 channels of a square patch",
+        "img_size": img_size is None and math.isqrt(T) ** 2 != T and f"{T} tokens make no square",
+        "head_dim": head_dim is None and C % HEAD_DIM != 0 and f"its width {C} is no multiple of {HEAD_DIM}",
+    }
+    asked = {name: why for name, why in left_open.items() if why}
+    if asked or token is None:
+        raise CheckpointError(f"its weights leave sizes open: {'; '.join(asked.values())}; give {_listed([*asked])}")
+    in_channels, patch_size = token
     return TarFlowConfig(
         in_channels=in_channels,
-        img_size=img_size,
+        img_size=_image_size(T, patch_size, img_size),
         patch_size=patch_size,
         channels=C,
         num_blocks=blocks,
@@ -79,13 +85,14 @@ def _image_size(T: int, patch_size: Size, img_size: Size | None) -> Size:
             raise ArgumentError("img_size", f"a size of {T} patches of {rows}×{columns}", img_size)
         return img_size
     side = math.isqrt(T)
-    if side * side != T or T == 0:
-        raise CheckpointError(f"blocks.0.pos_embed: expected a square number of tokens, got {T}; give img_size")
     return side * rows, side * columns
 
 
-def _split_token(D: int, in_channels: int | None, patch_size: Size | None) -> tuple[int, Size]:
-    """Returns (in_channels, patch_size) of a token of D values. Raises ArgumentError or CheckpointError."""
+def _split_token(D: int, in_channels: int | None, patch_size: Size | None) -> tuple[int, Size] | None:
+    """Returns (in_channels, patch_size) of a token of D values, or None where these are open.
+
+    Raises ArgumentError for given ones that no token of D values has.
+    """
     if patch_size is not None:
         pixels = math.prod(pair(patch_size))
         if D % pixels:
@@ -99,7 +106,12 @@ def _split_token(D: int, in_channels: int | None, patch_size: Size | None) -> tu
             return channels, math.isqrt(D // channels)
     if in_channels is not None:
         raise ArgumentError("in_channels", f"a number that leaves a square patch of the token size {D}", in_channels)
-    raise CheckpointError(f"a token has {D} values: neither 3 nor 1 channels of a square patch; give patch_size")
+    return None
+
+
+def _listed(names: list[str]) -> str:
+    """Returns the names as text: "a", "a and b", or "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _count(state: Weights, pattern: re.Pattern[str], what: str) -> int:
