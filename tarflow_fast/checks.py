@@ -73,6 +73,16 @@ def check_weights(module: nn.Module) -> None:
             raise ArgumentError("model", f"dense weights of {known}", got)
 
 
+def check_floats(name: str, x: object, shape: tuple[int, ...]) -> Tensor:
+    """Returns x if it is a dense floating-point tensor of this shape. Raises ArgumentError otherwise."""
+    if not isinstance(x, Tensor):
+        raise ArgumentError(name, f"a floating-point tensor {shape}", kind_of(x))
+    check_dense(name, x)
+    if not x.is_floating_point() or tuple(x.shape) != shape:
+        raise ArgumentError(name, f"a floating-point tensor {shape}", f"a {short(x.dtype)} tensor {tuple(x.shape)}")
+    return x
+
+
 def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool = True) -> Tensor:
     """Returns x if it is a floating-point tensor of shape (B >= 1, *shape), of finite values unless finite=False.
 

@@ -272,11 +272,11 @@ def test_all_that_a_pth_of_a_rectangle_leaves_open_is_asked_for_at_once(tmp_path
         "a token has 18 values, neither 3 nor 1 channels of a square patch; 8 tokens make no square; "
         "its width 48 is no multiple of 64; give patch_size, img_size and head_dim"
     )
-    for given in ({}, {"patch_size": (3, 2)}, {"img_size": (6, 8)}, {"head_dim": 24}):
+    for told in ({}, {"patch_size": (3, 2)}, {"img_size": (6, 8)}, {"head_dim": 24}):
         with pytest.raises(tff.CheckpointError) as caught:
-            tff.load(path, **given)
-        text, open_ = str(caught.value), [name for name in sizes if name not in given]
-        assert text.endswith(asked if not given else f"; give {open_[0]} and {open_[1]}")
+            tff.load(path, **told)
+        text, open_ = str(caught.value), [name for name in sizes if name not in told]
+        assert text.endswith(asked if not told else f"; give {open_[0]} and {open_[1]}")
     assert tff.load(path, **sizes).config == model.config
 
 

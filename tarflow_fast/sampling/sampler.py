@@ -134,7 +134,7 @@ class Sampler:
                 check_number("tol", tol, 0, MOST_TOL)
             self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
             request = Request(self.device, self.dtype, compile, threads)
-            self.engines = make_engines(self.backend, (stage.weights() for stage in self.flow.stages), request)
+            self.engines = make_engines(self.backend, (stage.make_weights() for stage in self.flow.stages), request)
         self.config = getattr(self.flow.model, "config", None)
         self._options: dict[str, Any] = {
             **{"backend": backend, "device": self.device, "dtype": self.dtype, "solver": solver, "tol": tol},
