@@ -138,7 +138,8 @@ class Flow:
         to_data: The inverse of `to_tokens`.
         dtype: The dtype of the weights.
         device: The device of the weights.
-        model: The model itself, from which copies of a sampler are made.
+        model: The model itself, from which copies and pickles of a sampler are made, or None, which leaves no way to
+            make them.
         num_classes: The number of classes, 0 for an unconditional model.
         metadata: What the model records of itself, see `TarFlow.metadata`.
         denoise: Tweedie's step, or None where the model has none.

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_number
+from ..checks import check_choice, check_count, check_number, kind_of
 from ..errors import ArgumentError
-from ..models.density import TarFlowDensity
+from ..models.density import TarFlowDensity, check_model
 from ..scalars import plain
 
 NOISES = ("uniform", "gaussian", "none")
@@ -50,9 +50,9 @@ class Noise:
         """Returns noise of a kind and level; what is left out ("auto", None) is what the model was trained with.
 
         A model whose metadata tells nothing is taken to be trained with uniform noise. Raises ArgumentError
-        for Gaussian noise whose level is neither given nor in the metadata.
+        for another model, and for Gaussian noise whose level is neither given nor in the metadata.
         """
-        known = model.metadata
+        known = check_model(model, values=False).metadata
         if kind == "auto":
             kind = "gaussian" if std is not None or "noise_std" in known else "uniform"
             kind = kind if std is not None else known.get("noise_type", kind)
@@ -71,8 +71,11 @@ class Noise:
         """Returns x, fp32 on the CPU, of images that are numbered from `first` on.
 
         images: (n, ch, H, W) uint8, or float32 for data that are no pictures. draw: the number of the draw, of several
-        for the same images. Raises ArgumentError for uniform noise on data that are no pictures.
+        for the same images. Raises ArgumentError for what is no tensor, and for uniform noise on data that are
+        no pictures.
         """
+        if not isinstance(images, Tensor):
+            raise ArgumentError("images", "a tensor of uint8 or float32", kind_of(images))
         v = images.cpu().numpy().astype(np.float32)
         if images.is_floating_point():
             if self.kind == "uniform":

@@ -21,7 +21,7 @@ from ..checks import (
     short,
     warn_range,
 )
-from ..errors import ArgumentError, BackendError
+from ..errors import ArgumentError, BackendError, first_line
 from ..limits import most_threads
 from ..sizes import Size
 from .attention import ATTENTION_BACKENDS
@@ -111,7 +111,12 @@ class TarFlowDensity(nn.Module):
         Raises:
             ArgumentError: The sizes are such as no model can have.
         """
-        return cls.from_config(TarFlowConfig.for_tokens(tokens, token_dim, *sizes, **named))
+        try:
+            config = TarFlowConfig.for_tokens(tokens, token_dim, *sizes, **named)
+        except TypeError as error:  # sizes are missing, too many, or of another name
+            expected = "channels, num_blocks, layers_per_block, and perhaps nvp, num_classes and head_dim"
+            raise ArgumentError("sizes", expected, first_line(error).partition(" ")[2]) from error
+        return cls.from_config(config)
 
     # The sizes may be read, as in ml-tarflow, but not changed.
 
@@ -287,7 +292,13 @@ class TarFlowDensity(nn.Module):
 
         Returns:
             The loss, a tensor without dimensions.
+
+        Raises:
+            ArgumentError: An argument is no tensor.
         """
+        for name, value in (("z", z), ("logdets", logdets)):
+            if not isinstance(value, Tensor):
+                raise ArgumentError(name, "a tensor", kind_of(value))
         return 0.5 * z.pow(2).mean() - logdets.mean()
 
     def update_prior(self, z: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import host_ops
 from ..checks import Flag, Labels, Number, batch_labels, check_choice, check_tensor, check_weights
+from ..devices import check_device
 from ..engine import Guidance
 from ..errors import ArgumentError, CheckpointError
 from ..flow import Flow, Stage
@@ -61,14 +62,16 @@ class TarFlow(TarFlowDensity):
             A `Flow`: the blocks in order, the prior, and how tokens become data.
 
         Raises:
-            ArgumentError: The weights are not plain floats with values, or `check` found the model to compute another
-                thing.
+            ArgumentError: The weights are not plain floats with values, an argument has the wrong type or range, or
+                `check` found the model to compute another thing.
+            BackendError: The device cannot be had.
             CheckpointError: The weights are not those of a TarFlow of these sizes, or not finite.
         """
         check_weights(self)
+        check, own_reverse = check_flag("check", check), check_flag("own_reverse", own_reverse)
+        device = self.device if device is None else check_device(device)
         if check:
             _check_methods(self, reverse=not own_reverse)
-        device = self.device if device is None else torch.device(device)
         model = _plain(self, device)
         if check and _changed(self):
             check_agreement(self, model)

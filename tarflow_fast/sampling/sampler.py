@@ -22,9 +22,11 @@ from ..checks import (
     batch_labels,
     check_choice,
     check_count,
+    check_dense,
     check_number,
     check_tensor,
     check_weights,
+    kind_of,
     short,
     warn_range,
 )
@@ -457,14 +459,26 @@ class Sampler:
         """Inverts block k, in its own token order, on this sampler's device.
 
         Args:
-            k: The index of the block.
-            z: (B, T, D) latents of the block, not mutated.
+            k: The index of the block, from 0.
+            z: (B, T, D) latents of the block, not mutated; with a start token T is one more than the data's.
             condition: The labels and guidance of the batch.
 
         Returns:
             x (B, T, D) and its token log-dets (B, T), Σ_d xa in nats.
+
+        Raises:
+            ArgumentError: There is no such block, an argument has the wrong type or shape, or the model does not have
+                one of the labels.
         """
-        state = self.engines[k].begin(z, condition)
+        k = check_count("k", k, 0, len(self.engines) - 1)
+        shape = self.flow.stages[k].shape
+        z = check_tensor("z", z, (shape.tokens, shape.token_dim), finite=False)
+        check_dense("z", z)
+        if not isinstance(condition, Condition):
+            raise ArgumentError("condition", "a Condition", kind_of(condition))
+        labels = batch_labels(condition.labels, len(z), self.flow.num_classes, self.device, "labels")
+        z = z.to(self.device, residual_dtype(self.dtype))
+        state = self.engines[k].begin(z, Condition(labels, condition.guidance))
         self.solvers[k](self.engines[k], state, None)
         return state.x, state.token_log_det
 
@@ -522,8 +536,7 @@ class Sampler:
 
     def __reduce__(self) -> tuple[Callable[[Any], Sampler], tuple[Any]]:
         """Pickles the weights and the options; the engines are made anew where the pickle is read."""
-        self.flow.check_unchanged(True)
-        return functools.partial(type(self), **self._options), (self.flow.model,)
+        return functools.partial(type(self), **self._options), (self._model(),)
 
     def __copy__(self) -> Sampler:
         """Returns a sampler that shares the weights and the engines, which keep nothing of a batch."""
@@ -533,8 +546,15 @@ class Sampler:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
         """Returns a sampler of a copy of the model, with engines of its own."""
+        return type(self)(copy.deepcopy(self._model()), **self._options)
+
+    def _model(self) -> Any:
+        """Returns the model that copies are made of. Raises ArgumentError where it has changed, or there is none."""
         self.flow.check_unchanged(True)
-        return type(self)(copy.deepcopy(self.flow.model), **self._options)
+        if self.flow.model is None:
+            expected = "a flow with its `model`, to make a copy or a pickle of its sampler from"
+            raise ArgumentError("model", expected, "a flow whose model is None")
+        return self.flow.model
 
     @safe_in_forked_child()
     def _invert(self, z: Tensor, y: Tensor | None, guidance: Guidance, bar: Any, trajectory: bool) -> Inverse:
