@@ -151,7 +151,7 @@ def summary_lines(facts: dict[str, Any], model: TarFlow, chosen: Chosen, rows: b
     how += ", denoised" if facts["denoise"] else ""
     lines = [
         f"{', '.join(facts['files'].values())}: {facts['images']} {what}, {how}",
-        f"{facts['seconds'] + facts['denoise_seconds']:.2f} s, {facts['images_per_second']:.3g} images/s, "
+        f"{facts['seconds'] + facts['denoise_seconds']:.2f} s, {facts['images_per_second']:.3g} {model.config.kind}/s, "
         f"{facts['tokens_per_second']:,.0f} tokens/s in batches of {facts['batch_size']}",
         f"backend {facts['backend']} ({facts['backend_reason']}), {facts['device']}, {facts['dtype']}, "
         f"{facts['solver']} solver",
@@ -171,7 +171,7 @@ def summary_lines(facts: dict[str, Any], model: TarFlow, chosen: Chosen, rows: b
         few = f" ({', '.join(label_name(y, names) for y in drawn)})" if 0 < len(drawn) <= MOST_LISTED else ""
         lines.append(f"classes: {chosen.described}{few}")
     if facts["redrawn"]:
-        lines.append("drawn again, not being finite: images " + ", ".join(map(str, facts["redrawn"])))
+        lines.append(f"drawn again, not being finite: {model.config.kind} " + ", ".join(map(str, facts["redrawn"])))
     if "log_prob" in facts:
         nats, when = facts["log_prob"], " before denoising" if facts["denoise"] else ""
         mean = sum(nats) / len(nats)

@@ -155,6 +155,11 @@ class TarFlowConfig:
         return Permutation.reverse(self.num_patches) if k % 2 else Permutation.identity(self.num_patches)
 
     @property
+    def kind(self) -> str:
+        """Returns what messages call the data: "images" or "sequences"."""
+        return "sequences" if self.layout == "tokens" else "images"
+
+    @property
     def data_shape(self) -> tuple[int, ...]:
         """Returns the shape of one of the data: (in_channels, H, W) of an image, (T, D) of a sequence."""
         if self.layout == "tokens":

@@ -108,7 +108,7 @@ def train(
             if isinstance(error, TarFlowError) or not _is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
-                f"a step of {run.batches.size} images does not fit in the memory of {group.device}; "
+                f"a step of {run.batches.size} {run.batches.data.kind} does not fit in the memory of {group.device}; "
                 "lower batch_size, or train a smaller model"
             ) from error
         finally:
@@ -196,9 +196,10 @@ class _Run:
             data = with_classes_of(begun[0].num_classes, begun[1], data)
             own = own if own.numbers is None else replace(data, class_names=None)  # the numbers are the model's labels
         sizes = model_config(config, data) if begun is None else begun[0]
-        if tuple(data.images.shape[1:]) != sizes.data_shape:
-            raise ArgumentError("init", f"a model of images of shape {tuple(data.images.shape[1:])}", sizes.data_shape)
-        config = self.config = self._with_batch_size(len(data))
+        shape = tuple(data.images.shape[1:])
+        if shape != sizes.data_shape:
+            raise ArgumentError("init", f"a model of {data.kind} of shape {shape}", sizes.data_shape)
+        config = self.config = self._with_batch_size(data)
         self.batches = Batches(data, config, group.device, group.rank, group.world)
         check_fits(sizes, self.batches.size // group.world, group.device)
         self.steps = config.epochs * self.batches.steps_per_epoch
@@ -237,7 +238,8 @@ class _Run:
         self.log = MetricsLog(self.out, self.state.step, config.tensorboard) if group.first else None
         if group.first and config.sample_every:
             self._samples.mkdir(exist_ok=True)
-        self.progress = Progress(progress if group.first else "none", self.state.step, self.steps, self.batches.size)
+        shown = progress if group.first else "none"
+        self.progress = Progress(shown, self.state.step, self.steps, self.batches.size, data.kind)
         if group.first:
             self._say_where_it_starts(resume, start)
             self._write_first(resume)
@@ -260,13 +262,13 @@ class _Run:
                 raise ArgumentError("out", f"a folder without {without}", repr(str(self.out)))
         return False
 
-    def _with_batch_size(self, images: int) -> TrainConfig:
+    def _with_batch_size(self, data: ImageData) -> TrainConfig:
         """Returns the configuration with its batch size, which a warning tells where it is not the usual default."""
         config, world = self.config, self.group.world
-        size = config.batch_size_for(images, world)
+        size = config.batch_size_for(len(data), world)
         if config.batch_size is None and size != DEFAULT_BATCH and self.group.first:
             among = f" and {world} processes" if world > 1 else ""
-            said = f"for {images} images{among} batch_size={size} is taken, not {DEFAULT_BATCH}"
+            said = f"for {len(data)} {data.kind}{among} batch_size={size} is taken, not {DEFAULT_BATCH}"
             warnings.warn(said, TarFlowWarning, stacklevel=4)
         return replace(config, batch_size=size)
 
@@ -357,9 +359,9 @@ class _Run:
         held_out = self._load(self.config.eval_data, "test")
         wanted, got = tuple(data.images.shape[1:]), tuple(held_out.images.shape[1:])
         if got != wanted:
-            raise ArgumentError("eval_data", f"images of shape {wanted}", got)
+            raise ArgumentError("eval_data", f"{data.kind} of shape {wanted}", got)
         if held_out.images.dtype != data.images.dtype:
-            raise ArgumentError("eval_data", f"images of {data.images.dtype}", held_out.images.dtype)
+            raise ArgumentError("eval_data", f"{data.kind} of {data.images.dtype}", held_out.images.dtype)
         if self.config.conditional:
             if held_out.labels is None:
                 raise ArgumentError("eval_data", f"labels of {data.num_classes} classes", "none")
@@ -474,7 +476,7 @@ class _Run:
         try:
             found = bits_per_dim(model, held_out, noise=noise)
         except TarFlowError as error:  # early on a density may be infinite or NaN
-            self.progress.say(f"step {self.state.step}: no bits/dim of held-out images: {error}")
+            self.progress.say(f"step {self.state.step}: no bits/dim of held-out {held_out.kind}: {error}")
             return
         if self.log is not None:
             self.log.write("eval", self.state.step, {"epoch": self._epoch(), "bits_per_dim": found.mean})
