@@ -41,7 +41,9 @@ class TarFlow(TarFlowDensity):
         config: The `TarFlowConfig` with the sizes of the model.
         metadata: A dict of what a checkpoint knows besides weights: "noise_std" (float, σ of the noise in training),
             "noise_type" ("gaussian" or "uniform"), "class_names" (a list of names in the order of the classes),
-            "values" ("raw" if the model learnt data that are no pictures).
+            "values" ("raw" if the model learnt data that are no pictures), "sampling" (how `tarflow-fast sample` draws
+            from the model unless told otherwise, a dict of arguments of `Sampler.sample`: "guidance", "guide_what",
+            "attn_temp", "annealed_guidance", "denoise", "denoise_scale").
         origin: Where `load` found the model, else None.
         blocks: The K flow blocks, an nn.ModuleList in the order in which data go through them.
         var: (T, D), a buffer: the variance of the prior, a normal distribution of the latents.
