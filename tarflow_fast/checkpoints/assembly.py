@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import host_ops
 from ..checks import WEIGHTS, short
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..forking import safe_in_forked_child
 from ..models.config import TarFlowConfig
 from ..models.tarflow import TarFlow
+from ..models.weight_laws import check_finite, check_masks, check_names, check_prior, is_mask
 from .inference import Weights
 from .stored import StoredTensor
-from .weight_sets import is_mask, shown, some
 
 MASK_ITEMSIZE = 8  # a value of a mask in a file has at most so many bytes
 
@@ -34,13 +36,12 @@ def build(
         model = TarFlow.from_config(config)
     T = config.num_patches
     mask = torch.from_numpy(np.tri(T, T, dtype=np.float32)).to(device, dtype)
-    check_masks(state, T)
+    check_masks(state, T, functools.partial(_read_mask, state))
     weights = {
         key: mask.clone() if is_mask(key) else _weight(key, state[key], device, dtype, share)
         for key in model.state_dict()
     }
-    if not (weights["var"] > 0).all():
-        raise CheckpointError("var: expected positive variances, got some <= 0")
+    check_prior(weights["var"])
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_()
 
@@ -59,35 +60,20 @@ def _check_keys(state: Weights, config: TarFlowConfig) -> None:
             for i in range(layers):
                 name = key.replace("attn_blocks.0.", f"attn_blocks.{i}.").replace("blocks.0.", f"blocks.{k}.", 1)
                 expected[name] = blank.shape
-    missing = [key for key in expected if key not in state and not is_mask(key)]
-    if missing:
-        raise CheckpointError(f"incomplete: {len(missing)} tensors are missing, {some(missing)}")
-    foreign = [key for key in state if key not in expected]
-    if foreign:
-        raise CheckpointError(f"not a TarFlow of these sizes: {len(foreign)} unknown tensors, {some(foreign)}")
-    for key, shape in expected.items():
-        if is_mask(key):
-            continue
-        value = state[key]
-        if tuple(value.shape) != tuple(shape):
-            raise CheckpointError(f"{key}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-        if value.dtype not in WEIGHTS:
-            got = short(value.dtype) if isinstance(value.dtype, torch.dtype) else shown(value.dtype)
+    check_names(state, expected)
+    for key in filter(lambda key: not is_mask(key), expected):
+        dtype = state[key].dtype
+        if dtype not in WEIGHTS:
+            got = short(dtype) if isinstance(dtype, torch.dtype) else shown(dtype)
             raise CheckpointError(f"{key}: expected floating-point weights, got {got}")
 
 
-def check_masks(state: Weights, T: int) -> None:
-    """Raises CheckpointError for a mask that is not the causal one, (T, T): attention here looks at no other."""
-    causal = np.tri(T, T, dtype=np.bool_)
-    for key in filter(is_mask, state):
-        value, got = state[key], f"shape {tuple(state[key].shape)}"
-        if tuple(value.shape) == causal.shape:
-            if isinstance(value, StoredTensor) and value.span > MASK_ITEMSIZE * causal.size:  # this bounds what is read
-                raise CheckpointError(f"{key}: its values lie far apart in the file; save a contiguous one")
-            if np.array_equal(_read(key, value).to("cpu", torch.float32).numpy() != 0, causal):
-                continue
-            got = "another"
-        raise CheckpointError(f"{key}: expected the causal mask, of shape {causal.shape}, got {got}")
+def _read_mask(state: Weights, key: str) -> Tensor:
+    """Returns a mask of the right shape. Raises CheckpointError where more of its file would have to be read."""
+    value = state[key]
+    if isinstance(value, StoredTensor) and value.span > MASK_ITEMSIZE * value.numel:
+        raise CheckpointError(f"{key}: its values lie far apart in the file; save a contiguous one")
+    return _read(key, value)
 
 
 def _read(key: str, value: Tensor | StoredTensor) -> Tensor:
@@ -108,8 +94,7 @@ def _weight(
 ) -> Tensor:
     """Returns a weight on this device in this dtype. Raises CheckpointError if it is not finite or overflows."""
     value = _read(key, value)
-    if not host_ops.all_finite(value):
-        raise CheckpointError(f"{key}: expected finite weights, got infinities or NaNs")
+    check_finite(key, value)
     if share and (value.dtype, value.device) == (dtype, torch.device(device)) and not value.is_inference():
         return value
     weight, most = host_ops.converted(value, device, dtype), torch.finfo(dtype).max

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, some
 from ..models.config import TarFlowConfig
 from ..sizes import Size, pair
 from .stored import StoredTensor
-from .weight_sets import some
 
 HEAD_DIM = 64  # a model that does not record its head size has this one
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, kind_of
 from ..devices import check_device, check_dtype
-from ..errors import ArgumentError, CheckpointError, TarFlowWarning
+from ..errors import ArgumentError, CheckpointError, TarFlowWarning, shown
 from ..forking import safe_in_forked_child
 from ..models.tarflow import TarFlow
+from ..models.weight_laws import is_mask
 from ..sizes import Size, checked_size
 from . import hub
 from .assembly import build
@@ -27,7 +28,7 @@ from .file_names import read_name
 from .inference import fitting_patch, infer_config, open_sizes
 from .settings import check_metadata, find_settings, recorded
 from .stored import INDEX, StoredTensor, open_content, read_json
-from .weight_sets import choose, is_mask, shown
+from .weight_sets import choose
 
 PRETRAINED = ("fashion_mnist",)
 # Causal masks, T × T values a block, are made whether or not a file has them. A file may ask for so many values of

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from ..checks import WEIGHTS, check_weights, kind_of, short
-from ..errors import ArgumentError, CheckpointError, TarFlowWarning
+from ..errors import ArgumentError, CheckpointError, TarFlowWarning, some
 from ..files import check_path, replacing
 from ..forking import safe_in_forked_child
 from ..models.config import TarFlowConfig
 from ..models.tarflow import TarFlow
-from .assembly import check_masks
+from ..models.weight_laws import check_masks, is_mask
 from .card import CARD, model_card
 from .file_names import read_name
 from .inference import HEAD_DIM, Weights, infer_config
@@ -26,7 +26,6 @@ from .safetensors_files import save_safetensors
 from .settings import HEADER, check_metadata
 from .stored import open_content
 from .torch_files import save_torch
-from .weight_sets import is_mask, some
 
 
 @safe_in_forked_child()
@@ -75,7 +74,7 @@ def save(
     if broken:
         raise ArgumentError("model", "finite weights" + (f" in {short(dtype)}" if dtype else ""), some(broken))
     try:
-        check_masks(state, model.config.num_patches)
+        check_masks(state, model.config.num_patches, state.__getitem__)
     except CheckpointError as error:
         raise ArgumentError("model", "a TarFlow as it was made", str(error)) from error
     record: dict[str, Any] = {"config": model.config.to_dict(), "metadata": model.metadata}

@@ -21,7 +21,6 @@ from .options import (
     load_model,
     model_options,
     option,
-    pick_device,
     print_json,
     progress_option,
     quiet_option,
@@ -215,6 +214,9 @@ def eval_command(
     """Measure bits per dimension on a data set and, for a class-conditional model, the accuracy of the
     classifier that Bayes' rule makes of it."""
     bars = show_progress(progress, quiet)
+
+    from ..devices import pick_device
+
     place = pick_device(device)
     model = load_model(model_path, **which).to(place)
     if threads is not None:

@@ -234,16 +234,6 @@ def load_model(
     return load_pretrained()
 
 
-def pick_device(name: str | None) -> torch.device:
-    """Returns the device of that name, or, without one, the best that a backend runs on."""
-    from ..backend import backends
-    from ..devices import check_device
-
-    if name is None:
-        name = next(status.device for status in backends() if status.available)
-    return check_device(name)
-
-
 def torch_dtype(name: str | None) -> torch.dtype | None:
     import torch
 

@@ -27,7 +27,6 @@ from .options import (
     load_model,
     model_options,
     option,
-    pick_device,
     print_json,
     progress_option,
     quiet_option,
@@ -289,6 +288,9 @@ def sample_command(
         raise click.UsageError("--out and --no-grid exclude each other")
     if not outputs.to_dict():
         raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
+
+    from ..devices import pick_device
+
     device = pick_device(given["device"])
     sizes = {"patch_size": patch_size, "img_size": img_size, "in_channels": in_channels, "head_dim": head_dim}
     model = load_model(model_path, weights=weights, **sizes)

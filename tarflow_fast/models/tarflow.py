@@ -17,7 +17,7 @@ from .. import host_ops
 from ..checks import Flag, Labels, Number, batch_labels, check_choice, check_tensor, check_weights
 from ..devices import check_device
 from ..engine import Guidance
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError
 from ..flow import Flow, Stage
 from ..sampling import Sampler
 from ..scalars import check_flag, plain
@@ -28,6 +28,7 @@ from .differentiable import differentiable_reverse
 from .flow_block import Attention, FlowBlock, unknown_arithmetic
 from .gs_jacobi import check_iterations
 from .snapshot import Snapshot
+from .weight_laws import check_finite, check_masks, check_names, check_prior, is_mask
 
 
 class TarFlow(TarFlowDensity):
@@ -148,7 +149,6 @@ class TarFlow(TarFlowDensity):
             UserWarning: `num_GS_list` asks for iterations; the result is the inverse itself all the same.
         """
         check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
-        check_weights(self)
         if isinstance(x, Tensor) and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, *self.parameters()))):
             expected = "latents and weights outside of torch.func's transforms; differentiable=True serves autograd"
             raise ArgumentError("x", expected, "some that a transform follows")
@@ -156,9 +156,10 @@ class TarFlow(TarFlowDensity):
             return self._differentiable_reverse(
                 x, y, guidance, guide_what, attn_temp, annealed_guidance, return_sequence, return_log_det, on_nonfinite
             )
-        kind = self.device.type
+        flow = self.flow(own_reverse=True)
+        kind = flow.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return Sampler(self.flow(own_reverse=True), dtype=dtype, solver="sequential").reverse(
+        return Sampler(flow, dtype=dtype, solver="sequential").reverse(
             x,
             y,
             guidance,
@@ -235,7 +236,11 @@ def _plain(model: TarFlow, device: torch.device) -> TarFlow:
     with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is made in
         weights = {key: _lasting(value.detach().to(device)) for key, value in model.state_dict().items()}
         weights["var"] = weights["var"].clone()  # no engine packs it, and training changes it
-    _check_values(plain_model, weights)
+    check_names(weights, {key: blank.shape for key, blank in plain_model.state_dict().items()})
+    check_masks(weights, model.config.num_patches, weights.__getitem__)
+    for key in filter(lambda key: not is_mask(key), weights):
+        check_finite(key, weights[key])
+    check_prior(weights["var"])
     plain_model.requires_grad_(False).load_state_dict(weights, assign=True)
     plain_model.metadata = copy.deepcopy(model.metadata)
     return plain_model
@@ -244,21 +249,3 @@ def _plain(model: TarFlow, device: torch.device) -> TarFlow:
 def _lasting(x: Tensor) -> Tensor:
     """Returns x, as a copy if it was made in inference mode: autograd takes no such tensor."""
     return x.clone() if x.is_inference() else x
-
-
-def _check_values(model: TarFlow, weights: dict[str, Tensor]) -> None:
-    """Raises CheckpointError for weights that no TarFlow of these sizes has."""
-    expected = model.state_dict()
-    foreign = sorted(expected.keys() ^ weights.keys())
-    if foreign:
-        raise CheckpointError(f"not a TarFlow of these sizes: {', '.join(foreign[:3])} is missing or unknown")
-    for key, value in weights.items():
-        if value.shape != expected[key].shape:
-            raise CheckpointError(f"{key}: expected shape {tuple(expected[key].shape)}, got {tuple(value.shape)}")
-        if key.endswith(".attn_mask"):  # attention here looks at no other mask
-            if not torch.equal(value != 0, torch.ones_like(value, dtype=torch.bool).tril()):
-                raise CheckpointError(f"{key}: expected the causal mask, of shape {tuple(value.shape)}, got another")
-        elif not host_ops.all_finite(value):
-            raise CheckpointError(f"{key}: expected finite weights, got infinities or NaNs")
-    if not (weights["var"] > 0).all():
-        raise CheckpointError("var: expected positive variances, got some <= 0")

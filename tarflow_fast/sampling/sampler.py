@@ -10,10 +10,11 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import host_ops
 from ..backend import check_compile, check_threads, choose_backend, make_engines
+from ..backend.registry import names
 from ..checks import (
     Count,
     Flag,
@@ -25,7 +26,6 @@ from ..checks import (
     check_dense,
     check_number,
     check_tensor,
-    check_weights,
     kind_of,
     short,
     warn_range,
@@ -120,15 +120,18 @@ class Sampler:
         threads: int | None = None,
     ):
         check_flow_of(model)
-        self.device = check_device(model.device if device is None else device)
-        self.dtype = check_dtype(model.dtype if dtype is None else dtype, self.device)
-        compile = check_compile(compile, self.device)
-        self.backend, self.backend_reason = choose_backend(backend, Request(self.device, self.dtype, compile))
-        self._threads = threads = check_threads(threads, self.backend)
+        device = None if device is None else check_device(device)
+        dtype = None if dtype is None else check_dtype(dtype, device or torch.device("cpu"))
+        check_choice("backend", backend, ("auto", *names()))
         with torch.inference_mode(False), torch.no_grad():  # a sampler outlives the mode that it is made in
-            self.flow: Flow = model if isinstance(model, Flow) else model.flow(self.device)
-            if not isinstance(self.flow, Flow) or not self.flow.stages:
-                raise ArgumentError("model", "one whose flow(device) is a Flow of at least one stage", repr(self.flow))
+            self.flow: Flow = model if isinstance(model, Flow) else model.flow(device or model.device)
+            if not isinstance(self.flow, Flow):
+                raise ArgumentError("model", "one whose flow(device) is a Flow", repr(self.flow))
+            self.device = check_device(device or self.flow.device)
+            self.dtype = check_dtype(dtype or self.flow.dtype, self.device)
+            compile = check_compile(compile, self.device)
+            self.backend, self.backend_reason = choose_backend(backend, Request(self.device, self.dtype, compile))
+            self._threads = threads = check_threads(threads, self.backend)
             shapes = [stage.shape for stage in self.flow.stages]
             self.plan = None if plan is None else check_plan(plan, shapes)
             self.solvers = make_solvers(solver, tol, self.plan, dtype=self.dtype, shapes=shapes)
@@ -651,7 +654,7 @@ def check_plan(plan: object, shapes: Sequence[BlockShape]) -> SolverPlan:
 
 
 def check_flow_of(model: object) -> None:
-    """Raises ArgumentError unless this is a flow, or a model that gives one, of weights that have values."""
+    """Raises ArgumentError unless this is a flow, or a model that gives one, which then sees to its weights."""
     if isinstance(model, type) or not (isinstance(model, Flow) or callable(getattr(model, "flow", None))):
         got = model.__name__ if isinstance(model, type) else type(model).__name__
         raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", got)
@@ -660,5 +663,3 @@ def check_flow_of(model: object) -> None:
             raise ArgumentError(
                 "model", f"one with a {name}", f"{type(model).__name__}.{name} = {getattr(model, name, None)!r}"
             )
-    if isinstance(model, nn.Module):
-        check_weights(model)
