@@ -247,3 +247,14 @@ def known_names(metadata: Mapping[str, Any]) -> list[str]:
     """
     names = metadata.get("class_names")
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+
+
+def check_flow_of(model: object) -> None:
+    """Raises ArgumentError unless this is a flow, or a model that gives one, which then sees to its weights."""
+    if isinstance(model, type) or not (isinstance(model, Flow) or callable(getattr(model, "flow", None))):
+        raise ArgumentError("model", "a TarFlow (for ml-tarflow's own class use accelerate)", kind_of(model))
+    for name, kind in (("device", torch.device), ("dtype", torch.dtype)):
+        if not isinstance(getattr(model, name, None), kind):
+            raise ArgumentError(
+                "model", f"one with a {name}", f"{type(model).__name__}.{name} = {getattr(model, name, None)!r}"
+            )

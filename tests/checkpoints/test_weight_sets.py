@@ -164,7 +164,7 @@ def test_what_is_no_tarflow_says_what_was_found_in_one_line(tmp_path: Path) -> N
         ),
         "whole module": (
             model(),
-            r"whole module, tarflow_fast.models.tarflow.TarFlow, .* which is not run: load it by torch.load\(…, weights_only="
+            r"whole module, tarflow_fast.models.tarflow.TarFlow, .* not run: load it by torch.load\(…, weights_only="
             r"False\) in the version of tarflow_fast that wrote it, and save model by tarflow_fast.save\(model, ",
         ),
         "whole module inside": (

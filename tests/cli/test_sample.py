@@ -254,7 +254,7 @@ class TestSample:
         assert message in run("sample", *options, code=1).stderr
 
     def test_a_batch_that_does_not_fit(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tarflow_fast.sampling.sampler.free_memory", lambda device: 2**16)
+        monkeypatch.setattr("tarflow_fast.sampling.memory.free_memory", lambda device: 2**16)
         assert "--batch-size: " in run("sample", "-m", "m.safetensors", "--batch-size", 20, code=1).stderr
 
     def test_outputs_are_checked_before_anything_else(self, run: Run) -> None:
