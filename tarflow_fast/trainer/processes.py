@@ -67,10 +67,13 @@ def _environment_count(name: str, default: int, low: int) -> int:
 def _device(name: str, local_rank: int) -> torch.device:
     """Returns the device of that name: for "auto" a GPU where there is one, else the CPU; of GPUs that of this process.
 
-    Raises ArgumentError or BackendError for a device that cannot be had.
+    Raises ArgumentError for a device that cannot be had.
     """
-    device = pick_device(None if name == "auto" else name, ("cuda", "cpu"))
-    return check_device(f"cuda:{local_rank}") if device.type == "cuda" and name in ("auto", "cuda") else device
+    try:
+        device = pick_device(None if name == "auto" else name, ("cuda", "cpu"))
+        return check_device(f"cuda:{local_rank}") if device.type == "cuda" and name in ("auto", "cuda") else device
+    except BackendError as error:
+        raise ArgumentError("device", "a device of this machine", f"{name!r} ({error})") from error
 
 
 @contextmanager
