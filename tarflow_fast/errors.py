@@ -18,6 +18,18 @@ def first_line(error: BaseException) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
+def shown(text: object, most: int = 80) -> str:
+    """Returns text from a file for a message: as it is where that can do no harm, else quoted; cut where it is long."""
+    text = str(text)
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return text if text.isprintable() and text.strip() == text and text else repr(text)
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """Returns the first names for a message, with "…" where there are more."""
+    return ", ".join(map(shown, names[:most])) + (", …" if len(names) > most else "")
+
+
 def _in_a_line(value: object, most: int = 200) -> str:
     """Returns the text of a value.
 

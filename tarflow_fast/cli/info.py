@@ -70,7 +70,8 @@ def model_lines(facts: dict[str, Any]) -> list[str]:
         f"classes: {classes or 'none (unconditional)'}",
     ]
     for key, value in facts["metadata"].items():
-        text = ", ".join(map(printable, value)) if isinstance(value, list) else printable(value)
+        parts = [f"{name} = {item}" for name, item in value.items()] if isinstance(value, dict) else value
+        text = ", ".join(map(printable, parts)) if isinstance(parts, list) else printable(parts)
         lines.append(f"{printable(key)}: {text}")
     if facts["origin"] is not None:
         lines.append(f"weights: {printable(facts['origin']['weights'])} of {printable(facts['origin']['path'])}")

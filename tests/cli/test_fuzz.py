@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tarflow_fast as tff
-from tarflow_fast.checkpoints.checkpoint import HEADER
+from tarflow_fast.checkpoints.settings import HEADER
 from tarflow_fast.cli import main
 from tarflow_fast.cli.options import Option
 from tarflow_fast.limits import MOST_NUMBER

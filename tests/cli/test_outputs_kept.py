@@ -128,7 +128,7 @@ def test_a_disk_that_is_full(run: Run, size: int) -> None:
 KILLED = """if True:
     import os, random, signal, sys, time
     from tarflow_fast.cli import main
-    import tarflow_fast.checkpoints.checkpoint, tarflow_fast.images, tarflow_fast.sampling.sampler
+    import tarflow_fast.checkpoints, tarflow_fast.images, tarflow_fast.sampling.sampler
 
     def start(line):
         child = os.fork()

@@ -29,6 +29,7 @@ from ...engine.contract import (
     check_plain,
     embedding_rows,
 )
+from ...engine.gpu import gpu_missing
 from ...engine.weights import BlockWeights
 from ...engine.windows import Bounds, check_part, check_window, check_windows
 from ...errors import ArgumentError, BackendError
@@ -36,7 +37,6 @@ from ...native import address
 from .pack import TILE, linear_sizes, pack
 from .plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
 
-CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
 WEIGHT_BUFFERS = ("weights", "hidden", "keys_values")  # these have the dtype of the weights
 INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # all others are fp32, see params.h
@@ -69,16 +69,7 @@ def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compi
     missing = native_missing()
     if missing is not None:
         return missing
-    native = load_native()
-    if device.type != native.device_type:
-        return f"the CUDA engine needs a CUDA device, and this is {device}; use device='cuda'"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0; use backend='torch'"
-    if dtype not in CUDA_DTYPES:
-        return f"the CUDA engine has no {short(dtype)}; use float32, bfloat16 or float16, or backend='torch'"
-    if compile:
-        return "torch.compile has nothing to compile in the CUDA engine; leave compile out, or use backend='torch'"
-    return None
+    return gpu_missing("the CUDA engine", device.type == load_native().device_type, device, dtype, compile)
 
 
 def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:

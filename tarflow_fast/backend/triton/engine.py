@@ -20,14 +20,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ...checks import short
 from ...engine.base import EngineBase
 from ...engine.contract import BlockState, Condition, Moved, Progress, embedding_rows
+from ...engine.gpu import gpu_missing
 from ...engine.weights import BlockWeights
 from ...engine.windows import Bounds, check_part, check_window
 from ...errors import ArgumentError, BackendError
 from ...kernels.affine import Rule
-from ...kernels.launch import DTYPES, Launch, can_launch, dependent_launch, interpreting, recording
+from ...kernels.launch import Launch, can_launch, dependent_launch, interpreting, recording
 from . import plan as triton_plan
 from .chain import END, LAYER, Chain, Operation
 from .graph import capture, timed
@@ -40,15 +40,7 @@ MULTIPROCESSORS = 132  # assumed where there is no GPU
 
 def triton_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
     """Returns why this engine cannot serve such a request, and what would mend that, or None if it can."""
-    if not can_launch(device):
-        return f"Triton kernels need a CUDA device, and this is {device}; use device='cuda'"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0; use backend='torch'"
-    if dtype not in DTYPES:
-        return f"the Triton kernels have no {short(dtype)}; use float32, bfloat16 or float16, or backend='torch'"
-    if compile:
-        return "torch.compile has nothing to compile in the Triton engine; leave compile out, or use backend='torch'"
-    return None
+    return gpu_missing("the Triton engine", can_launch(device), device, dtype, compile)
 
 
 @contextmanager

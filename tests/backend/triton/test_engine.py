@@ -169,7 +169,7 @@ def test_a_part_knows_the_first_token_that_is_not_finite_if_it_reaches_the_end()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": torch.float64}, "the Triton kernels have no float64; use float32, bfloat16 or float16"),
+        ({"dtype": torch.float64}, "the Triton engine has no float64; use float32, bfloat16 or float16"),
         ({"compile": True}, "torch.compile has nothing to compile in the Triton engine"),
         ({"threads": 2}, "threads is for backend 'cpu', and this is 'triton'"),
     ],
@@ -182,7 +182,7 @@ def test_requests_that_cannot_be_met_say_why(options: dict[str, Any], message: s
 
 def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow_fast.kernels.launch.interpreting", lambda: False)
-    with pytest.raises(BackendError, match="backend 'triton' cannot be had: Triton kernels need a CUDA device"):
+    with pytest.raises(BackendError, match="backend 'triton' cannot be had: the Triton engine needs a CUDA device"):
         choose_backend("triton", Request(torch.device("cpu"), torch.float32, False))
 
 
