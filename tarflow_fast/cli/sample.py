@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -38,9 +38,6 @@ from .outputs import Outputs, Run
 from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE, drawing_rule
 from .summary import Totals, summary_lines
 from .terminal import echo
-
-if TYPE_CHECKING:
-    pass
 
 GRID = "samples.png"  # the grid goes there unless --out tells
 
