@@ -45,6 +45,7 @@ from ..limits import (
     MOST_SEED,
     MOST_TOL,
 )
+from ..probe import Prober, naming_faults
 from ..progress import Bar
 from ..scalars import check_flag, plain
 from ..solvers import TOL, Solver, SolverPlan, Solvers, adaptive, make_solvers, widths
@@ -69,8 +70,9 @@ class Sampler:
 
     Args:
         model: A TarFlow, a `Flow`, or any model that has a method `flow` which returns one (see `flow.py`).
-        backend: A name from `backends()`, or "auto" for the best that has been measured on such a device; if these are
-            several, the quickest for each size of batch (see `engine/autotune.py`, and `Report.backend` for which).
+        backend: A name from `backends()`, or "auto": on a CPU the best there is; on a GPU, for each size of batch, the
+            quickest that a probe has proven there (see `probe`, and `Report.backend` for which). A backend that is
+            named serves without a probe.
         device: The device to sample on, by default the model's own.
         dtype: The dtype of weights and KV cache (float32, bfloat16, float16, float64), by default the model's own. The
             residual stream is fp32, or fp64 in float64.
@@ -81,6 +83,10 @@ class Sampler:
         plan: Where parallel passes start and how many a block takes, from `learn_plan`; by default they start at the
             latents, and their numbers are learnt from what is sampled.
         compile: Whether the `torch` backend runs its step under torch.compile.
+        probe: When "auto" has backends probed whose verdict for this device, model and size of batch is not known, each
+            in a process of its own: "background" while the `torch` backend serves the first batches, where the switch
+            comes between two batches; "now" before the first batch, so that images do not depend on when the probe is
+            done, which they otherwise do up to rounding; "never". Verdicts are kept, see `tarflow-fast check`.
         threads: The number of threads of the `cpu` backend, by default as many as torch's, if there are cores for them
             (`devices.default_threads`). Images do not depend on it.
 
@@ -115,6 +121,7 @@ class Sampler:
         tol: float | None = None,
         plan: SolverPlan | None = None,
         compile: bool = False,
+        probe: str = "background",
         threads: int | None = None,
     ):
         check_flow_of(model)
@@ -133,12 +140,13 @@ class Sampler:
             if tol is not None:
                 check_number("tol", tol, 0, MOST_TOL)
             self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
-            request = Request(self.device, self.dtype, compile, threads)
-            self.engines = make_engines(self.backend, (stage.weights() for stage in self.flow.stages), request)
+            self._request = request = Request(self.device, self.dtype, compile, threads)
+            prober = Prober(shapes, request, probe)
+            self.engines = make_engines(self.backend, (stage.weights() for stage in self.flow.stages), request, prober)
         self.config = getattr(self.flow.model, "config", None)
         self._options: dict[str, Any] = {
             **{"backend": backend, "device": self.device, "dtype": self.dtype, "solver": solver, "tol": tol},
-            **{"plan": self.plan, "compile": compile, "threads": threads},
+            **{"plan": self.plan, "compile": compile, "probe": probe, "threads": threads},
         }
 
     @safe_in_forked_child()
@@ -540,10 +548,13 @@ class Sampler:
     def _invert(self, z: Tensor, y: Tensor | None, guidance: Guidance, bar: Any, trajectory: bool) -> Inverse:
         """Takes one batch through all blocks. z: (B, T, D) on any device; y: (B,) on the sampler's device, or None."""
         z = z.detach().to(self.device, residual_dtype(self.dtype))
-        advance = None if bar is None else bar.update
-        return invert(
-            self.flow, self.engines, self.solvers, z, Condition(y, guidance), progress=advance, trajectory=trajectory
-        )
+        advance, condition = None if bar is None else bar.update, Condition(y, guidance)
+
+        def served() -> str:
+            return self._served_by([len(z)], guidance.active)[0]
+
+        with naming_faults(served, [stage.shape for stage in self.flow.stages], self._request):
+            return invert(self.flow, self.engines, self.solvers, z, condition, progress=advance, trajectory=trajectory)
 
     def _served_by(self, sizes: list[int], guided: bool) -> tuple[str, str]:
         """Returns which backends served batches of these sizes, and why."""

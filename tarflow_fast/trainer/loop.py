@@ -486,7 +486,7 @@ class _Run:
         columns = classes or UNCONDITIONAL_COLUMNS
         path = self._samples / f"step_{self.state.step:07d}.png"
         try:
-            samples = Sampler(model, solver="sequential").sample(
+            samples = Sampler(model, solver="sequential", probe="never").sample(
                 columns * config.sample_rows,
                 list(range(classes)) if classes else None,
                 seed=config.seed,
