@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     import torch
 
     from ..engine.verdict import Row, Size, Verdict
-    from ..probe.job import Job
+    from ..probe.job import DensityJob
+    from ..probe.parent import OnRow
     from ..probe.prober import Prober
-    from ..probe.store import Entry
     from ..progress import Bar
 
     Found = tuple[str, Verdict]
@@ -94,24 +95,28 @@ def check_command(
         raise click.UsageError("FILE and --model are two names for one thing; give one")
     bars = show_progress(progress, quiet)
     model = load_model(model_path if file is None else file, **which)
+    from ..devices import check_dtype
     from ..engine.backend import Request
     from ..engine.verdict import Size
-    from ..probe.prober import Prober, settle
+    from ..probe.prober import Prober
     from ..progress import Bar
 
     on, lines = _pick(device)
     verdicts: list[Found] = []
     if on is not None:
         shapes = [stage.shape for stage in model.flow(on).stages]
-        prober = Prober(shapes, Request(on, torch_dtype(dtype) or model.dtype))
-        lines += [
-            f"{name} does not take this model: {why}" for name in prober.names if (why := prober.unsupported(name))
-        ]
+        prober = Prober(shapes, Request(on, check_dtype(torch_dtype(dtype) or model.dtype, on)))
+        unsupported = {name: prober.unsupported(name) for name in prober.names}
+        lines += [f"{name} does not take this model: {why}" for name, why in unsupported.items() if why is not None]
         guided = (False, True) if guidance is None else (guidance,)
-        tasks = _tasks(prober, [Size(batch, each) for batch in batches or BATCHES for each in guided])
-        for number, (what, job, entry) in enumerate(tasks):
+        sizes = [Size(batch, each) for batch in batches or BATCHES for each in guided]
+        if again:
+            for size in sizes:
+                prober.forget(size)
+        tasks = _tasks(prober, [name for name, why in unsupported.items() if why is None], sizes)
+        for number, (what, find) in enumerate(tasks):
             with Bar(desc=f"{what} ({number + 1} of {len(tasks)})", unit="check", disable=not bars) as bar:
-                verdicts.append((what, settle(job, entry, on_row=functools.partial(_advance, bar), again=again)))
+                verdicts.append((what, find(functools.partial(_advance, bar))))
     if as_json:
         found = [{"what": what, **verdict.to_dict()} for what, verdict in verdicts]
         print_json({"device": None if on is None else str(on), "notes": lines, "verdicts": found})
@@ -140,15 +145,19 @@ def _pick(device: str | None) -> tuple[torch.device | None, list[str]]:
     return None, [f"{nothing}no backend that can run on {on} has to be proven there.", *lines]
 
 
-def _tasks(prober: Prober, sizes: list[Size]) -> list[tuple[str, Job, Entry]]:
-    """Returns what is to be probed: a title, the job, and the place of its verdict."""
+def _tasks(prober: Prober, names: list[str], sizes: list[Size]) -> list[tuple[str, Callable[[OnRow], Verdict]]]:
+    """Returns a title and a function that finds the verdict, for each backend and size, and the density's kernel."""
+    from ..probe.prober import settle
     from ..probe.store import Entry, density_key
 
-    names = [name for name in prober.names if prober.unsupported(name) is None]
-    tasks: list[tuple[str, Job, Entry]] = [
-        (f"{name}, {size}", prober.job(name, size), prober.entry(name, size)) for name in names for size in sizes
-    ]
-    return tasks + [(job.name, job, Entry(density_key(job))) for job in prober.density_jobs()]
+    def engine(name: str, size: Size, on_row: OnRow) -> Verdict:
+        return prober.settle(name, size, on_row)
+
+    def density(job: DensityJob, on_row: OnRow) -> Verdict:
+        return settle(job, Entry(density_key(job)), on_row=on_row)
+
+    engines = [(f"{name}, {size}", functools.partial(engine, name, size)) for name in names for size in sizes]
+    return [*engines, *((job.name, functools.partial(density, job)) for job in prober.density_jobs())]
 
 
 def _advance(bar: Bar, row: Row, count: int) -> None:

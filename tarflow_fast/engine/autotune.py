@@ -48,12 +48,11 @@ class Choices:
         verdicts = self.gate.look(size)
         without = {name: verdict.reason for name, verdict in verdicts.items() if verdict and not verdict.proven}
         without |= self.left_out | self.too_large.get(size, {})
-        times = {
+        times = {self.default: 1.0} | {
             name: verdict.seconds[name] / verdict.seconds[self.default]
             for name, verdict in verdicts.items()
             if verdict and name not in without
         }
-        times[self.default] = 1.0
         order = sorted(times, key=times.__getitem__)
         order = order[: order.index(self.default) + 1]
         probed = [repr(name) for name, verdict in verdicts.items() if verdict is None and name not in without]

@@ -67,7 +67,8 @@ def cases(job: EngineJob) -> list[Case]:
 
 def check(subject: Subject, case: Case) -> Finding:
     """Returns what is found by this case; that nothing is written beyond a buffer is part of every case."""
-    finding = LAWS[case.law](subject, case.size.batch, case.size.guided)
+    with subject.zones:
+        finding = LAWS[case.law](subject, case.size.batch, case.size.guided)
     broken = subject.zones.broken()
     return finding if broken is None or finding.fault is not None else finding._replace(fault=broken)
 
@@ -78,8 +79,7 @@ def check(subject: Subject, case: Case) -> Finding:
 def accuracy(subject: Subject, batch: int, guided: bool) -> Finding:
     """|engine − exact| ≤ 2 |PyTorch − exact| + floor, for all that `whole` runs."""
     exact, peer = (outputs.rows(batch) for outputs in subject.expected(guided))
-    with subject.watched():
-        got = whole(subject.engine, subject, batch, guided)
+    got = whole(subject.engine, subject, batch, guided)
     worst = Finding(0.0, float("inf"))
     for kind in ("tokens", "log-dets", "residual"):
         names = [name for name in got.tensors if name.endswith(f": {kind}")]
@@ -112,16 +112,15 @@ def _judge(subject: Subject, name: str, got: Tensor, exact: Tensor, theirs: floa
 def converge(subject: Subject, batch: int, guided: bool) -> Finding:
     """Passes by the device itself give the sequential result for all tokens that they reach."""
     engine = subject.engine
-    with subject.watched():
-        state = begin(engine, subject, batch, guided)
-        most = engine.max_window(state) if isinstance(engine, FrontierEngine) else 0
-        if most == 0 or not isinstance(engine, FrontierEngine):
-            return Finding()
-        guess, window = subject.tokens(batch).to(state.x), min(most, WINDOW, subject.shape.tokens - 1)
-        done = engine.iterate_on_device(
-            state, guess, [1] * batch, Trail(state, subject.job.dtype), window=window, max_passes=PASSES
-        )
-        reached = min(done.reached)
+    state = begin(engine, subject, batch, guided)
+    most = engine.max_window(state) if isinstance(engine, FrontierEngine) else 0
+    if most == 0 or not isinstance(engine, FrontierEngine):
+        return Finding()
+    guess, window = subject.tokens(batch).to(state.x), min(most, WINDOW, subject.shape.tokens - 1)
+    done = engine.iterate_on_device(
+        state, guess, [1] * batch, Trail(state, subject.job.dtype), window=window, max_passes=PASSES
+    )
+    reached = min(done.reached)
     wanted = min(1 + PASSES, subject.shape.tokens)
     if reached < wanted:
         return Finding(fault=f"{done.passes} passes have reached token {reached}, where {wanted} must be")
@@ -141,13 +140,12 @@ def ragged(subject: Subject, batch: int, guided: bool) -> Finding:
     exact, peer = (
         outputs.rows(batch).tensors["a pass over all tokens: tokens"] for outputs in subject.expected(guided)
     )
-    with subject.watched():
-        state = begin(engine, subject, batch, guided)
-        x = subject.tokens(batch).to(state.x)
-        state.x.copy_(x)
-        engine.fixed_point(state, 1, T)
-        state.x.copy_(x)
-        engine.fixed_point(state, starts, stops)
+    state = begin(engine, subject, batch, guided)
+    x = subject.tokens(batch).to(state.x)
+    state.x.copy_(x)
+    engine.fixed_point(state, 1, T)
+    state.x.copy_(x)
+    engine.fixed_point(state, starts, stops)
     inside = torch.zeros(batch, T, dtype=torch.bool)
     for b in range(batch):
         inside[b, starts[b] : stops[b]] = True
@@ -173,6 +171,8 @@ def repeats(subject: Subject, batch: int, guided: bool) -> Finding:
             first = again
         elif (other := _other_bits(again, first)) is not None:
             return Finding(fault=f"{other} has other bits in repeat {i + 1}")
+        if (broken := subject.zones.broken()) is not None:  # which also lets go of what the zones were round
+            return Finding(fault=broken)
         if i == min(3, subject.job.repeats - 1):  # by then all that is made once is there
             held = _memory(subject.job.device)
     grown = _memory(subject.job.device) - held
@@ -182,12 +182,11 @@ def repeats(subject: Subject, batch: int, guided: bool) -> Finding:
 def inputs(subject: Subject, batch: int, guided: bool) -> Finding:
     """Latents and labels stay as they are."""
     condition = subject.condition(batch, guided)
-    with subject.watched():
-        z = subject.zones.around(subject.latents(batch))
-        given = z.clone()
-        labels = None if condition.labels is None else condition.labels.clone()
-        state = subject.engine.begin(z, condition)
-        brief(subject.engine, subject, state)
+    z = subject.zones.around(subject.latents(batch))
+    given = z.clone()
+    labels = None if condition.labels is None else condition.labels.clone()
+    state = subject.engine.begin(z, condition)
+    brief(subject.engine, subject, state)
     changed = [name for name, a, b in (("z", z, given), ("state.z", state.z, given)) if not torch.equal(a.to(b), b)]
     if labels is not None and condition.labels is not None and not torch.equal(condition.labels, labels):
         changed.append("labels")
@@ -197,25 +196,24 @@ def inputs(subject: Subject, batch: int, guided: bool) -> Finding:
 def isolation(subject: Subject, batch: int, guided: bool) -> Finding:
     """A sample of NaN changes no bit of its batch mates, and a token of NaN none of the tokens before it."""
     engine = subject.engine
-    with subject.watched():
-        wanted = brief(engine, subject, begin(engine, subject, batch, guided))
-        z, x = subject.latents(batch), subject.tokens(batch)
-        z[0], x[0] = torch.nan, torch.nan
-        state = engine.begin(z, subject.condition(batch, guided))
-        got = brief(engine, subject, state, tokens=x)
-        other = _other_bits(got, wanted, slice(1, None)) if batch > 1 else None
-        if other is not None:
-            return Finding(fault=f"NaN in sample 0 changes {other} of another sample")
-        T = subject.shape.tokens
-        at = T // 2
-        results = []
-        for bad in (False, True):
-            state, x = begin(engine, subject, batch, guided), subject.tokens(batch)
-            state.x.copy_(x.to(state.x))
-            if bad:
-                state.x[:, at:] = torch.nan
-            engine.fixed_point(state, 1, T)
-            results.append(state.x[:, : at + 1].clone())
+    wanted = brief(engine, subject, begin(engine, subject, batch, guided))
+    z, x = subject.latents(batch), subject.tokens(batch)
+    z[0], x[0] = torch.nan, torch.nan
+    state = engine.begin(z, subject.condition(batch, guided))
+    got = brief(engine, subject, state, tokens=x)
+    other = _other_bits(got, wanted, slice(1, None)) if batch > 1 else None
+    if other is not None:
+        return Finding(fault=f"NaN in sample 0 changes {other} of another sample")
+    T = subject.shape.tokens
+    at = T // 2
+    results = []
+    for bad in (False, True):
+        state, x = begin(engine, subject, batch, guided), subject.tokens(batch)
+        state.x.copy_(x.to(state.x))
+        if bad:
+            state.x[:, at:] = torch.nan
+        engine.fixed_point(state, 1, T)
+        results.append(state.x[:, : at + 1].clone())
     same = torch.equal(*results)
     return Finding(fault=None if same else f"NaN in token {at} changes tokens before it, or itself")
 
@@ -223,18 +221,17 @@ def isolation(subject: Subject, batch: int, guided: bool) -> Finding:
 def poison(subject: Subject, batch: int, guided: bool) -> Finding:
     """What the cache held before changes no bit: NaN, numbers whose products overflow, or a batch that failed."""
     engine = subject.engine
-    with subject.watched():
-        wanted = brief(engine, subject, begin(engine, subject, batch, guided))
-        for held in (torch.nan, torch.finfo(subject.job.dtype).max):
-            state = begin(engine, subject, batch, guided)
-            keys_values = getattr(state.cache, "keys_values", None)
-            if isinstance(keys_values, Tensor):
-                keys_values.fill_(held)
-            if (other := _other_bits(brief(engine, subject, state), wanted)) is not None:
-                return Finding(fault=f"{held:.3g} in a cache that was not written to changes {other}")
-        spent = engine.begin(torch.full_like(subject.latents(batch), torch.nan), subject.condition(batch, guided))
-        engine.fixed_point(spent, 1, subject.shape.tokens)
-        reused = brief(engine, subject, begin(engine, subject, batch, guided, reuse=spent))
+    wanted = brief(engine, subject, begin(engine, subject, batch, guided))
+    for held in (torch.nan, torch.finfo(subject.job.dtype).max):
+        state = begin(engine, subject, batch, guided)
+        keys_values = getattr(state.cache, "keys_values", None)
+        if isinstance(keys_values, Tensor):
+            keys_values.fill_(held)
+        if (other := _other_bits(brief(engine, subject, state), wanted)) is not None:
+            return Finding(fault=f"{held:.3g} in a cache that was not written to changes {other}")
+    spent = engine.begin(torch.full_like(subject.latents(batch), torch.nan), subject.condition(batch, guided))
+    engine.fixed_point(spent, 1, subject.shape.tokens)
+    reused = brief(engine, subject, begin(engine, subject, batch, guided, reuse=spent))
     other = _other_bits(reused, wanted)
     return Finding(fault=None if other is None else f"the cache of a batch of NaN, used again, changes {other}")
 

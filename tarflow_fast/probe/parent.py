@@ -25,6 +25,7 @@ from ..errors import first_line, printable
 from .child import BOOT
 from .job import EngineJob, Job, Limits
 
+PATIENCE = 10.0  # seconds in which a process ends after it has closed its output
 OnRow = Callable[[Row, int], None]
 _running: set[subprocess.Popen[bytes]] = set()
 
@@ -132,7 +133,11 @@ def _follow(
 
     def broke_off(reason: str, lasting: bool = True) -> Verdict:
         add(Row(check, fault=reason))
-        return Verdict(False, f"{check}: {reason}", {}, tuple(rows), lasting)
+        return refused(lasting)
+
+    def refused(lasting: bool = True) -> Verdict:
+        first = next(row for row in rows if row.fault is not None)  # what comes after it may come of it
+        return Verdict(False, f"{first.check}: {first.fault}", {}, tuple(rows), lasting or first is not rows[-1])
 
     def add(row: Row) -> None:
         rows.append(row)
@@ -162,9 +167,8 @@ def _follow(
                 return broke_off(printable(reason), lasting=not memory)
             case {"event": "end"}:
                 break
-    faults = [row for row in rows if row.fault is not None]
-    if faults:
-        return Verdict(False, f"{faults[0].check}: {faults[0].fault}", {}, tuple(rows))
+    if any(row.fault is not None for row in rows):
+        return refused()
     if isinstance(job, EngineJob) and not {job.name, job.default} <= seconds.keys():
         return broke_off("it ended without times")
     return Verdict(True, f"{len(rows)} checks passed in {time.monotonic() - started:.0f} s", seconds, tuple(rows))
@@ -178,7 +182,7 @@ def _number(value: object) -> float | None:
 def _how_it_ended(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
     """Returns how a process ended that said nothing of it, with the first line of what Python wrote of that."""
     try:
-        code = process.wait(timeout=10)
+        code = process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         return "it closed its output and went on"
     how = f"it ended with exit code {code}"

@@ -73,8 +73,12 @@ class Prober:
         _keep(Entry(self._key(name)), Verdict(False, why))
 
     def forget(self, size: Size) -> None:
-        """Forget the verdicts for batches of this size, and that any were revoked. Raises OSError."""
-        for entry in [entry for name in self.names for entry in (self.entry(name, size), Entry(self._key(name)))]:
+        """Forget the verdicts for batches of this size, those that were revoked, and that on the density pass's kernel.
+
+        Raises OSError.
+        """
+        entries = [each for name in self.names for each in (self.entry(name, size), Entry(self._key(name)))]
+        for entry in [*entries, *(Entry(density_key(job)) for job in self.density_jobs())]:
             _known.pop(entry.path, None)
             entry.forget()
 
@@ -95,6 +99,14 @@ class Prober:
         """Returns the place of the verdict on this backend for batches of this size."""
         return Entry(self._key(name), size)
 
+    def revoked(self, name: str) -> Verdict | None:
+        """Returns the verdict that stands for all sizes of batch since one was revoked, or None."""
+        return read(Entry(self._key(name)))
+
+    def settle(self, name: str, size: Size, on_row: OnRow | None = None) -> Verdict:
+        """Returns the verdict on this backend for batches of this size, after a probe where none is known."""
+        return self.revoked(name) or settle(self.job(name, size), self.entry(name, size), self.limits, on_row)
+
     def unsupported(self, name: str) -> str | None:
         """Returns why a backend cannot take the blocks of this model, or None."""
         reasons = (backend_named(name).unsupported(shape, self.request.dtype) for shape in self.shapes)
@@ -112,12 +124,12 @@ class Prober:
         if unsupported is not None:
             return Verdict(False, unsupported, lasting=False)
         entry = self.entry(name, size)
-        verdict = read(Entry(self._key(name))) or read(entry)
+        verdict = self.revoked(name) or read(entry)
         if verdict is None and self.mode == "never":
             return Verdict(False, f"not probed on this device; {CHECK}", lasting=False)
         if verdict is None and self.mode == "now":
             self._waiting.add((name, size.bucket))
-            verdict = settle(self.job(name, size), entry, self.limits)
+            verdict = self.settle(name, size)
         if verdict is None:
             if (name, size.bucket) not in self._waiting:
                 self._waiting.add((name, size.bucket))
@@ -153,16 +165,13 @@ def read(entry: Entry) -> Verdict | None:
     return _known.get(entry.path)
 
 
-def settle(
-    job: Job, entry: Entry, limits: Limits | None = None, on_row: OnRow | None = None, *, again: bool = False
-) -> Verdict:
-    """Returns the verdict of a job: one that another process has meanwhile found, or else that of a probe.
+def settle(job: Job, entry: Entry, limits: Limits | None = None, on_row: OnRow | None = None) -> Verdict:
+    """Returns the verdict of a job: one that is kept, perhaps by another process meanwhile, or else that of a probe.
 
-    job: what is probed. entry: the place of its verdict. limits, on_row: see `probe`. again: whether it is probed
-    though there is a verdict.
+    job: what is probed. entry: the place of its verdict. limits, on_row: see `probe`.
     """
     with alone():
-        verdict = None if again else entry.read()
+        verdict = entry.read()
         if verdict is None:
             verdict = probe(job, limits, on_row)
             _keep(entry, verdict)

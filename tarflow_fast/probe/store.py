@@ -73,6 +73,14 @@ def sources(module: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def _module(backend: Backend) -> str:
+    """Returns the name of the module in which a backend's engines are made."""
+    maker: Any = backend.maker
+    while isinstance(maker, functools.partial):
+        maker = maker.func
+    return str(getattr(maker, "__module__", type(maker).__module__))
+
+
 def engine_key(
     backend: Backend, default: str, device: torch.device, dtype: torch.dtype, shapes: Sequence[BlockShape]
 ) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def engine_key(
         "dtype": short(dtype),
         "precision": torch.get_float32_matmul_precision(),
         "shapes": [asdict(shape) for shape in shapes],
-        "sources": sources(backend.maker.__module__),
+        "sources": sources(_module(backend)),
     }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,15 +54,9 @@ class Subject:
         missing = self.backend.missing(self.request) or self.backend.unsupported(shape, job.dtype)
         if missing is not None:
             raise RuntimeError(missing)
-        with self.watched():
+        with self.zones:
             self.engine = self.backend.maker(self.request)(self.weights)
         self._torch = backend_named("torch").maker
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Put red zones round what is allocated within this context."""
-        with self.zones:
-            yield
 
     # What it is given.
 

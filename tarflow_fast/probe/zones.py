@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..checks import short
+
 ZONE = 4096  # bytes on each side, a multiple of every alignment that kernels ask for
 HELD = 0xFF  # in every byte: NaN in each dtype of floats, -1 in those of integers
 
@@ -23,7 +25,7 @@ class RedZones(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._zoned: list[tuple[weakref.ref[Tensor], Tensor, Tensor]] = []
+        self._zoned: list[tuple[weakref.ref[Tensor], str, Tensor, Tensor]] = []
 
     def __torch_function__(
         self,
@@ -40,19 +42,18 @@ class RedZones(TorchFunctionMode):
         memory = torch.full((tensor.nbytes + 2 * ZONE,), HELD, dtype=torch.uint8, device=tensor.device)
         inner = memory[ZONE : ZONE + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         inner.copy_(tensor)
-        self._zoned.append((weakref.ref(inner), memory[:ZONE], memory[ZONE + tensor.nbytes :]))
+        name = f"the buffer {tuple(tensor.shape)} of {short(tensor.dtype)}"
+        self._zoned.append((weakref.ref(inner), name, memory[:ZONE], memory[ZONE + tensor.nbytes :]))
         return inner
 
     def broken(self) -> str | None:
         """Returns which buffer's zone was written to, or None. Forgets the buffers that are gone."""
         with torch._C.DisableTorchFunctionSubclass():
             found = None
-            for alive, before, after in self._zoned:
+            for _, name, before, after in self._zoned:
                 spoilt = [side for side, zone in (("before", before), ("after", after)) if bool((zone != HELD).any())]
                 if spoilt and found is None:
-                    buffer = alive()
-                    what = "a buffer" if buffer is None else f"the buffer {tuple(buffer.shape)} of {buffer.dtype}"
-                    found = f"a write {' and '.join(spoilt)} {what}"
+                    found = f"a write {' and '.join(spoilt)} {name}"
             self._zoned = [zoned for zoned in self._zoned if zoned[0]() is not None]
             return found
 
