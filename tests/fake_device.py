@@ -16,7 +16,7 @@ import torch
 
 from tarflow_fast.backend.cpu.engine import CpuEngine
 from tarflow_fast.backend.pytorch.engine import TorchEngine
-from tarflow_fast.engine import BlockState, BlockWeights
+from tarflow_fast.engine import BlockState, BlockWeights, Condition
 from tarflow_fast.engine.backend import Backend, Maker, Request
 from tarflow_fast.engine.shape import BlockShape
 
@@ -32,8 +32,8 @@ class Faulty(TorchEngine):
     fault = "none"
     calls = 0
 
-    def begin(self, z: torch.Tensor, *rest: Any) -> BlockState:
-        state = super().begin(z, *rest)
+    def begin(self, z: torch.Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
+        state = super().begin(z, condition, reuse=reuse)
         if self.fault == "changes its input":
             z.add_(1)
         return state

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,15 @@ def _driver() -> str:
 
 
 @functools.cache
-def sources(module: str) -> str:
+def sources(module: str = "") -> str:
     """Returns a hash of the package's engines, kernels and native code, and of the module that a backend is made in."""
     package = Path(__file__).parent.parent
     folders = [package / name for name in ("engine", "backend", "probe", "kernels", "solvers")]
     folders.append(package.parent / "kernels")  # where the package runs from its sources
     files = [path for folder in folders for path in folder.rglob("*.py")] + list(package.glob("_cuda*"))
-    with contextlib.suppress(ImportError, AttributeError, TypeError):
-        files.append(Path(str(import_module(module).__file__)))
+    own = getattr(sys.modules.get(module), "__file__", None)
+    if own is not None:
+        files.append(Path(own))
     digest = hashlib.sha256()
     for path in sorted(set(files)):
         with contextlib.suppress(OSError):
@@ -100,7 +101,7 @@ def engine_key(
 def density_key(job: DensityJob) -> dict[str, Any]:
     """Returns all that a verdict on the density pass's kernel depends on."""
     sizes = {"tokens": job.tokens, "token_dim": job.token_dim, "affine": job.affine}
-    return {"format": FORMAT, "backend": job.name, "device": device_facts(job.device), **sizes, "sources": sources("")}
+    return {"format": FORMAT, "backend": job.name, "device": device_facts(job.device), **sizes, "sources": sources()}
 
 
 class Entry:

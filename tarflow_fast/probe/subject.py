@@ -118,7 +118,7 @@ def begin(
     engine: BlockEngine, subject: Subject, batch: int, guided: bool, reuse: BlockState | None = None
 ) -> BlockState:
     """Returns a new state of this engine, of the subject's latents."""
-    return engine.begin(subject.latents(batch), subject.condition(batch, guided), reuse)
+    return engine.begin(subject.latents(batch), subject.condition(batch, guided), reuse=reuse)
 
 
 def whole(engine: BlockEngine, subject: Subject, batch: int, guided: bool) -> Outputs:
