@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import platform
 import sys
 import time
@@ -61,8 +62,9 @@ def _driver() -> str:
 def sources(module: str = "") -> str:
     """Returns a hash of the package's engines, kernels and native code, and of the module that a backend is made in."""
     package = Path(__file__).parent.parent
-    folders = [package / name for name in ("engine", "backend", "probe", "kernels", "solvers")]
-    folders.append(package.parent / "kernels")  # where the package runs from its sources
+    folders = [package / name for name in ("engine", "backend", "probe", "solvers")]
+    kernels = importlib.util.find_spec("tarflow_fast.kernels")  # which lie elsewhere where the package is not installed
+    folders += map(Path, (kernels and kernels.submodule_search_locations) or ())
     files = [path for folder in folders for path in folder.rglob("*.py")] + list(package.glob("_cuda*"))
     own = getattr(sys.modules.get(module), "__file__", None)
     if own is not None:

@@ -200,6 +200,15 @@ def test_sources_are_those_of_the_package_and_of_the_backend(tmp_path: Path, mon
     assert len({*found, store.sources()}) == 3
 
 
+def test_kernels_are_among_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or plain(path))  # type: ignore[func-returns-value]
+    store.sources.cache_clear()
+    store.sources()
+    assert {"cached_attention.py", "affine_density.py", "laws.py", "chain.py", "autotune.py"} <= set(read)
+
+
 # What is kept
 
 
