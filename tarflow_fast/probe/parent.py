@@ -25,9 +25,17 @@ from ..errors import first_line, printable
 from .child import BOOT
 from .job import EngineJob, Job, Limits
 
+STARTING = "starting"  # the first thing that a process does, before any check
+FROM_OUTSIDE = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    1,
+    9,
+)  # signals, with SIGHUP and SIGKILL by their numbers, that others send
 PATIENCE = 10.0  # seconds in which a process ends after it has closed its output
 OnRow = Callable[[Row, int], None]
 _running: set[subprocess.Popen[bytes]] = set()
+_leaving = threading.Event()  # this process is about to end, and with it all probes
 
 
 def probe(job: Job, limits: Limits | None = None, on_row: OnRow | None = None) -> Verdict:
@@ -98,6 +106,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 @atexit.register
 def _end_all() -> None:
     """End the probes of a background thread, which does not outlive the main one."""
+    _leaving.set()
     for process in list(_running):
         end(process)
 
@@ -127,7 +136,7 @@ def _follow(
     messages = _lines(process.stdout)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
-    check, count = "starting", 0
+    check, count = STARTING, 0
     started = time.monotonic()
     until = started + limits.start
 
@@ -148,10 +157,11 @@ def _follow(
         try:
             message = messages.get(timeout=max(0.0, min(until, started + limits.total) - time.monotonic()))
         except queue.Empty:
-            return broke_off(f"no answer within {time.monotonic() - started:.0f} s, and it was ended")
+            reason = f"no answer within {time.monotonic() - started:.0f} s, and it was ended"
+            return broke_off(reason, lasting=check != STARTING)
         match message:
             case None:
-                return broke_off(_how_it_ended(process, stderr))
+                return broke_off(*_how_it_ended(process, stderr))
             case {"event": "cases", "count": int(number)}:
                 count = number
             case {"event": "begin", "check": str(name)}:
@@ -179,12 +189,14 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _how_it_ended(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
-    """Returns how a process ended that said nothing of it, with the first line of what Python wrote of that."""
+def _how_it_ended(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> tuple[str, bool]:
+    """Returns how a process ended that said nothing of it, with the first line of what Python wrote of that, and whether
+    that was its own doing: a user, a system without memory, or the end of this process may have ended it.
+    """
     try:
         code = process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-        return "it closed its output and went on"
+        return "it closed its output and went on", True
     how = f"it ended with exit code {code}"
     if code < 0:
         with contextlib.suppress(ValueError):
@@ -195,4 +207,4 @@ def _how_it_ended(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
         said = next((line for line in lines if line.startswith(("Fatal Python error", "Windows fatal"))), "")
         said = said or (lines[-1] if lines else "")
         how += f" ({printable(said.strip())})" * bool(said)
-    return how
+    return how, -code not in FROM_OUTSIDE and not _leaving.is_set()

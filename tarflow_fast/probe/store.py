@@ -141,7 +141,13 @@ def kept() -> list[tuple[dict[str, Any], Verdict]]:
     for path in sorted((cache_folder() / KIND).glob("*.json")):
         content = read_json(path)
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            found.append((dict(content["key"]), Verdict.from_dict(content["verdict"])))
+            key = content["key"]
+            found.append(
+                (
+                    {**key, "backend": str(key["backend"]), "device": {**key["device"]}},
+                    Verdict.from_dict(content["verdict"]),
+                )
+            )
     return found
 
 

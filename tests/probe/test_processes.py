@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -107,11 +109,34 @@ def test_whatever_a_process_says(monkeypatch: pytest.MonkeyPatch, script: str, r
     assert not parent._running
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
+def test_a_process_that_others_end_says_nothing_of_the_backend(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(parent, "BOOT", f"{BEGUN}; import os; os.kill(os.getpid(), {int(number)})")
+    verdict = parent.probe(job_of(fake()))
+    assert f"first: it was ended by {signal.Signals(number).name}" in verdict.reason
+    assert verdict.lasting == (number == signal.SIGSEGV)
+
+
+def test_the_end_of_this_process_says_nothing_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parent, "BOOT", f"{BEGUN}; import time; time.sleep(3600)")
+    monkeypatch.setattr(parent, "_leaving", threading.Event())
+    found: list[Verdict] = []
+    asking = threading.Thread(target=lambda: found.append(parent.probe(job_of(fake()))))
+    asking.start()
+    while not parent._running:
+        time.sleep(0.01)
+    parent._end_all()
+    asking.join(60)
+    assert [verdict.lasting for verdict in found] == [False]
+
+
 @pytest.mark.parametrize("limits", [Limits(start=0.3), Limits(total=0.3)])
 def test_limits_of_the_start_and_of_all(monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
     monkeypatch.setattr(parent, "BOOT", "import time; time.sleep(3600)")
     verdict = parent.probe(job_of(fake()), limits)
     assert verdict.reason == "starting: no answer within 0 s, and it was ended"
+    assert not verdict.lasting  # a disk or a machine that is slow
 
 
 def test_what_cannot_be_sent_is_not_proven() -> None:

@@ -292,7 +292,7 @@ class TritonEngine(EngineBase):
             "layers": self.shape.layers,
             "branches": workspace.size.branches,
             "precision": self.precision,
-            "pdl": self.pdl,
+            "pdl": dependent_launch(self.device),  # also of an engine without: with the same tiles it has the same bits
         }
         among = triton_plan.candidates(shape)
         found = triton_plan.read(shape, device)
