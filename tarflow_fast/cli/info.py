@@ -33,13 +33,7 @@ def describe_installation() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": [status.to_dict() for status in backends()],
         "probes": [
-            {
-                "backend": key["backend"],
-                "device": key["device"]["name"],
-                "proven": verdict.proven,
-                "reason": verdict.reason,
-            }
-            for key, verdict in kept()
+            {"backend": key["backend"], "device": key["device"]["name"], **verdict.to_dict()} for key, verdict in kept()
         ],
     }
 

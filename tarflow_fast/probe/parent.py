@@ -26,12 +26,7 @@ from .child import BOOT
 from .job import EngineJob, Job, Limits
 
 STARTING = "starting"  # the first thing that a process does, before any check
-FROM_OUTSIDE = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    1,
-    9,
-)  # signals, with SIGHUP and SIGKILL by their numbers, that others send
+FROM_OUTSIDE = (1, 2, 9, 15)  # signals that others send: SIGHUP, SIGINT, SIGKILL, SIGTERM
 PATIENCE = 10.0  # seconds in which a process ends after it has closed its output
 OnRow = Callable[[Row, int], None]
 _running: set[subprocess.Popen[bytes]] = set()
@@ -190,8 +185,9 @@ def _number(value: object) -> float | None:
 
 
 def _how_it_ended(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> tuple[str, bool]:
-    """Returns how a process ended that said nothing of it, with the first line of what Python wrote of that, and whether
-    that was its own doing: a user, a system without memory, or the end of this process may have ended it.
+    """Returns how a process ended that said nothing of it, with the first line of what Python wrote of that.
+
+    With it comes whether that was its own doing: a user, a system without memory, or this process may have ended it.
     """
     try:
         code = process.wait(PATIENCE)

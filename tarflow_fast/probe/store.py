@@ -141,13 +141,8 @@ def kept() -> list[tuple[dict[str, Any], Verdict]]:
     for path in sorted((cache_folder() / KIND).glob("*.json")):
         content = read_json(path)
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            key = content["key"]
-            found.append(
-                (
-                    {**key, "backend": str(key["backend"]), "device": {**key["device"]}},
-                    Verdict.from_dict(content["verdict"]),
-                )
-            )
+            key, verdict = content["key"], Verdict.from_dict(content["verdict"])
+            found.append(({**key, "backend": str(key["backend"]), "device": {**key["device"]}}, verdict))
     return found
 
 

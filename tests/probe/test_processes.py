@@ -110,12 +110,12 @@ def test_whatever_a_process_says(monkeypatch: pytest.MonkeyPatch, script: str, r
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
-def test_a_process_that_others_end_says_nothing_of_the_backend(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(parent, "BOOT", f"{BEGUN}; import os; os.kill(os.getpid(), {int(number)})")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL", "SIGSEGV"])
+def test_a_process_that_others_end_says_nothing_of_the_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(parent, "BOOT", f"{BEGUN}; import os; os.kill(os.getpid(), {int(getattr(signal, name))})")
     verdict = parent.probe(job_of(fake()))
-    assert f"first: it was ended by {signal.Signals(number).name}" in verdict.reason
-    assert verdict.lasting == (number == signal.SIGSEGV)
+    assert f"first: it was ended by {name}" in verdict.reason
+    assert verdict.lasting == (name == "SIGSEGV")
 
 
 def test_the_end_of_this_process_says_nothing_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
