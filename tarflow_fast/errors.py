@@ -99,6 +99,18 @@ class BackendError(TarFlowError, RuntimeError):
     """A backend, device or dtype was asked for that cannot be had here. The message says why, and how to mend it."""
 
 
+class DeviceFault(TarFlowError, RuntimeError):
+    """An engine broke the context of its device, so that this process can compute nothing on that device any more.
+
+    Attributes:
+        backend: The name of the backend whose engine ran.
+    """
+
+    def __init__(self, backend: str, why: str, advice: str):
+        self.backend = backend
+        super().__init__(f"backend {backend!r} broke this process's use of the device ({why}); {advice}")
+
+
 class OutOfMemoryError(TarFlowError, MemoryError):
     """The batch does not fit in memory, and the message says how many samples would."""
 

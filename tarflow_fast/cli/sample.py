@@ -196,6 +196,13 @@ Examples:
     help="How far a token may still move when a parallel pass takes it as final, on the scale -1 to 1.",
 )
 @option("--compile", is_flag=True, section="Machine", help="Run the torch backend under torch.compile.")
+@option(
+    "--probe",
+    type=click.Choice(["background", "now", "never"]),
+    default="background",
+    section="Machine",
+    help="When backends of a GPU that are not known there have to prove themselves; see `tarflow-fast check`.",
+)
 @threads_option
 @option(
     "--batch-size",
@@ -326,6 +333,7 @@ def sample_command(
         solver=given["solver"],
         tol=given["tol"],
         compile=given["compile"],
+        probe=given["probe"],
         threads=given["threads"],
     )
     stream = sampler.stream(

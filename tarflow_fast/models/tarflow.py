@@ -159,7 +159,7 @@ class TarFlow(TarFlowDensity):
         flow = self.flow(own_reverse=True)
         kind = flow.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return Sampler(flow, dtype=dtype, solver="sequential").reverse(
+        return Sampler(flow, dtype=dtype, solver="sequential", probe="never").reverse(
             x,
             y,
             guidance,
@@ -189,7 +189,7 @@ class TarFlow(TarFlowDensity):
         names = self.metadata.get("class_names")
         labels = batch_labels(y, x.shape[0], self.config.num_classes, self.device, class_names=names)
         classifier_free = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
-        sampler = Sampler(self.flow(own_reverse=True), solver="sequential")
+        sampler = Sampler(self.flow(own_reverse=True), solver="sequential", probe="never")
         tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, classifier_free, sampler)
         if on_nonfinite == "raise" and not host_ops.all_finite(tokens[-1].detach()):
             sampler.reverse(x.detach(), labels, plain(guidance), guide_what, plain(attn_temp), annealed_guidance)

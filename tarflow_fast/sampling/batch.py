@@ -14,9 +14,11 @@ from .. import host_ops
 from ..checks import batch_labels, check_count, check_dense, check_tensor, kind_of, short
 from ..dtypes import residual_dtype
 from ..engine import BlockEngine, Condition, Guidance
+from ..engine.backend import Request
 from ..errors import ArgumentError, NonFiniteError
 from ..flow import Flow
 from ..forking import safe_in_forked_child
+from ..probe import naming_faults
 from ..progress import Bar
 from ..solvers import Solver, Solvers
 from .inverse import Inverse, invert
@@ -39,6 +41,7 @@ class BatchSampler:
     backend_reason: str
     solver: str
     _threads: int | None
+    _request: Request
 
     def _draw(self, numbers: range, labels: Tensor | None, seed: int, rule: Rule, batch: int, bar: Any) -> Samples:
         """Returns the images of these numbers, before denoising.
@@ -146,10 +149,13 @@ class BatchSampler:
     def _invert(self, z: Tensor, y: Tensor | None, guidance: Guidance, bar: Any, trajectory: bool) -> Inverse:
         """Takes one batch through all blocks. z: (B, T, D) on any device; y: (B,) on the sampler's device, or None."""
         z = z.detach().to(self.device, residual_dtype(self.dtype))
-        advance = None if bar is None else bar.update
-        return invert(
-            self.flow, self.engines, self.solvers, z, Condition(y, guidance), progress=advance, trajectory=trajectory
-        )
+        advance, condition = None if bar is None else bar.update, Condition(y, guidance)
+
+        def served() -> str:
+            return self._served_by([len(z)], guidance.active)[0]
+
+        with naming_faults(served, [stage.shape for stage in self.flow.stages], self._request):
+            return invert(self.flow, self.engines, self.solvers, z, condition, progress=advance, trajectory=trajectory)
 
     def _served_by(self, sizes: list[int], guided: bool) -> tuple[str, str]:
         """Returns which backends served batches of these sizes, and why."""

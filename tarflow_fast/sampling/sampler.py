@@ -36,6 +36,7 @@ from ..limits import (
     MOST_SEED,
     MOST_TOL,
 )
+from ..probe import Prober
 from ..scalars import check_flag, plain
 from ..solvers import TOL, SolverPlan, check_plan, make_solvers
 from .batch import BatchSampler
@@ -58,8 +59,9 @@ class Sampler(BatchSampler):
 
     Args:
         model: A TarFlow, a `Flow`, or any model that has a method `flow` which returns one (see `flow.py`).
-        backend: A name from `backends()`, or "auto" for the best that has been measured on such a device; if these are
-            several, the quickest for each size of batch (see `engine/autotune.py`, and `Report.backend` for which).
+        backend: A name from `backends()`, or "auto": on a CPU the best there is; on a GPU, for each size of batch, the
+            quickest that a probe has proven there (see `probe`, and `Report.backend` for which). A backend that is
+            named serves without a probe.
         device: The device to sample on, by default the model's own.
         dtype: The dtype of weights and KV cache (float32, bfloat16, float16, float64), by default the model's own. The
             residual stream is fp32, or fp64 in float64.
@@ -70,6 +72,10 @@ class Sampler(BatchSampler):
         plan: Where parallel passes start and how many a block takes, from `learn_plan`; by default they start at the
             latents, and their numbers are learnt from what is sampled.
         compile: Whether the `torch` backend runs its step under torch.compile.
+        probe: When "auto" has backends probed whose verdict for this device, model and size of batch is not known, each
+            in a process of its own: "background" while the `torch` backend serves the first batches, where the switch
+            comes between two batches; "now" before the first batch, so that images do not depend on when the probe is
+            done, which they otherwise do up to rounding; "never". Verdicts are kept, see `tarflow-fast check`.
         threads: The number of threads of the `cpu` backend, by default as many as torch's, if there are cores for them
             (`devices.default_threads`). Images do not depend on it.
 
@@ -104,6 +110,7 @@ class Sampler(BatchSampler):
         tol: float | None = None,
         plan: SolverPlan | None = None,
         compile: bool = False,
+        probe: str = "background",
         threads: int | None = None,
     ):
         check_flow_of(model)
@@ -125,12 +132,15 @@ class Sampler(BatchSampler):
             if tol is not None:
                 check_number("tol", tol, 0, MOST_TOL)
             self.solver, self._tol = solver, TOL[self.dtype] if tol is None else float(plain(tol))
-            request = Request(self.device, self.dtype, compile, threads)
-            self.engines = make_engines(self.backend, (stage.make_weights() for stage in self.flow.stages), request)
+            self._request = request = Request(self.device, self.dtype, compile, threads)
+            prober = Prober(shapes, request, probe)
+            self.engines = make_engines(
+                self.backend, (stage.make_weights() for stage in self.flow.stages), request, prober
+            )
         self.config = getattr(self.flow.model, "config", None)
         self._options: dict[str, Any] = {
             **{"backend": backend, "device": self.device, "dtype": self.dtype, "solver": solver, "tol": tol},
-            **{"plan": self.plan, "compile": compile, "threads": threads},
+            **{"plan": self.plan, "compile": compile, "probe": probe, "threads": threads},
         }
 
     @safe_in_forked_child()

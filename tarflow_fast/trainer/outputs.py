@@ -53,7 +53,7 @@ def draw_grid(model: TarFlow, config: TrainConfig, path: Path) -> None:
     """
     classes = model.config.num_classes
     columns = classes or UNCONDITIONAL_COLUMNS
-    samples = Sampler(model, solver="sequential").sample(
+    samples = Sampler(model, solver="sequential", probe="never").sample(
         columns * config.sample_rows,
         list(range(classes)) if classes else None,
         seed=config.seed,

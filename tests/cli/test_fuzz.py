@@ -114,6 +114,7 @@ WORDS: dict[str, list[str]] = {
     "--patch-size": SIZES,
     "--threads": ["1", "2", "0", "20000", "x"],  # those that are taken go to torch, for the whole process
     "--backend": ["auto", "cpu", "torch", "x", ""],
+    "--probe": ["now", "never", "x"],
     "--solver": ["auto", "sequential", "adaptive", "x"],
     "--device": ["auto", "cpu", "cuda:99", "meta", "x", "", "\udcff"],
     "--scale": [*INTS, "100000", "65536"],

@@ -105,6 +105,7 @@ class TestSample:
                 {"backend": "torch", "solver": "sequential"},
             ),
             (("--compile",), {"compile": True}),
+            (("--probe", "never"), {"probe": "never"}),
             (("--backend", "cpu", "--threads", 2), {"backend": "cpu", "threads": 2}),
         ],
     )
@@ -121,6 +122,7 @@ class TestSample:
         monkeypatch.setattr("tarflow_fast.sampling.sampler.Sampler", Spy)
         run("sample", "-m", "m.safetensors", "-n", 1, *options)
         default = {"backend": "auto", "solver": "auto", "dtype": None, "compile": False, "threads": None}
+        default["probe"] = "background"
         assert {name: seen[name] for name in default} == {**default, **made}
         assert seen["device"] == torch.device("cpu")
 

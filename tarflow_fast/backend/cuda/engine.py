@@ -32,7 +32,7 @@ from ...engine.contract import (
 from ...engine.gpu import gpu_missing
 from ...engine.weights import BlockWeights
 from ...engine.windows import Bounds, check_part, check_window, check_windows
-from ...errors import ArgumentError, BackendError
+from ...errors import ArgumentError, BackendError, first_line
 from ...native import address
 from .pack import TILE, linear_sizes, pack
 from .plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
@@ -64,12 +64,30 @@ def native_missing() -> str | None:
     return None
 
 
+def runtime_missing(native: ModuleType, device: torch.device) -> str | None:
+    """Returns why the CUDA runtime that the engine was built with cannot use this device, or None if it can.
+
+    The engine has a runtime of its own, beside torch's, and an older driver may serve torch's alone.
+    """
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            native.device()
+    except RuntimeError as error:
+        return (
+            f"the CUDA engine's own runtime cannot use {device}: {first_line(error)}; update the driver, or install "
+            "tarflow_fast again with a CUDA toolkit (nvcc) that is no newer than the driver"
+        )
+    return None
+
+
 def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
     """Returns why this engine cannot serve such a request, and what would mend that, or None if it can."""
     missing = native_missing()
     if missing is not None:
         return missing
-    return gpu_missing("the CUDA engine", device.type == load_native().device_type, device, dtype, compile)
+    native = load_native()
+    missing = gpu_missing("the CUDA engine", device.type == native.device_type, device, dtype, compile)
+    return missing or runtime_missing(native, device)
 
 
 def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...cache import CACHE_VARIABLE
 from ...engine.base import EngineBase
 from ...engine.contract import BlockState, Condition, Moved, Progress, embedding_rows
 from ...engine.gpu import gpu_missing
@@ -94,6 +95,8 @@ class TritonEngine(EngineBase):
             if workspace.used is not None:
                 torch.cuda.current_stream().wait_event(workspace.used)
             self._window(workspace, 1)
+            for window in workspace.windows.values():  # a launch that was broken off leaves its counters as they were
+                window.scratch.arrived.zero_()
             workspace.z.copy_(z)
             workspace.scale.fill_(shape.head_dim**-0.5)
             if guidance.active:
@@ -281,7 +284,7 @@ class TritonEngine(EngineBase):
             "layers": self.shape.layers,
             "branches": workspace.size.branches,
             "precision": self.precision,
-            "pdl": self.pdl,
+            "pdl": dependent_launch(self.device),  # also of an engine without: with the same tiles it has the same bits
         }
         among = triton_plan.candidates(shape)
         found = triton_plan.read(shape, device)
@@ -311,7 +314,7 @@ class TritonEngine(EngineBase):
         except OSError as error:
             warnings.warn(
                 f"the choice of tiles could not be kept and will be made again by the next process: {error}; "
-                f"set {triton_plan.CACHE_VARIABLE} to a folder that can be written",
+                f"set {CACHE_VARIABLE} to a folder that can be written",
                 stacklevel=2,
             )
         self._seconds += time.perf_counter() - started

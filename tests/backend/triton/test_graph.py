@@ -11,6 +11,7 @@ from cases import KERNEL_DEVICE, random_latents, random_model
 from tolerances import GOLDEN, assert_close
 from triton_engines import ON_GPU, TUNED, engine_of
 
+from tarflow_fast import cache
 from tarflow_fast.backend.triton import engine as triton_engine
 from tarflow_fast.backend.triton import plan as triton_plan
 from tarflow_fast.backend.triton.engine import TOKENS_PER_GRAPH
@@ -113,7 +114,7 @@ def test_passes_of_a_window_are_graphs_too() -> None:
 
 @ON_GPU
 def test_tuning_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
     model = random_model(img_size=8, layers_per_block=2)
     engine = engine_of(model)
     state = engine.begin(random_latents(model, 2), Condition())
