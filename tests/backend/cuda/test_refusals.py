@@ -113,9 +113,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.current_device", lambda: 2)
 
 
-TOO_OLD = (
-    "the NVIDIA driver here serves CUDA 12.4, and the CUDA engine was built with CUDA 13.0; install a later driver"
-)
+TOO_OLD = "the NVIDIA driver here serves CUDA 12.4, and the CUDA engine was built with CUDA 13.0; install another"
 
 
 @pytest.mark.usefixtures("gpu")
