@@ -211,6 +211,13 @@ def test_what_comes_before_the_wait_is_found(early: str, finding: str) -> None:
         assert findings[0].startswith(finding)
 
 
+def test_a_call_before_the_wait_is_followed() -> None:
+    call = ("CALL.REL.NOINC 0x90", *DEPENDENT[1:], "NOP", "RET.REL.NODEC R2 0x0")
+    assert lint.before_wait(sass(*call)) == []
+    (finding,) = lint.before_wait(sass(*call[:9], "STG.E [R6], R8", call[10]))
+    assert finding.startswith("STG.E at 0x90 comes before the wait")
+
+
 def test_a_position_that_is_not_bounded_is_found() -> None:
     assert "is not bounded before the wait" in lint.before_wait(without(DEPENDENT, "VIMNMX"))[0]
 

@@ -277,7 +277,9 @@ def _reached_before_wait(code: Code) -> tuple[set[int], list[str]]:
             continue
         if each.name == "EXIT" and not each.never:
             findings.append(f"{each} ends a thread that has not waited")
-        if each.name in ("BRX", "JMX", "RET"):
+        if each.name == "RET":  # to what follows the call, which is followed from there
+            continue
+        if each.name in ("BRX", "JMX"):
             findings.append(f"{each} before the wait leads to where nobody can tell")
             continue
         if each.target is not None and each.target in index:

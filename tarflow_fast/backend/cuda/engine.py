@@ -100,9 +100,10 @@ def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compi
 
 def _index(device: torch.device) -> int:
     """Returns the number of a CUDA device; the emulated one is 0."""
-    if device.type == "cuda" and device.index is None:
-        return torch.cuda.current_device()
-    return device.index or 0
+    index: int | None = device.index
+    if index is None:
+        return torch.cuda.current_device() if device.type == "cuda" else 0
+    return index
 
 
 def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:

@@ -217,7 +217,7 @@ class TritonEngine(EngineBase):
         self._seconds += time.perf_counter() - started
 
     def _without_pdl(self) -> None:
-        """Goes on without dependent launch after a capture that failed: drivers before CUDA 12.3 capture no such launch.
+        """Goes on without dependent launch after a capture that failed: drivers before CUDA 12.3 cannot capture it.
 
         It is called where that error is handled, and raises it again if launches were not dependent anyway.
         """
