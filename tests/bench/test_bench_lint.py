@@ -222,6 +222,13 @@ def test_a_position_that_is_not_bounded_is_found() -> None:
     assert "is not bounded before the wait" in lint.before_wait(without(DEPENDENT, "VIMNMX"))[0]
 
 
+def test_a_lesser_of_two_may_be_a_comparison_and_a_choice() -> None:
+    compare, choose = "UISETP.LT.AND UP0, UPT, UR10, UR11, UPT", "USEL UR12, UR10, UR11, UP0"
+    assert lint.before_wait(sass(DEPENDENT[0], compare, choose, *DEPENDENT[3:])) == []
+    other = choose.replace("UR10", "UR9")
+    assert "is not bounded" in lint.before_wait(sass(DEPENDENT[0], compare, other, *DEPENDENT[3:]))[0]
+
+
 def test_a_dependent_launch_that_never_waits_is_found() -> None:
     assert lint.before_wait(without(DEPENDENT, "ACQBULK")) == [
         "expected a wait for the kernels before this one, found none"

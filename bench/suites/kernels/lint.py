@@ -255,9 +255,16 @@ def before_wait(code: Code) -> list[str]:
             findings.append(f"{each} comes before the wait for the kernels before this one")
     if len(loads) > 1:
         findings += [f"{each} is a second load before the wait" for each in loads[1:]]
-    if loads and not any(code[i].name.endswith("MNMX") for i in reached):
+    if loads and not _bounds([code[i] for i in sorted(reached)]):
         findings.append(f"what {loads[0]} gives is not bounded before the wait")
     return findings
+
+
+def _bounds(code: Code) -> bool:
+    """Returns whether the lesser of two numbers is taken: by one instruction, or by comparing and choosing."""
+    compared = {frozenset(each.operands.split(", ")[2:4]) for each in code if each.name in ("ISETP", "UISETP")}
+    chosen = {frozenset(each.operands.split(", ")[1:3]) for each in code if each.name in ("SEL", "USEL")}
+    return bool(compared & chosen) or any(each.name.endswith("MNMX") for each in code)
 
 
 def _reached_before_wait(code: Code) -> tuple[set[int], list[str]]:
