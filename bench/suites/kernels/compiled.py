@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass
 
 from ...common.models import MODELS
+from .linted import faults
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes for one program, by architecture
 REGISTERS = 65536  # of a multiprocessor
@@ -16,7 +17,7 @@ SIZES = {name: MODELS[name] for name in NAMES}  # of the models whose kernels ar
 @dataclass(frozen=True)
 class Compiled:
     """A compiled kernel uses registers of a thread, bytes of a stack for those spilled, of which may_spill are no
-    fault, and bytes of shared memory for one program of so many warps."""
+    fault, and bytes of shared memory for one program of so many warps. findings: those of `lint.py`."""
 
     kernel: str
     architecture: int
@@ -26,6 +27,7 @@ class Compiled:
     stack: int
     shared: int
     may_spill: int = 0
+    findings: tuple[str, ...] = ()
 
     @property
     def fault(self) -> str | None:
@@ -36,7 +38,7 @@ class Compiled:
             return f"wants {registers} registers, there are {REGISTERS}"
         if self.shared > SHARED_LIMIT[self.architecture]:
             return f"wants {self.shared} bytes of shared memory, there are {SHARED_LIMIT[self.architecture]}"
-        return None
+        return next(iter(faults(self.findings)), None)
 
 
 def resource_usage(path: str) -> str:

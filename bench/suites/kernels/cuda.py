@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from types import MappingProxyType
 
 import torch
 
@@ -29,9 +31,13 @@ def module_path() -> str | None:
     return None if found is None else found.origin
 
 
-def survey(usage: str, architectures: Collection[int]) -> Iterator[Compiled]:
-    """Yields what each instance uses. usage: of the module, as cuobjdump prints it. Raises BackendError if a model's
-    launch does not fit an architecture."""
+Findings = Mapping[tuple[int, str], tuple[str, ...]]
+NO_FINDINGS: Findings = MappingProxyType({})
+
+
+def survey(usage: str, architectures: Collection[int], findings: Findings = NO_FINDINGS) -> Iterator[Compiled]:
+    """Yields what each instance uses. usage: of the module, as cuobjdump prints it. findings: see
+    `linted.cuda_findings`. Raises BackendError if a model's launch does not fit an architecture."""
     architecture, kernel = 0, ""
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
@@ -39,7 +45,8 @@ def survey(usage: str, architectures: Collection[int]) -> Iterator[Compiled]:
         elif found := re.match(r" Function (\w+):", line):
             kernel = found[1]
         elif "REG:" in line and architecture in architectures:
-            yield _row(architecture, kernel, {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", line)})
+            row = _row(architecture, kernel, {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", line)})
+            yield replace(row, findings=findings.get((architecture, kernel), ()))
 
 
 def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:

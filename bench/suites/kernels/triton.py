@@ -27,6 +27,7 @@ from tarflow_fast.kernels.affine_density import density_backward, density_forwar
 from tarflow_fast.kernels.launch import Launch, recording
 
 from .compiled import SIZES, Compiled, resource_usage
+from .linted import triton_findings
 
 FIRST_WITH_PDL = 90
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
@@ -110,6 +111,7 @@ def compile_for(launch: Launch, architecture: int) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = resource_usage(file.name)
+        findings = triton_findings(file.name, kernel.asm["ptx"], launch.pdl)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     numbers = {name: value for name, value in launch.constants.items() if isinstance(value, (int, str))}
     tile = " ".join(f"{name}={value}" for name, value in numbers.items() if name not in ("EPS", "PDL", "PREFETCH"))
@@ -121,6 +123,7 @@ def compile_for(launch: Launch, architecture: int) -> Compiled:
         found["REG"],
         found["STACK"] + found["LOCAL"],
         kernel.metadata.shared,
+        findings=findings,
     )
 
 

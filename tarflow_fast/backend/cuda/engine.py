@@ -6,6 +6,7 @@ divided among several launches. Weights and KV cache have the chosen dtype, and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,7 +33,7 @@ from ...engine.contract import (
 from ...engine.gpu import gpu_missing
 from ...engine.weights import BlockWeights
 from ...engine.windows import Bounds, check_part, check_window, check_windows
-from ...errors import ArgumentError, BackendError, first_line
+from ...errors import ArgumentError, BackendError
 from ...native import address
 from .pack import TILE, linear_sizes, pack
 from .plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
@@ -64,19 +65,16 @@ def native_missing() -> str | None:
     return None
 
 
-def runtime_missing(native: ModuleType, device: torch.device) -> str | None:
-    """Returns why the CUDA runtime that the engine was built with cannot use this device, or None if it can.
+@functools.cache
+def probe_missing(native: ModuleType, index: int) -> str | None:
+    """Returns why kernels of this build cannot run on this device, and what would mend that, or None if they can.
 
-    The engine has a runtime of its own, beside torch's, and an older driver may serve torch's alone.
+    The compiled module is asked, whose CUDA runtime is its own: the driver may serve torch's and be too old for it.
     """
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            native.device()
+        native.probe(index=index)
     except RuntimeError as error:
-        return (
-            f"the CUDA engine's own runtime cannot use {device}: {first_line(error)}; update the driver, or install "
-            "tarflow_fast again with a CUDA toolkit (nvcc) that is no newer than the driver"
-        )
+        return f"{error}; backend='triton' and 'torch' do without it"
     return None
 
 
@@ -87,7 +85,15 @@ def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compi
         return missing
     native = load_native()
     missing = gpu_missing("the CUDA engine", device.type == native.device_type, device, dtype, compile)
-    return missing or runtime_missing(native, device)
+    return missing or probe_missing(native, _index(device))
+
+
+def _index(device: torch.device) -> int:
+    """Returns the number of a CUDA device; the emulated one is 0."""
+    index: int | None = device.index
+    if index is None:
+        return torch.cuda.current_device() if device.type == "cuda" else 0
+    return index
 
 
 def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:
@@ -133,9 +139,10 @@ class CudaEngine(EngineBase):
             raise BackendError(missing)
         self.shape, self.device, self.dtype = weights.shape, device, dtype
         self._native = load_native()
+        self._index = _index(device)
         self._dtype_name = str(dtype).removeprefix("torch.")
         with self._on_device():
-            multiprocessors, self._shared_bytes = self._native.device()
+            multiprocessors, self._shared_bytes = self._native.device(index=self._index)
             self.blocks = grid_blocks(self.shape, multiprocessors)
             sizes = linear_sizes(self.shape)
             work = share(sizes, self.blocks)
@@ -381,4 +388,10 @@ class CudaEngine(EngineBase):
         with self._on_device():
             workspace.barrier.zero_()
             stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
-            launch.run(self._dtype_name, self.blocks, shared_bytes, stream)
+            launch.run(
+                dtype=self._dtype_name,
+                index=self._index,
+                blocks=self.blocks,
+                shared_bytes=shared_bytes,
+                stream=stream,
+            )

@@ -31,7 +31,7 @@ from ...kernels.affine import Rule
 from ...kernels.launch import Launch, can_launch, dependent_launch, interpreting, recording
 from . import plan as triton_plan
 from .chain import END, LAYER, Chain, Operation
-from .graph import capture, timed
+from .graph import CaptureError, capture, timed
 from .plan import Candidates, PassShape, Plan
 from .workspace import Pool, Size, Window, Workspace, widened
 
@@ -191,17 +191,32 @@ class TritonEngine(EngineBase):
             run()
             return
         graphs = window.graphs.setdefault(self, {})
+        key = (key, self.pdl)
         started = time.perf_counter()
         if key not in graphs:
             run()
             graphs[key] = None
-        else:
-            if graphs[key] is None:
-                graphs[key] = capture(run)
-                self._seconds += time.perf_counter() - started
+        elif graphs[key] is not None:
             graphs[key].replay()
             return
+        else:
+            try:
+                graphs[key] = capture(run)
+            except CaptureError:
+                self._without_pdl()
+                self._play(window, key[0], run)
+                return
+            graphs[key].replay()
         self._seconds += time.perf_counter() - started
+
+    def _without_pdl(self) -> None:
+        """Goes on without dependent launch after a capture that failed: drivers before CUDA 12.3 cannot capture it.
+
+        It is called where that error is handled, and raises it again if launches were not dependent anyway.
+        """
+        if not self.pdl:
+            raise
+        self.pdl = self.chain.pdl = False
 
     def _window(self, workspace: Workspace, tokens: int) -> Window:
         return workspace.window(tokens, lambda: self._new_window(workspace, tokens))
@@ -308,7 +323,11 @@ class TritonEngine(EngineBase):
         with ThreadPoolExecutor() as workers, triton.AsyncCompileMode(workers, ignore_errors=True):
             for launch in kernels.values():
                 launch.compile()
-        plan = triton_plan.tune(among, seconds)
+        try:
+            plan = triton_plan.tune(among, seconds)
+        except CaptureError:
+            self._without_pdl()
+            return self._tuned(workspace, shape)
         try:
             triton_plan.write(shape, device, plan)
         except OSError as error:

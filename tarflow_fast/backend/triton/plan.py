@@ -21,7 +21,8 @@ from ...errors import OutOfMemoryError
 from ...kernels import affine_step, cached_attention, fixed_point_update, norm_linear
 from ...kernels.launch import padded
 
-FORMAT = 1  # version of the files on disk, raised whenever kernels or candidates change their meaning
+LEAST_SHARED = 99 * 1024  # bytes of shared memory that a program can have on any GPU, those of 8.6, 8.9 and 12.0
+FORMAT = 2  # version of the files on disk, raised whenever kernels or candidates change their meaning
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ def attention_tiles(shape: PassShape) -> list[cached_attention.Tile]:
         most = _power_of_two(min(4 * shape.multiprocessors / programs, shape.tokens / tokens, 32))
         for splits in sorted({most, max(most // 2, 1)}, reverse=True):
             tiles.append(Tile(window, tokens, splits, warps))
+        if shape.window == 1:  # a wider window's tiles are never timed
+            deeper = (Tile(window, tokens, most, warps, stages) for stages in (3, 4))
+            tiles += [tile for tile in deeper if tile.shared_bytes(shape.head_dim, shape.dtype) <= LEAST_SHARED]
     return tiles
 
 

@@ -92,6 +92,19 @@ def test_a_chain_of_split_tiles_makes_the_same_tokens(monkeypatch: pytest.Monkey
     assert_close(states[1].x, states[0].x, GOLDEN)
 
 
+def test_a_batch_begins_with_counters_that_are_zero() -> None:
+    """A split kernel that was broken off leaves some that are not, and every sum after it would lack parts."""
+    model = random_model(img_size=4)
+    engine, z = engine_of(model), random_latents(model, 2)
+    spent = engine.begin(z, Condition())
+    engine.fixed_point(spent, 1, 3)
+    for window in spent.cache.windows.values():
+        window.scratch.arrived.fill_(1)
+    state = engine.begin(z, Condition(), reuse=spent)
+    assert len(state.cache.windows) == 2
+    assert not any(window.scratch.arrived.any() for window in state.cache.windows.values())
+
+
 def test_scratch_memory_suffices_for_attention() -> None:
     size = Size(random_model().config.block_shape, torch.float32, KERNEL_DEVICE, 3, 2)
     tile = cached_attention.Tile(tokens=2, splits=8)

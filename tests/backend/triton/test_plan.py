@@ -45,6 +45,16 @@ def test_candidates_are_tiles_that_the_kernels_take(shape: triton_plan.PassShape
                 assert tile.splits * tile.tokens <= shape.tokens
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}-{s.window}-{s.head_dim}")
+def test_attention_may_have_more_keys_under_way_where_they_fit_on_every_gpu(shape: triton_plan.PassShape) -> None:
+    tiles = triton_plan.attention_tiles(shape)
+    assert tiles[0].stages == 2
+    assert {tile.stages for tile in tiles} == ({2, 3, 4} if shape.window == 1 else {2})
+    assert all(tile.shared_bytes(shape.head_dim, shape.dtype) <= 99 * 1024 for tile in tiles)
+    wide = replace(shape, head_dim=256, dtype=torch.float32, window=1)
+    assert all(tile.shared_bytes(256, torch.float32) <= 99 * 1024 for tile in triton_plan.attention_tiles(wide))
+
+
 def test_tuning_finds_the_quickest_of_each() -> None:
     among = triton_plan.candidates(SHAPE)
     costs = {(name, tile): (7 * i) % 11 for name, tiles in among.items() for i, tile in enumerate(tiles)}
