@@ -128,8 +128,10 @@ def convert_command(
     told = {name.removeprefix("default_"): more.pop(name) for name in defaults}
     sampling = {name: value for name, value in told.items() if value is not None}
     path = output_path("TARGET", target, (".safetensors", ".pth"))
-    if path.suffix == ".pth" and (noise_std is not None or class_names is not None or sampling):
-        raise click.UsageError("a .pth file holds weights alone; what is to be recorded needs .safetensors")
+    recorded = {"noise_std": noise_std, "class_names": class_names, **{f"default_{name}": told[name] for name in told}}
+    flags = [p.opts[0] for p in convert_command.params if recorded.get(str(p.name)) is not None]
+    if path.suffix == ".pth" and flags:
+        raise click.UsageError(f"a .pth file holds weights alone; {', '.join(flags)} need .safetensors")
     if not os.path.exists(source) and ":/" not in source:
         raise click.UsageError(f"SOURCE: no such file, {source!r}")
     names = None if class_names is None else read_names(class_names)
