@@ -11,8 +11,11 @@ from stand_in import bench
 
 pytest.importorskip("triton")  # its cuobjdump is asked
 
-from bench.suites.kernels import cuda, suite
-from bench.suites.kernels.compiled import SHARED_LIMIT, SIZES, Compiled
+from bench.suites.kernels import SHAPES
+from tarflow_fast.backend.cuda import survey as cuda
+from tarflow_fast.machine_code import SHARED_LIMIT, Compiled
+
+EVERY = list(SHAPES.values())
 
 
 def usage(
@@ -30,35 +33,35 @@ def run(
     monkeypatch: pytest.MonkeyPatch, text: str, *more: str, found: dict[tuple[int, str], tuple[str, ...]] | None = None
 ) -> Result:
     monkeypatch.setattr(cuda, "module_path", lambda: "_cuda.so")
-    monkeypatch.setattr(suite, "resource_usage", lambda path: text)
-    monkeypatch.setattr(suite, "cuda_findings", lambda path: found or {})
+    monkeypatch.setattr(cuda, "resource_usage", lambda path: text)
+    monkeypatch.setattr(cuda, "cuda_findings", lambda path: found or {})
     return bench("kernels", "--only", "cuda", *more)
 
 
 def test_an_instance_is_a_row_for_each_architecture_that_is_asked_for() -> None:
-    rows = list(cuda.survey(usage("80", "90a", "120"), [80, 90]))
+    rows = list(cuda.rows(usage("80", "90a", "120"), [80, 90], EVERY))
     assert [row.architecture for row in rows] == [80, 90]
     for row in rows:
         assert (row.tile, row.warps, row.registers, row.stack) == ("bfloat16 rows=64", 8, 200, 0)
         assert SHARED_LIMIT[row.architecture] * 0.5 < row.shared <= SHARED_LIMIT[row.architecture]
         assert row.fault is None
     for type, name in (("6__half", "float16"), ("f", "float32")):
-        (row,) = cuda.survey(usage("90a", type=type), [90])
+        (row,) = cuda.rows(usage("90a", type=type), [90], EVERY)
         assert row.tile == f"{name} rows=64"
 
 
 def test_what_cuda_reserves_is_no_static_shared_memory() -> None:
     for architecture, reserved in ((80, 0), (90, 1024), (100, 1024)):
-        dynamic = max(cuda.dynamic_bytes(name, torch.bfloat16, 64, 8, architecture) for name in SIZES)
+        dynamic = max(cuda.dynamic_bytes(shape, torch.bfloat16, 64, 8, architecture) for shape in EVERY)
         for static in (0, 512):
-            (row,) = cuda.survey(usage(str(architecture), shared=reserved + static), [architecture])
+            (row,) = cuda.rows(usage(str(architecture), shared=reserved + static), [architecture], EVERY)
             assert row.shared == dynamic + static
 
 
 def test_a_kernel_that_is_no_instance_is_no_row() -> None:
     for text in (usage("80").replace("pass_kernel", "other_kernel"), usage("80", type="d")):
         with pytest.raises(ValueError, match="expected instances of pass_kernel alone, got _ZN7tarflow"):
-            list(cuda.survey(text, [80]))
+            list(cuda.rows(text, [80], EVERY))
 
 
 def test_limits_of_an_architecture() -> None:

@@ -1,12 +1,12 @@
 """What the CUDA engine's kernel was compiled to: registers, shared memory, spills, of each instance and architecture.
 
-`cuobjdump` reads them from the module that setup.py has built.
+`cuobjdump` reads them from the module that setup.py has built. No GPU is needed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -14,15 +14,17 @@ from types import MappingProxyType
 
 import torch
 
-from tarflow_fast.backend.cuda.pack import linear_sizes
-from tarflow_fast.backend.cuda.plan import fetches, grid_blocks, make_plan, share, slot_inputs
-
-from .compiled import SHARED_LIMIT, SIZES, Compiled
+from ...engine.shape import BlockShape
+from ...machine_code import SHARED_LIMIT, Compiled, cuda_findings, resource_usage
+from .pack import linear_sizes
+from .plan import fetches, grid_blocks, make_plan, share, slot_inputs
 
 DTYPES = {"f": torch.float32, "6__half": torch.float16, "13__nv_bfloat16": torch.bfloat16}  # as C++ mangles them
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 MAY_SPILL = 128  # bytes a thread, of the widest instances: what stays the same through all phases
 RESERVED = {80: 0, 90: 1024, 100: 1024}  # shared memory that cuobjdump counts, and SHARED_LIMIT does not
+Findings = Mapping[tuple[int, str], tuple[str, ...]]
+NO_FINDINGS: Findings = MappingProxyType({})
 
 
 def module_path() -> str | None:
@@ -31,13 +33,18 @@ def module_path() -> str | None:
     return None if found is None else found.origin
 
 
-Findings = Mapping[tuple[int, str], tuple[str, ...]]
-NO_FINDINGS: Findings = MappingProxyType({})
+def survey(path: str, architectures: Collection[int], shapes: Sequence[BlockShape]) -> Iterator[Compiled]:
+    """Yields what each instance of the kernel uses, with the shared memory that the most demanding of the shapes wants.
+
+    path: the compiled module. Raises BackendError if a launch for one of the shapes does not fit an architecture.
+    """
+    return rows(resource_usage(path), architectures, shapes, cuda_findings(path))
 
 
-def survey(usage: str, architectures: Collection[int], findings: Findings = NO_FINDINGS) -> Iterator[Compiled]:
-    """Yields what each instance uses. usage: of the module, as cuobjdump prints it. findings: see
-    `linted.cuda_findings`. Raises BackendError if a model's launch does not fit an architecture."""
+def rows(
+    usage: str, architectures: Collection[int], shapes: Sequence[BlockShape], findings: Findings = NO_FINDINGS
+) -> Iterator[Compiled]:
+    """Yields what `survey` does. usage: of the module, as cuobjdump prints it. findings: see `cuda_findings`."""
     architecture, kernel = 0, ""
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
@@ -45,20 +52,21 @@ def survey(usage: str, architectures: Collection[int], findings: Findings = NO_F
         elif found := re.match(r" Function (\w+):", line):
             kernel = found[1]
         elif "REG:" in line and architecture in architectures:
-            row = _row(architecture, kernel, {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", line)})
+            used = {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", line)}
+            row = _row(architecture, kernel, used, shapes)
             yield replace(row, findings=findings.get((architecture, kernel), ()))
 
 
-def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
+def _row(architecture: int, kernel: str, used: dict[str, int], shapes: Sequence[BlockShape]) -> Compiled:
     found = re.search(r"11pass_kernelI(\w+)Li(\d+)ELi(\d+)EE", kernel)
     if found is None or found[1] not in DTYPES:
         raise ValueError(f"expected instances of pass_kernel alone, got {kernel}")
-    dtype, rows, warps = DTYPES[found[1]], 8 * int(found[2]), int(found[3])
-    dynamic = max(dynamic_bytes(name, dtype, rows, warps, architecture) for name in SIZES)
+    dtype, tokens, warps = DTYPES[found[1]], 8 * int(found[2]), int(found[3])
+    dynamic = max(dynamic_bytes(shape, dtype, tokens, warps, architecture) for shape in shapes)
     return Compiled(
         "cuda pass",
         architecture,
-        f"{str(dtype).removeprefix('torch.')} rows={rows}",
+        f"{str(dtype).removeprefix('torch.')} rows={tokens}",
         warps,
         used["REG"],
         used["STACK"] + used["LOCAL"],
@@ -67,17 +75,15 @@ def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
     )
 
 
-def dynamic_bytes(model: str, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
+def dynamic_bytes(shape: BlockShape, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
     """Returns the bytes of shared memory that a launch of this instance asks for."""
-    shape, limit = SIZES[model].block_shape, SHARED_LIMIT[architecture]
-    jobs, blocks = _division(model, architecture)
-    sizes = {"rows": rows, "most_rows": rows, "warps": warps, "jobs": jobs, "blocks": blocks, "shared_bytes": limit}
-    return make_plan(shape, dtype, **sizes).shared_bytes
+    jobs, blocks = _division(shape, architecture)
+    sizes = {"rows": rows, "most_rows": rows, "warps": warps, "jobs": jobs, "blocks": blocks}
+    return make_plan(shape, dtype, **sizes, shared_bytes=SHARED_LIMIT[architecture]).shared_bytes
 
 
 @cache
-def _division(model: str, architecture: int) -> tuple[int, int]:
+def _division(shape: BlockShape, architecture: int) -> tuple[int, int]:
     """Returns the most that a block fetches, and how many blocks there are."""
-    shape = SIZES[model].block_shape
     sizes, blocks = linear_sizes(shape), grid_blocks(shape, MULTIPROCESSORS[architecture])
     return fetches(sizes, share(sizes, blocks), slot_inputs(shape)).shape[1], blocks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.suites.kernels import lint
-from bench.suites.kernels.linted import LATER, faults
+from tarflow_fast.machine_code import lint
+from tarflow_fast.machine_code.compiled import LATER, faults
 
 
 def sass(*lines: str) -> lint.Code:

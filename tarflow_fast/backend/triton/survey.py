@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,24 +20,23 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tarflow_fast import TarFlow
-from tarflow_fast.backend.triton.engine import TritonEngine
-from tarflow_fast.engine import Condition, Guidance
-from tarflow_fast.kernels.affine_density import density_backward, density_forward
-from tarflow_fast.kernels.launch import Launch, recording
-
-from .compiled import SIZES, Compiled, resource_usage
-from .linted import triton_findings
+from ...engine.contract import Condition, Guidance
+from ...engine.shape import BlockShape
+from ...engine.weights import BlockWeights
+from ...kernels.affine_density import density_backward, density_forward
+from ...kernels.launch import Launch, recording
+from ...machine_code import Compiled, resource_usage, triton_findings
+from .engine import TritonEngine
 
 FIRST_WITH_PDL = 90
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
-    """A case is what an engine is asked for: a model's block, so many images and tokens at once."""
+    """A case is what an engine is asked for: a block, whose weights are on "meta", and so many images and tokens."""
 
-    model: str
+    weights: BlockWeights
     batch: int
     guided: bool
     window: int
@@ -45,43 +44,24 @@ class Case:
 
     def launches(self, every: bool, pdl: bool) -> list[Launch]:
         """Returns the launches of one pass; every: under all tiles to choose from, not those of first choice alone."""
-        config = SIZES[self.model]
-        with torch.device("meta"):
-            weights = TarFlow.from_config(config).block_weights(0)
-        engine = TritonEngine(weights, device=torch.device("meta"), dtype=self.dtype, pdl=pdl)
-        z = torch.empty(self.batch, config.num_patches, config.token_dim, device="meta")
+        shape = self.weights.shape
+        engine = TritonEngine(self.weights, device=torch.device("meta"), dtype=self.dtype, pdl=pdl)
+        z = torch.empty(self.batch, shape.tokens, shape.token_dim, device="meta")
         state = engine.begin(z, Condition(None, Guidance(2.0 if self.guided else 0.0)))
         return engine.possible_launches(state, self.window, every=every)
 
 
-def density_launches() -> list[Launch]:
-    """Returns the launches of the density pass of every model, there and back, in weights of either precision."""
+def density_launches(shapes: Iterable[BlockShape]) -> list[Launch]:
+    """Returns the launches of the density pass of blocks, there and back, in weights of either precision."""
     with recording() as launches:
-        for config, dtype in itertools.product(SIZES.values(), (HALF, FULL)):
-            sizes = (2, config.num_patches, config.token_dim)
-            outputs = 2 * config.token_dim if config.nvp else config.token_dim
+        for shape, dtype in itertools.product(shapes, (torch.bfloat16, torch.float32)):
+            sizes = (2, shape.tokens, shape.token_dim)
             z, log_det = torch.empty(sizes, device="meta"), torch.empty(2, 1, device="meta").expand(2, sizes[1])
-            out = torch.empty(*sizes[:2], outputs, dtype=dtype, device="meta")
-            density_forward(out, z, config.nvp)
-            density_backward(z, log_det, *((z, out) if config.nvp else (None, None)), dtype, False)
+            out = torch.empty(*sizes[:2], shape.parameters, dtype=dtype, device="meta")
+            density_forward(out, z, shape.affine)
+            scaled = (z, out) if shape.affine else (None, None)
+            density_backward(z, log_det, scaled[0], scaled[1], dtype, False)
     return launches
-
-
-HALF, FULL = torch.bfloat16, torch.float32
-SHORT = [
-    Case("afhq", 16, True, 1, HALF),
-    Case("afhq", 1, False, 1, HALF),
-    Case("imagenet", 256, False, 1, HALF),
-    Case("afhq", 1, True, 64, HALF),
-    Case("small", 4, True, 1, FULL),
-]
-WHOLE = [
-    *(Case(m, b, g, 1, HALF) for m in ("afhq", "imagenet") for b in (1, 2, 4, 16, 128) for g in (False, True)),
-    *(Case(m, b, True, 1, HALF) for m in ("small", "wide heads", "volume-preserving") for b in (1, 8, 64)),
-    *(Case(m, b, False, 1, FULL) for m in SIZES for b in (1, 16, 64)),
-    *(Case(m, b, False, 1, torch.float16) for m in ("afhq", "small") for b in (1, 16)),
-    *(Case(m, b, False, w, d) for m in SIZES for b in (1, 16) for w in (4, 48) for d in (HALF, FULL)),
-]
 
 
 def source(launch: Launch) -> ASTSource:
@@ -106,6 +86,7 @@ def source(launch: Launch) -> ASTSource:
 
 
 def compile_for(launch: Launch, architecture: int) -> Compiled:
+    """Returns what a launch's kernel is compiled to."""
     kernel = triton.compile(source(launch), target=GPUTarget("cuda", architecture, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -140,11 +121,13 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     return list(found.values())
 
 
-def survey(cases: Iterable[Case], architectures: Iterable[int], *, every: bool) -> Iterator[Compiled]:
-    cases = list(cases)
+def survey(
+    cases: Sequence[Case], architectures: Iterable[int], shapes: Sequence[BlockShape], *, every: bool
+) -> Iterator[Compiled]:
+    """Yields what each kernel is compiled to that the engine launches in these cases, or the density pass of shapes."""
     with ThreadPoolExecutor() as pool:
         for architecture in architectures:
             pdl = architecture >= FIRST_WITH_PDL
             steps = (launch for case in cases for launch in case.launches(every, pdl))
-            launches = distinct(itertools.chain(steps, density_launches()))
+            launches = distinct(itertools.chain(steps, density_launches(shapes)))
             yield from pool.map(lambda launch, on=architecture: compile_for(launch, on), launches)
