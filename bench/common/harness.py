@@ -1,5 +1,4 @@
-"""The bench's one way to time: candidates are made, each is checked by a first run of its own, and those that passed
-take turns. Every ratio of the bench is assembled here."""
+"""The bench's one way to time: candidates are made and checked by a first run, and those that passed take turns."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .machine import CPU
-from .record import Cell, Check, LeftOut, Run, Spread
+from .record import Cell, Check, Run, Spread
 from .roofline import Work
 
 Clock = Callable[[], float]
@@ -34,7 +33,6 @@ ADAPTIVE_BOUND = 20.0
 
 
 def wall(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """Returns the seconds of a run by the clock."""
     before = clock()
     run()
     return clock() - before
@@ -52,15 +50,13 @@ def cuda_events(run: Callable[[], object]) -> float:
 
 
 def timer_of(device: torch.device) -> Timer:
-    """Returns the timer for runs on this device."""
     return cuda_events if device.type == "cuda" else wall
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds are how candidates take turns. repeat: the number of rounds wanted, >= 1. budget: seconds; a round that by
-    the longest one so far would end later is not begun, but the first always runs. device, timer: where candidates run,
-    and what times them instead of that device's timer."""
+    """Rounds in which candidates take turns. repeat: how many. budget: seconds; a round that by the longest one so far
+    would end later is not begun, but the first always runs. timer: takes the place of the device's own."""
 
     repeat: int
     budget: float
@@ -73,14 +69,10 @@ class Rounds:
         return replace(self, budget=share * self.budget)
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """Returns how long one run takes."""
         return (self.timer or timer_of(self.device))(run)
 
     def alternate(self, candidates: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Returns the seconds of each candidate in each round: A B A B …, in the order given, each after a short rest.
-
-        Candidates must have run before. There may be fewer samples than `repeat`; sample i of each is from round i.
-        """
+        """Returns the seconds of each candidate in each round: A B A B …, each after a short rest, all run before."""
         samples: dict[str, list[float]] = {name: [] for name in candidates}
         started, longest = self.clock(), 0.0
         for number in range(self.repeat):
@@ -134,12 +126,11 @@ def runs_of(samples: Mapping[str, list[float]], work: Work | None = None) -> lis
 
 @dataclass
 class Trial:
-    """A trial is the first run of a candidate, and run is that candidate, warm, if it passed. first_seconds includes
-    making it and what it compiles, run_seconds does not. error: the largest difference from the exact result, None
-    where there is no number. result: what it returned, None if it raised."""
+    """The first run of a candidate. run: the candidate, warm, if it passed. first_seconds has what making it took, and
+    run_seconds has not. error: the largest difference from the exact result, None where there is no number."""
 
-    run: Callable[[], Tensor] | None
-    first_seconds: float
+    run: Callable[[], Tensor] | None = None
+    first_seconds: float = 0.0
     run_seconds: float = 0.0
     error: float | None = None
     reason: str | None = None
@@ -156,36 +147,34 @@ def admit(
     exact: Tensor | None,
     allowed: float,
     timer: Timer = wall,
-    view: Callable[[Tensor], Tensor] | None = None,
+    view: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Trial:
-    """Makes a candidate, runs it once, and compares: finite, and max |view(result) − exact| ≤ allowed.
+    """Makes a candidate and runs it once; it passes if it is finite and max |view(result) − exact| ≤ allowed.
 
-    exact: None for a candidate that is what others are compared with. view: by default the result as it is.
+    exact: None for a candidate that is what others are compared with.
     """
-    started = time.perf_counter()
-    found: list[Tensor] = []
+    trial, found, started = Trial(), [], time.perf_counter()
     try:
         run = make()
-        run_seconds = timer(lambda: found.append(run()))
-        result = view(found[0]) if view else found[0]
+        trial.run_seconds = timer(lambda: found.append(run()))
+        trial.result = view(found[0])
     except Exception as error:  # whatever stops one candidate must not cost the others their minutes on the machine
-        return Trial(None, time.perf_counter() - started, reason=in_a_line(error))
-    trial = Trial(None, time.perf_counter() - started, run_seconds, result=result)
-    exact = result if exact is None else exact
-    if result.shape != exact.shape:
-        trial.reason = f"shape {tuple(result.shape)}, not {tuple(exact.shape)}"
-    elif not torch.isfinite(result).all():
-        trial.reason = "not finite"
-    else:
-        trial.error = float((result - exact).abs().max())
-        trial.reason = beyond(trial.error, allowed)
+        trial.reason = in_a_line(error)
+    trial.first_seconds = time.perf_counter() - started
+    if trial.result is not None:
+        trial.error, trial.reason = difference(trial.result, trial.result if exact is None else exact, allowed)
     trial.run = run if trial.reason is None else None
     return trial
 
 
-def beyond(error: float, allowed: float) -> str | None:
-    """Returns what is wrong with an error, None if it is allowed; NaN is not."""
-    return None if error <= allowed else f"differs by {error:.1e}, more than {allowed:.1e}"
+def difference(result: Tensor, exact: Tensor, allowed: float) -> tuple[float | None, str | None]:
+    """Returns max |result − exact|, None where that is no number, and what is wrong with it, None if it is allowed."""
+    if result.shape != exact.shape:
+        return None, f"shape {tuple(result.shape)}, not {tuple(exact.shape)}"
+    if not torch.isfinite(result).all():
+        return None, "not finite"
+    error = float((result - exact).abs().max())
+    return error, None if error <= allowed else f"differs by {error:.1e}, more than {allowed:.1e}"
 
 
 def half_tolerance(error: float, exact: Tensor, dtype: torch.dtype) -> float:
@@ -205,9 +194,8 @@ def admit_all(
 ) -> tuple[dict[str, Trial], Check]:
     """Returns the first run of every candidate, and the verdict on all of them.
 
-    exact: what view(result) should be; by default the first candidate's. tolerance: of the largest difference; with a
-    yardstick, a candidate's name and dtype, it is `half_tolerance`. slack: the factor by which one may exceed it. how:
-    the timer and the view of `admit`.
+    exact: by default the first candidate's result. yardstick: a candidate's name and dtype; the tolerance is then its
+    `half_tolerance`. slack: the factor by which one may exceed the tolerance. how: the timer and the view of `admit`.
     """
     trials: dict[str, Trial] = {}
     first = next(iter(candidates))
@@ -221,25 +209,23 @@ def admit_all(
     for name, make in candidates.items():
         trials[name] = trials.get(name) or admit(make, exact, (slack or {}).get(name, 1.0) * tolerance, **how)
     trials = {name: trials[name] for name in candidates}
-    errors = [trial.error for trial in trials.values() if trial.error is not None]
-    worst = max(errors) if len(errors) == len(trials) and all(map(math.isfinite, errors)) else None
-    return trials, check_of(left_out(trials), worst, tolerance)
+    errors = [math.nan if trial.error is None else trial.error for trial in trials.values()]
+    worst = max(errors) if all(map(math.isfinite, errors)) else None
+    return trials, check_of(reason_of(left_out(trials)), worst, tolerance)
 
 
-def check_of(failed: Sequence[LeftOut], error: float | None, tolerance: float | None) -> Check:
-    """Returns the check of candidates of which these have failed."""
-    reason = "; ".join(f"{out['name']}: {out['reason']}" for out in failed) or None
-    return {"passed": not failed, "max_error": error, "tolerance": tolerance, "reason": reason}
+def check_of(reason: str | None, error: float | None = None, tolerance: float | None = None) -> Check:
+    """Returns a check that has failed for a reason, or passed if that is None."""
+    return {"passed": reason is None, "max_error": error, "tolerance": tolerance, "reason": reason}
 
 
-def failed_check(reason: str) -> Check:
-    """Returns the check of a case that could not be measured at all."""
-    return {"passed": False, "max_error": None, "tolerance": None, "reason": reason}
-
-
-def left_out(trials: Mapping[str, Any]) -> list[LeftOut]:
+def left_out(trials: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the candidates that have a reason not to be timed."""
     return [{"name": name, "reason": each.reason} for name, each in trials.items() if each.reason is not None]
+
+
+def reason_of(failed: Sequence[Mapping[str, Any]]) -> str | None:
+    return "; ".join(f"{out['name']}: {out['reason']}" for out in failed) or None
 
 
 def measure_cell(
@@ -251,11 +237,10 @@ def measure_cell(
     baseline_share: float = math.inf,
     **how: Any,
 ) -> Cell:
-    """Returns one of a record's "cells", yet to be held to a limit. case: it has a label, a model's sizes, and work.
+    """Returns the cell of a case, which has a label, a model's sizes, and work. candidates: the baseline first.
 
-    candidates: the baseline first. how: see `admit_all`. all_or_none: nothing is timed if one candidate fails; else the
-    others are, unless it is the baseline. baseline_share: a baseline that takes longer than this share of the budget is
-    not run again: its only sample is its first run.
+    all_or_none: nothing is timed if one candidate fails; else the others are, unless it is the baseline. A baseline
+    that takes longer than baseline_share of the budget is not run again. how: see `admit_all`.
     """
     trials, check = admit_all(candidates, timer=rounds.seconds, **how)
     baseline = next(iter(candidates))
@@ -266,14 +251,13 @@ def measure_cell(
             samples[baseline] = [trials[baseline].run_seconds]
             del warm[baseline]
         samples |= rounds.alternate(warm)
-    cell = unmeasured(case, check)
-    cell["left_out"], cell["runs"] = left_out(trials), runs_of(samples, case.work)
-    for run in cell["runs"]:
+    runs = runs_of(samples, case.work)
+    for run in runs:
         run["first_seconds"], run["max_error"] = trials[run["name"]].first_seconds, trials[run["name"]].error
-    return cell
+    return {**unmeasured(case, check), "left_out": left_out(trials), "runs": runs}
 
 
 def unmeasured(case: Any, check: Check) -> Cell:
     """Returns a cell without runs."""
-    head: Cell = {"label": case.label, "sizes": case.sizes.to_dict(), "check": check, "work": case.work.to_dict()}
-    return head | {"left_out": [], "runs": []}
+    head: Cell = {"label": case.label, "sizes": case.sizes.to_dict(), "check": check, "work": case.work._asdict()}
+    return {**head, "left_out": [], "runs": []}

@@ -14,50 +14,50 @@ from . import roofline
 from .harness import timer_of
 from .machine import CPU
 from .models import DTYPES
-from .record import Cell, Limits
+from .record import Limits
 
 MATRIX_SIZE = 2048
 GPU_MATRIX_SIZE = 8192
 LARGE_BYTES = 512 * 2**20  # beyond every cache
 SECONDS = 0.5  # spent on each measurement
 ROW = 1024  # columns of the matrix that a read test multiplies
-MATRIX_RATE = "matrix_flops_per_second"
+RATE, READ, COPY = "matrix_flops_per_second", "read_bandwidth", "copy_bandwidth"
 
 
-def _best(run: Callable[[], object], device: torch.device = CPU) -> float:
-    """Returns the shortest of the runs that fit in SECONDS (three at least): a limit is a best case, no median."""
-    run()
+def _best(*runs: Callable[[], object], device: torch.device = CPU) -> float:
+    """Returns the shortest run of those that fit in SECONDS, three at least of each: a limit is a best case."""
     times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - started < SECONDS:
-        times.append(timer_of(device)(run))
+    for run in runs:
+        run()
+        started, enough = time.perf_counter(), len(times) + 3
+        while len(times) < enough or time.perf_counter() - started < SECONDS:
+            times.append(timer_of(device)(run))
     return min(times)
 
 
 def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> float:
-    """Returns the operations per second of a large product in fp32 or bf16, 2·n³ / seconds with torch's threads.
+    """Returns the operations per second of a large product, 2·n³ / seconds with torch's threads.
 
     On a CPU the best of torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors.
     """
     n = MATRIX_SIZE if device.type == "cpu" else GPU_MATRIX_SIZE
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    seconds = _best(lambda: torch.mm(a, b), device)
+    products: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         c, d = a.to_mkldnn(), b.to_mkldnn()
-        seconds = min(seconds, _best(lambda: torch.nn.functional.linear(c, d)))
-    return 2 * n**3 / seconds
+        products.append(lambda: torch.nn.functional.linear(c, d))
+    return 2 * n**3 / _best(*products, device=device)
 
 
 def read_bandwidth(size: int) -> float:
-    """Returns the bytes per second at which a buffer of about `size` bytes is read over and over, cached or not.
+    """Returns the bytes per second at which a buffer of about `size` bytes, >= 4·ROW, is read over and over.
 
     The best of its sums as fp32 and as fp64 values and of its product, as a (rows, ROW) matrix, with a vector: which
-    one a processor is fastest at depends on the cache that they fit in, by factors. size: bytes, >= 4·ROW.
+    one a processor is fastest at depends on the cache that they fit in, by factors.
     """
     rows = size // (4 * ROW)
     matrix, vector = torch.ones(rows, ROW), torch.ones(ROW)
-    seconds = min(_best(matrix.sum), _best(matrix.view(torch.float64).sum), _best(lambda: torch.mv(matrix, vector)))
-    return 4 * rows * ROW / seconds
+    return 4 * rows * ROW / _best(matrix.sum, matrix.view(torch.float64).sum, lambda: torch.mv(matrix, vector))
 
 
 def measure_gpu(device: torch.device) -> Limits:
@@ -65,54 +65,49 @@ def measure_gpu(device: torch.device) -> Limits:
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     size = max(LARGE_BYTES, 4 * cache)
     source, target = torch.ones(2, size // 4, device=device)
-    copied = {"bytes": size, "bytes_per_second": 8 * source.numel() / _best(lambda: target.copy_(source), device)}
-    return {MATRIX_RATE: matrix_rate(torch.bfloat16, device), "copy_bandwidth": [copied]}
+    rate = 8 * source.numel() / _best(lambda: target.copy_(source), device=device)
+    return {RATE: matrix_rate(torch.bfloat16, device), COPY: [{"bytes": size, "bytes_per_second": rate}]}
 
 
 def measure(sizes: Iterable[int]) -> Limits:
     """Returns the limits of this CPU. sizes: bytes at which the read bandwidth is wanted beside LARGE_BYTES."""
     every = sorted({*sizes, LARGE_BYTES})
-    read = [{"bytes": size, "bytes_per_second": read_bandwidth(size)} for size in every]
-    return {MATRIX_RATE: matrix_rate(), "read_bandwidth": read}
+    return {RATE: matrix_rate(), READ: [{"bytes": size, "bytes_per_second": read_bandwidth(size)} for size in every]}
 
 
-def names(dtype: str, threads: int | None) -> tuple[str, str]:
-    """Returns the names in a record's limits of the matrix rate and of the read bandwidth; threads: None for torch's
-    own, where these do not vary."""
+def _names(case: Any) -> tuple[str, str]:
+    """Returns the names in a record of a case's matrix rate and read bandwidth; a case without threads has torch's."""
+    dtype, threads = getattr(case, "dtype", "float32"), getattr(case, "threads", None)
     if threads is None:
-        return MATRIX_RATE if dtype == "float32" else "bf16_matrix_flops_per_second", "read_bandwidth"
-    return f"{dtype}_flops_per_second_{threads}", f"read_bandwidth_{threads}"
+        return RATE if dtype == "float32" else f"bf16_{RATE}", READ
+    return f"{dtype}_flops_per_second_{threads}", f"{READ}_{threads}"
 
 
 def of_cases(cases: Iterable[Any]) -> Limits:
     """Returns the limits of this CPU for cases, which have a dtype, threads and work; and those of fp32 with the last
     number of threads, for the table."""
-    cases = list(cases)
-    found: Limits = {}
+    cases, last, found = list(cases), {}, {}
     for threads in dict.fromkeys(case.threads for case in cases):
         here = [case for case in cases if case.threads == threads]
         with torch_threads(threads):
-            measured = measure(size for case in here for size in (case.work.weight_bytes, case.work.working_set))
-            for dtype in dict.fromkeys(case.dtype for case in here):
-                rate = measured[MATRIX_RATE] if dtype == "float32" else matrix_rate(DTYPES[dtype])
-                found |= dict(zip(names(dtype, threads), (rate, measured["read_bandwidth"]), strict=True))
-    return {**measured, **found}
+            last = measure(size for case in here for size in (case.work.weight_bytes, case.work.working_set))
+            for dtype, (rate, read) in {case.dtype: _names(case) for case in here}.items():
+                found |= {rate: last[RATE] if dtype == "float32" else matrix_rate(DTYPES[dtype]), read: last[READ]}
+    return {**last, **found}
 
 
 def again(case: Any, found: Limits) -> Limits:
-    """Returns the limits found, with the case's matrix rate measured once more, after it."""
-    if "read_bandwidth" not in found:
+    """Returns a CPU's limits with the case's matrix rate measured once more, after it; a GPU's as they are."""
+    if READ not in found:
         return found
-    name, _ = names(case.dtype, case.threads)
     with torch_threads(case.threads):
-        rate = matrix_rate(DTYPES[case.dtype])
-    same = [each for each in (name, MATRIX_RATE) if found[each] == found[name]]
-    return best(found, dict.fromkeys(same, rate))
+        measured, same = matrix_rate(DTYPES[case.dtype]), found[_names(case)[0]]
+    return best(found, {name: measured for name, rate in found.items() if rate == same})
 
 
 def best(first: Limits, second: Limits) -> Limits:
-    """Returns the higher of each rate of two measurements, such as before and after the cells: neighbours on a shared
-    machine come and go, and a limit that was taken in a bad minute would be no limit. The second may lack some."""
+    """Returns the higher of each rate of two measurements, of which the second may lack some: neighbours on a shared
+    machine come and go, and a limit that was taken in a bad minute would be no limit."""
 
     def higher(one: Any, other: Any) -> Any:
         if not isinstance(one, list):
@@ -122,26 +117,18 @@ def best(first: Limits, second: Limits) -> Limits:
     return {name: higher(rate, second.get(name, rate)) for name, rate in first.items()}
 
 
-def bandwidth(limits: Limits, size: int) -> float:
+def bandwidth(limits: Limits, size: int, name: str = READ) -> float:
     """Returns a GPU's copy bandwidth, or a CPU's read bandwidth at exactly this size, else raises KeyError."""
-    if "copy_bandwidth" in limits:
-        return float(limits["copy_bandwidth"][0]["bytes_per_second"])
-    return {entry["bytes"]: float(entry["bytes_per_second"]) for entry in limits["read_bandwidth"]}[size]
+    if COPY in limits:
+        return float(limits[COPY][0]["bytes_per_second"])
+    return {entry["bytes"]: float(entry["bytes_per_second"]) for entry in limits[name]}[size]
 
 
-def of_case(case: Any, found: Limits) -> Limits:
-    """Returns the limits that a case is held to."""
-    if "read_bandwidth" not in found:
-        return found
-    rate, read = names(case.dtype, case.threads)
-    return {MATRIX_RATE: found[rate], "read_bandwidth": found[read]}
-
-
-def hold_to_limit(cell: Cell, limits: Limits) -> None:
+def hold_to_limit(cell: Any, limits: Limits, case: Any = None) -> None:
     """Gives a cell its "limit", and each of its runs the share of it."""
-    work = roofline.Work(**cell["work"])
-    rates = (limits[MATRIX_RATE], bandwidth(limits, work.working_set))
-    seconds = roofline.limit_seconds(work, *rates)
-    cell["limit"] = {"seconds": seconds, "by": roofline.limited_by(work, *rates), "bytes_per_second": rates[1]}
+    (rate, read), work = _names(case), roofline.Work(**cell["work"])
+    reached = bandwidth(limits, work.working_set, read)
+    seconds, by = roofline.limit(work, limits[rate], reached)
+    cell["limit"] = {"seconds": seconds, "by": by, "bytes_per_second": reached}
     for run in cell["runs"]:
         run["fraction_of_limit"] = seconds / run["median"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shutil
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -27,12 +27,10 @@ def cores() -> int:
 def cpu_model() -> str:
     """Returns the processor's name, with family and model numbers where Linux gives them (names can be vague)."""
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return platform.processor() or platform.machine()
-    first, *_ = cpuinfo.read_text().split("\n\n")
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else ""
+    fields = dict(re.findall(r"^(.+?)\s*:\s*(.*?)\s*$", text, re.MULTILINE))
     family = f" (family {fields['cpu family']}, model {fields.get('model', '?')})" if "cpu family" in fields else ""
-    return (fields.get("model name") or platform.machine()) + family
+    return (fields.get("model name") or platform.processor() or platform.machine()) + family
 
 
 def system() -> str:
@@ -44,15 +42,14 @@ def system() -> str:
 
 def _output(*command: str) -> str | None:
     """Returns what a program prints; None where it is not installed, or fails."""
-    if shutil.which(command[0]) is None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def commit() -> dict[str, Any]:
-    """Returns the checkout's commit, and whether it is dirty: has changes, or new files beside results; None where that
-    is not known."""
+    """Returns the checkout's commit, and whether it has changes or new files beside results; None where not known."""
     git = ("git", "-C", str(ROOT))
     changes = _output(*git, "status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return {"commit": _output(*git, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
@@ -74,10 +71,8 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Returns a record's "machine", which has "gpu" if `device` is one.
-
-    load_average: how many processes wanted a core in the last minute; if others than the bench did, times are suspect.
-    """
+    """Returns a record's "machine", which has "gpu" if `device` is one. load_average is that of the last minute: if
+    others than the bench wanted a core, times are suspect."""
     return {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

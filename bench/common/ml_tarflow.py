@@ -43,7 +43,7 @@ class MlTarflow:
             spec.loader.exec_module(module)
         except Exception as error:  # someone else's code: whatever it raises is the message
             raise refused(f"its {FILE} cannot be imported: {error!r}") from error
-        if not callable(getattr(getattr(module, "Model", None), "reverse", None)):
+        if not hasattr(getattr(module, "Model", None), "reverse"):
             raise refused(f"not a checkout of ml-tarflow: its {FILE} has no class Model with a reverse")
         return cls(module, hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -59,13 +59,10 @@ class MlTarflow:
     def reverse(self, model: TarFlow, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
         """Returns its reverse with our model's weights, under inference_mode as its own scripts run it."""
         theirs = self.model(model.config, model.state_dict()).to(device)
-        reverse: Callable[..., Tensor] = torch.inference_mode()(autocast(theirs.reverse, device, dtype))
-        return reverse
+        return torch.inference_mode()(autocast(theirs.reverse, device, dtype))
 
 
 def autocast(run: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Returns the function under autocast to a half precision, or as it is in fp32."""
-    if dtype == torch.float32:
-        return run
-    under: Callable[..., Tensor] = torch.autocast(device.type, dtype=dtype)(run)
-    return under
+    under: Any = (lambda run: run) if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    return under(run)

@@ -58,9 +58,7 @@ CHECKOUT = option(
 )
 ENGINE = (
     option("--backend", default="auto", help="The backend of tarflow_fast."),
-    option(
-        "--device", default="cpu", help="A torch device.", callback=lambda context, parameter, name: check_device(name)
-    ),
+    option("--device", default="cpu", help="A torch device.", callback=lambda *given: check_device(given[-1])),
 )
 
 
@@ -92,7 +90,7 @@ def of_every_suite(name: str, seconds: float, help: str = BUDGET) -> tuple[click
     where: dict[str, Any] = {"metavar": "FILE.json", "show_default": f"bench/results/{name}-DATE-TIME.json"}
     return (
         count("--repeat", "How often each cell's candidates are timed.", default=7),
-        option("--budget", type=positive, default=seconds, metavar="SECONDS", help=help),
+        option("--budget", "budget_seconds", type=positive, default=seconds, metavar="SECONDS", help=help),
         option("--seed", type=click.IntRange(0), default=0, help="The seed of weights and noise."),
         option("--out", type=out, callback=place, help="Where the record goes, its PNG beside it.", **where),
     )

@@ -1,23 +1,22 @@
-"""Pictures: what all of them share, and the one that most suites draw. matplotlib is an optional dependency, imported
+"""Pictures: a suite says what its panels show, and `draw` draws them. matplotlib is an optional dependency, imported
 where it is needed; a Figure without pyplot draws with Agg."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from .record import Record, Spread, hardware, title
+from .record import Spread, hardware, title
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GREY, RED = "#9a9a9a", "#b00020"
 COLOURS = (GREY, "#1f6fb4", "#e07b1a", "#2f9457", "#8a5fb0", "#b8433f")  # the baseline is grey
-FAILED = "check\nfailed"
 
 
 def require_matplotlib() -> None:
@@ -26,101 +25,129 @@ def require_matplotlib() -> None:
         raise click.ClickException("matplotlib is not installed; pip install 'tarflow_fast[bench]'")
 
 
-def grid(panels: int, columns: int, each: tuple[float, float], more: tuple[float, float], **how: Any) -> Any:
-    """Returns a figure and its panels in rows of `columns`. each: inches of a panel; more: inches about them all."""
-    from matplotlib.figure import Figure
-
-    columns = min(columns, panels)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(each[0] * columns + more[0], each[1] * rows + more[1]), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
-    for number, panel in enumerate(axes):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.axison = number < panels
-    return figure, axes[:panels]
-
-
-def whole_numbers(axes: Axes) -> None:
-    """Puts ticks of the x axis at whole numbers alone."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def legend(figure: Figure, handles: Mapping[str, Any], columns: int | None = None) -> None:
-    """Names what is drawn, above the figure. handles: what matplotlib drew, or a colour, for each name."""
-    from matplotlib.patches import Patch
-
-    drawn = [Patch(color=each) if isinstance(each, str) else each for each in handles.values()]
-    if drawn:
-        figure.legend(drawn, handles, loc="outside upper center", ncols=columns or len(drawn), frameon=False)
-
-
-def footer(part: Any, text: str) -> None:
-    """Writes small print below a figure, or below its lowest axes."""
-    say = part.set_xlabel if hasattr(part, "set_xlabel") else part.supxlabel
-    say(text, fontsize=8, color="#555555")
-
-
-def point(axes: Axes, place: float, spread: Spread, colour: str, marker: str) -> Any:
-    """Draws a point at the median of a spread and a line from its p20 to its p80; returns the point."""
-    axes.vlines(place, spread["p20"], spread["p80"], color=colour, zorder=2)
-    return axes.plot(place, spread["median"], marker, color=colour, zorder=3)[0]
-
-
-def say_failed(axes: Axes, place: float, height: float = 0.0) -> None:
-    """Writes that the check of what belongs there failed."""
-    axes.annotate(FAILED, (place, height), (0, 4), textcoords="offset points", ha="center", color=RED)
-
-
 class Bar(NamedTuple):
-    """A bar with a text above it, and a line from p20 to p80 if it is the median of a spread."""
+    """A bar up to the median of a spread, with a line from its p20 to its p80, and a text above."""
 
     colour: str
-    value: float
     text: str
-    spread: Spread | None = None
+    spread: Spread
 
 
-def bars(axes: Axes, groups: Sequence[Sequence[Bar]], names: Sequence[str], size: int = 9) -> None:
-    """Draws bars side by side in groups, with names below. A group without bars is one whose check failed."""
-    width = 0.8 / max([1, *map(len, groups)])
-    for position, group in enumerate(groups):
-        for number, bar in enumerate(group):
-            place, top = position + (number - (len(group) - 1) / 2) * width, bar.value
-            if bar.spread is not None:
-                axes.vlines(place, bar.spread["p20"], bar.spread["p80"], color="black", linewidth=1.2, zorder=3)
-                top = max(top, bar.spread["p80"])
-            axes.bar(place, bar.value, 0.92 * width, color=bar.colour)
-            axes.annotate(bar.text, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=size)
-        if not group:
-            say_failed(axes, position)
-    axes.set_xticks(range(len(groups)), names, fontsize=9)
-    axes.tick_params(axis="x", length=0)
-    axes.margins(y=0.15)
-    axes.set_ylim(bottom=0)
+class Series(NamedTuple):
+    """Points that the legend names. y: numbers, or spreads, whose points have lines from p20 to p80. how: the style."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[Any]
+    how: dict[str, Any]
 
 
-def cells_figure(record: Record) -> Figure:
+@dataclass
+class Panel:
+    """What one panel shows. groups: bars side by side by the name below them; there are none where a check failed.
+    failed: where that is said beside. level: where a grey line is. axes: what `Axes.set` takes."""
+
+    title: str = ""
+    groups: dict[str, list[Bar]] = field(default_factory=dict)
+    series: list[Series] = field(default_factory=list)
+    failed: list[tuple[float, float]] = field(default_factory=list)
+    level: float | None = None
+    axes: dict[str, Any] = field(default_factory=dict)
+
+
+def exactly(value: float) -> Spread:
+    """Returns the spread of what has none."""
+    return {"median": value, "p20": value, "p80": value}
+
+
+def _lines(spreads: Sequence[Spread]) -> tuple[list[float], list[list[float]]]:
+    """Returns the medians, and how far the percentiles are below and above them."""
+    medians, below = [each["median"] for each in spreads], [each["median"] - each["p20"] for each in spreads]
+    above = [each["p80"] - each["median"] for each in spreads]
+    return medians, [[max(end, 0.0) for end in ends] for ends in (below, above)]  # rounding may be below 0
+
+
+def _draw(axes: Any, panel: Panel, small: int) -> dict[str, Any]:
+    """Draws a panel, and returns what the legend names."""
+    handles: dict[str, Any] = {}
+    for name, x, y, how in panel.series:
+        if y and isinstance(y[0], dict):
+            handles[name] = axes.errorbar(x, *_lines(y), linestyle="", **how)
+        elif y:
+            (handles[name],) = axes.plot(x, y, **how)
+    width = 0.8 / max([1, *map(len, panel.groups.values())])
+    groups = list(enumerate(panel.groups.values()))
+    bars = [(at + (i - (len(group) - 1) / 2) * width, bar) for at, group in groups for i, bar in enumerate(group)]
+    if panel.groups:
+        heights, errors = _lines([bar.spread for _, bar in bars])
+        how = {"color": [bar.colour for _, bar in bars], "yerr": errors, "width": 0.92 * width}
+        drawn = axes.bar([place for place, _ in bars], heights, **how)
+        axes.bar_label(drawn, [bar.text for _, bar in bars], padding=3, fontsize=small)
+        axes.set_xticks(range(len(groups)), list(panel.groups), fontsize=9)
+        axes.tick_params(axis="x", length=0)
+        axes.margins(y=0.15)
+        axes.set_ylim(bottom=0)
+    for at in [*((at, 0.0) for at, group in groups if not group), *panel.failed]:
+        axes.annotate("check\nfailed", at, (0, 4), textcoords="offset points", ha="center", color=RED)
+    if panel.level is not None:
+        axes.axhline(panel.level, color=GREY, linewidth=1.2, zorder=0)
+    axes.set_title(panel.title, fontsize=11)
+    axes.set(**panel.axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    return handles
+
+
+def draw(
+    panels: Sequence[Panel],
+    columns: int,
+    inches: tuple[float, float],
+    footer: str,
+    *,
+    names: Mapping[str, str] | None = None,
+    legend_columns: int | None = None,
+    ylabel: str = "",
+    small: int = 9,
+    **how: Any,
+) -> Figure:
+    """Returns a picture of panels in rows of `columns`.
+
+    inches: of a panel. footer: small print below. names: a colour for each name in the legend, beside those of series.
+    small: the size of the texts of bars. how: what `Figure.subplots` takes.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(inches[0] * columns + 0.7, inches[1] * rows + 1.2), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
+    handles: dict[str, Any] = {name: Patch(color=colour) for name, colour in (names or {}).items()}
+    for axes, panel in zip(grid, panels, strict=False):
+        handles |= _draw(axes, panel, small)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.supylabel(ylabel, fontsize=10)
+    figure.supxlabel(footer, fontsize=8, color="#555555")
+    if handles:
+        many = legend_columns or len(handles)
+        figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=many, frameon=False)
+    return figure
+
+
+def cells_figure(record: Any) -> Figure:
     """Draws the ratio to the baseline above, and the share of the limit below. A cell whose check failed says so."""
     cells, settings = record["cells"], record["settings"]
     names = dict.fromkeys(run["name"] for cell in cells for run in cell["runs"])
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    size = (max(6.4, 1.4 * len(cells) + 1.5), 3.6)
-    figure, (above, below) = grid(2, 1, size, (0, 0), sharex=True, height_ratios=[3, 2])
-    ratios, shares = [], []
+    above = Panel(level=1, axes={"ylabel": f"times faster than {settings['baseline']}"})
+    below = Panel(axes={"ylabel": "% of the machine's limit"})
     for cell in cells:
-        runs = [(colours[run["name"]], run, 100 * run["fraction_of_limit"]) for run in cell["runs"]]
-        faster = [(colour, run["ratio"]) for colour, run, _ in runs if "ratio" in run]
-        ratios.append([Bar(colour, ratio["median"], f"{ratio['median']:.2f}×", ratio) for colour, ratio in faster])
-        shares.append([Bar(colour, share, f"{share:.1f}") for colour, _, share in runs])
-    labels = [title(cell["label"], "\n") for cell in cells]
-    bars(above, ratios, labels)
-    bars(below, shares, labels)
-    above.axhline(1, color=GREY, linewidth=1.2, zorder=0)
-    above.set_ylabel(f"times faster than {settings['baseline']}")
-    below.set_ylabel("% of the machine's limit")
-    legend(figure, colours)
-    versions = f"{settings['dtype']}, torch {record['machine']['torch']}"
-    footer(below, f"{hardware(record)}, {versions}; median, line from p20 to p80")
-    return figure
+        ratios, shares = (panel.groups.setdefault(title(cell["label"], "\n"), []) for panel in (above, below))
+        for run in cell["runs"]:
+            share, colour = 100 * run["fraction_of_limit"], colours[run["name"]]
+            shares.append(Bar(colour, f"{share:.1f}", exactly(share)))
+            if "ratio" in run:
+                ratios.append(Bar(colour, f"{run['ratio']['median']:.2f}×", run["ratio"]))
+    size, versions = (max(5.7, 1.4 * len(cells) + 0.8), 3.0), f"{settings['dtype']}, torch {record['machine']['torch']}"
+    footer = f"{hardware(record)}, {versions}; median, line from p20 to p80"
+    return draw([above, below], 1, size, footer, names=colours, sharex=True, height_ratios=[3, 2])

@@ -1,5 +1,4 @@
-"""A record is what a run of a suite leaves: one JSON file of the parts below. A suite describes the parts that it alone
-has."""
+"""A record is what a run of a suite leaves: one JSON file. A suite describes the parts that its records alone have."""
 
 from __future__ import annotations
 
@@ -45,31 +44,23 @@ class Check(TypedDict):
     reason: str | None
 
 
-class LeftOut(TypedDict, total=False):
-    """The reason why the candidate of this name was not timed, or why the case of this label was not measured."""
-
-    name: str
-    label: dict[str, Any]
-    reason: str
-
-
 class Cell(TypedDict, total=False):
     """A cell is the result of one case. Its label holds the table's columns and their values, its work is a
     `roofline.Work`, and its limit is the least time that the machine allows, {seconds, by, bytes_per_second}. The
-    baseline is the first of its runs; there are none if nothing was timed."""
+    baseline is the first of its runs; what was not timed is left out, {name, reason}."""
 
     label: dict[str, Any]
     sizes: dict[str, Any]
     check: Check
     work: dict[str, int]
     limit: dict[str, Any]
-    left_out: list[LeftOut]
+    left_out: list[dict[str, Any]]
     runs: list[Run]
 
 
 class Record(TypedDict, total=False):
-    """One run of a suite on the machine that `machine.describe` gives. not_run lists the cases without a cell, failures
-    what went wrong beside the checks of cells."""
+    """One run of a suite on the machine that `machine.describe` gives. not_run lists the cases without a cell, as
+    {label, reason}; failures what went wrong beside the checks of cells."""
 
     suite: str
     date: str
@@ -77,11 +68,11 @@ class Record(TypedDict, total=False):
     settings: dict[str, Any]
     limits: Limits
     cells: list[Any]
-    not_run: list[LeftOut]
+    not_run: list[dict[str, Any]]
     failures: list[str]
 
 
-def write(record: Record, path: Path) -> None:
+def write(record: Any, path: Path) -> None:
     """Writes strict JSON; the folder is made if need be."""
     text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,12 +80,11 @@ def write(record: Record, path: Path) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read(path: Path) -> Record:
-    record: Record = json.loads(path.read_text(encoding="utf-8"))
-    return record
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def hardware(record: Record) -> str:
+def hardware(record: Any) -> str:
     """Returns the machine's name as tables and plots give it."""
     machine, threads = record["machine"], record["settings"]["threads"]
     name: str = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {counted(threads, 'thread')}"

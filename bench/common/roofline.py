@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from tarflow_fast import TarFlowConfig
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """The least work of a pass. flops counts a multiply and an add as two; bytes is what is read and written, weights
     and KV cache. weight_bytes is the size of one flow block's weights, and working_set what the steps of a block go
     over again and again, its weights and its whole KV cache."""
@@ -18,14 +17,11 @@ class Work:
     weight_bytes: int
     working_set: int
 
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
-
 
 def _sizes(config: TarFlowConfig) -> tuple[int, int, int, int, int, int]:
-    """K, L, T, C, the elements of a block's matrices, D C + 12 L C² + C O, and of all its weights, W."""
+    """Returns K, L, T, C, the elements of a block's matrices, D C + 12 L C² + C O, and of all its weights, W."""
     L, C, D = config.layers_per_block, config.channels, config.token_dim
-    out = 2 * D if config.nvp else D
+    out = config.block_shape.parameters
     matrices = D * C + 12 * L * C * C + C * out
     return config.num_blocks, L, config.num_patches, C, matrices, matrices + C + 13 * L * C + out
 
@@ -75,7 +71,7 @@ def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, i
 
 
 def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Work:
-    """Returns the least work of the density's gradient by the images, in the notation of `density_work`:
+    """Returns the least work of the density's gradient by the images, in the notation of `inverse_work`:
 
         flops = K B [ 4 T (D C + 12 L C² + C O) + 6 L C T (T+1) ]
         bytes = s [ 2 K W + 3 B T D ]
@@ -85,20 +81,14 @@ def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Wor
     """
     K, L, T, C, _, weights = _sizes(config)
     forward = density_work(config, batch, itemsize=itemsize)
-    flops = 2 * forward.flops + 2 * K * batch * L * C * T * (T + 1)
     moved = itemsize * (2 * K * weights + 3 * batch * T * config.token_dim)
-    return Work(flops, moved, forward.weight_bytes, forward.working_set)
+    return forward._replace(flops=2 * forward.flops + 2 * K * batch * L * C * T * (T + 1), bytes=moved)
 
 
-def limit_seconds(work: Work, matrix_rate: float, bandwidth: float) -> float:
-    """Returns max(flops / matrix_rate, bytes / bandwidth): no code can be quicker than the slower of the two.
+def limit(work: Work, matrix_rate: float, bandwidth: float) -> tuple[float, str]:
+    """Returns max(flops / matrix_rate, bytes / bandwidth), and which of the two it is, "arithmetic" or "memory".
 
     matrix_rate: flops per second of a large product. bandwidth: bytes per second read from a buffer of
     work.working_set bytes, so that a working set that fits in a cache is held to the cache's speed.
     """
-    return max(work.flops / matrix_rate, work.bytes / bandwidth)
-
-
-def limited_by(work: Work, matrix_rate: float, bandwidth: float) -> str:
-    """Returns which of the two `limit_seconds` is, "arithmetic" or "memory"."""
-    return "arithmetic" if work.flops / matrix_rate > work.bytes / bandwidth else "memory"
+    return max((work.bytes / bandwidth, "memory"), (work.flops / matrix_rate, "arithmetic"), key=lambda each: each[0])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sized
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import click
 import torch
@@ -18,13 +18,11 @@ from tarflow_fast.devices import torch_threads
 from . import limits, machine, plot
 from .harness import Rounds
 from .ml_tarflow import MlTarflow
-from .record import Cell, Limits, Record, hardware, title, write
+from .record import Limits, hardware, title, write
 from .table import cells_table
 
-C = TypeVar("C")
 
-
-class Suite(Generic[C]):
+class Suite:
     """One suite of the bench; its docstring is the help of its command. A copy of it makes a run: `prepare` first, then
     the machine's limits, `measure` for each of the cases, and the limits again.
 
@@ -48,22 +46,22 @@ class Suite(Generic[C]):
         """Checks what was chosen and loads what is measured. Raises click.ClickException where it cannot be."""
 
     def settings(self) -> dict[str, Any]:
-        """Returns how it is run, for the record, beside what every suite's settings have."""
+        """Returns how it is run, for the record, beside what was chosen."""
         return {}
 
     def parts(self) -> dict[str, Any]:
         """Returns what this suite's records alone have."""
         return {}
 
-    def cases(self) -> Iterable[C]:
+    def cases(self) -> Iterable[Any]:
         """Returns what is measured, in this order; cases may be made as their turn comes."""
         raise NotImplementedError
 
-    def skip(self, case: C) -> str | None:
+    def skip(self, case: Any) -> str | None:
         """Returns why a case is not measured, asked when its turn has come."""
         return None
 
-    def measure(self, case: C) -> Any:
+    def measure(self, case: Any) -> Any:
         """Returns the cell of a case, yet to be held to a limit."""
         raise NotImplementedError
 
@@ -81,7 +79,7 @@ class Suite(Generic[C]):
         """Returns the picture."""
         return plot.cells_figure(record)
 
-    def called(self, cell: Cell) -> str:
+    def called(self, cell: Any) -> str:
         """Returns what a failed cell is called."""
         return title(cell["label"])
 
@@ -99,7 +97,7 @@ class Suite(Generic[C]):
 
     @property
     def rounds(self) -> Rounds:
-        return Rounds(self.chosen.repeat, self.chosen.budget, self.device)
+        return Rounds(self.chosen.repeat, self.chosen.budget_seconds, self.device)
 
     def failed(self, record: Any) -> list[str]:
         """Returns a line for each cell that failed, and for each of the record's failures."""
@@ -107,10 +105,10 @@ class Suite(Generic[C]):
         reasons = [f"{self.called(cell)}: {cell['check']['reason']}" for cell in failed]
         return [f"FAILED {reason}" for reason in [*reasons, *record.get("failures", [])]]
 
-    def table(self, record: Record) -> str:
+    def table(self, record: Any) -> str:
         return "\n".join([f"machine: {hardware(record)}, {record['machine']['os']}", *self.lines(record)])
 
-    def draw(self, record: Record, path: Path) -> None:
+    def draw(self, record: Any, path: Path) -> None:
         """Writes the record's picture as a PNG."""
         self.figure(record).savefig(path, dpi=130)
 
@@ -147,24 +145,25 @@ class Suite(Generic[C]):
         if failures:
             raise click.ClickException("\n".join(failures))
 
-    def _new_record(self) -> Record:
-        chosen = self.chosen
-        settings = {"baseline": self.baseline, "threads": torch.get_num_threads(), **self.settings()}
+    def _new_record(self) -> Any:
+        settings = {name: value for name, value in vars(self.chosen).items() if isinstance(value, str | float | int)}
+        dtypes = ", ".join(getattr(self.chosen, "dtypes", ["float32"]))
+        settings |= {"baseline": self.baseline, "device": self.device.type, "dtype": dtypes}
+        settings |= {"threads": torch.get_num_threads(), **self.settings()}
         settings |= {} if self.ml_tarflow is None else {"baseline_sha256": self.ml_tarflow.sha256}
-        settings |= {"repeat": chosen.repeat, "budget_seconds": chosen.budget, "seed": chosen.seed}
         date, where = datetime.now(UTC).isoformat(timespec="seconds"), machine.describe(self.device)
-        record: Any = {"suite": self.name, "date": date, "machine": where, "settings": settings, "failures": []}
+        record = {"suite": self.name, "date": date, "machine": where, "settings": settings, "failures": []}
         return record | self.parts() | {"limits": {}, "cells": []}
 
-    def _fill(self, record: Record) -> None:
-        measured: list[C] = []
+    def _fill(self, record: Any) -> None:
+        measured: list[Any] = []
         cases: Any = self.cases()
         of = f"/{len(cases)}" if isinstance(cases, Sized) else ""
 
         def hold() -> None:
             for case, cell in zip(measured, record["cells"], strict=True):
                 if record["limits"]:
-                    limits.hold_to_limit(cell, limits.of_case(case, record["limits"]))
+                    limits.hold_to_limit(cell, record["limits"], case)
 
         record["limits"] = self.limits()
         for number, case in enumerate(cases, 1):

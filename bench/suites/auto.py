@@ -16,19 +16,17 @@ from tarflow_fast import NonFiniteError, Sampler, SolverPlan, TarFlow
 from tarflow_fast.backend import choose_backend
 from tarflow_fast.engine import Condition
 from tarflow_fast.engine.backend import Request
-from tarflow_fast.sampling.report import BlockReport, Report
 from tarflow_fast.solvers import TOL, Auto, Costs, CostTable, Solver, adaptive, make_solvers, sequential, widths
 
 from ..common import harness, models, options, plot
-from ..common.harness import Rounds
 from ..common.models import DTYPES
 from ..common.record import hardware, title, values
 from ..common.suite import Suite
 from ..common.table import labelled
 
-BASELINE, AUTO, PLANNED = "sequential", "auto", "auto with plan"
+BASELINE, AUTO, PLANNED, WINDOW = "sequential", "auto", "auto with plan", "a fixed window"
 BOUND = 1e-3  # fp32: what the default tol promises of trained weights
-BOUND_IMAGES = 16
+BOUND_IMAGES = 16  # the largest difference of one image says little about a dtype
 ALLOWED = 1.05  # of the best fixed choice's time
 HOPELESS = 2.0  # times the fastest fixed choice: not timed again, and not run if it takes so long at best
 QUICK = 0.5  # seconds: a run as short is done whatever is expected, and twice if it looks hopeless, as by a hiccup
@@ -38,7 +36,7 @@ RUNS = (
     "p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | faster: {faster} | max error: {error}"
 )
 VERDICTS = (
-    "best fixed: {best} | auto / best: {slower:.3f} | p20-p80: {low:.3g}-{high:.3g} | first: {first:.2f} | "
+    "best fixed: {best} | auto / best: {median:.3f} | p20-p80: {p20:.3g}-{p80:.3g} | first: {first:.2f} | "
     "runs: {runs} | windows: {windows} | rule: {rule}"
 )
 LEGEND = """\
@@ -48,10 +46,11 @@ auto / best: time of auto, settled, over that of the best fixed choice, median o
 {allowed:g}. The best is the fixed choice of the least median, which with few rounds is luck in part, to auto's
 disadvantage. first: auto's very first run, set-up included, over sequential's median. runs: until auto settled; + if it
 did not. windows: of auto by block, in the order of sampling; 1 is the sequential pass."""
-STYLES = {  # colour and marker; windows are small grey points
-    BASELINE: (plot.GREY, "s"),
-    AUTO: (plot.COLOURS[1], "o"),
-    PLANNED: (plot.COLOURS[3], "^"),
+STYLES = {
+    WINDOW: {"color": "#c8c8c8", "marker": "."},
+    BASELINE: {"color": plot.GREY, "marker": "s"},
+    AUTO: {"color": plot.COLOURS[1], "marker": "o"},
+    PLANNED: {"color": plot.COLOURS[3], "marker": "^"},
 }
 
 
@@ -72,44 +71,32 @@ class Problem:
     def label(self) -> dict[str, Any]:
         return {"model": self.name, "dtype": self.dtype, "batch": self.batch}
 
-    @property
-    def labels(self) -> list[int] | None:
-        classes = self.model.config.num_classes
-        return [*range(classes), -1] if classes else None
-
     @functools.cached_property
-    def z(self) -> Tensor:
-        return models.latents(self.model.config, self.batch, self.seed, self.device)
-
-    @functools.cached_property
-    def y(self) -> Tensor | None:
-        return models.labels(self.model.config, self.batch, self.device, none=True)
+    def inputs(self) -> tuple[Tensor, Tensor | None]:
+        return models.inputs(self.model.config, self.batch, self.seed, self.device, none=True)
 
     def sampler(self, solver: str) -> Sampler:
         how: dict[str, Any] = {"backend": self.backend, "device": self.device, "dtype": DTYPES[self.dtype]}
         return Sampler(self.model, solver=solver, **how)
 
+    def sequential(self) -> Tensor:
+        return self.sampler(BASELINE).reverse(*self.inputs)
+
     def yardstick(self) -> tuple[Tensor, float]:
-        """Returns images of the sequential pass in the problem's dtype, and how far from them others may be.
-
-        In bf16 that is by how far that pass is off from fp32. The largest difference of one image says little about a
-        dtype: it is taken of BOUND_IMAGES at least.
-        """
+        """Returns images of the sequential pass in the problem's dtype, and how far from them others may be: in bf16
+        that is by how far that pass is off from fp32."""
         if self.dtype == "float32":
-            return self._sequential(), BOUND
+            return self.sequential(), BOUND
         enough = replace(self, batch=max(self.batch, BOUND_IMAGES))
-        wanted = enough._sequential()
-        off = float((wanted - replace(enough, dtype="float32")._sequential()).abs().max())
-        return wanted[: self.batch], harness.half_tolerance(off, wanted, DTYPES[self.dtype])
-
-    def _sequential(self) -> Tensor:
-        return self.sampler(BASELINE).reverse(self.z, self.y)
+        wanted, exact = enough.sequential(), replace(enough, dtype="float32").sequential()
+        allowed = harness.half_tolerance(float((wanted - exact).abs().max()), wanted, DTYPES[self.dtype])
+        return wanted[: self.batch], allowed
 
 
 @dataclass
 class Candidate:
     """One way to invert the batch. seconds: of the runs that were checked, without set-up; error: the largest of them.
-    reason: why the last run failed, None if it did not. report: of the last run."""
+    reason: why the last run failed, None if it did not. report: the sampler's, of the last run."""
 
     name: str
     problem: Problem
@@ -117,21 +104,20 @@ class Candidate:
     seconds: list[float] = field(default_factory=list)
     error: float | None = None
     reason: str | None = None
-    report: Report | None = None
+    report: Any = None
 
-    @classmethod
-    def fixed(cls, name: str, auto: Candidate, solvers: Sequence[Solver]) -> Candidate:
-        """Returns a candidate with auto's engines, so that weights are as warm in the caches for all."""
-        return cls(name, auto.problem, auto.sampler.with_solvers(solvers))
+    def other(self, name: str, solvers: Sequence[Solver]) -> Candidate:
+        """Returns a candidate with the same engines, so that weights are as warm in the caches for all."""
+        return Candidate(name, self.problem, self.sampler.with_solvers(solvers))
 
-    def reverse(self) -> object:
-        """What is timed."""
-        return self.sampler.reverse(self.problem.z, self.problem.y)
+    def reverse(self) -> Tensor:
+        """Returns the images; this is what is timed."""
+        return self.sampler.reverse(*self.problem.inputs)
 
     def sample(self) -> Tensor:
         """Returns the same images, and keeps the report."""
-        n = self.problem.batch
-        samples = self.sampler.sample(n, self.problem.labels, seed=self.problem.seed, batch_size=n)
+        n, (_, y) = self.problem.batch, self.problem.inputs
+        samples = self.sampler.sample(n, y, seed=self.problem.seed, batch_size=n)
         self.report = samples.report
         return samples.images
 
@@ -141,74 +127,59 @@ class Candidate:
         self.reason = trial.reason
         if trial.error is not None:
             self.error = max(trial.error, self.error or 0.0)
-        if self.reason is None and self.report is not None:
+        if self.reason is None:
             self.seconds.append(self.report.seconds - self.report.setup_seconds)
         return self.reason is None
 
-    @property
-    def blocks(self) -> Sequence[BlockReport]:
-        return [] if self.report is None else self.report.blocks
-
     def windows(self) -> list[int]:
         """Returns the window of each block; 1 is the sequential pass."""
-        return [block.window for block in self.blocks]
+        return [block.window for block in self.report.blocks]
 
-    def entry(self, runs: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a run of the record. runs: those of the rounds by name; without one, the first runs are listed."""
-        return {
-            **runs.get(self.name, harness.timed(self.name, self.seconds)),
-            "passes": sum(block.passes for block in self.blocks),
-            "evaluations": sum(block.evaluations for block in self.blocks) / self.problem.batch,
-            "max_error": self.error,
-            "blocks": [asdict(block) for block in self.blocks],
-        }
+    def settle(self, wanted: Tensor, allowed: float) -> dict[str, Any]:
+        """Runs it until two runs in a row have the same windows. Returns what each run took and chose."""
+        taken: list[dict[str, Any]] = []
+        settled = False
+        while not settled and len(taken) < MOST_RUNS and self.run(wanted, allowed):
+            run = {"seconds": self.report.seconds, "setup": self.report.setup_seconds, "windows": self.windows()}
+            settled = bool(taken) and taken[-1]["windows"] == run["windows"]
+            taken.append(run)
+        return {"settled": settled, "runs": taken}
 
-
-def settle(auto: Candidate, wanted: Tensor, allowed: float) -> dict[str, Any]:
-    """Runs a sampler until two runs in a row have the same windows. Returns what each run took and chose."""
-    taken: list[dict[str, Any]] = []
-    settled = False
-    while not settled and len(taken) < MOST_RUNS and auto.run(wanted, allowed):
-        assert auto.report is not None
-        taken.append({"seconds": auto.report.seconds, "setup": auto.report.setup_seconds, "windows": auto.windows()})
-        settled = len(taken) > 1 and taken[-2]["windows"] == taken[-1]["windows"]
-    return {"settled": settled, "runs": taken}
+    def entry(self, run: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Returns a run of the record. run: what the rounds say of it; without that, its first runs are listed."""
+        blocks = [asdict(block) for block in self.report.blocks]
+        passes, evaluations = (sum(block[name] for block in blocks) for name in ("passes", "evaluations"))
+        found = {"passes": passes, "evaluations": evaluations / self.problem.batch, "max_error": self.error}
+        return {**(run or harness.timed(self.name, self.seconds)), **found, "blocks": blocks}
 
 
 def costs_of(auto: Candidate) -> tuple[Costs, Costs]:
     """Returns what auto has measured for this batch, and the same measured again: if auto is mistaken, what it is
     compared with must not be chosen by that mistake."""
-    solver, engine = auto.sampler.solvers[0], auto.sampler.engines[0]
+    (z, y), solver, engine = auto.problem.inputs, auto.sampler.solvers[0], auto.sampler.engines[0]
     assert isinstance(solver, Auto)
-    state = engine.begin(auto.problem.z, Condition(auto.problem.y))
+    state = engine.begin(z, Condition(y))
     return solver.costs.of(engine, state), CostTable().of(engine, state)
 
 
-def try_windows(
-    auto: Candidate, baseline: Candidate, costs: Costs, wanted: Tensor, allowed: float
-) -> tuple[list[Candidate], list[dict[str, str]]]:
+def try_windows(baseline: Candidate, costs: Costs, wanted: Tensor, allowed: float) -> tuple[list[Candidate], list[Any]]:
     """Returns a candidate for each window, run once, from narrow to wide; and {name, reason} of those that are not run.
 
-    At best a window of so many times the tokens takes as many times fewer passes. So what it takes at best follows
-    from the last window that was run (the sequential pass is one of 1) and from the costs of a pass. None is run if the
-    baseline failed.
+    At best a window of so many times the tokens takes as many times fewer passes: what it takes at best follows from
+    the last window that was run (the sequential pass, which has passed, is one of 1) and from the costs of a pass.
     """
-    tried: list[Candidate] = []
-    not_run: list[dict[str, str]] = []
-    if baseline.reason is not None:
-        return tried, not_run
-    model, tol = auto.problem.model.config, TOL[DTYPES[auto.problem.dtype]]
+    tried, not_run = [], []
+    sizes, tol = baseline.problem.model.config, TOL[DTYPES[baseline.problem.dtype]]
     fastest = last = min(baseline.seconds)
     each = costs.token  # seconds of a pass for each token of its window, of the last one
-    for window in widths(model.num_patches):
+    for window in widths(sizes.num_patches):
         name, cost = f"window {window}", costs.of_pass(window) / window
         at_best = last * cost / each
         if at_best > max(HOPELESS * fastest, QUICK):
-            times = at_best / fastest
-            not_run.append({"name": name, "reason": f"takes {times:.1f} times as long as the fastest at best"})
+            times = f"{at_best / fastest:.1f} times as long as the fastest at best"
+            not_run.append({"name": name, "reason": f"takes {times}"})
             continue
-        solver = functools.partial(adaptive, tol=tol, window=window)
-        candidate = Candidate.fixed(name, auto, [solver] * model.num_blocks)
+        candidate = baseline.other(name, [functools.partial(adaptive, tol=tol, window=window)] * sizes.num_blocks)
         tried.append(candidate)
         if candidate.run(wanted, allowed):
             if HOPELESS * fastest < candidate.seconds[0] <= QUICK:
@@ -230,72 +201,69 @@ def judge(samples: Mapping[str, list[float]]) -> dict[str, Any]:
     return {"best": best, "ratio": ratio, "slower": slower, "allowed": ALLOWED, "met": slower <= ALLOWED}
 
 
-def take_turns(passed: Mapping[str, Candidate], rounds: Rounds) -> dict[str, list[float]]:
-    """Returns the seconds of the candidates that are not hopeless; of none if the baseline or auto failed."""
-    if not {BASELINE, AUTO} <= {*passed}:
-        return {}
-    first = {name: min(each.seconds) for name, each in passed.items() if name not in (AUTO, PLANNED)}
-    hopeless = {name for name in first if name != BASELINE and first[name] > HOPELESS * min(first.values())}
-    return rounds.alternate({name: each.reverse for name, each in passed.items() if name not in hopeless})
-
-
-def measure(problem: Problem, rounds: Rounds) -> dict[str, Any]:
+def measure(problem: Problem, rounds: harness.Rounds) -> dict[str, Any]:
     """Returns one of the record's "cells".
 
     costs: of a token and of passes by width, as auto measured them, and measured again. first: auto's first run over
-    sequential's median. verdict: `judge`, None if sequential or auto failed. Candidates that are too slow for the
-    rounds have the seconds of their first runs and no "ratio". If the sequential pass is not finite, there is nothing
-    to compare with, and nothing is measured.
+    sequential's median. verdict: `judge`, None if sequential or auto failed: then nothing is timed. Windows that are
+    too slow for the rounds have the seconds of their first runs and no "ratio".
     """
-    cell = {"label": problem.label, "backend": problem.backend, "tokens": problem.model.config.num_patches, "costs": []}
-    cell |= {"settling": {"settled": False, "runs": []}, "first": None, "verdict": None, "not_run": [], "runs": []}
+    sizes = problem.model.config
+    cell: dict[str, Any] = {"label": problem.label, "backend": problem.backend, "tokens": sizes.num_patches}
+    cell |= {"costs": [], "settling": {"settled": False, "runs": []}, "first": None, "verdict": None}
+    cell |= {"not_run": [], "runs": []}
     try:
-        wanted, allowed = problem.yardstick()
-    except NonFiniteError as error:
+        yardstick = problem.yardstick()
+    except NonFiniteError as error:  # there is nothing to compare with
         reason = f"{BASELINE}: {error}"
-        check = harness.failed_check(reason)
-        return {**cell, "check": check, "left_out": [{"name": BASELINE, "reason": reason}]}
+        return {**cell, "check": harness.check_of(reason), "left_out": [{"name": BASELINE, "reason": reason}]}
     auto = Candidate(AUTO, problem, problem.sampler("auto"))
-    settling = settle(auto, wanted, allowed)
-    baseline = Candidate.fixed(BASELINE, auto, [sequential] * problem.model.config.num_blocks)
+    cell |= {"backend": auto.sampler.backend, "settling": auto.settle(*yardstick)}
     costs, again = costs_of(auto)
-    baseline.run(wanted, allowed)
-    windows, cell["not_run"] = try_windows(auto, baseline, again, wanted, allowed)
-    candidates = {each.name: each for each in (baseline, *windows, auto)}
+    cell["costs"] = [{"token": each.token, "passes": list(each.passes.items())} for each in (costs, again)]
+    fixed = [auto.other(BASELINE, [sequential] * sizes.num_blocks)]
+    if fixed[0].run(*yardstick):
+        windows, cell["not_run"] = try_windows(fixed[0], again, *yardstick)
+        fixed += windows
+    candidates = {each.name: each for each in (*fixed, auto)}
     if problem.plan is not None:
         shapes = [stage.shape for stage in auto.sampler.flow.stages]
         solvers = make_solvers("auto", None, problem.plan, dtype=DTYPES[problem.dtype], shapes=shapes)
-        candidates[PLANNED] = Candidate.fixed(PLANNED, auto, solvers)
-        settle(candidates[PLANNED], wanted, allowed)
+        candidates[PLANNED] = auto.other(PLANNED, solvers)
+        candidates[PLANNED].settle(*yardstick)
     passed = {name: each for name, each in candidates.items() if each.reason is None}
-    samples = take_turns(passed, rounds)
-    runs = {run["name"]: run for run in harness.runs_of(samples)}
+    runs: dict[str, Any] = {}
+    if {BASELINE, AUTO} <= {*passed}:
+        first = {each.name: min(each.seconds) for each in fixed if each.reason is None}
+        slowest = HOPELESS * min(first.values())
+        turns = {name: each.reverse for name, each in passed.items() if first.get(name, 0.0) <= slowest}
+        samples = rounds.alternate({BASELINE: fixed[0].reverse, **turns})
+        runs = {run["name"]: run for run in harness.runs_of(samples)}
+        cell |= {"first": cell["settling"]["runs"][0]["seconds"] / runs[BASELINE]["median"], "verdict": judge(samples)}
     failed = harness.left_out(candidates)
     worst = max((each.error for each in passed.values() if each.error is not None), default=None)
-    cell |= {"backend": auto.sampler.backend, "check": harness.check_of(failed, worst, allowed), "left_out": failed}
-    cell |= {"costs": [{"token": each.token, "passes": list(each.passes.items())} for each in (costs, again)]}
-    cell |= {"settling": settling, "runs": [each.entry(runs) for each in passed.values()]}
-    if samples:
-        cell["first"] = settling["runs"][0]["seconds"] / runs[BASELINE]["median"]
-        cell["verdict"] = judge(samples)
-    return cell
+    cell |= {"check": harness.check_of(harness.reason_of(failed), worst, yardstick[1]), "left_out": failed}
+    return {**cell, "runs": [each.entry(runs.get(name)) for name, each in passed.items()]}
 
 
-def _runs(cell: Any) -> Iterator[dict[str, Any]]:
+def _runs(cell: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     for run in cell["runs"]:
-        yield {**run, **({} if "ratio" in run or run["name"] == BASELINE else {"faster": "-"})}
+        yield cell, {**run, **({} if "ratio" in run or run["name"] == BASELINE else {"faster": "-"})}
     for what, outs in (("not run", cell["not_run"]), ("FAILED", cell["left_out"])):
-        yield from ({"name": out["name"], "error": what} for out in outs)
+        yield from ((cell, {"name": out["name"], "error": what}) for out in outs)
+
+
+def _slower(verdict: Any) -> Any:
+    """Returns auto's times over the best fixed choice's, as a spread."""
+    return {"median": verdict["slower"], "p20": 1 / verdict["ratio"]["p80"], "p80": 1 / verdict["ratio"]["p20"]}
 
 
 def _verdict(cell: Any) -> dict[str, Any]:
     verdict, settling = cell["verdict"], cell["settling"]
     if verdict is None:
         return {"rule": "FAILED"}
-    return {
-        **verdict,
-        "low": 1 / verdict["ratio"]["p80"],
-        "high": 1 / verdict["ratio"]["p20"],
+    return _slower(verdict) | {
+        "best": verdict["best"],
         "first": cell["first"],
         "runs": f"{len(settling['runs'])}{'' if settling['settled'] else '+'}",
         "windows": " ".join(map(str, reversed(settling["runs"][-1]["windows"]))),
@@ -310,7 +278,7 @@ def _costs(cell: Any) -> Iterator[str]:
         yield f"{values(cell)}, {what}: token {1e3 * token:.3g} ms; passes, in tokens: {passes}"
 
 
-class AutoSuite(Suite[Problem]):
+class AutoSuite(Suite):
     """solver="auto" against the sequential pass and every fixed window: never more than 5 % slower than the best?
 
     On trained weights: how many passes a block takes is a property of training. The whole inverse of one batch,
@@ -340,7 +308,9 @@ class AutoSuite(Suite[Problem]):
         options.batches(1, 16, 64),
         options.dtypes(),
         *options.ENGINE,
-        options.option("--plan", type=click.IntRange(2), metavar="N", help="Time auto with a plan of N images too."),
+        options.option(
+            "--plan", "plan_images", type=click.IntRange(2), metavar="N", help="Time auto with a plan of N images too."
+        ),
         options.THREADS,
         *options.of_every_suite("auto", 60.0),
     )
@@ -353,19 +323,16 @@ class AutoSuite(Suite[Problem]):
         self.reasons = {dtype: choose_backend(self.chosen.backend, request)[1] for dtype, request in requests.items()}
 
     def settings(self) -> dict[str, Any]:
-        chosen = self.chosen
-        found = {"device": self.device.type, "dtype": ", ".join(chosen.dtypes), "backend": chosen.backend}
-        found |= {"backend_reasons": self.reasons, "plan_images": chosen.plan}
-        return {**found, "allowed": ALLOWED, "hopeless": HOPELESS}
+        return {"backend_reasons": self.reasons, "allowed": ALLOWED, "hopeless": HOPELESS}
 
     def cases(self) -> Iterator[Problem]:
         chosen = self.chosen
         for path in chosen.paths or (None,):
             name, model = options.load_model(path, self.device)
             case = Problem(name, model, "float32", 1, chosen.backend, self.device, chosen.seed)
-            if chosen.plan is not None:  # learnt from images that no case draws, of every class that there is
+            if chosen.plan_images is not None:  # learnt from images that no case draws, of every class that there is
                 labels = range(model.config.num_classes) or None
-                plan = case.sampler(BASELINE).learn_plan(chosen.plan, labels, seed=chosen.seed + 1)
+                plan = case.sampler(BASELINE).learn_plan(chosen.plan_images, labels, seed=chosen.seed + 1)
                 case = replace(case, plan=plan)
             for dtype, batch in itertools.product(chosen.dtypes, chosen.batches):
                 yield replace(case, dtype=dtype, batch=batch)
@@ -389,9 +356,9 @@ class AutoSuite(Suite[Problem]):
         return [
             f"backend: {', '.join(dict.fromkeys(cell['backend'] for cell in cells))}",
             "",
-            *labelled(RUNS, [(cell, part) for cell in cells for part in _runs(cell)]),
+            *labelled(RUNS, (row for cell in cells for row in _runs(cell))),
             "",
-            *labelled(VERDICTS, [(cell, _verdict(cell)) for cell in cells]),
+            *labelled(VERDICTS, ((cell, _verdict(cell)) for cell in cells)),
             "",
             *LEGEND.format(allowed=record["settings"]["allowed"]).splitlines(),
             "",
@@ -406,33 +373,27 @@ class AutoSuite(Suite[Problem]):
         line where the rule is. Of auto the median of the rounds' ratios, and a line from p20 to p80; of others their
         medians."""
         cells, allowed = record["cells"], record["settings"]["allowed"]
-        figure, (axes,) = plot.grid(1, 1, (max(7.6, 1.0 * len(cells) + 1.5), 5.2), (0, 0))
-        handles: dict[str, Any] = {}
+        points: dict[str, dict[int, Any]] = {name: [] for name in STYLES}
         for position, cell in enumerate(cells):
-            verdict = cell["verdict"]
-            if verdict is None:
-                plot.say_failed(axes, position, 1)
-                continue
-            best = next(run["median"] for run in cell["runs"] if run["name"] == verdict["best"])
-            for run in cell["runs"]:
-                colour, marker = STYLES.get(run["name"], ("#c8c8c8", "."))
-                spread: Any = dict.fromkeys(("median", "p20", "p80"), run["median"] / best)
-                if run["name"] == AUTO:
-                    spread = {"median": verdict["slower"], **{p: 1 / verdict["ratio"][p] for p in ("p20", "p80")}}
-                name = run["name"] if run["name"] in STYLES else "a fixed window"
-                handles[name] = plot.point(axes, position, spread, colour, marker)
-        axes.axhline(1, color=plot.GREY, linewidth=1, zorder=0)
-        line = axes.axhline(allowed, color=plot.RED, linewidth=1, linestyle="--", zorder=1)
-        handles[f"allowed, {allowed:g}"] = line
-        axes.set_yscale("log")
-        axes.set_ylabel("time over the best fixed choice's; line from p20 to p80")
+            medians = {run["name"]: run["median"] for run in cell["runs"]}
+            for run, median in medians.items() if cell["verdict"] else ():
+                alone = plot.exactly(median / medians[cell["verdict"]["best"]])
+                each = _slower(cell["verdict"]) if run == AUTO else alone
+                points[run if run in STYLES else WINDOW].append((position, each))
+        series = [
+            plot.Series(name, *map(list, zip(*found, strict=True)), STYLES[name])
+            for name, found in points.items()
+            if found
+        ]
+        ends, dashed = (-0.6, len(cells) - 0.4), {"color": plot.RED, "linewidth": 1, "linestyle": "--"}
+        series.append(plot.Series(f"allowed, {allowed:g}", ends, (allowed, allowed), dashed))
+        failed = [(position, 1.0) for position, cell in enumerate(cells) if cell["verdict"] is None]
         labels = (cell["label"] for cell in cells)
-        columns = [f"{x['model'].removesuffix('.safetensors')}\n{x['dtype']}\nbatch {x['batch']}" for x in labels]
-        axes.set_xticks(range(len(cells)), columns, fontsize=7)
-        axes.set_xlim(-0.6, len(cells) - 0.4)
-        plot.footer(axes, f"{hardware(record)}, torch {record['machine']['torch']}")
-        plot.legend(figure, handles)
-        return figure
+        names = [f"{x['model'].removesuffix('.safetensors')}\n{x['dtype']}\nbatch {x['batch']}" for x in labels]
+        axes = {"yscale": "log", "xlim": ends, "xticks": range(len(cells)), "xticklabels": names}
+        axes |= {"ylabel": "time over the best fixed choice's; line from p20 to p80"}
+        size, below = (max(6.9, len(cells) + 0.8), 4.0), f"{hardware(record)}, torch {record['machine']['torch']}"
+        return plot.draw([plot.Panel(series=series, failed=failed, level=1, axes=axes)], 1, size, below)
 
 
 SUITE = AutoSuite()

@@ -65,7 +65,7 @@ def _weights(model: str) -> BlockWeights:
         return TarFlow.from_config(MODELS[model]).block_weights(0)
 
 
-class KernelsSuite(Suite[None]):
+class KernelsSuite(Suite):
     """Compile the Triton kernels as the engine would, and look into the CUDA engine's as built, without a GPU.
 
     Prints registers, spilled bytes and shared memory of each; nothing is timed, and no record is left. Exit code 1 if a

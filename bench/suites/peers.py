@@ -14,12 +14,12 @@ from ..common import models, options
 from ..common.harness import measure_cell
 from ..common.machine import CPU
 from ..common.ml_tarflow import MlTarflow
-from ..common.models import COMPILED, DTYPES, MODELS, one_block
+from ..common.models import COMPILED, DTYPES, MODELS, ONE_BLOCK
 from ..common.record import Cell
 from ..common.roofline import Work, inverse_work
 from ..common.suite import Suite
 
-SIZES = {**{name: MODELS[name] for name in ("small", "medium", "tiny")}, "afhq": one_block(MODELS["afhq"])}
+SIZES = {**{name: MODELS[name] for name in ("small", "medium", "tiny")}, "afhq": ONE_BLOCK["afhq"]}
 BATCHES = {"small": (1, 16, 64), "medium": (1, 64), "afhq": (1,), "tiny": (2,)}
 SCALES = {"small": (0.0, 2.0), "tiny": (0.0, 2.0)}  # of guidance; 0 alone for the others
 
@@ -30,9 +30,9 @@ class Case:
 
     config: str
     batch: int
-    guidance: float = 0.0
-    dtype: str = "float32"
-    varies: str = "guidance"
+    guidance: float
+    dtype: str
+    varies: str
     threads = None  # torch's
 
     @property
@@ -49,7 +49,7 @@ class Case:
         return inverse_work(self.sizes, self.batch, guided=self.guidance > 0, itemsize=itemsize)
 
 
-class Peers(Suite[Case]):
+class Peers(Suite):
     """Our sampler against the published model's reverse: same weights, noise, process, threads.
 
     Sequential passes. ml-tarflow runs in fp32 in every cell, ours in the cell's dtype. A cell is timed only if all
@@ -79,16 +79,16 @@ class Peers(Suite[Case]):
     baseline = "ml-tarflow"
     held = True
 
-    def __init__(
-        self, name: str, varies: str, backends: tuple[str, ...], dtypes: tuple[str, ...], configs: tuple[str, ...]
-    ):
-        """varies: see `Case`. backends: of ours. dtypes, configs: what is measured unless others are chosen."""
+    def __init__(self, name: str, varies: str, backends: tuple[str, ...], **default: tuple[str, ...]):
+        """varies: see `Case`. backends: of ours. default: what is measured unless others are chosen."""
         self.name, self.varies, self.backends = name, varies, backends
         self.options = (
             options.CHECKOUT,
-            options.several("--config", "configs", type=SIZES, default=configs, help="Models to be measured"),
+            options.several(
+                "--config", "configs", type=SIZES, default=default["configs"], help="Models to be measured"
+            ),
             options.batches(*(BATCHES["small"] if name == "cpu" else ())),
-            options.dtypes(dtypes),
+            options.dtypes(default["dtypes"]),
             options.option("--compile", is_flag=True, help="Time the torch backend with compile=True too."),
             options.THREADS,
             *options.of_every_suite(name, 120.0 if name == "cpu" else 300.0),
@@ -102,8 +102,7 @@ class Peers(Suite[Case]):
 
     def settings(self) -> dict[str, Any]:
         found = {"instruction_set": choose_instruction_set()} if "cpu" in self.backends else {}
-        found |= {"device": "cpu", "dtype": ", ".join(self.chosen.dtypes), "backend": ", ".join(self.backends)}
-        return found | {"solver": "sequential", "compile": self.chosen.compile}
+        return {**found, "backend": ", ".join(self.backends), "solver": "sequential"}
 
     def cases(self) -> list[Case]:
         """Returns every case that was chosen, each once."""
@@ -116,7 +115,6 @@ class Peers(Suite[Case]):
         ]
 
     def measure(self, case: Case) -> Cell:
-        assert self.ml_tarflow is not None
         seed, dtype = self.chosen.seed, DTYPES[case.dtype]
         inputs = (*models.inputs(case.sizes, case.batch, seed), case.guidance)
         compiled = {COMPILED: "torch"} if self.chosen.compile else {}
@@ -127,5 +125,5 @@ class Peers(Suite[Case]):
         return measure_cell(case, candidates, self.rounds, yardstick=yardstick)
 
 
-SUITE = Peers("peers", "guidance", ("torch",), ("float32",), ("medium", "small"))
-ON_CPU = Peers("cpu", "dtype", ("torch", "cpu"), tuple(DTYPES), ("small", "medium"))
+SUITE = Peers("peers", "guidance", ("torch",), dtypes=("float32",), configs=("medium", "small"))
+ON_CPU = Peers("cpu", "dtype", ("torch", "cpu"), dtypes=tuple(DTYPES), configs=("small", "medium"))

@@ -21,7 +21,7 @@ from bench.common import harness, machine, record
 from bench.common import suite as common
 from bench.common.harness import Rounds
 from bench.suites import auto as auto_cases
-from bench.suites.auto import BOUND, MOST_RUNS, SUITE, Candidate, Problem, costs_of, judge, measure, settle, try_windows
+from bench.suites.auto import BOUND, MOST_RUNS, SUITE, Candidate, Problem, costs_of, judge, measure, try_windows
 from tarflow_fast import solvers
 from tarflow_fast.engine import BlockEngine, BlockState
 from tarflow_fast.solvers import Costs, Solution, adaptive, sequential
@@ -43,7 +43,7 @@ def problem_of(dtype: str = "float32", batch: int = 4, spoil: float = 1.0) -> Pr
 def pair_of(problem: Problem) -> tuple[Candidate, Candidate]:
     """Auto, and sequential with its engines; neither was run."""
     sampler = Candidate("auto", problem, problem.sampler("auto"))
-    return sampler, Candidate.fixed("sequential", sampler, [sequential, sequential])
+    return sampler, sampler.other("sequential", [sequential, sequential])
 
 
 class Flat:
@@ -86,13 +86,14 @@ def measured(monkeypatch: pytest.MonkeyPatch, times: dict[str, float], problem: 
 
 def test_latents_and_labels_are_those_of_sample() -> None:
     problem = problem_of(batch=5)
-    assert problem.y is not None
-    assert problem.y.tolist() == [0, 1, -1, 0, 1]
+    z, y = problem.inputs
+    assert y is not None
+    assert y.tolist() == [0, 1, -1, 0, 1]
     sampler, baseline = pair_of(problem)
     for candidate in (sampler, baseline):
-        assert torch.allclose(candidate.sample(), candidate.reverse(), rtol=0, atol=BOUND)  # type: ignore[arg-type]
-    assert torch.equal(baseline.sample(), baseline.reverse())  # type: ignore[arg-type]
-    assert torch.equal(baseline.sample(), problem.sampler("sequential").reverse(problem.z, problem.y))  # type: ignore[arg-type]
+        assert torch.allclose(candidate.sample(), candidate.reverse(), rtol=0, atol=BOUND)
+    assert torch.equal(baseline.sample(), baseline.reverse())
+    assert torch.equal(baseline.sample(), problem.sampler("sequential").reverse(z, y))
 
 
 def test_a_fixed_window_is_that_of_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def test_a_fixed_window_is_that_of_every_block(monkeypatch: pytest.MonkeyPatch) 
     assert baseline.run(wanted, allowed)
     assert baseline.error == 0.0
     assert baseline.windows() == [1, 1]
-    windows, not_run = try_windows(sampler, baseline, Costs(1.0, {2: 1.0}), wanted, allowed)
+    windows, not_run = try_windows(baseline, Costs(1.0, {2: 1.0}), wanted, allowed)
     assert not_run == []
     assert [candidate.name for candidate in windows] == WINDOWS
     assert [candidate.windows() for candidate in windows] == [[2, 2], [4, 4], [8, 8], [15, 15]]
@@ -147,7 +148,7 @@ def test_auto_has_settled_when_two_runs_in_a_row_choose_the_same(
     sampler, _ = pair_of(problem_of())
     coming = iter(choices)
     monkeypatch.setattr(Candidate, "windows", lambda self: next(coming))
-    found = settle(sampler, *sampler.problem.yardstick())
+    found = sampler.settle(*sampler.problem.yardstick())
     assert found["settled"] == settled
     assert [run["windows"] for run in found["runs"]] == choices[:runs]
 
@@ -160,9 +161,9 @@ def tried(monkeypatch: pytest.MonkeyPatch, times: dict[str, float], costs: Costs
     problem = problem_of()
     wanted, allowed = problem.yardstick()
     fake_times(monkeypatch, times)
-    sampler, baseline = pair_of(problem)
+    _, baseline = pair_of(problem)
     baseline.run(wanted, allowed)
-    windows, not_run = try_windows(sampler, baseline, costs, wanted, allowed)
+    windows, not_run = try_windows(baseline, costs, wanted, allowed)
     return [candidate.name for candidate in windows for _ in candidate.seconds], [out["name"] for out in not_run]
 
 

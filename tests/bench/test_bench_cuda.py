@@ -15,7 +15,7 @@ from stand_in import bench, quick_limits, stand_in
 from bench.common import harness, record
 from bench.common.harness import Rounds
 from bench.common.machine import ROOT
-from bench.suites.gpu import cases, checks, inside, report
+from bench.suites.gpu import cases, inside, report, stages
 from bench.suites.gpu import suite as gpu
 from bench.suites.gpu.cases import BASELINE, CUDA, TORCH, TRITON, Case, Inputs, exact_images
 from bench.suites.gpu.inside import ALL, PHASES, measure_cuda
@@ -47,9 +47,9 @@ class Watched:
         self.skipped = value if name == "skip_phases" else self.skipped
         self.launch.set_size(name, value)
 
-    def run(self, *arguments: Any) -> None:
+    def run(self, *arguments: Any, **more: Any) -> None:
         self.log.append(self.skipped)
-        self.launch.run(*arguments)
+        self.launch.run(*arguments, **more)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_an_engine_that_is_wrong_is_not_timed(
     (cell,) = made["cells"]
     assert names(cell) == [BASELINE, TORCH, TRITON]
     assert "step" not in cell["cuda"]
-    assert "FAILED cuda: differs by " in SUITE.table(made)
+    assert f"FAILED cuda: {'differs by ' if spoil == 1.0 else 'not finite'}" in SUITE.table(made)
 
 
 @pytest.mark.parametrize("outcome", ["ok", "findings", "failed", "stopped"])
@@ -221,8 +221,11 @@ def test_what_the_sanitizer_says_is_the_verdict(
     """And an engine that cannot even run by itself takes no part: it could stop all."""
     run = {"name": name, "outcome": outcome, "seconds": 2.0, "tail": None if outcome == "ok" else ["and why"]}
     found = {"ok": outcome == "ok", "reason": None, "runs": [run]}
-    monkeypatch.setattr(checks, "run_sanitizer", lambda seconds: found)
-    monkeypatch.setattr(checks, "run_tests", lambda seconds: None)
+    monkeypatch.setattr(gpu, "run_sanitizer", lambda seconds: found)
+    monkeypatch.setattr(stages, "run_tests", lambda seconds: None)
+    monkeypatch.setattr(
+        stages, "in_process", lambda name, request, seconds: stages.here(name, {**request, "dry": True})
+    )
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: None)
     monkeypatch.setattr(gpu, "_device", lambda dry: CPU)
     out = tmp_path / "run.json"

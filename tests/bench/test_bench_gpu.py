@@ -15,7 +15,7 @@ from stand_in import bench, quick_limits, stand_in
 from bench.common import record
 from bench.common.harness import Rounds
 from bench.suites.gpu import cases as gpu_cases
-from bench.suites.gpu import checks, inside
+from bench.suites.gpu import inside, stages
 from bench.suites.gpu import suite as gpu
 from bench.suites.gpu.cases import BASELINE, CASES, COMPILED, DENSITY, SIZES, TORCH, TRITON, Case, Inputs
 from bench.suites.gpu.suite import SUITE, Budget
@@ -50,7 +50,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inside, "LAUNCHES", 2)
     monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
     monkeypatch.setattr(gpu_cases, "BACKEND", "torch")
-    monkeypatch.setattr(checks, "FILES", (str(made_up_tests(tmp_path, "def test_a(): pass")),))
+    monkeypatch.setattr(stages, "FILES", (str(made_up_tests(tmp_path, "def test_a(): pass")),))
 
     def engine(inputs: Inputs, device: torch.device, **options: Any) -> KernelEngine:
         weights = inputs.model.block_weights(0)
@@ -139,24 +139,24 @@ def test_tests_are_counted_and_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     path = made_up_tests(
         tmp_path, "import time", "def test_a(): pass", "def test_b(): assert 0", "def test_c(): assert 0"
     )
-    monkeypatch.setattr(checks, "FILES", (str(path),))
-    found = checks.run_tests(60.0)
+    monkeypatch.setattr(stages, "FILES", (str(path),))
+    found = stages.run_tests(60.0)
     assert (found["passed"], found["failed"], found["ok"]) == (1, 2, False)
     assert "2 failed, 1 passed" in found["tail"][-1]
     other = tmp_path / "test_another.py"
     other.write_text("def test_d(): pass")
-    monkeypatch.setattr(checks, "FILES", (str(path), str(other)))
-    both = checks.run_tests(60.0)
+    monkeypatch.setattr(stages, "FILES", (str(path), str(other)))
+    both = stages.run_tests(60.0)
     assert (both["passed"], both["failed"], both["ok"]) == (2, 2, False)
     assert "2 failed, 1 passed" in both["tail"][-1]  # of the one that failed
-    monkeypatch.setattr(checks, "FILES", (str(path),))
+    monkeypatch.setattr(stages, "FILES", (str(path),))
     made_up_tests(tmp_path, "import time", "def test_a(): time.sleep(60)")
-    stopped = checks.run_tests(0.5)
+    stopped = stages.run_tests(0.5)
     assert not stopped["ok"]
     assert stopped["seconds"] < 30
     assert "stopped after" in stopped["tail"][-1]
-    monkeypatch.setattr(checks, "FILES", (str(tmp_path / "test_missing.py"),))
-    assert not checks.run_tests(60.0)["ok"]
+    monkeypatch.setattr(stages, "FILES", (str(tmp_path / "test_missing.py"),))
+    assert not stages.run_tests(60.0)["ok"]
 
 
 @pytest.mark.parametrize("skipped", [True, False])
@@ -164,8 +164,8 @@ def test_a_file_may_be_skipped_but_not_be_without_tests(
     skipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip = ("import pytest", "pytest.skip('not built', allow_module_level=True)")
-    monkeypatch.setattr(checks, "FILES", (str(made_up_tests(tmp_path, *(skip if skipped else ()))),))
-    found = checks.run_tests(60.0)
+    monkeypatch.setattr(stages, "FILES", (str(made_up_tests(tmp_path, *(skip if skipped else ()))),))
+    found = stages.run_tests(60.0)
     assert (found["passed"], found["failed"], found["ok"]) == (0, 0, skipped)
 
 
@@ -260,7 +260,7 @@ def test_an_engine_that_differs_has_no_steps(tmp_path: Path, quick: None, monkey
 
 def test_failed_tests_are_told_and_cells_measured(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = {"passed": 1, "failed": 1, "seconds": 2.0, "ok": False, "tail": ["of the log"]}
-    monkeypatch.setattr(checks, "run_tests", lambda seconds: failed)
+    monkeypatch.setattr(stages, "run_tests", lambda seconds: failed)
     out = tmp_path / "run.json"
     result = dry(stand_in(tmp_path), out, "--cell", "afhq:2:forward")
     assert result.exit_code == 1
@@ -275,7 +275,7 @@ def test_what_cannot_be_done_costs_nothing_else(tmp_path: Path, quick: None, mon
 
     monkeypatch.setattr(KernelEngine, "operations", broken)
     monkeypatch.setattr(inside, "measure_launches", broken)
-    monkeypatch.setattr(gpu, "densities", broken)
+    monkeypatch.setattr(gpu_cases, "densities", broken)
     out = tmp_path / "run.json"
     cells = ("--cell", "afhq:2:forward", "--cell", "afhq:2:unguided")
     result = dry(stand_in(tmp_path), out, "--skip-tests", *cells)

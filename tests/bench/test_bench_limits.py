@@ -50,10 +50,8 @@ def test_work_is_what_counting_step_by_step_gives(nvp: bool, guided: bool) -> No
 
 def test_the_limit_is_the_slower_of_arithmetic_and_memory() -> None:
     work = roofline.Work(flops=100, bytes=10, weight_bytes=1, working_set=1)
-    assert roofline.limit_seconds(work, matrix_rate=50, bandwidth=10) == 2.0
-    assert roofline.limited_by(work, matrix_rate=50, bandwidth=10) == "arithmetic"
-    assert roofline.limit_seconds(work, matrix_rate=100, bandwidth=2) == 5.0
-    assert roofline.limited_by(work, matrix_rate=100, bandwidth=2) == "memory"
+    assert roofline.limit(work, matrix_rate=50, bandwidth=10) == (2.0, "arithmetic")
+    assert roofline.limit(work, matrix_rate=100, bandwidth=2) == (5.0, "memory")
 
 
 def test_limits_are_kept_by_size(quick: None) -> None:

@@ -263,8 +263,8 @@ def test_the_picture_has_a_panel_for_each_task() -> None:
     fair, target, *points = sample.lines
     assert list(fair.get_ydata()) == [1.5, 2]
     assert list(target.get_ydata()) == [2.25, 3]
-    assert [point.get_ydata()[0] for point in points] == [1.9, 1.9, 1.6, 2.2]
-    assert denoise.lines[-1].get_ydata()[0] == 27
+    assert [y for line in points for y in line.get_ydata()] == [1.9, 1.9, 1.6, 2.2]
+    assert denoise.lines[-1].get_ydata()[1] == 27
     assert [text.get_text() for text in log_prob.texts] == ["check\nfailed"]
     assert len(figure.legends[0].get_texts()) == 4
 

@@ -23,7 +23,7 @@ def made_up_record(*, failed: bool = False) -> dict[str, Any]:
     work = roofline.Work(flops=4_000_000_000, bytes=1_000_000_000, weight_bytes=10, working_set=20)
     samples = {"theirs": [4.0, 4.4, 4.2], "torch": [2.0, 2.1, 2.2], "torch compiled": [1.0, 1.0, 1.0]}
     checks = {"passed": True, "max_error": 1e-6, "tolerance": TOLERANCE, "reason": None}
-    cell = {"label": {"model": "m", "batch": 1, "guidance": 0.0}, "check": checks, "work": work.to_dict()}
+    cell = {"label": {"model": "m", "batch": 1, "guidance": 0.0}, "check": checks, "work": work._asdict()}
     cells = [{**cell, "runs": harness.runs_of(samples, work)}]
     slow = {"matrix_flops_per_second": 1e11, "read_bandwidth": [{"bytes": 20, "bytes_per_second": 2e9}]}
     hold_to_limit(cells[0], slow)  # 0.5 s of memory traffic

@@ -12,7 +12,7 @@ from bench import suites
 from bench.common import record
 from bench.common.machine import ROOT
 from bench.suites import find_suites, suite_of
-from bench.suites.gpu import checks
+from bench.suites.gpu.stages import FILES
 
 COMMANDS = ["auto", "cpu", "density", "gpu", "kernels", "load", "peers", "show", "solver"]
 SUITES = ROOT / "bench" / "suites"
@@ -123,8 +123,8 @@ def test_records_of_no_suite_are_told() -> None:
 
 
 def test_the_tests_that_run_on_a_gpu_are_there() -> None:
-    assert len(set(checks.FILES)) == len(checks.FILES) > 10
-    for file in checks.FILES:
+    assert len(set(FILES)) == len(FILES) > 10
+    for file in FILES:
         text = (ROOT / file).read_text(encoding="utf-8")
         helpers = ("engines", "engine_laws", "cuda_engines", "triton_engines")  # which use it
         assert "KERNEL_DEVICE" in text or any(f"from {name} import" in text for name in helpers), file

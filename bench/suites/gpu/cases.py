@@ -15,18 +15,18 @@ from tarflow_fast import Sampler, TarFlow, TarFlowConfig
 from ...common import models
 from ...common.harness import Candidate
 from ...common.ml_tarflow import MlTarflow, autocast
-from ...common.models import DRY_MODELS, MODELS, one_block, random_model
+from ...common.models import ONE_BLOCK as SIZES
+from ...common.models import random_model
 from ...common.roofline import Work, density_work, inverse_work
 
 DTYPE = torch.bfloat16
 GUIDANCE = 2.0
-BASELINE = "ml-tarflow bf16 autocast"
+BASELINE, DENSITY = "ml-tarflow bf16 autocast", "tarflow_fast bf16"
 TORCH, TRITON, COMPILED, CUDA = "torch", "triton", models.COMPILED, "cuda"  # samplers
 BACKEND = "triton"
 """The backend of the candidate TRITON."""
-DENSITY = "tarflow_fast bf16"
-SIZES = {name: one_block(MODELS[name]) for name in ("afhq", "imagenet")}
 DRY_BATCH = 3
+PASSES = ("guided", "unguided", "forward", "forward+backward")
 CASES = (  # the most important first
     *(f"{model}:{batch}:guided" for model in SIZES for batch in (16, 1)),
     "afhq:128:guided",
@@ -39,12 +39,12 @@ CASES = (  # the most important first
     "imagenet:16:forward+backward",
     "afhq:128:unguided",
 )
-PASSES = ("guided", "unguided", "forward", "forward+backward")
 
 
 @dataclass(frozen=True)
 class Case:
-    """direction: "inverse", "forward" or "forward+backward". dry: of sizes that an interpreter can do."""
+    """A batch of a model. direction: "inverse", "forward" or "forward+backward". dry: of sizes that an interpreter can
+    do."""
 
     config: str
     batch: int
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def sizes(self) -> TarFlowConfig:
-        return (DRY_MODELS if self.dry else SIZES)[self.config]
+        return (models.DRY if self.dry else SIZES)[self.config]
 
     @property
     def work(self) -> Work:
@@ -110,9 +110,8 @@ def samplers(
     case: Case, inputs: Inputs, ml_tarflow: MlTarflow, device: torch.device, *, compiled: bool, cuda: bool
 ) -> dict[str, Candidate]:
     """Returns the candidates of a sampling case, the baseline first. compiled, cuda: whether these take part."""
-    ours = {TORCH: "torch", TRITON: BACKEND, COMPILED: "torch", CUDA: "cuda"}
-    # cuda is the last: a kernel that goes wrong can leave a process without a GPU
-    ours = {name: backend for name, backend in ours.items() if {COMPILED: compiled, CUDA: cuda}.get(name, True)}
+    ours = {TORCH: "torch", TRITON: BACKEND, **({COMPILED: "torch"} if compiled else {})}
+    ours |= {CUDA: "cuda"} if cuda else {}  # the last: a kernel that goes wrong can leave a process without a GPU
 
     def of(model: TarFlow) -> dict[str, Candidate]:
         arguments = (inputs.z[:, : model.config.num_patches], inputs.y, case.guidance)
@@ -156,7 +155,6 @@ def densities(
         return functools.partial(loss, model.to(device, dtype))
 
     def theirs() -> Callable[[], Tensor]:
-        model = ml_tarflow.model(case.sizes, weights).to(device)
-        return functools.partial(autocast(loss, device, DTYPE), model)
+        return functools.partial(autocast(loss, device, DTYPE), ml_tarflow.model(case.sizes, weights).to(device))
 
     return ours(torch.float32)(), {BASELINE: theirs, DENSITY: functools.partial(ours, DTYPE)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,16 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tarflow_fast.backend.cuda.engine import CudaEngine
-from tarflow_fast.backend.cuda.plan import MOST_ROWS
+from tarflow_fast.backend.cuda.engine import PHASES, CudaEngine
 from tarflow_fast.backend.triton.engine import TritonEngine
+from tarflow_fast.backend.triton.graph import capture
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.kernels.launch import dependent_launch, launch_dependents, wait
 
-from ...common.harness import Rounds, beyond, timed
+from ...common.harness import Rounds, difference, timed
 from .cases import DTYPE, Case, Inputs
 
-PHASES = ("embed", "qkv", "attention", "proj", "fc1", "fc2", "proj_out")  # `Phase` in csrc/cuda/params.h, in its order
 ALL = 2 ** len(PHASES) - 1
 LAUNCHES = 200  # of the empty kernel in one graph
 OPERATIONS = 64  # launches of one operation in a graph
@@ -46,25 +46,19 @@ def _chain(pdl: bool) -> None:
 
 def graph_of(*runs: Callable[[], object]) -> Callable[[], None]:
     """Returns what replays a CUDA graph of the runs, which are done once before: that compiles what has to be."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+
+    def one_by_one() -> None:
         for run in runs:
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    replay: Callable[[], None] = graph.replay
+
+    one_by_one()
+    replay: Callable[[], None] = capture(one_by_one).replay
     return replay
 
 
-def _each(name: str, samples: Sequence[float], of: int, **more: Any) -> dict[str, Any]:
+def _each(name: str, samples: Sequence[float], of: int, **more: Any) -> Any:
     """Returns the times of one of so many that a sample is of."""
-    each: dict[str, Any] = timed(name, [sample / of for sample in samples], **more)
-    return each
+    return timed(name, [sample / of for sample in samples], **more)
 
 
 def measure_launches(rounds: Rounds) -> list[dict[str, Any]]:
@@ -78,22 +72,17 @@ def measure_launches(rounds: Rounds) -> list[dict[str, Any]]:
     return [_each(name, samples, LAUNCHES) for name, samples in rounds.warm(chains).items()]
 
 
-def _sweep(device: torch.device) -> Callable[[], object]:
-    """Returns what reads twice as much as the L2 cache holds, so that what is read next comes from memory."""
-    rows = 2 * torch.cuda.get_device_properties(device).L2_cache_size // 4096
-    matrix, sums = torch.ones(rows, 1024, device=device), torch.empty(rows, device=device)
-    return lambda: torch.sum(matrix, dim=1, out=sums)
-
-
 def operation_samples(group: Sequence[Callable[[], object]], rounds: Rounds) -> list[float]:
     """Returns the seconds of one launch of an operation whose weights and cache lie in memory, or of a call on a CPU.
 
     The layers in turn are not enough for that: the qkv weights of eight layers fit in an H200's L2 cache. So each
-    launch comes after a sweep through that cache, in one CUDA graph, and a graph of as many sweeps alone is taken off.
+    launch comes after a read of twice as much as that holds, and a graph of as many such reads alone is taken off.
     """
     if rounds.device.type != "cuda":
         return [sample / len(group) for sample in rounds.warm({"all": lambda: [run() for run in group]})["all"]]
-    sweep, runs = _sweep(rounds.device), list(group) * math.ceil(OPERATIONS / len(group))
+    rows = 2 * torch.cuda.get_device_properties(rounds.device).L2_cache_size // 4096
+    matrix, sums = torch.ones(rows, 1024, device=rounds.device), torch.empty(rows, device=rounds.device)
+    sweep, runs = lambda: torch.sum(matrix, dim=1, out=sums), list(group) * math.ceil(OPERATIONS / len(group))
     both = graph_of(*(step for run in runs for step in (sweep, run)))
     found = rounds.warm({"both": both, "sweeps": graph_of(*[sweep] * len(runs))})
     return [(a - b) / len(runs) for a, b in zip(found["both"], found["sweeps"], strict=True)]
@@ -101,9 +90,9 @@ def operation_samples(group: Sequence[Callable[[], object]], rounds: Rounds) -> 
 
 def measure_operations(operations: Sequence[Operation], rounds: Rounds) -> list[dict[str, Any]]:
     """Returns an entry for each name: times of one launch, and "bytes" and "bytes_per_second" of its mean traffic."""
-    groups: dict[str, list[Operation]] = {}
+    groups: dict[str, list[Operation]] = defaultdict(list)
     for operation in operations:
-        groups.setdefault(operation[0], []).append(operation)
+        groups[operation[0]].append(operation)
     entries = []
     for name, group in groups.items():
         samples = operation_samples([run for _, run, _ in group], rounds.share(1 / len(groups)))
@@ -117,22 +106,17 @@ def block_engine(inputs: Inputs, device: torch.device, **options: Any) -> Any:
     return TritonEngine(inputs.model.block_weights(0), device=device, dtype=DTYPE, **options)
 
 
-def _reversed(engine: Any, case: Case, inputs: Inputs) -> Any:
-    """Returns the state after a whole pass."""
+def _reversed(
+    name: str, engine: Any, case: Case, inputs: Inputs, exact: Tensor, tolerance: float
+) -> tuple[Any, list[str]]:
+    """Returns the state after a whole pass, and what is wrong with its images, or nothing."""
     state = engine.begin(inputs.z, Condition(inputs.y, Guidance(case.guidance)))
     engine.reverse(state)
-    return state
+    reason = difference(inputs.model.unpatchify(state.x), exact, tolerance)[1]
+    return state, [] if reason is None else [f"{name}: {reason}"]
 
 
-def _wrong(name: str, x: Tensor, inputs: Inputs, exact: Tensor, tolerance: float) -> list[str]:
-    """Returns what is wrong with an engine's images, or nothing."""
-    reason = beyond(float((inputs.model.unpatchify(x) - exact).abs().max()), tolerance)
-    return [] if reason is None else [f"{name}: {reason}"]
-
-
-def measure_engine(
-    case: Case, inputs: Inputs, exact: Tensor, tolerance: float, rounds: Rounds
-) -> dict[str, Any] | None:
+def measure_engine(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, rounds: Rounds) -> Any:
     """Returns a sampling cell's "engine": the time of each kernel, launches per token, and a step with and without PDL.
 
     The engine offers itself for this by two members, and without these there is None: `launches_per_token`, a number,
@@ -144,7 +128,8 @@ def measure_engine(
     engine, tokens = block_engine(inputs, rounds.device), case.sizes.num_patches - 1
     if not hasattr(engine, "operations"):
         return None
-    operations = engine.operations(_reversed(engine, case, inputs))
+    held = (case, inputs, exact, tolerance)
+    operations = engine.operations(_reversed("", engine, *held)[0])
     found: dict[str, Any] = {
         "launches_per_token": engine.launches_per_token,
         "operations": measure_operations(operations, rounds.share(0.5)),
@@ -154,8 +139,7 @@ def measure_engine(
     passes: dict[str, Callable[[], object]] = {}
     for name, pdl in (("PDL", True), ("no PDL", False))[not dependent_launch(rounds.device) :]:
         engine = block_engine(inputs, rounds.device, pdl=pdl)
-        state = _reversed(engine, case, inputs)
-        wrong = _wrong(name, state.x, inputs, exact, tolerance)
+        state, wrong = _reversed(name, engine, *held)
         found["failed"] += wrong
         passes |= {} if wrong else {name: functools.partial(engine.reverse, state)}
     samples = rounds.share(0.5).alternate(passes)
@@ -170,22 +154,21 @@ def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, ro
     saved is the phase's own work and what of the fetching it does not hide. A pass that leaves something out computes
     garbage, and no element of it is looked at.
 
-    "launches_per_pass": of at most 64 rows each; "barriers_per_token": 5 L + 2 of each of them. "step": seconds, with
-    their spread, of the whole step; "phases": [{name, …}], seconds that a step is shorter by without that phase, round
-    by round; "barriers": seconds of a step without any. "failed": why these three are missing, if the images of a whole
-    pass were not within the tolerance first.
+    "step": seconds, with their spread, of the whole step; "phases": [{name, …}], seconds that a step is shorter by
+    without that phase, round by round; "barriers": seconds of a step without any. "failed": why these three are
+    missing, if the images of a whole pass were not within the tolerance first.
     """
     tokens, rows = case.sizes.num_patches - 1, (2 if case.guidance else 1) * case.batch
-    launches = math.ceil(rows / MOST_ROWS)
     engine = CudaEngine(inputs.model.block_weights(0), device=rounds.device, dtype=DTYPE)
-    state = _reversed(engine, case, inputs)
+    state, failed = _reversed("cuda", engine, case, inputs, exact, tolerance)
+    launches = engine.launches_per_pass(rows)
     found: dict[str, Any] = {
         "launches_per_pass": launches,
-        "barriers_per_token": launches * (5 * case.sizes.layers_per_block + 2),
+        "barriers_per_token": launches * engine.barriers_per_launch,
         "bytes_per_step": case.work.bytes / tokens,
-        "failed": _wrong("cuda", state.x, inputs, exact, tolerance),
+        "failed": failed,
     }
-    if found["failed"]:
+    if failed:
         return found
 
     def without(phases: int) -> None:

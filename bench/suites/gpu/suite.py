@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
 import click
 import torch
 
 from tarflow_fast.backend.cuda.engine import cuda_missing
 from tarflow_fast.devices import device_missing
+from tarflow_fast.probe.sanitizer import PLAIN, run_sanitizer
 
-from ...common import limits, options
-from ...common.harness import Clock, Rounds, failed_check, in_a_line, measure_cell, unmeasured
+from ...common import options
+from ...common.harness import Clock, check_of, in_a_line, unmeasured
 from ...common.ml_tarflow import MlTarflow
-from ...common.record import Cell, Limits, values
+from ...common.record import Limits, values
 from ...common.suite import Suite
-from . import cases, checks, report
-from .cases import BASELINE, COMPILED, CUDA, DTYPE, Case, Inputs, densities, exact_images, samplers
+from . import cases, report, stages
+from .cases import BASELINE, COMPILED, CUDA, DTYPE, Case
 
-T = TypeVar("T")
 TESTS_SHARE = 0.4  # of the budget, after which the tests are stopped
 SANITIZER_SHARE = 0.1  # the same for each run of the sanitizer, which are at once
-INSIDE_SHARE = 0.25  # of the time for a sampling cell, for the inside of each engine
 COMPILE_SHARE = 0.5  # of what is left of the budget, which compiling may take
-BASELINE_SHARE = 0.25  # of the time for a cell: a baseline that takes longer than this is not run again
-SLACK = {BASELINE: 2.0}  # under autocast it rounds exp(xa) too: its error is up to 2.7 times the torch backend's
-DENSITY_TOLERANCE = 0.01  # of the loss and of the gradient's norm, relative to the exact ones
+SETUP = 120.0  # seconds that a stage may take beside what it measures: to start, to compile, to tune
 BUDGET = "Time for the whole run: what has not begun by then is listed as not run."
 CELL = "What to measure, in this order; may be given more than once."
 DRY = "Tiny sizes, on the CPU, in Triton's interpreter: tries the suite itself."
@@ -73,7 +70,7 @@ def _device(dry: bool) -> torch.device:
     return torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
 
 
-class GpuSuite(Suite[Case]):
+class GpuSuite(Suite):
     """The Triton and CUDA engines on a GPU: their tests, then their speed, in under ten minutes.
 
     First pytest over the tests of kernels and engines, and a small run of the CUDA engine by itself and, where there is
@@ -81,7 +78,7 @@ class GpuSuite(Suite[Case]):
     a model whose other seven are alike: bf16, random weights of a trained model's scale, the same noise for all.
     Sampling: ml-tarflow's reverse under bf16 autocast, the torch backend eager and (in the first cell of a model)
     compiled into CUDA graphs, the Triton engine, and the CUDA engine where it was built. Density: the loss, and the
-    loss with its gradient, of ml-tarflow's model and of ours.
+    loss with its gradient, of ml-tarflow's model and of ours. Each of these is a process of its own.
 
     Each candidate is checked against the same pass in fp32 before it is timed: within twice the torch backend's error
     in bf16 (ml-tarflow: four times), and half a unit of bf16; density within 1 % of loss and gradient norm. One that
@@ -119,34 +116,40 @@ class GpuSuite(Suite[Case]):
     )
 
     def prepare(self) -> None:
-        chosen = self.chosen
+        chosen, seconds = self.chosen, self.chosen.budget_seconds
         self.device = _device(chosen.dry)
-        self.ml_tarflow, self.budget = MlTarflow.load(chosen.checkout), Budget(chosen.budget)
+        self.ml_tarflow, self.budget = MlTarflow.load(chosen.checkout), Budget(seconds)
         self.without_cuda = cuda_missing(self.device, DTYPE)  # why the CUDA engine does not take part
         self.tests = self.sanitizer = None
         if not chosen.skip_tests:
-            self.tests = checks.run_tests(TESTS_SHARE * chosen.budget)
+            self.tests = stages.run_tests(TESTS_SHARE * seconds)
         if not (chosen.dry or chosen.skip_tests) and self.without_cuda is None:
-            self.sanitizer = checks.run_sanitizer(SANITIZER_SHARE * chosen.budget)
-            # A kernel that hangs or writes where it should not would cost the whole run: what a process of its own did
-            # not survive is not tried here.
-            if any(run["name"] == checks.PLAIN and run["outcome"] != "ok" for run in self.sanitizer["runs"]):
+            self.sanitizer = run_sanitizer(SANITIZER_SHARE * seconds)
+            # What a process of its own did not survive is not tried in a cell.
+            if any(run["name"] == PLAIN and run["outcome"] != "ok" for run in self.sanitizer["runs"]):
                 self.without_cuda = "a small run of it went wrong, see the sanitizer's"
         self.compiled: set[str] = set()  # models that the compiled torch backend has been measured on
         self.noted: list[str] = []  # the record's "failures"
         self.left = len(chosen.cases)  # cases
+        self.reached: Limits = {}
 
     def settings(self) -> dict[str, Any]:
-        found = {"device": self.device.type, "dry": self.chosen.dry, "dtype": str(DTYPE).removeprefix("torch.")}
-        return {**found, "backend": cases.BACKEND, "solver": "sequential"}
+        return {"dtype": str(DTYPE).removeprefix("torch."), "backend": cases.BACKEND, "solver": "sequential"}
+
+    def stage(self, what: str, name: str, limit: float = SETUP, **request: Any) -> Any:
+        """Returns what a stage leaves, None if that is nothing: a failure is noted, and does not cost the rest. A dry
+        run's are done in this process."""
+        request |= {"dry": self.chosen.dry, "repeat": self.chosen.repeat}
+        try:
+            return (stages.here if self.chosen.dry else stages.in_process)(name, request, limit)
+        except Exception as error:
+            self.noted.append(f"{what}: {in_a_line(error)}")
+            return None
 
     def parts(self) -> dict[str, Any]:
         """Returns the checks before, empty launches, and the candidates that take no part at all. Sampling cells have
         "engine" (`inside.measure_engine`) and "cuda" (`inside.measure_cuda`) or None."""
-        from . import inside  # it needs Triton: see `_device`
-
-        rounds = Rounds(self.chosen.repeat, 1.0, self.device)
-        launches = self.guard("empty launches", lambda: inside.measure_launches(rounds)) or []
+        launches = self.stage("empty launches", "launches") or []
         left_out = [] if self.without_cuda is None else [{"name": CUDA, "reason": self.without_cuda}]
         found = {"tests": self.tests, "sanitizer": self.sanitizer, "left_out": left_out}
         return {**found, "failures": self.noted, "launches": launches}
@@ -155,70 +158,36 @@ class GpuSuite(Suite[Case]):
         return [case.made_dry() if self.chosen.dry else case for case in self.chosen.cases]
 
     def limits(self) -> Limits:
-        return limits.measure_gpu(self.device)
+        found = self.stage("limits", "limits")
+        if found is None and not self.reached:
+            raise click.ClickException(self.noted[-1])
+        self.reached = found or self.reached
+        return self.reached
 
     def skip(self, case: Case) -> str | None:
         self.left -= 1
         return None if self.budget.allows(case.kind) else "budget"
 
-    def guard(self, what: str, run: Callable[[], T]) -> T | None:
-        """Returns what `run` returns. A failure is noted instead: it must not cost the rest of the run, whose minutes
-        on a GPU are dear."""
-        try:
-            return run()
-        except Exception as error:
-            self.noted.append(f"{what}: {in_a_line(error)}")
-            return None
-
-    @property
-    def rounds(self) -> Rounds:
-        """For one case: an equal part of what is left."""
-        seconds = max(0.0, self.budget.left()) / (self.left + 1)
-        return Rounds(self.chosen.repeat, seconds, self.device)
-
-    def measure(self, case: Case) -> Cell:
-        started = time.monotonic()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the next case has other sizes
-        what = self._density if case.kind == "density" else self._sampling
-        cell = unmeasured(case, failed_check("see the failures below"))
-        cell = self.guard(values(cell, " "), lambda: what(case, Inputs.of(case, self.device, self.chosen.seed))) or cell
-        compiling = sum(run["first_seconds"] for run in cell["runs"] if run["name"] == COMPILED)
-        self.budget.note(COMPILED, compiling)
-        self.budget.note(case.kind, time.monotonic() - started - compiling)
-        return cell
-
-    def _cell(self, case: Case, candidates: Any, rounds: Rounds, **how: Any) -> Any:
-        return measure_cell(case, candidates, rounds, all_or_none=False, baseline_share=BASELINE_SHARE, **how)
-
-    def _sampling(self, case: Case, inputs: Inputs) -> Any:
-        from . import inside
-
-        assert self.ml_tarflow is not None
-        exact, why = exact_images(case, inputs, self.device), None
+    def measure(self, case: Case) -> Any:
+        why = None
         if case.config in self.compiled:
             why = "not run: only in a model's first"
         elif not self.budget.allows(COMPILED, COMPILE_SHARE):
             why = "not run: budget"
-        self.compiled.add(case.config)
+        seconds = max(0.0, self.budget.left()) / (self.left + 1)  # an equal part of what is left
+        request = {"case": asdict(case), "seed": self.chosen.seed, "checkout": str(self.chosen.checkout)}
         part = {"compiled": why is None, "cuda": self.without_cuda is None}
-        candidates = samplers(case, inputs, self.ml_tarflow, self.device, **part)
-        how: dict[str, Any] = {"exact": exact, "yardstick": (cases.TORCH, DTYPE), "slack": SLACK}
-        cell = self._cell(case, candidates, self.rounds.share(1 - 2 * INSIDE_SHARE), **how)
-        if why is not None:
-            cell["left_out"].append({"name": COMPILED, "reason": why})
-        of = (case, inputs, exact, cell["check"]["tolerance"], self.rounds.share(INSIDE_SHARE))
-        cell["engine"] = self.guard("kernels", lambda: inside.measure_engine(*of))
-        if part["cuda"]:
-            cell["cuda"] = self.guard("CUDA engine", lambda: inside.measure_cuda(*of))
-        return cell
-
-    def _density(self, case: Case, inputs: Inputs) -> Any:
-        """Returns the cell of a density case, whose results are taken in units of the exact ones."""
-        assert self.ml_tarflow is not None
-        exact, candidates = densities(case, inputs, self.ml_tarflow, self.device)
-        how: dict[str, Any] = {"view": lambda result: result / exact, "tolerance": DENSITY_TOLERANCE}
-        return self._cell(case, candidates, self.rounds, exact=torch.ones_like(exact), **how)
+        unknown: Any = unmeasured(case, check_of("see the failures below"))
+        left = self.stage(values(unknown, " "), "cell", SETUP + 2 * seconds, **request, **part, seconds=seconds)
+        if left is None:
+            return unknown
+        self.noted += left["failures"]
+        if case.kind == "sampling":
+            self.compiled.add(case.config)
+            left["cell"]["left_out"] += [] if why is None else [{"name": COMPILED, "reason": why}]
+        for name, taken in zip((COMPILED, case.kind), left["seconds"], strict=True):
+            self.budget.note(name, taken)
+        return left["cell"]
 
     def lines(self, record: Any) -> list[str]:
         return report.lines(record)

@@ -19,14 +19,9 @@ from ...common.harness import wall
 _LOOP = """
 import os, signal, sys, threading
 
-def watch():
-    sys.stdin.buffer.read()
-    os._exit(0)
-
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-threading.Thread(target=watch, daemon=True).start()
-sys.stdout.write("x")
-sys.stdout.flush()
+threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
+print(end="x", flush=True)
 while True:
     pass
 """
@@ -36,19 +31,18 @@ _CALIBRATION = 200_000  # iterations whose time gives the rate of `spin`
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[list[int]]:
-    """`count` processes, each of one thread that never waits, spin while the context lasts; yields their numbers.
+    """Keeps so many processes of one thread spinning while the context lasts, none longer, and yields their numbers.
 
-    All of them spin when it is entered, and none is left when it is gone, be it by an exception, Ctrl-C or the end of
-    this process. Raises TarFlowError where a process cannot be started.
+    Raises TarFlowError where a process cannot be started.
     """
     # They stay in this session: on Linux the processes of another are a scheduling group with a share of its own.
     command = [sys.executable, "-I", "-S", "-c", _LOOP]
     with ExitStack() as stack:
         processes: list[subprocess.Popen[bytes]] = []
         for _ in range(count):
-            process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-            stack.callback(process.kill)
-            processes.append(process)
+            processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            stack.enter_context(processes[-1])
+            stack.callback(processes[-1].kill)
         for process in processes:
             if process.stdout is None or process.stdout.read(1) != b"x":
                 raise TarFlowError("a process that was to keep a core busy has ended")
@@ -60,9 +54,7 @@ def busy_processes(count: int) -> Iterator[list[int]]:
 def fair_slowdown(threads: int, busy: int, cores: int) -> float:
     """Returns max(1, (t + n) / c): how many times as long t <= c threads take beside n busy processes on c cores.
 
-    On a quiet machine each of the t threads has a core. Beside n threads that never wait, t + n share c cores, and a
-    fair scheduler gives each of them the part min(1, c / (t + n)) of a core. A task whose threads all work all the time
-    then takes the inverse of that part as long; one that is serial at times has there the lower share of t = 1.
+    t + n threads that never wait share c cores, and a fair scheduler gives each the part min(1, c / (t + n)) of one.
     """
     if threads > cores:
         raise ValueError(f"{threads} threads on {cores} cores")

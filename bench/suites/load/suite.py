@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import tempfile
@@ -19,7 +18,7 @@ from ...common import harness, options, plot
 from ...common.harness import Rounds
 from ...common.machine import CPU, cores
 from ...common.models import DENSITIES
-from ...common.record import Cell, counted, hardware
+from ...common.record import counted, hardware
 from ...common.suite import Suite
 from ...common.table import table
 from .busy import busy_processes, fair_slowdown, spin, spin_rate
@@ -28,7 +27,6 @@ from .tasks import TASKS, Inputs, Run
 TARGET = 1.5  # times the fair share, at most
 SAMPLE = 0.2  # seconds that a sample takes at least on a quiet machine: many turns of the scheduler
 DENSITY_HELP = "Backend of denoising and densities that the library is called with; the commands choose their own."
-BUSY_HELP = "The number of busy processes."
 COLUMNS = (
     "task: {task} | threads: {threads} | quiet: {quiet} | busy: {busy[median]:.4g} | n: {n} | "
     "slowdown: {slowdown[median]:.2f} | p20-p80: {slowdown[p20]:.2f}-{slowdown[p80]:.2f} | fair: {share:.2f} | "
@@ -38,9 +36,9 @@ LEGEND = """\
 quiet, busy: seconds of one call, medians. slowdown: busy / quiet, round by round. fair: max(1, (t + n)/c) of t threads
 beside n busy processes on c cores. spin: slowdown of as many threads that never wait for each other, measured in the
 same rounds. / fair, / spin: slowdown over these two. max error: between quiet and busy results."""
-MARKS = (  # a run, how far beside its number of threads it is drawn, and how
-    ("spin busy", 0.06, "#2f9457", "^", "threads that never wait"),
-    ("busy", -0.06, "#1f6fb4", "o", "the task"),
+SHOWN = (  # runs, what they are called in the picture, how they are drawn, and how far beside their number of threads
+    ("spin busy", "threads that never wait", {"color": "#2f9457", "marker": "^"}, 0.06),
+    ("busy", "the task", {"color": "#1f6fb4", "marker": "o"}, -0.06),
 )
 
 
@@ -66,52 +64,46 @@ def load_runs(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
     return runs
 
 
+def _beside(count: int, task: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns the seconds of a task beside so many busy processes, whose start is no part of it, and its result."""
+    found: list[Any] = []
+    with busy_processes(count):
+        return harness.wall(lambda: found.append(task())), found[0]
+
+
+def own_time(run: Callable[[], Any]) -> float:
+    """Returns the seconds that `run` says itself."""
+    return float(run()[0])
+
+
 def measure(run: Run, threads: int, tolerance: float, busy: int, available: int, rate: float, rounds: Rounds) -> Any:
-    """Returns a cell without its label. available: cores. rate: see `spin_rate`. rounds: timed by `own_time`, as
-    starting the processes is no part of a task.
+    """Returns a cell without its label. available: cores. rate: see `spin_rate`. rounds: timed by `own_time`.
 
-    fair: `busy.fair_slowdown`; over_fair: the median slowdown over that; over_spin: its spread over the yardstick's,
-    round by round. The yardstick is given as much to do as takes it, alone, as long as the task, so that both meet the
-    same turns of the scheduler.
+    fair: `fair_slowdown`; over_fair: the median slowdown over that; over_spin: its spread over the yardstick's, by
+    round. The yardstick is given as much to do as takes it, alone, as long as the task: both meet the same scheduler.
     """
-
-    def beside(count: int, task: Callable[[], Any]) -> float:
-        """Returns the seconds of a task beside so many busy processes."""
-        with busy_processes(count):
-            return harness.wall(task)
-
-    def loaded() -> Any:
-        with busy_processes(busy):
-            return run()
-
-    def repeated() -> None:
-        for _ in range(calls):
-            run()
-
-    _, check = harness.admit_all({"quiet": lambda: run, "busy": lambda: loaded}, tolerance=tolerance)
+    compared = {"quiet": lambda: run, "busy": lambda: lambda: _beside(busy, run)[1]}
+    _, check = harness.admit_all(compared, tolerance=tolerance)
     cell: dict[str, Any] = {"check": check, "fair": fair_slowdown(threads, busy, available), "runs": []}
     if not check["passed"]:
         return cell
     once = harness.wall(run)
     calls = math.ceil(SAMPLE / once)
-    yardstick = functools.partial(spin, threads, math.ceil(rate * calls * once))
-    samples = rounds.alternate(
-        {
-            f"{name}{state}": functools.partial(beside, count, task)
-            for state, count in (("quiet", 0), ("busy", busy))
-            for name, task in (("", repeated), ("spin ", yardstick))
-        }
-    )
+    tasks: dict[str, Callable[[], Any]] = {
+        "": lambda: [run() for _ in range(calls)],
+        "spin ": lambda: spin(threads, math.ceil(rate * calls * once)),
+    }
+    turns = {
+        f"{name}{state}": lambda task=task, count=count: _beside(count, task)
+        for state, count in (("quiet", 0), ("busy", busy))
+        for name, task in tasks.items()
+    }
+    samples = rounds.alternate(turns)
     cell["runs"] = load_runs({name: [each / calls for each in seconds] for name, seconds in samples.items()})
     slowdown, spun = (run["slowdown"] for run in cell["runs"] if "slowdown" in run)
     cell["over_fair"] = slowdown["median"] / cell["fair"]
     cell["over_spin"] = harness.spread(harness.ratio(slowdown["samples"], spun["samples"])["samples"])
     return cell
-
-
-def own_time(run: Callable[[], Any]) -> float:
-    """Returns the seconds that `run` says itself."""
-    return float(run())
 
 
 def _row(cell: Any) -> dict[str, Any]:
@@ -127,7 +119,7 @@ def _machine(settings: dict[str, Any]) -> str:
     return f"{counted(settings['busy'], 'busy process', 'es')} on {counted(settings['cores'], 'core')}"
 
 
-class Load(Suite[Case]):
+class Load(Suite):
     """Sampling, denoising, densities and whole commands, on a quiet machine and beside busy processes.
 
     Each task runs quiet and busy in turns, in one run, on 1 to as many threads as there are cores. Busy processes are
@@ -158,7 +150,7 @@ class Load(Suite[Case]):
         options.several("--task", "tasks", type=TASKS, default=tuple(TASKS), help="Tasks to be run"),
         options.count("--batch", "The number of images of each task.", default=80),
         options.option("--density", type=click.Choice(DENSITIES), default="auto", help=DENSITY_HELP),
-        options.count("--busy", BUSY_HELP, metavar="N", show_default="as many as there are cores"),
+        options.count("--busy", "The number of busy processes.", metavar="N", show_default="as many as cores"),
         options.EVERY_THREADS,
         *options.of_every_suite("load", 120.0),
     )
@@ -172,29 +164,25 @@ class Load(Suite[Case]):
         self.rate = spin_rate()
 
     def settings(self) -> dict[str, Any]:
-        chosen = self.chosen
-        found: dict[str, Any] = {"model": self.model_name, "device": "cpu", "dtype": "float32"}
-        found |= {"density": chosen.density, "batch": chosen.batch, "busy": chosen.busy, "cores": cores()}
-        return {**found, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"), "target": TARGET}
+        found = {"model": self.model_name, "cores": cores(), "target": TARGET}
+        return {**found, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
 
     def cases(self) -> list[Case]:
         return [Case(name, count) for name in dict.fromkeys(self.chosen.tasks) for count in self.chosen.threads]
 
     def measure(self, case: Case) -> Any:
-        task, rounds = TASKS[case.task], Rounds(self.chosen.repeat, self.chosen.budget, timer=own_time)
+        task, rounds = TASKS[case.task], Rounds(self.chosen.repeat, self.chosen.budget_seconds, timer=own_time)
         with torch_threads(case.threads):
-            run = task.make(self.inputs, case.threads)
-            how = (task.tolerance, self.chosen.busy, cores(), self.rate)
-            return {"label": case.label, **measure(run, case.threads, *how, rounds)}
+            how = (case.threads, task.tolerance, self.chosen.busy, cores(), self.rate, rounds)
+            return {"label": case.label, **measure(task.make(self.inputs, case.threads), *how)}
 
-    def called(self, cell: Cell) -> str:
+    def called(self, cell: Any) -> str:
         return f"{cell['label']['task']} on {counted(cell['label']['threads'], 'thread')}"
 
     def lines(self, record: Any) -> list[str]:
         settings, cells = record["settings"], record["cells"]
         over = [(cell, cell["over_fair"]) for cell in cells if cell["runs"]]
         missed = ", ".join(f"{self.called(cell)} ({times:.2f})" for cell, times in over if times > settings["target"])
-        verdict = f"missed by {missed}" if missed else "met by all that was timed"
         return [
             f"model:   {settings['model']}, batch {settings['batch']}, {settings['dtype']}, "
             f"density {settings['density']}; OMP_WAIT_POLICY {settings['omp_wait_policy'] or 'not set'}",
@@ -203,40 +191,31 @@ class Load(Suite[Case]):
             *table(COLUMNS, map(_row, cells)),
             "",
             *LEGEND.splitlines(),
-            f"target: at most {settings['target']:g} times the fair share, {verdict}",
+            f"target: at most {settings['target']:g} times the fair share, "
+            f"{f'missed by {missed}' if missed else 'met by all that was timed'}",
             *self.failed(record),
         ]
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns a panel for each task: the slowdown by number of threads, with lines from p20 to p80."""
-        settings, target = record["settings"], record["settings"]["target"]
-        tasks = list(dict.fromkeys(cell["label"]["task"] for cell in record["cells"]))
-        figure, panels = plot.grid(len(tasks), 3, (3.4, 3.0), (0.8, 1.3))
-        handles: dict[str, Any] = {}
-        for axes, task in zip(panels, tasks, strict=True):
-            cells = [cell for cell in record["cells"] if cell["label"]["task"] == task]
-            counts, fair = [cell["label"]["threads"] for cell in cells], [cell["fair"] for cell in cells]
-            allowed = [target * each for each in fair]
-            (handles["fair share"],) = axes.plot(counts, fair, "-_", color=plot.GREY, zorder=1)
-            (handles[f"target, {target:g} times that"],) = axes.plot(
-                counts, allowed, "--_", color=plot.RED, linewidth=1, zorder=1
-            )
-            for name, offset, colour, marker, label in MARKS:
-                for threads, cell in zip(counts, cells, strict=True):
-                    for run in (run for run in cell["runs"] if run["name"] == name):
-                        handles[label] = plot.point(axes, threads + offset, run["slowdown"], colour, marker)
-            for threads, cell in zip(counts, cells, strict=True):
-                if not cell["runs"]:
-                    plot.say_failed(axes, threads)
-            axes.set_title(task, fontsize=11)
-            axes.set_xlim(min(counts) - 0.5, max(counts) + 0.5)
-            axes.set_ylim(bottom=0)
-            plot.whole_numbers(axes)
-        figure.supylabel("times as long as on the quiet machine", fontsize=10)
-        plot.legend(figure, handles, 2)
+        settings, panels = record["settings"], []
+        target = settings["target"]
+        for task in dict.fromkeys(cell["label"]["task"] for cell in record["cells"]):
+            cells = {cell["label"]["threads"]: cell for cell in record["cells"] if cell["label"]["task"] == task}
+            fair, grey = [cell["fair"] for cell in cells.values()], {"color": plot.GREY, "marker": "_"}
+            allowed, red = [target * each for each in fair], {"color": plot.RED, "marker": "_", "linestyle": "--"}
+            series = [plot.Series("fair share", list(cells), fair, grey)]
+            series += [plot.Series(f"target, {target:g} times that", list(cells), allowed, red)]
+            for name, called, how, beside in SHOWN:
+                runs = [(t + beside, run) for t, cell in cells.items() for run in cell["runs"] if run["name"] == name]
+                series += [plot.Series(called, [t for t, _ in runs], [run["slowdown"] for _, run in runs], how)]
+            axes = {"xlim": (min(cells) - 0.5, max(cells) + 0.5), "ylim": (0, None), "xticks": list(cells)}
+            failed = [(threads, 0.0) for threads, cell in cells.items() if not cell["runs"]]
+            panels.append(plot.Panel(task, series=series, failed=failed, axes=axes))
         how = f"batch {settings['batch']}; torch {record['machine']['torch']}; median, line from p20 to p80"
-        plot.footer(figure, f"threads\n{hardware(record)}; {_machine(settings)}; {how}")
-        return figure
+        below = f"threads\n{hardware(record)}; {_machine(settings)}; {how}"
+        ylabel = "times as long as on the quiet machine"
+        return plot.draw(panels, 3, (3.4, 3.0), below, legend_columns=2, ylabel=ylabel)
 
 
 SUITE = Load()

@@ -20,24 +20,17 @@ from tarflow_fast.evaluation import Noise, bits_per_dim
 from tarflow_fast.images import to_uint8
 from tarflow_fast.solvers import TOL
 
+from ...common import models
 from ...common.harness import ADAPTIVE_BOUND
-from ...common.models import denoised, labels, with_density
 
 Run = Callable[[], Tensor]
 """Runs the task once; the same tensor each time."""
 
-EXACT = 2e-5  # what two implementations of fp32 may differ by, and so quiet and busy ones too
-NOISE_STD = 0.1  # of models that record none
-
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the tasks of a run share.
-
-    path: of the checkpoint, None for the shipped model. images: (batch, ch, H, W) fp32, drawn from the model; y: their
-    labels or None. density: the backend of denoising and densities that the library is called with. folder: for files;
-    "data.npz" in it holds the images in 8 bits.
-    """
+    """What the tasks of a run share: a model and the checkpoint it is from, None for the shipped one; (batch, ch, H, W)
+    fp32 images drawn from it and their labels; the backend of densities; a folder whose "data.npz" has the images."""
 
     model: TarFlow
     path: Path | None
@@ -49,11 +42,10 @@ class Inputs:
 
     @classmethod
     def draw(cls, model: TarFlow, path: Path | None, batch: int, seed: int, density: str, folder: Path) -> Inputs:
-        y = labels(model.config, batch)
+        _, y = models.inputs(model.config, batch, seed)
         images = Sampler(model, solver="sequential").sample(batch, y, seed=seed).images
-        arrays: dict[str, Any] = {} if y is None else {"labels": y.numpy()}
-        arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy()
-        np.savez(folder / "data.npz", **arrays)
+        arrays = {} if y is None else {"labels": y.numpy()}
+        np.savez(folder / "data.npz", **arrays, images=to_uint8(images).permute(0, 2, 3, 1).numpy())
         return cls(model, path, images, y, seed, density, folder)
 
     def command(self, threads: int, *arguments: object) -> str:
@@ -72,30 +64,28 @@ def _sample(inputs: Inputs, threads: int) -> Run:
     return lambda: sampler.sample(len(inputs.images), inputs.y, seed=inputs.seed).images
 
 
-def _denoise(inputs: Inputs, threads: int) -> Run:
-    noise_std = float(inputs.model.metadata.get("noise_std") or NOISE_STD)
-    how: dict[str, Any] = {"noise_std": noise_std, "backend": inputs.density, "threads": threads}
-    return lambda: denoised(inputs.model, inputs.images, inputs.y, **how)
+def _density(operation: str, inputs: Inputs, threads: int) -> Run:
+    noise_std = float(inputs.model.metadata.get("noise_std") or models.NOISE_STD)
+    given = (inputs.model, inputs.images, inputs.y, inputs.density, threads)
+    return models.density(operation, *given, noise_std=noise_std)
 
 
 def _log_prob(inputs: Inputs, threads: int) -> Run:
-    log_prob = torch.no_grad()(with_density(inputs.model, inputs.density, threads).log_prob)
-    return lambda: log_prob(inputs.images, inputs.y) / inputs.images[0].numel()
+    run = _density("log_prob", inputs, threads)
+    return lambda: run() / inputs.images[0].numel()
 
 
 def _bits(inputs: Inputs, threads: int) -> Run:
-    model = with_density(inputs.model, inputs.density, threads)
-    pixels, noise = to_uint8(inputs.images), Noise.of(model)
-    return lambda: torch.tensor([bits_per_dim(model, pixels, inputs.y, noise=noise).mean])
+    model, pixels = models.with_density(inputs.model, inputs.density, threads), to_uint8(inputs.images)
+    return lambda: torch.tensor([bits_per_dim(model, pixels, inputs.y, noise=Noise.of(model)).mean])
 
 
 def _sample_command(inputs: Inputs, threads: int) -> Run:
     numbers = inputs.folder / "samples.npz"
     drawn = ("-n", len(inputs.images), "--seed", inputs.seed, "--backend", "cpu", "--threads", threads, "--quiet")
-    files = ("--out", inputs.folder / "samples.png", "--npz", numbers)
 
     def run() -> Tensor:
-        inputs.command(threads, "sample", *drawn, *files)
+        inputs.command(threads, "sample", *drawn, "--out", inputs.folder / "samples.png", "--npz", numbers)
         with np.load(numbers) as file:
             return torch.from_numpy(file["images"])
 
@@ -108,15 +98,16 @@ def _eval_command(inputs: Inputs, threads: int) -> Run:
 
 
 class Task(NamedTuple):
-    """make: the task on so many threads, ready to be run. tolerance: on differences between its results."""
+    """make: the task on so many threads, ready to be run. tolerance: on differences between its results, by default
+    what two implementations of fp32 may differ by, and so quiet and busy ones too."""
 
     make: Callable[[Inputs, int], Run]
-    tolerance: float = EXACT
+    tolerance: float = 2e-5
 
 
 TASKS = {
     "sample": Task(_sample),
-    "denoise": Task(_denoise),
+    "denoise": Task(lambda *how: _density("denoise", *how)),
     "log_prob": Task(_log_prob),
     "bits_per_dim": Task(_bits),
     # by default the command takes the solver that is the quickest at the time, within what that one's tolerance allows

@@ -7,22 +7,18 @@ knows which tokens are final, and neither states a residual: that of a `Solution
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 
 from tarflow_fast.engine import BlockEngine, BlockState
-from tarflow_fast.engine.contract import Progress
 from tarflow_fast.solvers import Solution
 
 CLAMP = 3.0  # what GS-Jacobi holds values to, so that its guesses cannot overflow
 
 
-def _ignored(tokens: int) -> None:
-    """Takes the place of a progress that nobody follows."""
-
-
 @torch.no_grad()
-def jacobi(engine: BlockEngine, state: BlockState, progress: Progress | None = None, *, threshold: float) -> Solution:
+def jacobi(engine: BlockEngine, state: BlockState, progress: Any = None, *, threshold: float) -> Solution:
     """Iterates x ← F(x) for all tokens at once, until no value of the whole batch moves by `threshold` or more.
 
     This is the stopping rule of selective Jacobi decoding (SeJD, arXiv 2505.24791), whose threshold is 0.5; in every
@@ -34,19 +30,14 @@ def jacobi(engine: BlockEngine, state: BlockState, progress: Progress | None = N
         moved = engine.fixed_point(state, 1, T)
         passes += 1
         moving = not float(moved.change.max()) < threshold  # NaN moves
-        (progress or _ignored)(1 if moving and passes < T - 1 else T - passes)
+        if progress is not None:
+            progress(1 if moving and passes < T - 1 else T - passes)
     return Solution(passes, B * passes * (T - 1), 0, state.x.new_full((B,), torch.nan), T - 1)
 
 
 @torch.no_grad()
 def gs_jacobi(
-    engine: BlockEngine,
-    state: BlockState,
-    progress: Progress | None = None,
-    *,
-    segments: int,
-    passes: int,
-    clamp: float = CLAMP,
+    engine: BlockEngine, state: BlockState, progress: Any = None, *, segments: int, passes: int, clamp: float = CLAMP
 ) -> Solution:
     """Solves windows of equal length one after the other (Gauss-Seidel), each by so many `passes` (Jacobi).
 
@@ -67,7 +58,8 @@ def gs_jacobi(
             state.x[:, first:start] = settled
             state.x[:, start:stop].clamp_(-clamp, clamp)
             taken, evaluations = taken + 1, evaluations + B * (stop - first)
-            (progress or _ignored)(stop - start if number == count - 1 else 0)
+            if progress is not None:
+                progress(stop - start if number == count - 1 else 0)
         before = start
     return Solution(taken, evaluations, 0, state.x.new_full((B,), torch.nan), -(-T // segments))
 

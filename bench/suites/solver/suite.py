@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,9 @@ from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
 from tarflow_fast.engine.backend import Request
 from tarflow_fast.solvers import Solution, adaptive, sequential
 
-from ...common import options, plot
+from ...common import models, options, plot
 from ...common.harness import ADAPTIVE_BOUND as BOUND
-from ...common.harness import Rounds, failed_check, runs_of
-from ...common.models import labels, latents
+from ...common.harness import Rounds, check_of, runs_of
 from ...common.record import Check, hardware, short, title
 from ...common.suite import Suite
 from ...common.table import table
@@ -29,9 +28,8 @@ from .baselines import gs_jacobi, jacobi
 
 TOLS = (1e-2, 1e-3, 1e-4)
 PUBLISHED_THRESHOLD = 0.5
-BASELINE = "sequential"
+BASELINE, PROMISED = "sequential", f"adaptive {TOLS[1]:g}"
 FINAL = 1e-3  # a token is final if it is this near to the sequential one
-PROMISED = f"adaptive {TOLS[1]:g}"
 COLUMNS = (
     "block: {block} | policy: {name} | passes: {passes} | evaluations: {evaluations:.0f} | gained: {advance:.1f} | "
     "max error: {error} | residual: {residual:.1e} | same error: {jacobi_evaluations} | seconds: {median:.4g} | "
@@ -46,28 +44,18 @@ SHOWN = {  # colour and width, from the slowest on
     "adaptive 0.0001": ("#1f4f94", 1.6),
     "adaptive 0.001": ("#63aee8", 1.6),
 }
+Solve = functools.partial[Solution]
+"""A solver with its settings, which the record has."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A solver with its settings, as the record has them."""
-
-    name: str
-    solver: Callable[..., Solution]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self, *how: Any) -> Solution:
-        return self.solver(*how, **self.settings)
-
-
-def candidates(segments: int, gs_passes: int) -> list[Candidate]:
-    """Returns the baseline and then the others."""
-    return [
-        Candidate(BASELINE, sequential),
-        *(Candidate(f"adaptive {tol:g}", adaptive, {"tol": tol}) for tol in TOLS),
-        *(Candidate(f"all-Jacobi {x:g}", jacobi, {"threshold": x}) for x in (PUBLISHED_THRESHOLD, *TOLS)),
-        Candidate(f"GS-Jacobi {segments}x{gs_passes}", gs_jacobi, {"segments": segments, "passes": gs_passes}),
-    ]
+def candidates(segments: int, gs_passes: int) -> dict[str, Solve]:
+    """Returns the baseline and then the others, by name."""
+    return {
+        BASELINE: functools.partial(sequential),
+        **{f"adaptive {tol:g}": functools.partial(adaptive, tol=tol) for tol in TOLS},
+        **{f"all-Jacobi {x:g}": functools.partial(jacobi, threshold=x) for x in (PUBLISHED_THRESHOLD, *TOLS)},
+        f"GS-Jacobi {segments}x{gs_passes}": functools.partial(gs_jacobi, segments=segments, passes=gs_passes),
+    }
 
 
 @dataclass
@@ -94,9 +82,6 @@ class Problem:
         self._reuse = self.engine.begin(self.z, self.condition, reuse=self._reuse)
         return self._reuse
 
-    def solve(self, candidate: Candidate) -> Solution:
-        return candidate(self.engine, self.begin(), None)
-
     def error(self, x: Tensor) -> float | None:
         """Returns max |x − wanted|; None if that is no number."""
         return finite((x - self.wanted).abs().max())
@@ -107,8 +92,7 @@ class Problem:
 
 
 def finite(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
+    return float(value) if math.isfinite(value) else None
 
 
 @torch.no_grad()
@@ -117,15 +101,15 @@ def problems(
 ) -> Iterator[Problem]:
     """Yields the blocks in the order of sampling, each from the sequential result of the one before."""
     sampler = Sampler(model, backend=backend, device=device, solver=BASELINE)
-    condition = Condition(labels(model.config, batch, device, none=True), Guidance(guidance))
-    x = latents(model.config, batch, seed, device) * model.var.to(device).sqrt()
+    z, y = models.inputs(model.config, batch, seed, device, none=True)
+    x = z * model.var.to(device).sqrt()
     for k, stage in reversed(list(enumerate(sampler.flow.stages))):
-        problem = Problem(k, sampler.engines[k], stage.enter(x), condition)
+        problem = Problem(k, sampler.engines[k], stage.enter(x), Condition(y, Guidance(guidance)))
         yield problem
         x = stage.leave(problem.wanted)
 
 
-def examine(problem: Problem, candidate: Candidate) -> dict[str, Any]:
+def examine(problem: Problem, name: str, solve: Solve) -> dict[str, Any]:
     """Returns a run without times.
 
     final: of the state before the first pass and after each (`Problem.final`). advance: tokens gained by a pass.
@@ -134,10 +118,10 @@ def examine(problem: Problem, candidate: Candidate) -> dict[str, Any]:
     state = problem.begin()
     B, T, _ = state.x.shape
     final = [problem.final(state.x)]
-    solution = candidate(problem.engine, state, lambda tokens: final.append(problem.final(state.x)))
+    solution = solve(problem.engine, state, lambda tokens: final.append(problem.final(state.x)))
     return {
-        "name": candidate.name,
-        "settings": candidate.settings,
+        "name": name,
+        "settings": solve.keywords,
         "passes": solution.passes,
         "evaluations": solution.evaluations / B,
         "advance": (T - 1) / solution.passes if solution.passes else 0.0,
@@ -162,18 +146,17 @@ def jacobi_errors(problem: Problem, until: float) -> list[float | None]:
 
 def check(runs: Sequence[dict[str, Any]]) -> Check:
     """Holds adaptive's errors to BOUND · tol; the figures are of the run that is nearest to its bound, or beyond."""
-    worst: Check = {"passed": True, "max_error": 0.0, "tolerance": math.inf, "reason": None}
-    for run in (run for run in runs if "tol" in run["settings"]):
-        error, tolerance = run["max_error"], BOUND * run["settings"]["tol"]
-        if error is None:
-            return {"passed": False, "max_error": None, "tolerance": tolerance, "reason": f"{run['name']}: not finite"}
-        if error * worst["tolerance"] >= worst["max_error"] * tolerance:
-            why = f"{run['name']}: {error:.1e} from sequential, allowed {tolerance:.1e}" if error > tolerance else None
-            worst = {"passed": why is None, "max_error": error, "tolerance": tolerance, "reason": why}
-    return worst
+    held = [(run["name"], run["max_error"], BOUND * run["settings"]["tol"]) for run in runs if "tol" in run["settings"]]
+    name, error, allowed = max(held, key=lambda run: math.inf if run[1] is None else run[1] / run[2])
+    reason = None
+    if error is None:
+        reason = f"{name}: not finite"
+    elif error > allowed:
+        reason = f"{name}: {error:.1e} from sequential, allowed {allowed:.1e}"
+    return check_of(reason, error, allowed)
 
 
-def measure(problem: Problem, candidates: Sequence[Candidate], rounds: Rounds) -> dict[str, Any]:
+def measure(problem: Problem, candidates: Mapping[str, Solve], rounds: Rounds) -> dict[str, Any]:
     """Returns one of the record's "cells"; its runs are there if the check failed too, with times if it passed.
 
     largest: the largest |x| of the sequential result; jacobi_errors: see there. A run of adaptive's has
@@ -182,36 +165,35 @@ def measure(problem: Problem, candidates: Sequence[Candidate], rounds: Rounds) -
     T, largest = problem.z.shape[1], finite(problem.wanted.abs().max())
     cell: dict[str, Any] = {"label": problem.label, "tokens": T, "largest": largest, "runs": [], "jacobi_errors": []}
     if largest is None:
-        return {**cell, "check": failed_check("sequential: not finite")}
-    runs = [examine(problem, candidate) for candidate in candidates]
+        return {**cell, "check": check_of("sequential: not finite")}
+    runs = [examine(problem, *each) for each in candidates.items()]
     cell |= {"runs": runs, "check": check(runs)}
     ours = [run for run in runs if "tol" in run["settings"] and run["max_error"] is not None]
     cell["jacobi_errors"] = jacobi_errors(problem, min((run["max_error"] for run in ours), default=math.inf))
     for run in ours:
-        passes = enumerate(cell["jacobi_errors"], 1)
-        reached = (n for n, error in passes if error is not None and error <= run["max_error"])
+        errors = enumerate(cell["jacobi_errors"], 1)
+        reached = (n for n, error in errors if error is not None and error <= run["max_error"])
         run["jacobi_evaluations"] = next(reached, T - 1) * (T - 1)
     if cell["check"]["passed"]:
-        samples = rounds.alternate({each.name: functools.partial(problem.solve, each) for each in candidates})
-        for run, times in zip(runs, runs_of(samples), strict=True):
+        turns = {name: lambda solve=solve: solve(problem.engine, problem.begin()) for name, solve in candidates.items()}
+        for run, times in zip(runs, runs_of(rounds.alternate(turns)), strict=True):
             run.update(times)
     return cell
 
 
 def _total(runs: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
     """Returns the sums of one candidate's runs over all blocks, of so many tokens each."""
-    total: dict[str, Any] = {"block": "all", "name": runs[0]["name"]}
-    for figure in ("passes", "evaluations", "median", "jacobi_evaluations"):
-        if all(figure in run for run in runs):
-            total[figure] = sum(run[figure] for run in runs)
-    return total | ({"advance": len(runs) * (tokens - 1) / total["passes"]} if total["passes"] else {})
+    figures = ("passes", "evaluations", "median", "jacobi_evaluations")
+    total = {name: sum(run[name] for run in runs) for name in figures if all(name in run for run in runs)}
+    advance = {"advance": len(runs) * (tokens - 1) / total["passes"]} if total["passes"] else {}
+    return {"block": "all", "name": runs[0]["name"], **total, **advance}
 
 
 def _model(settings: dict[str, Any]) -> str:
     return f"{settings['model']}, batch {settings['batch']}, guidance {short(settings['guidance'])}"
 
 
-class SolverSuite(Suite[Problem]):
+class SolverSuite(Suite):
     """The adaptive solver against the sequential pass and the published parallel ones, block by block.
 
     On trained weights, in fp32: how fast guesses converge is a property of training. Every block begins from the
@@ -249,14 +231,12 @@ class SolverSuite(Suite[Problem]):
         self.backend, self.reason = choose_backend(self.chosen.backend, Request(self.device))
 
     def settings(self) -> dict[str, Any]:
-        found = {"model": self.model_name, "sizes": self.model.config.to_dict(), "device": self.device.type}
-        found |= {"dtype": "float32", "backend": self.backend, "backend_reason": self.reason}
-        found |= {"batch": self.chosen.batch, "guidance": self.chosen.guidance}
-        return {**found, "final": FINAL, "bound": BOUND}
+        found = {"model": self.model_name, "sizes": self.model.config.to_dict(), "final": FINAL, "bound": BOUND}
+        return {**found, "backend": self.backend, "backend_reason": self.reason}
 
     def cases(self) -> Iterator[Problem]:
-        sizes = {"batch": self.chosen.batch, "guidance": self.chosen.guidance, "seed": self.chosen.seed}
-        return problems(self.model, self.backend, self.device, **sizes)
+        how = {name: getattr(self.chosen, name) for name in ("batch", "guidance", "seed")}
+        return problems(self.model, self.backend, self.device, **how)
 
     def measure(self, case: Problem) -> Any:
         return measure(case, candidates(self.chosen.segments, self.chosen.gs_passes), self.rounds)
@@ -289,32 +269,22 @@ class SolverSuite(Suite[Problem]):
     def figure(self, record: Any) -> plot.Figure:
         """Returns a panel for each block, in the order of sampling: how many of its tokens are final after so many
         passes. Each is as wide as its slowest candidate takes passes."""
-        cells, settings = record["cells"], record["settings"]
-        figure, panels = plot.grid(len(cells), 4, (3.1, 3.0), (0.6, 1.1), sharey=True)
-        handles: dict[str, Any] = {}
-        for axes, cell in zip(panels, cells, strict=True):
-            T, widest = cell["tokens"], 1
-            (handles["sequential"],) = axes.plot([0, T - 1], [1, T], "--", color=plot.GREY, linewidth=1.2)
-            finals = {run["name"]: run["final"] for run in cell["runs"] if run["final"]}
-            for name, (colour, width) in SHOWN.items():
-                if name in finals:
-                    how = {"color": colour, "linewidth": width, "markersize": 2 * width, "clip_on": False}
-                    (handles[name],) = axes.plot(finals[name], marker="o", **how)
-                    widest = max(widest, len(finals[name]) - 1)
-            axes.set_title(title(cell["label"]), fontsize=11)
-            if not cell["check"]["passed"]:
-                axes.annotate("check failed", (0.96, 0.06), xycoords="axes fraction", ha="right", color=plot.RED)
-            axes.set_xlim(0, widest)
-            axes.set_ylim(0, T)
-            axes.set_xlabel("passes")
-            plot.whole_numbers(axes)
-        for axes in panels[::4]:
-            axes.set_ylabel("tokens final, worst sample")
-        plot.legend(figure, handles)
+        settings, panels = record["settings"], []
+        for number, cell in enumerate(record["cells"]):
+            T, finals = cell["tokens"], {run["name"]: run["final"] for run in cell["runs"] if run["final"]}
+            series = [plot.Series(BASELINE, [0, T - 1], [1, T], {"linestyle": "--", "color": plot.GREY})]
+            for name, (colour, width) in ((name, how) for name, how in SHOWN.items() if name in finals):
+                how = {"color": colour, "linewidth": width, "marker": "o", "markersize": 2 * width, "clip_on": False}
+                series.append(plot.Series(name, range(len(finals[name])), finals[name], how))
+            widest = max([1, *(len(each.y) - 1 for each in series[1:])])
+            axes = {"xlim": (0, widest), "ylim": (0, T), "xlabel": "passes"}
+            axes |= {"xticks": range(0, widest + 1, -(-widest // 6))}
+            axes |= {} if number % 4 else {"ylabel": "tokens final, worst sample"}
+            failed = "" if cell["check"]["passed"] else ", check failed"
+            panels.append(plot.Panel(f"{title(cell['label'])}{failed}", series=series, axes=axes))
         final = f"final: within {settings['final']:g} of the sequential result, as all tokens before it"
         below = f"{_model(settings)}; {hardware(record)}\n{final}; a line that ends below the top has a larger error"
-        plot.footer(figure, below)
-        return figure
+        return plot.draw(panels, 4, (3.1, 3.0), below, sharey=True)
 
 
 SUITE = SolverSuite()

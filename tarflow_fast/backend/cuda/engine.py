@@ -41,6 +41,8 @@ from .plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_
 SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
 WEIGHT_BUFFERS = ("weights", "hidden", "keys_values")  # these have the dtype of the weights
 INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # all others are fp32, see params.h
+PHASES = ("embed", "qkv", "attention", "proj", "fc1", "fc2", "proj_out")
+"""The kernel's phases: `Phase` in params.h, in its order."""
 Positions = list[tuple[int, int, int]]  # for each row of a branch: sample, token to evaluate, column of `Moved`
 
 
@@ -220,10 +222,21 @@ class CudaEngine(EngineBase):
             self._run(state, positions, buffers, mode=FIXED_POINT)
         return moved
 
+    # What follows is for the bench.
+
+    def launches_per_pass(self, rows: int) -> int:
+        """Returns the number of launches of a step for so many rows."""
+        return -(-rows // MOST_ROWS)
+
+    @property
+    def barriers_per_launch(self) -> int:
+        """Returns how often all blocks of the grid wait for each other in a launch of a step."""
+        return 5 * self.shape.layers + 2
+
     @contextmanager
     def without_phases(self, state: BlockState, phases: int) -> Iterator[None]:
         """Within this context passes over this state leave out some of the kernel's phases, so that their time can be
-        measured; what such a pass computes is garbage. phases: a bit for each (`Phase` in csrc/cuda/params.h)."""
+        measured; what such a pass computes is garbage. phases: a bit for each of PHASES."""
         state.cache.launch.set_size("skip_phases", phases)
         try:
             yield
