@@ -19,7 +19,7 @@ class _Group(click.Group):
     """The commands of every suite that there is; a failure that is not a bug is one line and exit code 1."""
 
     def _found(self) -> dict[str, click.Command]:
-        return {str(command.name): command for suite in find_suites() for command in suite.commands()}
+        return {suite.name: suite.command() for suite in find_suites()}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*self._found(), *self.commands])
@@ -53,13 +53,9 @@ def main() -> None:
     \b
     Examples:
       git clone https://github.com/apple/ml-tarflow ../ml-tarflow
-      python -m bench peers --ml-tarflow ../ml-tarflow --threads 2
       python -m bench peers --ml-tarflow ../ml-tarflow --config small --batch 1 --repeat 9
       python -m bench gpu --ml-tarflow ../ml-tarflow
       python -m bench solver --batch 16
-      python -m bench auto --batch 16
-      python -m bench density --threads 2
-      python -m bench load
       python -m bench show bench/results/NAME.json
     """
 

@@ -54,6 +54,18 @@ def timer_of(device: torch.device) -> Timer:
 
 
 @dataclass(frozen=True)
+class Case:
+    """What one cell measures. label: the table's columns and their values. sizes, work: a model's, and the least that a
+    pass of it takes, of cells that are held to limits. threads: None for torch's."""
+
+    label: dict[str, Any]
+    sizes: Any = None
+    work: Any = None
+    dtype: str = "float32"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
 class Rounds:
     """Rounds in which candidates take turns. repeat: how many. budget: seconds; a round that by the longest one so far
     would end later is not begun, but the first always runs. timer: takes the place of the device's own."""

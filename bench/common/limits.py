@@ -86,7 +86,7 @@ def _names(case: Any) -> tuple[str, str]:
 def of_cases(cases: Iterable[Any]) -> Limits:
     """Returns the limits of this CPU for cases, which have a dtype, threads and work; and those of fp32 with the last
     number of threads, for the table."""
-    cases, last, found = list(cases), {}, {}
+    cases, last, found = list(cases), Limits(), Limits()
     for threads in dict.fromkeys(case.threads for case in cases):
         here = [case for case in cases if case.threads == threads]
         with torch_threads(threads):
@@ -132,3 +132,10 @@ def hold_to_limit(cell: Any, limits: Limits, case: Any = None) -> None:
     cell["limit"] = {"seconds": seconds, "by": by, "bytes_per_second": reached}
     for run in cell["runs"]:
         run["fraction_of_limit"] = seconds / run["median"]
+
+
+def hold(record: Any, cases: Iterable[Any]) -> None:
+    """Holds the cells of a record, which are of these cases, to its limits if it has any."""
+    for case, cell in zip(cases, record["cells"], strict=True):
+        if record["limits"]:
+            hold_to_limit(cell, record["limits"], case)

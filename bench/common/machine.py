@@ -35,9 +35,10 @@ def cpu_model() -> str:
 
 def system() -> str:
     """Returns the name of the operating system's release, and the machine's type."""
+    name = f"{platform.system()} {platform.release()}"
     if hasattr(platform, "freedesktop_os_release") and Path("/etc/os-release").is_file():
-        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.machine()}"
-    return f"{platform.system()} {platform.release()}, {platform.machine()}"
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    return f"{name}, {platform.machine()}"
 
 
 def _output(*command: str) -> str | None:
@@ -55,25 +56,10 @@ def commit() -> dict[str, Any]:
     return {"commit": _output(*git, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
-def gpu(device: torch.device) -> dict[str, Any]:
-    """Returns a GPU's name, size and software; its driver is None where there is no nvidia-smi."""
-    found = torch.cuda.get_device_properties(device)
-    query = ("nvidia-smi", f"--id=GPU-{found.uuid}", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "name": found.name,
-        "compute_capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "memory_gib": round(found.total_memory / 2**30, 1),
-        "l2_mib": round(found.L2_cache_size / 2**20, 1),
-        "driver": _output(*query),
-        "cuda": torch.version.cuda,
-    }
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """Returns a record's "machine", which has "gpu" if `device` is one. load_average is that of the last minute: if
     others than the bench wanted a core, times are suspect."""
-    return {
+    found = {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
@@ -86,5 +72,18 @@ def describe(device: torch.device) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "tarflow_fast": version("tarflow_fast"),
         **commit(),
-        **({"triton": version("triton"), "gpu": gpu(device)} if device.type == "cuda" else {}),
     }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        query = ("nvidia-smi", f"--id=GPU-{gpu.uuid}", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {"triton": version("triton")}
+        found["gpu"] = {
+            "name": gpu.name,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "l2_mib": round(gpu.L2_cache_size / 2**20, 1),
+            "driver": _output(*query),
+            "cuda": torch.version.cuda,
+        }
+    return found

@@ -33,29 +33,20 @@ def count(name: str, help: str, **how: Any) -> click.Option:
     return option(name, type=click.IntRange(1), help=help, **how)
 
 
-MODEL: dict[str, Any] = {
-    "type": click.Path(exists=True, dir_okay=False, path_type=Path),
-    "metavar": "FILE",
-    "show_default": "the model that ships with the package",
-}
+def _every_thread(context: click.Context, parameter: click.Parameter, counts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(counts)) or tuple(range(1, cores() + 1))
+
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+CHECKPOINT = click.Path(exists=True, dir_okay=False, path_type=Path)
+MODEL: dict[str, Any] = {"type": CHECKPOINT, "metavar": "FILE", "show_default": "the model that ships with the package"}
 MODEL_HELP = "A checkpoint, .pth or .safetensors"
 BUDGET = "Time for timing one cell: slow cells are repeated less often, at least once; the record has the count."
+IMPORTED = "A checkout of ml-tarflow; its transformer_flow.py is imported."
 THREADS = count("--threads", "Threads of every candidate.", show_default="as many as torch takes")
-EVERY_THREADS = several(
-    "--threads",
-    type=click.IntRange(1, cores()),
-    help="Threads of every candidate",
-    callback=lambda context, parameter, counts: tuple(dict.fromkeys(counts)) or tuple(range(1, cores() + 1)),
-    show_default="every number up to that of the cores",
-)
-CHECKOUT = option(
-    "--ml-tarflow",
-    "checkout",
-    required=True,
-    metavar="PATH",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A checkout of ml-tarflow; its transformer_flow.py is imported.",
-)
+EVERY: dict[str, Any] = {"callback": _every_thread, "show_default": "every number up to that of the cores"}
+EVERY_THREADS = several("--threads", type=click.IntRange(1, cores()), help="Threads of every candidate", **EVERY)
+CHECKOUT = option("--ml-tarflow", "checkout", required=True, metavar="PATH", type=FOLDER, help=IMPORTED)
 ENGINE = (
     option("--backend", default="auto", help="The backend of tarflow_fast."),
     option("--device", default="cpu", help="A torch device.", callback=lambda *given: check_device(given[-1])),

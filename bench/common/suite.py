@@ -26,14 +26,12 @@ class Suite:
     """One suite of the bench; its docstring is the help of its command. A copy of it makes a run: `prepare` first, then
     the machine's limits, `measure` for each of the cases, and the limits again.
 
-    name: the command's, and of the suite in records; names: all that records may have. baseline: the candidate that all
-    others are compared with. options: of the command line; those that were chosen are attributes of `chosen`. held:
-    whether cells are held to the machine's limits. A case has a `label`, the table's columns and their values.
+    name: the command's, and of the suite in records. baseline: the candidate that all others are compared with.
+    options: of the command line; those that were chosen are attributes of `chosen`. held: whether cells are held to the
+    machine's limits. A case has a `label`, the table's columns and their values.
     """
 
-    name = ""
-    names: tuple[str, ...] = ()
-    baseline = ""
+    name = baseline = ""
     options: tuple[click.Option, ...] = ()
     held = False
     device = machine.CPU
@@ -112,11 +110,9 @@ class Suite:
         """Writes the record's picture as a PNG."""
         self.figure(record).savefig(path, dpi=130)
 
-    def commands(self) -> list[click.Command]:
-        """Returns the suite's commands of `python -m bench`."""
-        return [self.command()]
-
     def command(self) -> click.Command:
+        """Returns the suite's command of `python -m bench`."""
+
         def callback(**chosen: Any) -> None:
             run = copy.copy(self)
             run.chosen = SimpleNamespace(**chosen)
@@ -147,9 +143,8 @@ class Suite:
 
     def _new_record(self) -> Any:
         settings = {name: value for name, value in vars(self.chosen).items() if isinstance(value, str | float | int)}
-        dtypes = ", ".join(getattr(self.chosen, "dtypes", ["float32"]))
-        settings |= {"baseline": self.baseline, "device": self.device.type, "dtype": dtypes}
-        settings |= {"threads": torch.get_num_threads(), **self.settings()}
+        settings |= {"baseline": self.baseline, "device": self.device.type, "threads": torch.get_num_threads()}
+        settings |= {"dtype": ", ".join(getattr(self.chosen, "dtypes", ["float32"])), **self.settings()}
         settings |= {} if self.ml_tarflow is None else {"baseline_sha256": self.ml_tarflow.sha256}
         date, where = datetime.now(UTC).isoformat(timespec="seconds"), machine.describe(self.device)
         record = {"suite": self.name, "date": date, "machine": where, "settings": settings, "failures": []}
@@ -159,12 +154,6 @@ class Suite:
         measured: list[Any] = []
         cases: Any = self.cases()
         of = f"/{len(cases)}" if isinstance(cases, Sized) else ""
-
-        def hold() -> None:
-            for case, cell in zip(measured, record["cells"], strict=True):
-                if record["limits"]:
-                    limits.hold_to_limit(cell, record["limits"], case)
-
         record["limits"] = self.limits()
         for number, case in enumerate(cases, 1):
             reason = self.skip(case)
@@ -176,7 +165,7 @@ class Suite:
                 record["cells"].append(self.measure(case))
                 measured.append(case)
                 record["limits"] = limits.again(case, record["limits"])
-            hold()
+            limits.hold(record, measured)
             write(record, self.chosen.out)
         record["limits"] = limits.best(record["limits"], self.limits())
-        hold()
+        limits.hold(record, measured)

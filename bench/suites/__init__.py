@@ -1,4 +1,4 @@
-"""The suites: a file NAME.py, or NAME/suite.py, whose `SUITE` is a `bench.common.suite.Suite`, is found by itself."""
+"""The suites: what a file NAME.py, or NAME/suite.py, has as its `SUITE`, or as its `SUITES`, is found by itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from ..common.suite import Suite
 
 
 def find_suites() -> list[Suite]:
-    """Returns the SUITE of every module NAME.py here, and of NAME/suite.py in every folder."""
-    found = [f"{each.name}.suite" if each.ispkg else each.name for each in pkgutil.iter_modules(__path__)]
-    return [importlib.import_module(f"{__name__}.{name}").SUITE for name in sorted(found)]
+    """Returns the suites of every module NAME.py here, and of NAME/suite.py in every folder."""
+    names = [f"{each.name}.suite" if each.ispkg else each.name for each in pkgutil.iter_modules(__path__)]
+    modules: list[Any] = [importlib.import_module(f"{__name__}.{name}") for name in sorted(names)]
+    return [suite for each in modules for suite in getattr(each, "SUITES", None) or (each.SUITE,)]
 
 
 def suite_of(record: Any) -> Suite:
     """Returns the suite that left this record. Raises LookupError."""
-    return {each: suite for suite in find_suites() for each in suite.names or (suite.name,)}[record["suite"]]
+    return {suite.name: suite for suite in find_suites()}[record["suite"]]

@@ -373,21 +373,21 @@ class AutoSuite(Suite):
         line where the rule is. Of auto the median of the rounds' ratios, and a line from p20 to p80; of others their
         medians."""
         cells, allowed = record["cells"], record["settings"]["allowed"]
-        points: dict[str, dict[int, Any]] = {name: [] for name in STYLES}
+        points: dict[str, list[tuple[int, Any]]] = {name: [] for name in STYLES}
         for position, cell in enumerate(cells):
             medians = {run["name"]: run["median"] for run in cell["runs"]}
             for run, median in medians.items() if cell["verdict"] else ():
                 alone = plot.exactly(median / medians[cell["verdict"]["best"]])
                 each = _slower(cell["verdict"]) if run == AUTO else alone
                 points[run if run in STYLES else WINDOW].append((position, each))
-        series = [
-            plot.Series(name, *map(list, zip(*found, strict=True)), STYLES[name])
-            for name, found in points.items()
-            if found
-        ]
+        series = []
+        for name, found in points.items():
+            series.append(plot.Series(name, [place for place, _ in found], [each for _, each in found], STYLES[name]))
         ends, dashed = (-0.6, len(cells) - 0.4), {"color": plot.RED, "linewidth": 1, "linestyle": "--"}
         series.append(plot.Series(f"allowed, {allowed:g}", ends, (allowed, allowed), dashed))
-        failed = [(position, 1.0) for position, cell in enumerate(cells) if cell["verdict"] is None]
+        failed: list[tuple[float, float]] = [
+            (position, 1.0) for position, cell in enumerate(cells) if cell["verdict"] is None
+        ]
         labels = (cell["label"] for cell in cells)
         names = [f"{x['model'].removesuffix('.safetensors')}\n{x['dtype']}\nbatch {x['batch']}" for x in labels]
         axes = {"yscale": "log", "xlim": ends, "xticks": range(len(cells)), "xticklabels": names}

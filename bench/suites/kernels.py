@@ -36,33 +36,30 @@ WHOLE = [
 ]
 
 
-def _rows(only: str | None, architectures: list[int], every: bool) -> Iterator[Compiled]:
-    if only != "cuda":
-        from tarflow_fast.backend.triton import survey as triton  # Triton is there on Linux only
-        from tarflow_fast.kernels.launch import interpreting
-
-        if interpreting():
-            raise click.ClickException("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-        cases = [
-            triton.Case(_weights(name), b, guided, t, d) for name, b, guided, t, d in (WHOLE if every else TYPICAL)
-        ]
-        yield from triton.survey(cases, architectures, list(SHAPES.values()), every=every)
-    if only != "triton":
-        path = cuda.module_path()
-        if path is not None:
-            rows = list(cuda.survey(path, architectures, list(SHAPES.values())))
-            for absent in sorted(set(architectures) - {row.architecture for row in rows}):
-                click.echo(f"CUDA: not built for {absent}")
-            yield from rows
-        elif only == "cuda":
-            raise click.ClickException("the CUDA engine was not built here; csrc/README.md says when it is")
-        else:
-            click.echo("CUDA: not built here")
-
-
 def _weights(model: str) -> BlockWeights:
     with torch.device("meta"):
         return TarFlow.from_config(MODELS[model]).block_weights(0)
+
+
+def _triton(architectures: list[int], every: bool) -> Iterator[Compiled]:
+    from tarflow_fast.backend.triton import survey as triton  # Triton is there on Linux only
+    from tarflow_fast.kernels.launch import interpreting
+
+    if interpreting():
+        raise click.ClickException("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
+    cases = [triton.Case(_weights(name), b, guided, t, d) for name, b, guided, t, d in (WHOLE if every else TYPICAL)]
+    yield from triton.survey(cases, architectures, list(SHAPES.values()), every=every)
+
+
+def _cuda(architectures: list[int], required: bool) -> Iterator[Compiled]:
+    path = cuda.module_path()
+    if path is None and required:
+        raise click.ClickException("the CUDA engine was not built here; csrc/README.md says when it is")
+    rows = [] if path is None else list(cuda.survey(path, architectures, list(SHAPES.values())))
+    absent = sorted(set(architectures) - {row.architecture for row in rows})
+    for what in ["here"] if path is None else [f"for {architecture}" for architecture in absent]:
+        click.echo(f"CUDA: not built {what}")
+    yield from rows
 
 
 class KernelsSuite(Suite):
@@ -76,17 +73,17 @@ class KernelsSuite(Suite):
 
     name = "kernels"
     options = (
-        options.several(
-            "--arch", "architectures", type=ARCHITECTURES, default=ARCHITECTURES, help="Compute capabilities"
-        ),
+        options.several("--arch", type=ARCHITECTURES, default=ARCHITECTURES, help="Compute capabilities"),
         options.option("--only", type=click.Choice(["triton", "cuda"]), help="The kernels of one engine."),
         options.option("--every", is_flag=True, help=EVERY),
     )
 
     def run(self) -> None:
-        chosen, faults = self.chosen, 0
+        only, architectures, faults = self.chosen.only, list(map(int, self.chosen.arch)), 0
         click.echo(ROW.format("kernel", "sm", "registers", "spilled", "shared", "tile"))
-        for row in _rows(chosen.only, list(map(int, chosen.architectures)), chosen.every):
+        surveys = {"triton": lambda: _triton(architectures, self.chosen.every)}
+        surveys["cuda"] = lambda: _cuda(architectures, only == "cuda")
+        for row in (row for name, survey in surveys.items() if only in (None, name) for row in survey()):
             mark = "" if row.fault is None else f"  FAULT: {row.fault}"
             mark += "".join(f"\n    later: {each}" for each in row.later)
             faults += row.fault is not None

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import click
-
-from tarflow_fast import TarFlowConfig
 from tarflow_fast.backend.cpu.engine import choose_instruction_set
 
-from ..common import models, options
-from ..common.harness import measure_cell
+from ..common import harness, models, options
+from ..common.harness import Case
 from ..common.machine import CPU
 from ..common.ml_tarflow import MlTarflow
 from ..common.models import COMPILED, DTYPES, MODELS, ONE_BLOCK
-from ..common.record import Cell
-from ..common.roofline import Work, inverse_work
+from ..common.roofline import inverse_work
 from ..common.suite import Suite
 
 SIZES = {**{name: MODELS[name] for name in ("small", "medium", "tiny")}, "afhq": ONE_BLOCK["afhq"]}
 BATCHES = {"small": (1, 16, 64), "medium": (1, 64), "afhq": (1,), "tiny": (2,)}
 SCALES = {"small": (0.0, 2.0), "tiny": (0.0, 2.0)}  # of guidance; 0 alone for the others
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch of a model under a guidance scale, ours in this dtype. varies: the third column of its label."""
-
-    config: str
-    batch: int
-    guidance: float
-    dtype: str
-    varies: str
-    threads = None  # torch's
-
-    @property
-    def label(self) -> dict[str, Any]:
-        return {"model": self.config, "batch": self.batch, self.varies: getattr(self, self.varies)}
-
-    @property
-    def sizes(self) -> TarFlowConfig:
-        return SIZES[self.config]
-
-    @property
-    def work(self) -> Work:
-        itemsize = DTYPES[self.dtype].itemsize
-        return inverse_work(self.sizes, self.batch, guided=self.guidance > 0, itemsize=itemsize)
 
 
 class Peers(Suite):
@@ -75,27 +45,21 @@ class Peers(Suite):
       max error         the largest difference from ml-tarflow's images
     """
 
-    names = ("peers", "cpu")
     baseline = "ml-tarflow"
     held = True
 
-    def __init__(self, name: str, varies: str, backends: tuple[str, ...], **default: tuple[str, ...]):
-        """varies: see `Case`. backends: of ours. default: what is measured unless others are chosen."""
+    def __init__(self, name: str, varies: str, backends: tuple[str, ...], dtypes: tuple[str, ...], *configs: str):
+        """varies: the third column of labels. dtypes, configs: what is measured unless others are chosen."""
         self.name, self.varies, self.backends = name, varies, backends
         self.options = (
             options.CHECKOUT,
-            options.several(
-                "--config", "configs", type=SIZES, default=default["configs"], help="Models to be measured"
-            ),
+            options.several("--config", "configs", type=SIZES, default=configs, help="Models to be measured"),
             options.batches(*(BATCHES["small"] if name == "cpu" else ())),
-            options.dtypes(default["dtypes"]),
+            options.dtypes(dtypes),
             options.option("--compile", is_flag=True, help="Time the torch backend with compile=True too."),
             options.THREADS,
             *options.of_every_suite(name, 120.0 if name == "cpu" else 300.0),
         )
-
-    def commands(self) -> list[click.Command]:
-        return [self.command(), ON_CPU.command()]
 
     def prepare(self) -> None:
         self.ml_tarflow = MlTarflow.load(self.chosen.checkout)
@@ -106,24 +70,32 @@ class Peers(Suite):
 
     def cases(self) -> list[Case]:
         """Returns every case that was chosen, each once."""
+
+        def case(config: str, batch: int, **more: Any) -> Case:
+            sizes, itemsize = SIZES[config], DTYPES[more["dtype"]].itemsize
+            work = inverse_work(sizes, batch, guided=more["guidance"] > 0, itemsize=itemsize)
+            return Case({"model": config, "batch": batch, self.varies: more[self.varies]}, sizes, work, more["dtype"])
+
         return [
-            Case(config, batch, guidance, dtype, self.varies)
+            case(config, batch, guidance=guidance, dtype=dtype)
             for config in dict.fromkeys(self.chosen.configs)
             for guidance in (SCALES.get(config, (0.0,)) if self.varies == "guidance" else (0.0,))
             for dtype in dict.fromkeys(self.chosen.dtypes)
             for batch in dict.fromkeys(self.chosen.batches or BATCHES[config])
         ]
 
-    def measure(self, case: Case) -> Cell:
+    def measure(self, case: Case) -> Any:
         seed, dtype = self.chosen.seed, DTYPES[case.dtype]
-        inputs = (*models.inputs(case.sizes, case.batch, seed), case.guidance)
+        inputs = (*models.inputs(case.sizes, case.label["batch"], seed), case.label.get("guidance", 0.0))
         compiled = {COMPILED: "torch"} if self.chosen.compile else {}
         ours = {"torch": "torch", **compiled, **{name: name for name in self.backends}}
         model = models.random_model(case.sizes, seed)
         candidates = models.samplers(self.baseline, self.ml_tarflow, ours, model, inputs, device=CPU, dtype=dtype)
         yardstick = None if case.dtype == "float32" else ("torch", dtype)
-        return measure_cell(case, candidates, self.rounds, yardstick=yardstick)
+        return harness.measure_cell(case, candidates, self.rounds, yardstick=yardstick)
 
 
-SUITE = Peers("peers", "guidance", ("torch",), dtypes=("float32",), configs=("medium", "small"))
-ON_CPU = Peers("cpu", "dtype", ("torch", "cpu"), dtypes=tuple(DTYPES), configs=("small", "medium"))
+SUITES = (
+    Peers("peers", "guidance", ("torch",), ("float32",), "medium", "small"),
+    Peers("cpu", "dtype", ("torch", "cpu"), tuple(DTYPES), "small", "medium"),
+)

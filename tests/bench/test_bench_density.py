@@ -14,7 +14,7 @@ from bench.common import machine, record, roofline
 from bench.common.harness import admit_all
 from bench.common.models import MODELS
 from bench.suites import density
-from bench.suites.density import SUITE, TOLERANCE, Case
+from bench.suites.density import SUITE, TOLERANCE, case_of, compared, images_of
 from tarflow_fast.backend.cpu.engine import cpu_missing
 
 native = pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
@@ -42,10 +42,14 @@ def test_denoising_work_is_what_counting_product_by_product_gives() -> None:
 
 
 def test_what_is_compared_does_not_depend_on_the_size_of_images() -> None:
-    case = Case("tiny", "denoise", 2)
-    moved = case.compared(case.images + 0.25)
+    case = case_of("tiny", "denoise", 2)
+    images = images_of(case, 0)
+    moved = compared(case, images, images + 0.25)
     assert torch.allclose(moved, torch.full_like(moved, 0.25))
-    assert Case("tiny", "log_prob", 2).compared(torch.tensor([64.0, -128.0])).tolist() == [1.0, -2.0]  # 8×8 values
+    assert compared(case_of("tiny", "log_prob", 2), images, torch.tensor([64.0, -128.0])).tolist() == [
+        1.0,
+        -2.0,
+    ]  # 8×8 values
 
 
 def test_fp32_is_held_to_torch_and_bf16_to_its_error() -> None:

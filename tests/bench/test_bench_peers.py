@@ -16,8 +16,10 @@ from stand_in import bench, quick_limits, stand_in
 
 from bench.common import machine, record
 from bench.common.harness import TOLERANCE
-from bench.suites.peers import ON_CPU, SIZES, SUITE
+from bench.suites.peers import SIZES, SUITES
 from tarflow_fast.backend.cpu.engine import cpu_missing
+
+SUITE, ON_CPU = SUITES
 
 
 @pytest.fixture

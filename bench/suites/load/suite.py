@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import click
 from tarflow_fast.devices import torch_threads
 
 from ...common import harness, options, plot
-from ...common.harness import Rounds
+from ...common.harness import Case, Rounds
 from ...common.machine import CPU, cores
 from ...common.models import DENSITIES
 from ...common.record import counted, hardware
@@ -40,18 +40,6 @@ SHOWN = (  # runs, what they are called in the picture, how they are drawn, and 
     ("spin busy", "threads that never wait", {"color": "#2f9457", "marker": "^"}, 0.06),
     ("busy", "the task", {"color": "#1f6fb4", "marker": "o"}, -0.06),
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A task on so many threads."""
-
-    task: str
-    threads: int
-
-    @property
-    def label(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def load_runs(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -168,13 +156,14 @@ class Load(Suite):
         return {**found, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
 
     def cases(self) -> list[Case]:
-        return [Case(name, count) for name in dict.fromkeys(self.chosen.tasks) for count in self.chosen.threads]
+        pairs = itertools.product(dict.fromkeys(self.chosen.tasks), self.chosen.threads)
+        return [Case({"task": name, "threads": threads}, threads=threads) for name, threads in pairs]
 
     def measure(self, case: Case) -> Any:
-        task, rounds = TASKS[case.task], Rounds(self.chosen.repeat, self.chosen.budget_seconds, timer=own_time)
+        task, rounds = TASKS[case.label["task"]], Rounds(self.chosen.repeat, self.chosen.budget_seconds, timer=own_time)
         with torch_threads(case.threads):
-            how = (case.threads, task.tolerance, self.chosen.busy, cores(), self.rate, rounds)
-            return {"label": case.label, **measure(task.make(self.inputs, case.threads), *how)}
+            run, how = task.make(self.inputs, case.label["threads"]), (self.chosen.busy, cores(), self.rate, rounds)
+            return {"label": case.label, **measure(run, case.label["threads"], task.tolerance, *how)}
 
     def called(self, cell: Any) -> str:
         return f"{cell['label']['task']} on {counted(cell['label']['threads'], 'thread')}"
@@ -206,9 +195,9 @@ class Load(Suite):
             allowed, red = [target * each for each in fair], {"color": plot.RED, "marker": "_", "linestyle": "--"}
             series = [plot.Series("fair share", list(cells), fair, grey)]
             series += [plot.Series(f"target, {target:g} times that", list(cells), allowed, red)]
-            for name, called, how, beside in SHOWN:
+            for name, called, style, beside in SHOWN:
                 runs = [(t + beside, run) for t, cell in cells.items() for run in cell["runs"] if run["name"] == name]
-                series += [plot.Series(called, [t for t, _ in runs], [run["slowdown"] for _, run in runs], how)]
+                series += [plot.Series(called, [t for t, _ in runs], [run["slowdown"] for _, run in runs], style)]
             axes = {"xlim": (min(cells) - 0.5, max(cells) + 0.5), "ylim": (0, None), "xticks": list(cells)}
             failed = [(threads, 0.0) for threads, cell in cells.items() if not cell["runs"]]
             panels.append(plot.Panel(task, series=series, failed=failed, axes=axes))

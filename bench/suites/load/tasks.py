@@ -44,8 +44,8 @@ class Inputs:
     def draw(cls, model: TarFlow, path: Path | None, batch: int, seed: int, density: str, folder: Path) -> Inputs:
         _, y = models.inputs(model.config, batch, seed)
         images = Sampler(model, solver="sequential").sample(batch, y, seed=seed).images
-        arrays = {} if y is None else {"labels": y.numpy()}
-        np.savez(folder / "data.npz", **arrays, images=to_uint8(images).permute(0, 2, 3, 1).numpy())
+        arrays: dict[str, Any] = {} if y is None else {"labels": y.numpy()}
+        np.savez(folder / "data.npz", images=to_uint8(images).permute(0, 2, 3, 1).numpy(), **arrays)
         return cls(model, path, images, y, seed, density, folder)
 
     def command(self, threads: int, *arguments: object) -> str:
