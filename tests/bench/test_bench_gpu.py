@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import on_gpu
 import pytest
 import torch
 from PIL import Image
@@ -50,7 +51,8 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inside, "LAUNCHES", 2)
     monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
     monkeypatch.setattr(gpu_cases, "BACKEND", "torch")
-    monkeypatch.setattr(stages, "FILES", (str(made_up_tests(tmp_path, "def test_a(): pass")),))
+    monkeypatch.setattr(on_gpu, "FILES", (str(made_up_tests(tmp_path, "def test_a(): pass")),))
+    monkeypatch.setattr(stages, "run_tests", on_gpu.run_tests)
 
     def engine(inputs: Inputs, device: torch.device, **options: Any) -> KernelEngine:
         weights = inputs.model.block_weights(0)
@@ -139,24 +141,24 @@ def test_tests_are_counted_and_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     path = made_up_tests(
         tmp_path, "import time", "def test_a(): pass", "def test_b(): assert 0", "def test_c(): assert 0"
     )
-    monkeypatch.setattr(stages, "FILES", (str(path),))
-    found = stages.run_tests(60.0)
+    monkeypatch.setattr(on_gpu, "FILES", (str(path),))
+    found = on_gpu.run_tests(60.0)
     assert (found["passed"], found["failed"], found["ok"]) == (1, 2, False)
     assert "2 failed, 1 passed" in found["tail"][-1]
     other = tmp_path / "test_another.py"
     other.write_text("def test_d(): pass")
-    monkeypatch.setattr(stages, "FILES", (str(path), str(other)))
-    both = stages.run_tests(60.0)
+    monkeypatch.setattr(on_gpu, "FILES", (str(path), str(other)))
+    both = on_gpu.run_tests(60.0)
     assert (both["passed"], both["failed"], both["ok"]) == (2, 2, False)
     assert "2 failed, 1 passed" in both["tail"][-1]  # of the one that failed
-    monkeypatch.setattr(stages, "FILES", (str(path),))
+    monkeypatch.setattr(on_gpu, "FILES", (str(path),))
     made_up_tests(tmp_path, "import time", "def test_a(): time.sleep(60)")
-    stopped = stages.run_tests(0.5)
+    stopped = on_gpu.run_tests(0.5)
     assert not stopped["ok"]
     assert stopped["seconds"] < 30
     assert "stopped after" in stopped["tail"][-1]
-    monkeypatch.setattr(stages, "FILES", (str(tmp_path / "test_missing.py"),))
-    assert not stages.run_tests(60.0)["ok"]
+    monkeypatch.setattr(on_gpu, "FILES", (str(tmp_path / "test_missing.py"),))
+    assert not on_gpu.run_tests(60.0)["ok"]
 
 
 @pytest.mark.parametrize("skipped", [True, False])
@@ -164,8 +166,8 @@ def test_a_file_may_be_skipped_but_not_be_without_tests(
     skipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip = ("import pytest", "pytest.skip('not built', allow_module_level=True)")
-    monkeypatch.setattr(stages, "FILES", (str(made_up_tests(tmp_path, *(skip if skipped else ()))),))
-    found = stages.run_tests(60.0)
+    monkeypatch.setattr(on_gpu, "FILES", (str(made_up_tests(tmp_path, *(skip if skipped else ()))),))
+    found = on_gpu.run_tests(60.0)
     assert (found["passed"], found["failed"], found["ok"]) == (0, 0, skipped)
 
 

@@ -6,13 +6,13 @@ import ast
 from pathlib import Path
 
 import pytest
+from on_gpu import FILES
 from stand_in import bench
 
 from bench import suites
 from bench.common import record
 from bench.common.machine import ROOT
 from bench.suites import find_suites, suite_of
-from bench.suites.gpu.stages import FILES
 
 COMMANDS = ["auto", "cpu", "density", "gpu", "kernels", "load", "peers", "show", "solver"]
 SUITES = ROOT / "bench" / "suites"

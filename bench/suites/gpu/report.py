@@ -18,7 +18,7 @@ MEMORY = (
 
 
 def _checks(record: Any) -> list[str]:
-    """What the tests and the sanitizer said; records of before the CUDA engine have no sanitizer."""
+    """Returns what the tests and the sanitizer said; records of before the CUDA engine have no sanitizer."""
     tests, sanitizer = record["tests"], record.get("sanitizer")
     lines = ["tests:   not run"]
     if tests is not None:
@@ -28,16 +28,7 @@ def _checks(record: Any) -> list[str]:
         runs = [f"{run['name']} {run['outcome']} in {run['seconds']:.0f} s" for run in sanitizer["runs"]]
         said = ", ".join(runs + ([] if sanitizer["reason"] is None else [sanitizer["reason"]]))
         lines.append(f"sanitizer: {said}{'' if sanitizer['ok'] else '  FAILED'}")
-    elif "sanitizer" in record:
-        lines.append("sanitizer: not run")
-    return lines
-
-
-def _first_runs(cells: list[Any]) -> list[str]:
-    """How long it takes until a candidate is ready and has run once: packing, compiling and tuning."""
-    runs = [", ".join(f"{run['name']} {run['first_seconds']:.1f}" for run in cell["runs"]) for cell in cells]
-    lines = [f"  {values(cell, ' ')}: {said or '-'}" for cell, said in zip(cells, runs, strict=True)]
-    return ["first run, with all that is made for it, in seconds:", *lines]
+    return lines if sanitizer is not None or "sanitizer" not in record else [*lines, "sanitizer: not run"]
 
 
 def comparison(record: Any, bandwidth: float) -> list[str]:
@@ -60,12 +51,13 @@ def comparison(record: Any, bandwidth: float) -> list[str]:
 
 
 def _engine(cell: Any, bandwidth: float) -> list[str]:
-    """What each kernel of the Triton engine takes, and its step with and without PDL."""
-    engine, moved = cell["engine"], cell["engine"]["bytes_per_step"]
-    steps = [{**step, "name": f"step, {step['name']}", "bytes": moved} for step in engine["steps"]]
-    parts = [{**part, "bytes_per_second": part["bytes"] / part["median"]} for part in [*engine["operations"], *steps]]
-    figures = [{"megabytes": part["bytes"] / 1e6, "of_limit": part["bytes_per_second"] / bandwidth} for part in parts]
-    rows = [{**part, **more} for part, more in zip(parts, figures, strict=True)]
+    """Returns what each kernel of the Triton engine takes, and its step with and without PDL."""
+    engine, rows = cell["engine"], []
+    steps = [{**each, "name": f"step, {each['name']}", "bytes": engine["bytes_per_step"]} for each in engine["steps"]]
+    for part in [*engine["operations"], *steps]:
+        rate = part["bytes"] / part["median"]
+        figures = {"megabytes": part["bytes"] / 1e6, "bytes_per_second": rate, "of_limit": rate / bandwidth}
+        rows.append({**part, **figures})
     head = f"kernels of {title(cell['label'])}; {short(engine['launches_per_token'])} launches a token"
     return [head, *table(OPERATIONS, rows), *(f"FAILED step, {reason}" for reason in engine["failed"])]
 
@@ -91,8 +83,11 @@ def lines(record: Any) -> list[str]:
     found = [*cells_table(record), "", *_checks(record)]
     found += [f"{entry['name']}:    left out: {entry['reason']}" for entry in record.get("left_out", [])]
     found += [f"FAILED {failure}" for failure in record["failures"]]
-    launches = table(f"empty dependent launch{MICRO}", record["launches"])
-    parts = [launches, _first_runs(cells), comparison(record, bandwidth)]
+    first = ["first run, with all that is made for it, in seconds:"]
+    for cell in cells:
+        runs = ", ".join(f"{run['name']} {run['first_seconds']:.1f}" for run in cell["runs"])
+        first.append(f"  {values(cell, ' ')}: {runs or '-'}")
+    parts = [table(f"empty dependent launch{MICRO}", record["launches"]), first, comparison(record, bandwidth)]
     for cell in cells:
         parts += [_engine(cell, bandwidth)] if cell.get("engine") else []
         parts += [inside(cell)] if cell.get("cuda") else []

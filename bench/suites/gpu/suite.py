@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,12 +15,12 @@ from tarflow_fast.devices import device_missing
 from tarflow_fast.probe.sanitizer import PLAIN, run_sanitizer
 
 from ...common import options
-from ...common.harness import Clock, check_of, in_a_line, unmeasured
+from ...common.harness import in_a_line
 from ...common.ml_tarflow import MlTarflow
 from ...common.record import Limits, values
 from ...common.suite import Suite
 from . import cases, report, stages
-from .cases import BASELINE, COMPILED, CUDA, DTYPE, Case
+from .cases import COMPILED, DTYPE, Case
 
 TESTS_SHARE = 0.4  # of the budget, after which the tests are stopped
 SANITIZER_SHARE = 0.1  # the same for each run of the sanitizer, which are at once
@@ -27,13 +28,14 @@ COMPILE_SHARE = 0.5  # of what is left of the budget, which compiling may take
 SETUP = 120.0  # seconds that a stage may take beside what it measures: to start, to compile, to tune
 BUDGET = "Time for the whole run: what has not begun by then is listed as not run."
 CELL = "What to measure, in this order; may be given more than once."
+ALL: dict[str, Any] = {"default": cases.CASES, "show_default": "all below", "metavar": "MODEL:BATCH:PASS"}
 DRY = "Tiny sizes, on the CPU, in Triton's interpreter: tries the suite itself."
 
 
 class Budget:
     """Seconds for a whole run, and how long what has been done so far took, by name."""
 
-    def __init__(self, seconds: float, clock: Clock = time.monotonic):
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
         self.clock, self.end = clock, clock() + seconds
         self.longest: dict[str, float] = {}
 
@@ -97,19 +99,10 @@ class GpuSuite(Suite):
     """
 
     name = "gpu"
-    baseline = BASELINE
+    baseline = cases.BASELINE
     options = (
         options.CHECKOUT,
-        options.option(
-            "--cell",
-            "cases",
-            multiple=True,
-            default=cases.CASES,
-            show_default="all below",
-            callback=_cases,
-            metavar="MODEL:BATCH:PASS",
-            help=CELL,
-        ),
+        options.option("--cell", "cases", multiple=True, callback=_cases, help=CELL, **ALL),
         options.option("--skip-tests", is_flag=True, help="Run neither the GPU's tests nor the sanitizer first."),
         options.option("--dry", is_flag=True, help=DRY),
         *options.of_every_suite("gpu", 540.0, BUDGET),
@@ -120,9 +113,8 @@ class GpuSuite(Suite):
         self.device = _device(chosen.dry)
         self.ml_tarflow, self.budget = MlTarflow.load(chosen.checkout), Budget(seconds)
         self.without_cuda = cuda_missing(self.device, DTYPE)  # why the CUDA engine does not take part
-        self.tests = self.sanitizer = None
-        if not chosen.skip_tests:
-            self.tests = stages.run_tests(TESTS_SHARE * seconds)
+        self.tests = None if chosen.skip_tests else stages.run_tests(TESTS_SHARE * seconds)
+        self.sanitizer = None
         if not (chosen.dry or chosen.skip_tests) and self.without_cuda is None:
             self.sanitizer = run_sanitizer(SANITIZER_SHARE * seconds)
             # What a process of its own did not survive is not tried in a cell.
@@ -149,19 +141,17 @@ class GpuSuite(Suite):
     def parts(self) -> dict[str, Any]:
         """Returns the checks before, empty launches, and the candidates that take no part at all. Sampling cells have
         "engine" (`inside.measure_engine`) and "cuda" (`inside.measure_cuda`) or None."""
-        launches = self.stage("empty launches", "launches") or []
-        left_out = [] if self.without_cuda is None else [{"name": CUDA, "reason": self.without_cuda}]
-        found = {"tests": self.tests, "sanitizer": self.sanitizer, "left_out": left_out}
-        return {**found, "failures": self.noted, "launches": launches}
+        left_out = [] if self.without_cuda is None else [{"name": cases.CUDA, "reason": self.without_cuda}]
+        found = {"tests": self.tests, "sanitizer": self.sanitizer, "left_out": left_out, "failures": self.noted}
+        return {**found, "launches": self.stage("empty launches", "launches") or []}
 
     def cases(self) -> list[Case]:
         return [case.made_dry() if self.chosen.dry else case for case in self.chosen.cases]
 
     def limits(self) -> Limits:
-        found = self.stage("limits", "limits")
-        if found is None and not self.reached:
+        self.reached = self.stage("limits", "limits") or self.reached
+        if not self.reached:
             raise click.ClickException(self.noted[-1])
-        self.reached = found or self.reached
         return self.reached
 
     def skip(self, case: Case) -> str | None:
@@ -169,25 +159,22 @@ class GpuSuite(Suite):
         return None if self.budget.allows(case.kind) else "budget"
 
     def measure(self, case: Case) -> Any:
-        why = None
-        if case.config in self.compiled:
-            why = "not run: only in a model's first"
-        elif not self.budget.allows(COMPILED, COMPILE_SHARE):
-            why = "not run: budget"
+        why = None if self.budget.allows(COMPILED, COMPILE_SHARE) else "not run: budget"
+        why = "not run: only in a model's first" if case.config in self.compiled else why
         seconds = max(0.0, self.budget.left()) / (self.left + 1)  # an equal part of what is left
         request = {"case": asdict(case), "seed": self.chosen.seed, "checkout": str(self.chosen.checkout)}
-        part = {"compiled": why is None, "cuda": self.without_cuda is None}
-        unknown: Any = unmeasured(case, check_of("see the failures below"))
-        left = self.stage(values(unknown, " "), "cell", SETUP + 2 * seconds, **request, **part, seconds=seconds)
-        if left is None:
-            return unknown
-        self.noted += left["failures"]
+        request |= {"seconds": seconds, "compiled": why is None, "cuda": self.without_cuda is None}
+        cell = stages.unknown(case)
+        left = self.stage(values(cell, " "), "cell", SETUP + 2 * seconds, **request)
+        if left is not None:
+            cell, taken = left["cell"], dict(zip((COMPILED, case.kind), left["seconds"], strict=True))
+            for name, each in taken.items():
+                self.budget.note(name, each)
+            self.noted += left["failures"]
         if case.kind == "sampling":
             self.compiled.add(case.config)
-            left["cell"]["left_out"] += [] if why is None else [{"name": COMPILED, "reason": why}]
-        for name, taken in zip((COMPILED, case.kind), left["seconds"], strict=True):
-            self.budget.note(name, taken)
-        return left["cell"]
+            cell["left_out"] += [] if why is None else [{"name": COMPILED, "reason": why}]
+        return cell
 
     def lines(self, record: Any) -> list[str]:
         return report.lines(record)
