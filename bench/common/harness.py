@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor
 
 from .machine import CPU
-from .record import Cell, Check, Run, Spread
+from .record import Check, Spread
 from .roofline import Work
 
-Clock = Callable[[], float]
 Timer = Callable[[Callable[[], object]], float]
 """Runs a function once and returns how many seconds it took."""
 Candidate = Callable[[], Callable[[], Tensor]]
@@ -32,7 +32,7 @@ TOLERANCE = 2e-4  # fp32, absolute, on values of order 1
 ADAPTIVE_BOUND = 20.0
 
 
-def wall(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+def wall(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     before = clock()
     run()
     return clock() - before
@@ -74,10 +74,9 @@ class Rounds:
     budget: float
     device: torch.device = CPU
     timer: Timer | None = None
-    clock: Clock = time.perf_counter
+    clock: Callable[[], float] = time.perf_counter
 
     def share(self, share: float) -> Rounds:
-        """Returns the same with a share of the budget."""
         return replace(self, budget=share * self.budget)
 
     def seconds(self, run: Callable[[], object]) -> float:
@@ -85,8 +84,7 @@ class Rounds:
 
     def alternate(self, candidates: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Returns the seconds of each candidate in each round: A B A B …, each after a short rest, all run before."""
-        samples: dict[str, list[float]] = {name: [] for name in candidates}
-        started, longest = self.clock(), 0.0
+        samples, started, longest = {name: list[float]() for name in candidates}, self.clock(), 0.0
         for number in range(self.repeat):
             round_started = self.clock()
             if number and round_started - started + longest > self.budget:
@@ -125,9 +123,9 @@ def timed(name: str, seconds: list[float], **more: Any) -> Any:
     return {"name": name, "seconds": seconds, **spread(seconds), **more}
 
 
-def runs_of(samples: Mapping[str, list[float]], work: Work | None = None) -> list[Run]:
+def runs_of(samples: Mapping[str, list[float]], work: Work | None = None) -> list[Any]:
     """Returns the "runs" of a cell from seconds by name. The first is the baseline; the others have a ratio to it."""
-    runs: list[Run] = [timed(name, seconds) for name, seconds in samples.items()]
+    runs = [timed(name, seconds) for name, seconds in samples.items()]
     for number, run in enumerate(runs):
         if work is not None:
             run["bytes_per_second"], run["flops_per_second"] = work.bytes / run["median"], work.flops / run["median"]
@@ -154,13 +152,7 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:MESSAGE]
 
 
-def admit(
-    make: Candidate,
-    exact: Tensor | None,
-    allowed: float,
-    timer: Timer = wall,
-    view: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Trial:
+def admit(make: Candidate, exact: Tensor | None, allowed: float, timer: Timer = wall, view: Any = lambda x: x) -> Trial:
     """Makes a candidate and runs it once; it passes if it is finite and max |view(result) − exact| ≤ allowed.
 
     exact: None for a candidate that is what others are compared with.
@@ -201,7 +193,7 @@ def admit_all(
     exact: Tensor | None = None,
     tolerance: float = TOLERANCE,
     yardstick: tuple[str, torch.dtype] | None = None,
-    slack: Mapping[str, float] | None = None,
+    slack: Mapping[str, float] = MappingProxyType({}),
     **how: Any,
 ) -> tuple[dict[str, Trial], Check]:
     """Returns the first run of every candidate, and the verdict on all of them.
@@ -209,26 +201,22 @@ def admit_all(
     exact: by default the first candidate's result. yardstick: a candidate's name and dtype; the tolerance is then its
     `half_tolerance`. slack: the factor by which one may exceed the tolerance. how: the timer and the view of `admit`.
     """
-    trials: dict[str, Trial] = {}
-    first = next(iter(candidates))
+    trials: dict[str, Trial | None] = dict.fromkeys(candidates)
     if exact is None:
-        trials[first] = admit(candidates[first], None, math.inf, **how)
-        exact = trials[first].result
+        first = next(iter(candidates))
+        trials[first] = found = admit(candidates[first], None, math.inf, **how)
+        exact = found.result
     if yardstick is not None and exact is not None:
         name, dtype = yardstick
-        trials[name] = trials.get(name) or admit(candidates[name], exact, math.inf, **how)
-        tolerance = half_tolerance(trials[name].error or 0.0, exact, dtype)
-    for name, make in candidates.items():
-        trials[name] = trials.get(name) or admit(make, exact, (slack or {}).get(name, 1.0) * tolerance, **how)
-    trials = {name: trials[name] for name in candidates}
-    errors = [math.nan if trial.error is None else trial.error for trial in trials.values()]
+        trials[name] = found = trials[name] or admit(candidates[name], exact, math.inf, **how)
+        tolerance = half_tolerance(found.error or 0.0, exact, dtype)
+    made = {
+        name: trial or admit(candidates[name], exact, slack.get(name, 1.0) * tolerance, **how)
+        for name, trial in trials.items()
+    }
+    errors = [math.nan if trial.error is None else trial.error for trial in made.values()]
     worst = max(errors) if all(map(math.isfinite, errors)) else None
-    return trials, check_of(reason_of(left_out(trials)), worst, tolerance)
-
-
-def check_of(reason: str | None, error: float | None = None, tolerance: float | None = None) -> Check:
-    """Returns a check that has failed for a reason, or passed if that is None."""
-    return {"passed": reason is None, "max_error": error, "tolerance": tolerance, "reason": reason}
+    return made, check_of(left_out(made), worst, tolerance)
 
 
 def left_out(trials: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -236,8 +224,11 @@ def left_out(trials: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name, "reason": each.reason} for name, each in trials.items() if each.reason is not None]
 
 
-def reason_of(failed: Sequence[Mapping[str, Any]]) -> str | None:
-    return "; ".join(f"{out['name']}: {out['reason']}" for out in failed) or None
+def check_of(failed: Any, error: float | None = None, tolerance: float | None = None) -> Check:
+    """Returns a check. failed: what is wrong, None if nothing is; or the candidates that are left out."""
+    if isinstance(failed, list):
+        failed = "; ".join(f"{out['name']}: {out['reason']}" for out in failed) or None
+    return {"passed": failed is None, "max_error": error, "tolerance": tolerance, "reason": failed}
 
 
 def measure_cell(
@@ -248,7 +239,7 @@ def measure_cell(
     all_or_none: bool = True,
     baseline_share: float = math.inf,
     **how: Any,
-) -> Cell:
+) -> Any:
     """Returns the cell of a case, which has a label, a model's sizes, and work. candidates: the baseline first.
 
     all_or_none: nothing is timed if one candidate fails; else the others are, unless it is the baseline. A baseline
@@ -269,7 +260,7 @@ def measure_cell(
     return {**unmeasured(case, check), "left_out": left_out(trials), "runs": runs}
 
 
-def unmeasured(case: Any, check: Check) -> Cell:
+def unmeasured(case: Any, check: Check) -> Any:
     """Returns a cell without runs."""
-    head: Cell = {"label": case.label, "sizes": case.sizes.to_dict(), "check": check, "work": case.work._asdict()}
+    head = {"label": case.label, "sizes": case.sizes.to_dict(), "check": check, "work": case.work._asdict()}
     return {**head, "left_out": [], "runs": []}

@@ -132,10 +132,3 @@ def hold_to_limit(cell: Any, limits: Limits, case: Any = None) -> None:
     cell["limit"] = {"seconds": seconds, "by": by, "bytes_per_second": reached}
     for run in cell["runs"]:
         run["fraction_of_limit"] = seconds / run["median"]
-
-
-def hold(record: Any, cases: Iterable[Any]) -> None:
-    """Holds the cells of a record, which are of these cases, to its limits if it has any."""
-    for case, cell in zip(cases, record["cells"], strict=True):
-        if record["limits"]:
-            hold_to_limit(cell, record["limits"], case)

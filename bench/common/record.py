@@ -1,4 +1,15 @@
-"""A record is what a run of a suite leaves: one JSON file. A suite describes the parts that its records alone have."""
+"""A record is what a run of a suite leaves: one JSON file, {suite, date, machine, settings, limits, cells, not_run,
+failures}. `machine.describe` says what a machine is; a suite describes the parts that its records alone have.
+
+A cell is the result of one case, {label, sizes, check, work, limit, left_out, runs}. Its label holds the table's
+columns and their values, its work is a `roofline.Work`, and its limit is the least time that the machine allows,
+{seconds, by, bytes_per_second}. The baseline is the first of its runs; what was not timed is left out, {name, reason};
+cases without a cell are not_run, {label, reason}.
+
+A run is one candidate in one cell, {name, seconds, bytes_per_second, flops_per_second, ratio, fraction_of_limit,
+first_seconds, max_error} and a spread: its seconds in the order taken, and rates at their median. All but the baseline
+have the ratio of its seconds to theirs. first_seconds is what making it and its first run took.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +32,6 @@ class Spread(TypedDict, total=False):
     samples: list[float]
 
 
-class Run(Spread, total=False):
-    """A run is one candidate in one cell: its seconds in the order taken, and its rates at their median. All but the
-    baseline have the ratio of its seconds to theirs. first_seconds is what making it and its first run took."""
-
-    name: str
-    seconds: list[float]
-    bytes_per_second: float
-    flops_per_second: float
-    ratio: Spread
-    fraction_of_limit: float
-    first_seconds: float
-    max_error: float | None
-
-
 class Check(TypedDict):
     """A check compares results. max_error is None where there is no number, reason where the check has passed."""
 
@@ -42,34 +39,6 @@ class Check(TypedDict):
     max_error: float | None
     tolerance: float | None
     reason: str | None
-
-
-class Cell(TypedDict, total=False):
-    """A cell is the result of one case. Its label holds the table's columns and their values, its work is a
-    `roofline.Work`, and its limit is the least time that the machine allows, {seconds, by, bytes_per_second}. The
-    baseline is the first of its runs; what was not timed is left out, {name, reason}."""
-
-    label: dict[str, Any]
-    sizes: dict[str, Any]
-    check: Check
-    work: dict[str, int]
-    limit: dict[str, Any]
-    left_out: list[dict[str, Any]]
-    runs: list[Run]
-
-
-class Record(TypedDict, total=False):
-    """One run of a suite on the machine that `machine.describe` gives. not_run lists the cases without a cell, as
-    {label, reason}; failures what went wrong beside the checks of cells."""
-
-    suite: str
-    date: str
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    limits: Limits
-    cells: list[Any]
-    not_run: list[dict[str, Any]]
-    failures: list[str]
 
 
 def write(record: Any, path: Path) -> None:

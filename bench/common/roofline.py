@@ -38,9 +38,9 @@ def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, ite
               = K s [ (T−1) W + L C R T (T−1) + 2 L C R (T−1) ]
         W     = D C + C + L (12 C² + 13 C) + C O + O
 
-    Per layer 12 C² is qkv (3), proj (1) and the MLP (8); 4 C (i+1) is q kᵀ and p v over i+1 keys. In a step the
-    weights W are read once for the whole batch, the cache up to token i is read, and token i's own keys and values
-    are written. Activations are taken to stay in the nearest cache; norms, softmax, GELU and exp are not counted.
+    Per layer 12 C² is qkv (3), proj (1) and the MLP (8); 4 C (i+1) is q kᵀ and p v over i+1 keys. A step reads the
+    weights W once and the cache up to token i, and writes token i's keys and values. Activations are taken to stay in
+    the nearest cache; norms, softmax, GELU and exp are not counted.
     """
     K, L, T, C, matrices, weights = _sizes(config)
     rows = 2 * batch if guided else batch
@@ -59,9 +59,8 @@ def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, i
         flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ]
         bytes = s [ K W + 2 B T D ]
 
-    The weights are read, the images read and z written; activations between are taken to stay on the chip. backward:
-    each product twice more (the gradients of both its factors), three times the flops; the weights are read again and
-    their gradients written, and the images' values read again.
+    backward: each product twice more (the gradients of both its factors); the weights are read again and their
+    gradients written, and the images' values read again.
     """
     K, L, T, C, matrices, weights = _sizes(config)
     flops, values = K * batch * (2 * T * matrices + 2 * L * C * T * (T + 1)), batch * T * config.token_dim
@@ -77,7 +76,7 @@ def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Wor
         bytes = s [ 2 K W + 3 B T D ]
 
     A product with weights is done once more, for the gradient of what it is applied to; q kᵀ and p v twice more, as
-    both their factors depend on the images. The weights are read twice, the images read twice and written once.
+    both their factors depend on the images.
     """
     K, L, T, C, _, weights = _sizes(config)
     forward = density_work(config, batch, itemsize=itemsize)

@@ -165,7 +165,11 @@ class Suite:
                 record["cells"].append(self.measure(case))
                 measured.append(case)
                 record["limits"] = limits.again(case, record["limits"])
-            limits.hold(record, measured)
+            self._hold(record, measured)
             write(record, self.chosen.out)
         record["limits"] = limits.best(record["limits"], self.limits())
-        limits.hold(record, measured)
+        self._hold(record, measured)
+
+    def _hold(self, record: Any, cases: list[Any]) -> None:
+        for case, cell in zip(cases, record["cells"] if record["limits"] else [], strict=False):
+            limits.hold_to_limit(cell, record["limits"], case)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .limits import COPY, RATE, READ
-from .record import Cell, counted, short
+from .record import counted, short
 
 COLUMNS = (
     "run: {name} | seconds: {median:.4g} | p20-p80: {p20:.4g}-{p80:.4g} | n: {n} | faster: {faster} | "
@@ -57,7 +57,7 @@ def labelled(columns: str, rows: Iterable[tuple[Any, Mapping[str, Any]]]) -> lis
     return table(" | ".join([*labels.values(), columns]), parts, len(labels) + 1)
 
 
-def _parts(cell: Cell) -> Iterator[Mapping[str, Any]]:
+def _parts(cell: Any) -> Iterator[Mapping[str, Any]]:
     if not cell["runs"]:
         yield {**cell["check"], "name": "FAILED"}
         return

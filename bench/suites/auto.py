@@ -46,6 +46,7 @@ auto / best: time of auto, settled, over that of the best fixed choice, median o
 {allowed:g}. The best is the fixed choice of the least median, which with few rounds is luck in part, to auto's
 disadvantage. first: auto's very first run, set-up included, over sequential's median. runs: until auto settled; + if it
 did not. windows: of auto by block, in the order of sampling; 1 is the sequential pass."""
+PLAN = "Time auto with a plan of N images too."
 STYLES = {
     WINDOW: {"color": "#c8c8c8", "marker": "."},
     BASELINE: {"color": plot.GREY, "marker": "s"},
@@ -209,14 +210,13 @@ def measure(problem: Problem, rounds: harness.Rounds) -> dict[str, Any]:
     too slow for the rounds have the seconds of their first runs and no "ratio".
     """
     sizes = problem.model.config
-    cell: dict[str, Any] = {"label": problem.label, "backend": problem.backend, "tokens": sizes.num_patches}
-    cell |= {"costs": [], "settling": {"settled": False, "runs": []}, "first": None, "verdict": None}
-    cell |= {"not_run": [], "runs": []}
+    cell: dict[str, Any] = {"label": problem.label, "backend": problem.backend, "tokens": sizes.num_patches, "runs": []}
+    cell |= {"costs": [], "settling": {"settled": False, "runs": []}, "first": None, "verdict": None, "not_run": []}
     try:
         yardstick = problem.yardstick()
     except NonFiniteError as error:  # there is nothing to compare with
-        reason = f"{BASELINE}: {error}"
-        return {**cell, "check": harness.check_of(reason), "left_out": [{"name": BASELINE, "reason": reason}]}
+        failed = [{"name": BASELINE, "reason": str(error)}]
+        return {**cell, "check": harness.check_of(failed), "left_out": failed}
     auto = Candidate(AUTO, problem, problem.sampler("auto"))
     cell |= {"backend": auto.sampler.backend, "settling": auto.settle(*yardstick)}
     costs, again = costs_of(auto)
@@ -242,8 +242,13 @@ def measure(problem: Problem, rounds: harness.Rounds) -> dict[str, Any]:
         cell |= {"first": cell["settling"]["runs"][0]["seconds"] / runs[BASELINE]["median"], "verdict": judge(samples)}
     failed = harness.left_out(candidates)
     worst = max((each.error for each in passed.values() if each.error is not None), default=None)
-    cell |= {"check": harness.check_of(harness.reason_of(failed), worst, yardstick[1]), "left_out": failed}
-    return {**cell, "runs": [each.entry(runs.get(name)) for name, each in passed.items()]}
+    entries = [each.entry(runs.get(name)) for name, each in passed.items()]
+    return {**cell, "check": harness.check_of(failed, worst, yardstick[1]), "left_out": failed, "runs": entries}
+
+
+def _slower(verdict: Any) -> Any:
+    """Returns auto's times over the best fixed choice's, as a spread."""
+    return {"median": verdict["slower"], "p20": 1 / verdict["ratio"]["p80"], "p80": 1 / verdict["ratio"]["p20"]}
 
 
 def _runs(cell: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -253,22 +258,14 @@ def _runs(cell: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield from ((cell, {"name": out["name"], "error": what}) for out in outs)
 
 
-def _slower(verdict: Any) -> Any:
-    """Returns auto's times over the best fixed choice's, as a spread."""
-    return {"median": verdict["slower"], "p20": 1 / verdict["ratio"]["p80"], "p80": 1 / verdict["ratio"]["p20"]}
-
-
 def _verdict(cell: Any) -> dict[str, Any]:
     verdict, settling = cell["verdict"], cell["settling"]
     if verdict is None:
         return {"rule": "FAILED"}
-    return _slower(verdict) | {
-        "best": verdict["best"],
-        "first": cell["first"],
-        "runs": f"{len(settling['runs'])}{'' if settling['settled'] else '+'}",
-        "windows": " ".join(map(str, reversed(settling["runs"][-1]["windows"]))),
-        "rule": "met" if verdict["met"] else "FAILED",
-    }
+    runs = f"{len(settling['runs'])}{'' if settling['settled'] else '+'}"
+    windows = " ".join(map(str, reversed(settling["runs"][-1]["windows"])))
+    found = {"first": cell["first"], "runs": runs, "windows": windows, "rule": "met" if verdict["met"] else "FAILED"}
+    return {"best": verdict["best"], **_slower(verdict), **found}
 
 
 def _costs(cell: Any) -> Iterator[str]:
@@ -292,13 +289,12 @@ class AutoSuite(Suite):
       auto with plan  the same, with a plan learnt beforehand (--plan); not judged
 
     Checked: every run is within 1e-3 of the sequential result in fp32, in bf16 within twice what the sequential result
-    is off from fp32 and half a unit. A candidate that fails is not timed. A window is run once first; one that took
-    twice as long as the fastest fixed choice is not timed again, and one that would take so long at best, by the costs
-    of passes and what narrower windows took, is not run, unless that is over at once. The others take turns.
+    is off from fp32 and half a unit. What fails is not timed. A window is run once first; one that took twice as long
+    as the fastest fixed choice is not timed again, and one that would take so long at best, by the costs of passes and
+    what narrower windows took, is not run, unless that is over at once. The others take turns.
 
-    The rule is met in a cell if the median over the rounds of auto's time / the best fixed choice's is at most 1.05.
-    The best is the one of the least median; with few rounds some of that is luck, to auto's disadvantage. Where a check
-    fails or the rule is not met, the record is written all the same and the exit code is 1.
+    The rule is met in a cell if the median over the rounds of auto's time / the best fixed choice's is at most 1.05;
+    the best is the one of the least median. Else, and where a check fails, the exit code is 1.
     """
 
     name = "auto"
@@ -308,9 +304,7 @@ class AutoSuite(Suite):
         options.batches(1, 16, 64),
         options.dtypes(),
         *options.ENGINE,
-        options.option(
-            "--plan", "plan_images", type=click.IntRange(2), metavar="N", help="Time auto with a plan of N images too."
-        ),
+        options.option("--plan", "plan_images", type=click.IntRange(2), metavar="N", help=PLAN),
         options.THREADS,
         *options.of_every_suite("auto", 60.0),
     )
@@ -342,11 +336,10 @@ class AutoSuite(Suite):
 
     def verdicts(self, record: Any) -> list[str]:
         """Returns a line for each cell where auto takes longer than it may."""
-        judged = [(title(cell["label"]), cell["verdict"]) for cell in record["cells"] if cell["verdict"] is not None]
+        missed = [cell for cell in record["cells"] if cell["verdict"] is not None and not cell["verdict"]["met"]]
+        told = [(title(cell["label"]), cell["verdict"]["slower"], cell["verdict"]["best"]) for cell in missed]
         return [
-            f"{label}: auto takes {found['slower']:.3f} times as long as {found['best']}, allowed {ALLOWED}"
-            for label, found in judged
-            if not found["met"]
+            f"{what}: auto takes {times:.3f} times as long as {best}, allowed {ALLOWED}" for what, times, best in told
         ]
 
     def lines(self, record: Any) -> list[str]:
@@ -370,8 +363,7 @@ class AutoSuite(Suite):
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns each candidate's time over that of the best fixed choice: a column of points for each cell, and a
-        line where the rule is. Of auto the median of the rounds' ratios, and a line from p20 to p80; of others their
-        medians."""
+        line where the rule is. Auto's are ratios by round; those of others are of their medians."""
         cells, allowed = record["cells"], record["settings"]["allowed"]
         points: dict[str, list[tuple[int, Any]]] = {name: [] for name in STYLES}
         for position, cell in enumerate(cells):

@@ -18,11 +18,13 @@ from bench.common.machine import ROOT
 from bench.suites.gpu import cases, inside, report, stages
 from bench.suites.gpu import suite as gpu
 from bench.suites.gpu.cases import BASELINE, CUDA, TORCH, TRITON, Case, Inputs, exact_images
-from bench.suites.gpu.inside import ALL, PHASES, measure_cuda
+from bench.suites.gpu.inside import PHASES, measure_cuda
 from bench.suites.gpu.suite import SUITE
 from tarflow_fast.backend.cuda.engine import CudaEngine
+from tarflow_fast.backend.triton import profile
 
 CPU = torch.device("cpu")
+ALL = 2 ** len(PHASES) - 1
 PARAMS = ROOT / "csrc" / "cuda" / "params.h"
 
 
@@ -148,7 +150,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
-    monkeypatch.setattr(inside, "LAUNCHES", 2)
+    monkeypatch.setattr(profile, "LAUNCHES", 2)
     monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
     monkeypatch.setattr(cases, "BACKEND", "torch")
     monkeypatch.setattr(inside, "block_engine", lambda *arguments, **options: None)

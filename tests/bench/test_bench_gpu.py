@@ -23,6 +23,7 @@ from bench.suites.gpu.suite import SUITE, Budget
 from tarflow_fast import BackendError
 from tarflow_fast.backend.cuda import engine as cuda_engine
 from tarflow_fast.backend.pytorch.engine import TorchEngine
+from tarflow_fast.backend.triton import profile
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
-    monkeypatch.setattr(inside, "LAUNCHES", 2)
+    monkeypatch.setattr(profile, "LAUNCHES", 2)
     monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
     monkeypatch.setattr(gpu_cases, "BACKEND", "torch")
     monkeypatch.setattr(on_gpu, "FILES", (str(made_up_tests(tmp_path, "def test_a(): pass")),))

@@ -6,86 +6,35 @@ Triton is there on Linux only, and is imported with this file.
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tarflow_fast.backend.cuda.engine import PHASES, CudaEngine
+from tarflow_fast.backend.triton import profile
 from tarflow_fast.backend.triton.engine import TritonEngine
-from tarflow_fast.backend.triton.graph import capture
 from tarflow_fast.engine import Condition, Guidance
-from tarflow_fast.kernels.launch import dependent_launch, launch_dependents, wait
+from tarflow_fast.kernels.launch import dependent_launch
 
 from ...common.harness import Rounds, difference, timed
 from .cases import DTYPE, Case, Inputs
 
-ALL = 2 ** len(PHASES) - 1
-LAUNCHES = 200  # of the empty kernel in one graph
-OPERATIONS = 64  # launches of one operation in a graph
 Operation = tuple[str, Callable[[], object], int]
 
 
-@triton.jit
-def _empty_kernel(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    if PDL:
-        launch_dependents()
-        wait()
-
-
-def _chain(pdl: bool) -> None:
-    options = {"enable_fp_fusion": True, **({"launch_pdl": True} if pdl else {})}
-    for _ in range(LAUNCHES):
-        _empty_kernel[(1,)](PDL=pdl, num_warps=1, **options)
-
-
-def graph_of(*runs: Callable[[], object]) -> Callable[[], None]:
-    """Returns what replays a CUDA graph of the runs, which are done once before: that compiles what has to be."""
-
-    def one_by_one() -> None:
-        for run in runs:
-            run()
-
-    one_by_one()
-    replay: Callable[[], None] = capture(one_by_one).replay
-    return replay
-
-
-def _each(name: str, samples: Sequence[float], of: int, **more: Any) -> Any:
+def _each(name: str, samples: Sequence[float], of: int) -> Any:
     """Returns the times of one of so many that a sample is of."""
-    return timed(name, [sample / of for sample in samples], **more)
+    return timed(name, [sample / of for sample in samples])
 
 
 def measure_launches(rounds: Rounds) -> list[dict[str, Any]]:
-    """Returns the seconds of one launch that does nothing but wait for the one before it, the least that a step of a
-    chain can take: in a CUDA graph without and, where there is such a thing, with PDL; or else in the interpreter."""
-    chains: dict[str, Callable[[], object]] = {"interpreter": functools.partial(_chain, False)}
-    if rounds.device.type == "cuda":
-        chains = {"graph": graph_of(chains["interpreter"])}
-        if dependent_launch(rounds.device):
-            chains["graph + PDL"] = graph_of(functools.partial(_chain, True))
-    return [_each(name, samples, LAUNCHES) for name, samples in rounds.warm(chains).items()]
-
-
-def operation_samples(group: Sequence[Callable[[], object]], rounds: Rounds) -> list[float]:
-    """Returns the seconds of one launch of an operation whose weights and cache lie in memory, or of a call on a CPU.
-
-    The layers in turn are not enough for that: the qkv weights of eight layers fit in an H200's L2 cache. So each
-    launch comes after a read of twice as much as that holds, and a graph of as many such reads alone is taken off.
-    """
-    if rounds.device.type != "cuda":
-        return [sample / len(group) for sample in rounds.warm({"all": lambda: [run() for run in group]})["all"]]
-    rows = 2 * torch.cuda.get_device_properties(rounds.device).L2_cache_size // 4096
-    matrix, sums = torch.ones(rows, 1024, device=rounds.device), torch.empty(rows, device=rounds.device)
-    sweep, runs = lambda: torch.sum(matrix, dim=1, out=sums), list(group) * math.ceil(OPERATIONS / len(group))
-    both = graph_of(*(step for run in runs for step in (sweep, run)))
-    found = rounds.warm({"both": both, "sweeps": graph_of(*[sweep] * len(runs))})
-    return [(a - b) / len(runs) for a, b in zip(found["both"], found["sweeps"], strict=True)]
+    """Returns the seconds of one launch that does nothing but wait for the one before it."""
+    samples = rounds.warm(profile.empty_launches(rounds.device))
+    return [_each(name, taken, profile.LAUNCHES) for name, taken in samples.items()]
 
 
 def measure_operations(operations: Sequence[Operation], rounds: Rounds) -> list[dict[str, Any]]:
@@ -95,9 +44,11 @@ def measure_operations(operations: Sequence[Operation], rounds: Rounds) -> list[
         groups[operation[0]].append(operation)
     entries = []
     for name, group in groups.items():
-        samples = operation_samples([run for _, run, _ in group], rounds.share(1 / len(groups)))
-        entry = timed(name, samples, bytes=sum(moved for _, _, moved in group) / len(group))
-        entries.append({**entry, "bytes_per_second": entry["bytes"] / entry["median"]})
+        runs, count = profile.cold_launches([run for _, run, _ in group], rounds.device)
+        found = rounds.share(1 / len(groups)).warm(runs)
+        moved, sweeps = sum(moved for _, _, moved in group) / len(group), found.get("sweeps", itertools.repeat(0.0))
+        entry = _each(name, [a - b for a, b in zip(found["both"], sweeps, strict=False)], count)
+        entries.append({**entry, "bytes": moved, "bytes_per_second": moved / entry["median"]})
     return entries
 
 
@@ -170,13 +121,7 @@ def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, ro
     }
     if failed:
         return found
-
-    def without(phases: int) -> None:
-        with engine.without_phases(state, phases):
-            engine.reverse(state)
-
-    skipped = {"step": 0, **{name: 1 << bit for bit, name in enumerate(PHASES)}, "barriers": ALL}
-    samples = rounds.warm({name: functools.partial(without, phases) for name, phases in skipped.items()})
-    saved = {name: [a - b for a, b in zip(samples["step"], samples[name], strict=True)] for name in PHASES}
-    found |= {name: _each(name, samples[name], tokens) for name in ("step", "barriers")}
+    samples = rounds.warm(engine.passes_without(state))
+    saved = {name: [a - b for a, b in zip(samples[""], samples[name], strict=True)] for name in PHASES}
+    found |= {"step": _each("step", samples[""], tokens), "barriers": _each("barriers", samples["all"], tokens)}
     return found | {"phases": [_each(name, each, tokens) for name, each in saved.items()]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import import_module
@@ -242,6 +242,16 @@ class CudaEngine(EngineBase):
             yield
         finally:
             state.cache.launch.set_size("skip_phases", 0)  # else it stays for all later passes
+
+    def passes_without(self, state: BlockState) -> dict[str, Callable[[], None]]:
+        """Returns passes over this state, by what they leave out: "" for nothing, each of PHASES, and "all" of them."""
+
+        def run(phases: int) -> None:
+            with self.without_phases(state, phases):
+                self.reverse(state)
+
+        left_out = {"": 0, **{name: 1 << bit for bit, name in enumerate(PHASES)}, "all": 2 ** len(PHASES) - 1}
+        return {name: functools.partial(run, phases) for name, phases in left_out.items()}
 
     def max_window(self, state: BlockState) -> int:
         return self._most_rows(state)
