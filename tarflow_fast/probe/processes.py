@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 TAIL = 20
 """How many lines of its output are kept of a process that went wrong."""
+PAUSE = 0.02
+"""How many seconds pass between looks at the processes."""
 
 
 class Done(NamedTuple):
@@ -35,20 +39,41 @@ class Done(NamedTuple):
 
 
 def run_all(commands: Mapping[str, Sequence[str]], seconds: float, folder: Path) -> dict[str, Done]:
-    """Runs commands in a folder, all at once, and ends each with its children after so many seconds."""
+    """Runs commands in a folder, all at once, and ends each with its children after so many seconds.
 
-    def run(command: Sequence[str]) -> Done:
-        started = time.monotonic()
-        how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command, cwd=folder, start_new_session=True, **how)
-        try:
-            output, code = process.communicate(timeout=seconds)[0], process.returncode
-        except subprocess.TimeoutExpired:
-            if hasattr(os, "killpg"):
-                os.killpg(process.pid, signal.SIGKILL)  # what a tool watches is its child
-            process.kill()
-            output, code = f"{process.communicate()[0]}\nstopped after {seconds:.0f} s", None
-        return Done(code, output.replace(f"{folder}{os.sep}", ""), time.monotonic() - started)
+    None of them outlives this function, be it by an exception or Ctrl-C.
+    """
+    started, done = time.monotonic(), dict[str, Done]()
+    with contextlib.ExitStack() as stack:
+        running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+        for name, command in commands.items():
+            output = stack.enter_context(tempfile.TemporaryFile())
+            how: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            process = stack.enter_context(subprocess.Popen(command, cwd=folder, start_new_session=True, **how))
+            stack.callback(_end, process)
+            running[name] = process, output
+        while len(done) < len(running):
+            passed = time.monotonic() - started
+            for name, (process, output) in running.items():
+                code, late = process.poll(), passed > seconds
+                if name in done or (code is None and not late):
+                    continue
+                if code is None:
+                    _end(process)
+                output.seek(0)
+                text = output.read().decode("utf-8", "replace").replace(f"{folder}{os.sep}", "")
+                text += f"\nstopped after {seconds:.0f} s" if code is None else ""
+                done[name] = Done(code, text, passed)
+            time.sleep(PAUSE)
+    return {name: done[name] for name in commands}
 
-    with ThreadPoolExecutor(len(commands)) as pool:
-        return dict(zip(commands, pool.map(run, commands.values()), strict=True))
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and its children: what a tool watches is its child."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

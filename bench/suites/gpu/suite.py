@@ -25,7 +25,7 @@ from .cases import COMPILED, DTYPE, Case
 TESTS_SHARE = 0.4  # of the budget, after which the tests are stopped
 SANITIZER_SHARE = 0.1  # the same for each run of the sanitizer, which are at once
 COMPILE_SHARE = 0.5  # of what is left of the budget, which compiling may take
-SETUP = 120.0  # seconds that a stage may take beside what it measures: to start, to compile, to tune
+SETUP = 180.0  # seconds that a stage may take beside what it measures: to start, to compile, to tune
 BUDGET = "Time for the whole run: what has not begun by then is listed as not run."
 CELL = "What to measure, in this order; may be given more than once."
 ALL: dict[str, Any] = {"default": cases.CASES, "show_default": "all below", "metavar": "MODEL:BATCH:PASS"}
