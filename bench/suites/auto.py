@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -157,8 +157,7 @@ class Candidate:
 def costs_of(auto: Candidate) -> tuple[Costs, Costs]:
     """Returns what auto has measured for this batch, and the same measured again: if auto is mistaken, what it is
     compared with must not be chosen by that mistake."""
-    (z, y), solver, engine = auto.problem.inputs, auto.sampler.solvers[0], auto.sampler.engines[0]
-    assert isinstance(solver, Auto)
+    (z, y), solver, engine = auto.problem.inputs, cast(Auto, auto.sampler.solvers[0]), auto.sampler.engines[0]
     state = engine.begin(z, Condition(y))
     return solver.costs.of(engine, state), CostTable().of(engine, state)
 

@@ -25,7 +25,7 @@ from bench.common.harness import Rounds
 from bench.suites.load import busy
 from bench.suites.load import suite as load
 from bench.suites.load.busy import busy_processes, fair_slowdown, spin
-from bench.suites.load.suite import SUITE, TASKS, Inputs
+from bench.suites.load.suite import SUITE, TASKS, Tasks
 from tarflow_fast.backend.cpu.engine import cpu_missing
 
 PATIENCE = 20  # seconds, on a machine that is busy otherwise
@@ -313,10 +313,10 @@ def test_threads_beyond_the_cores_are_wrong_usage(tmp_path: Path) -> None:
 @pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
 def test_the_commands_do_what_the_library_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved_model(tmp_path)
-    inputs = Inputs.draw(tff.load(path), path, 3, 5, "auto", tmp_path)
+    tasks = Tasks(tff.load(path), path, 3, 5, "auto", tmp_path)
 
     def run(name: str) -> torch.Tensor:
-        return TASKS[name].make(inputs, 1)()
+        return TASKS[name][0](tasks, 1)()
 
     # the command denoises, as its model was trained on noisy images
     torch.testing.assert_close(run("tarflow-fast sample"), run("denoise"), atol=2e-5, rtol=0)

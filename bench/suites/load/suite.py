@@ -22,7 +22,7 @@ from ...common.record import counted, hardware
 from ...common.suite import Suite
 from ...common.table import table
 from .busy import busy_processes, fair_slowdown, spin, spin_rate
-from .tasks import TASKS, Inputs, Run
+from .tasks import TASKS, Run, Tasks
 
 TARGET = 1.5  # times the fair share, at most
 SAMPLE = 0.2  # seconds that a sample takes at least on a quiet machine: many turns of the scheduler
@@ -148,7 +148,7 @@ class Load(Suite):
         chosen.busy = chosen.busy or cores()
         self.model_name, model = options.load_model(chosen.path, CPU)
         folder = Path(click.get_current_context().with_resource(temporary))
-        self.inputs = Inputs.draw(model, chosen.path, chosen.batch, chosen.seed, chosen.density, folder)
+        self.tasks = Tasks(model, chosen.path, chosen.batch, chosen.seed, chosen.density, folder)
         self.rate = spin_rate()
 
     def settings(self) -> dict[str, Any]:
@@ -160,10 +160,11 @@ class Load(Suite):
         return [Case({"task": name, "threads": threads}, threads=threads) for name, threads in pairs]
 
     def measure(self, case: Case) -> Any:
-        task, rounds = TASKS[case.label["task"]], Rounds(self.chosen.repeat, self.chosen.budget_seconds, timer=own_time)
+        (make, tolerance), threads = TASKS[case.label["task"]], case.label["threads"]
+        rounds = Rounds(self.chosen.repeat, self.chosen.budget_seconds, timer=own_time)
         with torch_threads(case.threads):
-            run, how = task.make(self.inputs, case.label["threads"]), (self.chosen.busy, cores(), self.rate, rounds)
-            return {"label": case.label, **measure(run, case.label["threads"], task.tolerance, *how)}
+            how = (threads, tolerance, self.chosen.busy, cores(), self.rate, rounds)
+            return {"label": case.label, **measure(make(self.tasks, threads), *how)}
 
     def called(self, cell: Any) -> str:
         return f"{cell['label']['task']} on {counted(cell['label']['threads'], 'thread')}"

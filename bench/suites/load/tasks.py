@@ -7,9 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,29 +23,55 @@ from ...common import models
 from ...common.harness import ADAPTIVE_BOUND
 
 Run = Callable[[], Tensor]
-"""Runs the task once; the same tensor each time."""
+"""Runs a task once; the same tensor each time."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the tasks of a run share: a model and the checkpoint it is from, None for the shipped one; (batch, ch, H, W)
-    fp32 images drawn from it and their labels; the backend of densities; a folder whose "data.npz" has the images."""
+class Tasks:
+    """The tasks of a run: each method makes one on so many threads, ready to be run.
 
-    model: TarFlow
-    path: Path | None
-    images: Tensor
-    y: Tensor | None
-    seed: int
-    density: str
-    folder: Path
+    path: the checkpoint of the model, None for the shipped one. density: the backend of densities. The images of all
+    tasks, (batch, ch, H, W) fp32, are drawn from the model; "data.npz" in the folder has them in 8 bits.
+    """
 
-    @classmethod
-    def draw(cls, model: TarFlow, path: Path | None, batch: int, seed: int, density: str, folder: Path) -> Inputs:
-        _, y = models.inputs(model.config, batch, seed)
-        images = Sampler(model, solver="sequential").sample(batch, y, seed=seed).images
-        arrays: dict[str, Any] = {} if y is None else {"labels": y.numpy()}
-        np.savez(folder / "data.npz", images=to_uint8(images).permute(0, 2, 3, 1).numpy(), **arrays)
-        return cls(model, path, images, y, seed, density, folder)
+    def __init__(self, model: TarFlow, path: Path | None, batch: int, seed: int, density: str, folder: Path):
+        self.model, self.path, self.seed, self.density, self.folder = model, path, seed, density, folder
+        _, self.y = models.inputs(model.config, batch, seed)
+        self.images = Sampler(model, solver="sequential").sample(batch, self.y, seed=seed).images
+        self.pixels = to_uint8(self.images)
+        arrays: dict[str, Any] = {} if self.y is None else {"labels": self.y.numpy()}
+        np.savez(folder / "data.npz", images=self.pixels.permute(0, 2, 3, 1).numpy(), **arrays)
+
+    def sample(self, threads: int) -> Run:
+        sampler = Sampler(self.model, backend="cpu", solver="sequential", threads=threads)
+        return lambda: sampler.sample(len(self.images), self.y, seed=self.seed).images
+
+    def denoise(self, threads: int) -> Run:
+        noise_std = float(self.model.metadata.get("noise_std") or models.NOISE_STD)
+        given = (self.model, self.images, self.y, self.density, threads)
+        return models.density("denoise", *given, noise_std=noise_std)
+
+    def log_prob(self, threads: int) -> Run:
+        run = models.density("log_prob", self.model, self.images, self.y, self.density, threads)
+        return lambda: run() / self.images[0].numel()
+
+    def bits_per_dim(self, threads: int) -> Run:
+        model = models.with_density(self.model, self.density, threads)
+        return lambda: torch.tensor([bits_per_dim(model, self.pixels, self.y, noise=Noise.of(model)).mean])
+
+    def sample_command(self, threads: int) -> Run:
+        numbers = self.folder / "samples.npz"
+        drawn = ("-n", len(self.images), "--seed", self.seed, "--backend", "cpu", "--threads", threads, "--quiet")
+
+        def run() -> Tensor:
+            self.command(threads, "sample", *drawn, "--out", self.folder / "samples.png", "--npz", numbers)
+            with np.load(numbers) as file:
+                return torch.from_numpy(file["images"])
+
+        return run
+
+    def eval_command(self, threads: int) -> Run:
+        arguments = ("eval", "--data", self.folder / "data.npz", "--device", "cpu", "--no-accuracy", "--json")
+        return lambda: torch.tensor([json.loads(self.command(threads, *arguments))["bits_per_dim"]["mean"]])
 
     def command(self, threads: int, *arguments: object) -> str:
         """Returns what `tarflow-fast ARGUMENTS` prints, as a process of its own in which torch has so many threads."""
@@ -59,58 +84,15 @@ class Inputs:
         return done.stdout
 
 
-def _sample(inputs: Inputs, threads: int) -> Run:
-    sampler = Sampler(inputs.model, backend="cpu", solver="sequential", threads=threads)
-    return lambda: sampler.sample(len(inputs.images), inputs.y, seed=inputs.seed).images
-
-
-def _density(operation: str, inputs: Inputs, threads: int) -> Run:
-    noise_std = float(inputs.model.metadata.get("noise_std") or models.NOISE_STD)
-    given = (inputs.model, inputs.images, inputs.y, inputs.density, threads)
-    return models.density(operation, *given, noise_std=noise_std)
-
-
-def _log_prob(inputs: Inputs, threads: int) -> Run:
-    run = _density("log_prob", inputs, threads)
-    return lambda: run() / inputs.images[0].numel()
-
-
-def _bits(inputs: Inputs, threads: int) -> Run:
-    model, pixels = models.with_density(inputs.model, inputs.density, threads), to_uint8(inputs.images)
-    return lambda: torch.tensor([bits_per_dim(model, pixels, inputs.y, noise=Noise.of(model)).mean])
-
-
-def _sample_command(inputs: Inputs, threads: int) -> Run:
-    numbers = inputs.folder / "samples.npz"
-    drawn = ("-n", len(inputs.images), "--seed", inputs.seed, "--backend", "cpu", "--threads", threads, "--quiet")
-
-    def run() -> Tensor:
-        inputs.command(threads, "sample", *drawn, "--out", inputs.folder / "samples.png", "--npz", numbers)
-        with np.load(numbers) as file:
-            return torch.from_numpy(file["images"])
-
-    return run
-
-
-def _eval_command(inputs: Inputs, threads: int) -> Run:
-    arguments = ("eval", "--data", inputs.folder / "data.npz", "--device", "cpu", "--no-accuracy", "--json")
-    return lambda: torch.tensor([json.loads(inputs.command(threads, *arguments))["bits_per_dim"]["mean"]])
-
-
-class Task(NamedTuple):
-    """make: the task on so many threads, ready to be run. tolerance: on differences between its results, by default
-    what two implementations of fp32 may differ by, and so quiet and busy ones too."""
-
-    make: Callable[[Inputs, int], Run]
-    tolerance: float = 2e-5
-
-
-TASKS = {
-    "sample": Task(_sample),
-    "denoise": Task(lambda *how: _density("denoise", *how)),
-    "log_prob": Task(_log_prob),
-    "bits_per_dim": Task(_bits),
-    # by default the command takes the solver that is the quickest at the time, within what that one's tolerance allows
-    "tarflow-fast sample": Task(_sample_command, ADAPTIVE_BOUND * TOL[torch.float32]),
-    "tarflow-fast eval": Task(_eval_command),
+EXACT = 2e-5  # what two implementations of fp32 may differ by, and so quiet and busy ones too
+# By default the command takes the solver that is the quickest at the time, within what that one's tolerance allows.
+QUICKEST = ADAPTIVE_BOUND * TOL[torch.float32]
+TASKS: dict[str, tuple[Callable[[Tasks, int], Run], float]] = {
+    "sample": (Tasks.sample, EXACT),
+    "denoise": (Tasks.denoise, EXACT),
+    "log_prob": (Tasks.log_prob, EXACT),
+    "bits_per_dim": (Tasks.bits_per_dim, EXACT),
+    "tarflow-fast sample": (Tasks.sample_command, QUICKEST),
+    "tarflow-fast eval": (Tasks.eval_command, EXACT),
 }
+"""What makes each task, and the tolerance on differences between its results."""
