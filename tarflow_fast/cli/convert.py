@@ -124,12 +124,11 @@ def convert_command(
     dict: weights alone). What SOURCE records goes with it, unless other values are given here. A file named TARGET is
     replaced.
     """
-    defaults = [str(param.name) for param in convert_command.params if str(param.name).startswith("default_")]
-    told = {name.removeprefix("default_"): more.pop(name) for name in defaults}
-    sampling = {name: value for name, value in told.items() if value is not None}
+    params = {str(param.name): param for param in convert_command.params}
+    defaults = {name: more.pop(name) for name in params if name.startswith("default_")}
     path = output_path("TARGET", target, (".safetensors", ".pth"))
-    recorded = {"noise_std": noise_std, "class_names": class_names, **{f"default_{name}": told[name] for name in told}}
-    flags = [p.opts[0] for p in convert_command.params if recorded.get(str(p.name)) is not None]
+    recorded = {"noise_std": noise_std, "class_names": class_names, **defaults}
+    flags = [params[name].opts[0] for name, value in recorded.items() if value is not None]
     if path.suffix == ".pth" and flags:
         raise click.UsageError(f"a .pth file holds weights alone; {', '.join(flags)} need .safetensors")
     if not os.path.exists(source) and ":/" not in source:
@@ -142,6 +141,7 @@ def convert_command(
         if len(names) != model.config.num_classes:
             raise click.UsageError(f"--class-names: expected {model.config.num_classes} names, got {len(names)}")
         model.metadata["class_names"] = names
+    sampling = {name.removeprefix("default_"): value for name, value in defaults.items() if value is not None}
     if sampling:
         if sampling.get("denoise") and not model.metadata.get("noise_std"):
             raise click.UsageError("--default-denoise needs --noise-std, as the model records no noise")
