@@ -47,7 +47,7 @@ def run_all(commands: Mapping[str, Sequence[str]], seconds: float, folder: Path)
     with contextlib.ExitStack() as stack:
         running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
         for name, command in commands.items():
-            output = stack.enter_context(tempfile.TemporaryFile())
+            output: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             how: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
             process = stack.enter_context(subprocess.Popen(command, cwd=folder, start_new_session=True, **how))
             stack.callback(_end, process)

@@ -114,7 +114,7 @@ def test_launches_that_cannot_be_captured_are_made_without_dependent_launch(
 
 
 def test_tuning_goes_on_without_dependent_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "made up")
     monkeypatch.setattr("tarflow_fast.kernels.launch.Launch.compile", lambda self: None)
     model = random_model(img_size=4)
