@@ -75,7 +75,7 @@ def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> I
             raise (_about(path, error) if error.filename is None else error) from error
         return
     if sweep:
-        _remove_unfinished(path.parent)
+        remove_unfinished(path.parent)
     try:
         descriptor, partial = _create(path)
     except OSError as error:
@@ -126,7 +126,7 @@ def _create(path: Path) -> tuple[int, Path]:
         os.close(descriptor)
 
 
-def _remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what processes that are no more have left unfinished in a folder."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
