@@ -86,7 +86,7 @@ Examples:
     section="What to draw",
     show_default="all",
     help='Classes, which images take in turn by their number: names or numbers, "bag,coat" or "0,3-7". Where names are '
-    "numbers, 3 and 3-7 are names, #3 and #3-#7 class numbers; -1 is no class. LIST may also be all (or balanced); none; "
+    "numbers, 3 and 3-7 are names, #3 and #3-#7 class numbers; -1 is no class. LIST may also be all or balanced; none; "
     "random, each class as likely; @FILE with one a line; or @FILE.npz, whose array labels or arr_1 has one for each "
     "image. Upper and lower case are alike.",
 )
@@ -221,8 +221,8 @@ Examples:
     section="Output",
     show_default=GRID,
     help="File of the grid, .png or .jpg, or a folder for shards (below); by default none with --npz where images are "
-    "no pictures, having neither 1 nor 3 channels, or being sequences. A file of that name is replaced, here and below, "
-    "when all images are drawn; a run that ends before puts what it has drawn into NAME.partial.png.",
+    "no pictures, having neither 1 nor 3 channels, or being sequences. A file of that name is replaced, here and "
+    "below, when all images are drawn; a run that ends before puts what it has drawn into NAME.partial.png.",
 )
 @option("--no-grid", is_flag=True, section="Output", help="Write no grid, but the files below alone.")
 @option(

@@ -63,7 +63,7 @@ def class_folders(num_classes: int, names: Sequence[str]) -> list[str]:
     taken = {name.casefold() for name in fit} | {UNLABELLED}
     if len(fit) == num_classes and len(taken) == num_classes + 1 and not any(map(_unusable, fit)):
         return fit
-    return [f"{label:0{len(str(num_classes))}d}" for label in range(num_classes)]
+    return [f"{label:0{len(str(num_classes - 1))}d}" for label in range(num_classes)]
 
 
 def _unusable(name: str) -> bool:
