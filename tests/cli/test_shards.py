@@ -53,7 +53,7 @@ def test_the_same_command_goes_on_and_another_one_is_refused(run: Run) -> None:
     run("-n", 8, "--out", "d", "--shard-size", 3)
     assert "this process drew 0 of them" in run("-n", 8, "--out", "d", "--shard-size", 3).stdout
     message = run("-n", 8, "--out", "d", "--shard-size", 3, "--seed", 1, code=1).stderr
-    assert message == "Error: --out: expected a new folder, or seed 0, with which 'd' was begun, got seed 1\n"
+    assert message == "Error: --out: expected a new folder, or seed 0, with which 'd' was begun, got 1\n"
 
 
 def test_labels_of_a_file(run: Run) -> None:

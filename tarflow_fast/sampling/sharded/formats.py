@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import ArgumentError
 from ...files import replacing
@@ -72,29 +73,36 @@ def _unusable(name: str) -> bool:
 
 @contextlib.contextmanager
 def _npz(shard: Shard) -> Iterator[Add]:
-    pictures, labels, log_prob = len(shard.shape) == 3, list[Any](), list[Any]()
+    pictures, count, done = len(shard.shape) == 3, len(shard.numbers), 0
+    # one array for all batches: small ones between large ones that go would keep memory from being used again
+    labels, log_prob = np.full(count, -1, np.int64), np.full(count, np.nan, np.float32)
     shape = (*shard.shape[1:], shard.shape[0]) if pictures else shard.shape
-    head = {"descr": "|u1" if pictures else "<f4", "fortran_order": False, "shape": (len(shard.numbers), *shape)}
+    head = {"descr": "|u1" if pictures else "<f4", "fortran_order": False, "shape": (count, *shape)}
+    beside: dict[str, NDArray[Any]] = {}
     with replacing(shard.out / f"{shard.name}.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, head)
 
             def add(part: Samples) -> None:
+                nonlocal done
                 if pictures:
                     values = to_uint8(part.images).permute(0, 2, 3, 1).contiguous().numpy()
                 else:
                     values = part.images.float().cpu().contiguous().numpy().astype("<f4", copy=False)
                 member.write(values.data.cast("B"))
+                rows = slice(done, done + len(values))
+                done = rows.stop
                 if part.labels is not None:
-                    labels.append(part.labels.numpy())
+                    labels[rows] = part.labels.numpy()
+                    beside["arr_1"] = labels
                 if part.log_prob is not None:
-                    log_prob.append(part.log_prob.float().cpu().numpy())
+                    log_prob[rows] = part.log_prob.float().cpu().numpy()
+                    beside["log_prob"] = log_prob
 
             yield add
-        for name, values in {"arr_1": labels, "log_prob": log_prob}.items():
-            if values:
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.concatenate(values), allow_pickle=False)
+        for name, array in beside.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _facts(shard: Shard, done: int, part: Samples) -> list[dict[str, Any]]:

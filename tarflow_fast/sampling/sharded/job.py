@@ -108,7 +108,7 @@ class Job:
         for name, value in self.asked.items():
             if asked.get(name) != value:
                 expected = f"a new folder, or {name} {asked.get(name)!r}, with which {str(self.out)!r} was begun"
-                raise ArgumentError("out", expected, f"{name} {value!r}")
+                raise ArgumentError("out", expected, repr(value))
         self.settled = there["settled"]
 
     @contextlib.contextmanager

@@ -15,7 +15,6 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -155,15 +154,20 @@ class Run:
 
     def _asked(self, label_of: LabelRule) -> dict[str, Any]:
         """Returns what the images depend on, as plain values."""
-        plan, sampler, rule = self.plan, self.sampler, asdict(self.checked)
-        del rule["redraw"], rule["trajectory"]
+        plan, sampler, rule, guidance = self.plan, self.sampler, self.checked, self.checked.guidance
         labels = label_of(range(plan.first, plan.first + min(plan.n, SOME)))
         return {
             "n": plan.n,
             "first": plan.first,
             "seed": self.seed,
             "labels": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
-            **rule,
+            "guidance": guidance.scale,
+            "guide_what": guidance.what,
+            "attn_temp": guidance.attn_temp,
+            "annealed_guidance": guidance.annealed,
+            "denoise": rule.denoise,
+            "noise_std": rule.noise_std,
+            "denoise_scale": rule.denoise_scale,
             "format": self.format,
             "shard_size": plan.size,
             "dtype": str(sampler.dtype).removeprefix("torch."),
