@@ -89,9 +89,12 @@ def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> I
             if durable:
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
+            if sys.platform != "win32":  # locked until it has its name, so that nobody takes it for a dead process's
+                os.replace(partial, path)
         finally:
             os.close(descriptor)  # which also gives up its lock
-        os.replace(partial, path)
+        if sys.platform == "win32":  # where a file that is open cannot be renamed
+            os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()

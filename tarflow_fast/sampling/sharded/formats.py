@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ from ...images import encode_png, to_uint8
 from ..report import Samples
 
 Add = Callable[[Samples], None]
+# What dead processes have left goes before each file, but on Windows, where one that is about to be renamed would go too.
+SWEEP = sys.platform != "win32"
 UNLABELLED = "unlabelled"  # the folder of images without a class
 _UNFIT = re.compile(r'[\x00-\x1f<>:"/\\|?*]')  # what a file system does not take in a name
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
@@ -79,7 +82,7 @@ def _npz(shard: Shard) -> Iterator[Add]:
     shape = (*shard.shape[1:], shard.shape[0]) if pictures else shard.shape
     head = {"descr": "|u1" if pictures else "<f4", "fortran_order": False, "shape": (count, *shape)}
     beside: dict[str, NDArray[Any]] = {}
-    with replacing(shard.out / f"{shard.name}.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
+    with replacing(shard.out / f"{shard.name}.npz", sweep=SWEEP) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, head)
 
@@ -117,7 +120,7 @@ def _facts(shard: Shard, done: int, part: Samples) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _png(shard: Shard) -> Iterator[Add]:
-    with replacing(shard.out / f"{shard.name}.csv") as partial, partial.open("w", newline="") as file:
+    with replacing(shard.out / f"{shard.name}.csv", sweep=SWEEP) as partial, partial.open("w", newline="") as file:
         table = csv.DictWriter(file, ["file", "number", "label", "log_prob", "sha256"], lineterminator="\n")
         table.writeheader()
         done = 0
@@ -140,7 +143,7 @@ def _png(shard: Shard) -> Iterator[Add]:
 
 @contextlib.contextmanager
 def _tar(shard: Shard) -> Iterator[Add]:
-    with replacing(shard.out / f"{shard.name}.tar") as partial, tarfile.open(partial, "w") as archive:
+    with replacing(shard.out / f"{shard.name}.tar", sweep=SWEEP) as partial, tarfile.open(partial, "w") as archive:
         done = 0
 
         def put(name: str, content: bytes) -> None:

@@ -19,6 +19,7 @@ from ...errors import ArgumentError, TarFlowWarning
 from ...files import remove_unfinished, replacing
 from ...flow import Flow
 from ...locks import Lock
+from .formats import SWEEP
 from .plan import ShardPlan
 
 JOB, MANIFEST, RECORDS = "job.json", "manifest.json", "records"
@@ -26,7 +27,7 @@ _OWN = (JOB, MANIFEST, RECORDS)
 
 
 def write_json(path: Path, content: Any) -> None:
-    with replacing(path) as partial:
+    with replacing(path, sweep=SWEEP) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -74,10 +75,9 @@ def check_folder(out: Path) -> None:
     """Raises ArgumentError unless this is a folder of a run, or empty, or not there yet."""
     if out.exists() and not out.is_dir():
         raise ArgumentError("out", "a folder", f"the file {str(out)!r}")
-    if out.is_dir() and not (out / JOB).exists():
-        # another process may have just begun
+    if out.is_dir():
         others = sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name not in _OWN)
-        if others:
+        if others and not (out / JOB).exists():  # in this order, as another process may have just begun
             got = f"{str(out)!r}, which holds {others[0]!r}"
             raise ArgumentError("out", "a new or empty folder, or that of the same run", got)
 
@@ -181,8 +181,19 @@ class Job:
                     count += int(self._claim(self.plan.name(shard)).read_text())
         return count
 
-    def finish(self) -> None:
-        """Writes the manifest of all shards, and removes what processes that were killed have left."""
+    def finish(self, seconds: float) -> None:
+        """Writes the manifest of all shards, and removes what processes that were killed have left.
+
+        One process does so at a time, the others waiting. seconds: the time between two looks.
+        """
+        while (lock := Lock.take(self._claim("manifest"))) is None:
+            time.sleep(seconds)
+        try:
+            self._finish()
+        finally:
+            lock.release()
+
+    def _finish(self) -> None:
         if not (self.out / MANIFEST).exists():
             shards = [read_json(self._record(shard)) for shard in range(len(self.plan))]
             job = read_json(self.out / JOB)

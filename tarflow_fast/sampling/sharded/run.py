@@ -245,7 +245,7 @@ class Run:
                     if idle:  # other processes draw what is missing, and may end before it is done
                         bar.update()
                         time.sleep(LOOK_SECONDS)
-                self.job.finish()
+                self.job.finish(LOOK_SECONDS)
             except BaseException as error:
                 with contextlib.suppress(OSError):
                     there = sum(len(self.plan.numbers(s)) for s in range(len(self.plan)) if self.job.done(s))
