@@ -34,6 +34,7 @@ from .options import (
     torch_dtype,
 )
 from .outputs import Outputs, Run
+from .recipes import RECIPES, recipe_line, with_recipe
 from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE, drawing_rule, warn_undenoised
 from .shards import FORMATS, check_options, draw_shards, own_device, shard_folder, wants_shards
 from .summary import Totals, summary_lines
@@ -105,6 +106,13 @@ Examples:
     metavar="N",
     section="What to draw",
     help="Number of the first image, to go on where another run stopped. Noise and labels depend on the number.",
+)
+@option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    section="How to draw",
+    help="Draw as a published FID was drawn: labels, guidance, denoising, batch size, and with --out FOLDER the number of "
+    "images. Options that are given beside it win.",
 )
 @option(
     "--guidance",
@@ -301,6 +309,7 @@ def sample_command(
     columns: int | None,
     scale: int | None,
     no_grid: bool,
+    recipe: str | None,
     progress: bool | None,
     quiet: bool,
     as_json: bool,
@@ -322,8 +331,18 @@ def sample_command(
         raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
 
     device = own_device(given["device"])
+    from ..checks import environment_count
+
     sizes = {"patch_size": patch_size, "img_size": img_size, "in_channels": in_channels, "head_dim": head_dim}
     model = load_model(model_path, weights=weights, **sizes)
+    if recipe is not None:
+        told = with_recipe(recipe, {**given, "count": count, "labels": labels}, model)
+        if folder is None:
+            told["count"] = count
+        if not (quiet or as_json or environment_count("RANK", 0, 0)):
+            echo(recipe_line(recipe, told))
+        count, labels = (told.pop(name) for name in ("count", "labels"))
+        given = told
     sequences = model.config.layout == "tokens"
     if sequences and folder is None:
         check_sequences(outputs, given)

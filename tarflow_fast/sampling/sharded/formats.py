@@ -36,7 +36,7 @@ from ...images import encode_png, to_uint8
 from ..report import Samples
 
 Add = Callable[[Samples], None]
-# What dead processes have left goes before each file, but on Windows, where one that is about to be renamed would go too.
+# What dead processes have left goes before each file; on Windows one that is about to have its name would go too.
 SWEEP = sys.platform != "win32"
 UNLABELLED = "unlabelled"  # the folder of images without a class
 _UNFIT = re.compile(r'[\x00-\x1f<>:"/\\|?*]')  # what a file system does not take in a name
