@@ -111,7 +111,7 @@ Examples:
     "--recipe",
     type=click.Choice(list(RECIPES)),
     section="How to draw",
-    help="Draw as a published FID was drawn: labels, guidance, denoising, batch size, and with --out FOLDER the number of "
+    help="Draw as a published FID was: labels, guidance, denoising, batch size, and with --out FOLDER the number of "
     "images. Options that are given beside it win.",
 )
 @option(

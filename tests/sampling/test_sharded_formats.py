@@ -47,7 +47,7 @@ def draw(sampler: tff.Sampler, out: Path, format: str, **how: Any) -> dict[str, 
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:

@@ -120,7 +120,10 @@ def _facts(shard: Shard, done: int, part: Samples) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _png(shard: Shard) -> Iterator[Add]:
-    with replacing(shard.out / f"{shard.name}.csv", sweep=SWEEP) as partial, partial.open("w", newline="") as file:
+    with (
+        replacing(shard.out / f"{shard.name}.csv", sweep=SWEEP) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         table = csv.DictWriter(file, ["file", "number", "label", "log_prob", "sha256"], lineterminator="\n")
         table.writeheader()
         done = 0
