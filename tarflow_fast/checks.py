@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -131,6 +132,14 @@ def check_count(name: str, value: object, low: int = 1, high: int | None = None)
         bound = f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
         raise ArgumentError(name, bound, repr(value))
     return count
+
+
+def environment_count(name: str, default: int, low: int) -> int:
+    """Returns the integer that an environment variable holds, or the default. Raises ArgumentError that names it."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < low:
+        raise ArgumentError(name, f"an integer >= {low} in the environment", repr(text))
+    return int(text)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:

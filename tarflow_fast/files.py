@@ -75,7 +75,7 @@ def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> I
             raise (_about(path, error) if error.filename is None else error) from error
         return
     if sweep:
-        _remove_unfinished(path.parent)
+        remove_unfinished(path.parent)
     try:
         descriptor, partial = _create(path)
     except OSError as error:
@@ -89,9 +89,12 @@ def replacing(path: PathLike, *, durable: bool = False, sweep: bool = True) -> I
             if durable:
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
+            if sys.platform != "win32":  # locked until it has its name, so that nobody takes it for a dead process's
+                os.replace(partial, path)
         finally:
             os.close(descriptor)  # which also gives up its lock
-        os.replace(partial, path)
+        if sys.platform == "win32":  # where a file that is open cannot be renamed
+            os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -126,7 +129,7 @@ def _create(path: Path) -> tuple[int, Path]:
         os.close(descriptor)
 
 
-def _remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove what processes that are no more have left unfinished in a folder."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -178,6 +179,13 @@ def save_png(
     with replacing(out, sweep=sweep) as partial:
         picture.save(partial, pnginfo=_how(info))
     return out
+
+
+def encode_png(image: Tensor, info: Mapping[str, Any] | None = None) -> bytes:
+    """Returns the PNG file of one image. image: (ch, H, W) as for `to_uint8`. info: see `save_grid`."""
+    file = io.BytesIO()
+    _picture(grid(image[None], 1, 0)).save(file, "png", pnginfo=_how(info))
+    return file.getvalue()
 
 
 def _check_side(picture: Image.Image, path: Path) -> None:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.files import check_path, replacing
+from tarflow_fast.files import check_path, remove_unfinished, replacing
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
 
@@ -176,3 +176,21 @@ def test_what_cannot_be_written_is_said(
     (tmp_path / "file.png").touch()
     with pytest.raises(ArgumentError, match=f"^out: expected .*{what}"):
         check_path("out", path, (".png",))  # type: ignore[arg-type]
+
+
+@POSIX
+def test_a_file_that_is_whole_is_not_taken_for_a_dead_process_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process looks round between the last byte of a file and its name."""
+    replace = os.replace
+
+    def looked_at(source: Path, target: Path) -> None:
+        remove_unfinished(tmp_path)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", looked_at)
+    with replacing(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert (tmp_path / "a").read_text() == "whole"
+    assert os.listdir(tmp_path) == ["a"]

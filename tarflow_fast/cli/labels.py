@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +51,19 @@ def choose(text: str | None, model: TarFlow, seed: int) -> Chosen:
     names, classes = known_names(model.metadata), model.config.num_classes
     word = None if text is None else text.strip()
     special = None if word is None or find_class(word, names) is not None else word.casefold()
-    if special in ("all", "random") and classes == 0:
+    if special in ("all", "balanced", "random") and classes == 0:
         raise _wrong("this model has no classes")
-    if word is None or special == "all":
+    if word is None or special in ("all", "balanced"):
         return Chosen(list(range(classes)) or None, list(range(classes)), f"all {classes} in turn" if classes else None)
     if special == "none":
         return Chosen(None, [], "none" if classes else None)
     if special == "random":
         return Chosen(lambda image: random_label(seed, image, classes), None, f"random ones of {classes}")
-    if special is not None and special.startswith("@"):
+    if special is not None and special.startswith("@") and special.endswith(".npz"):
+        assert word is not None
+        entries = _of_archive(word[1:], names, classes)
+    elif special is not None and special.startswith("@"):
+        assert word is not None
         entries = [y for line in read_lines(word[1:], "--labels") for y in _labels(line, names, classes)]
     else:
         entries = [y for part in _split(word, names) for y in _labels(part, names, classes)]
@@ -88,6 +93,23 @@ def read_lines(path: str, option: str) -> list[str]:
     except UnicodeDecodeError:
         raise click.UsageError(f"{option}: {path!r} is no text in UTF-8") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _of_archive(path: str, names: Sequence[str], classes: int) -> list[int]:
+    """Returns the labels of the images of a .npz file, where they are called `labels`, or `arr_1` as in ADM's files."""
+    import numpy as np
+
+    from ..checks import label_tensor
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = next((file[name] for name in ("labels", "arr_1") if name in file.files), None)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise _wrong(f"{path!r} is no .npz file of numbers or names") from error
+    if found is None:
+        raise _wrong(f"{path!r} has no list of labels, which it would call labels or arr_1")
+    labels = label_tensor(found, classes, class_names=names)
+    return [] if labels is None else labels.tolist()
 
 
 def split_list(text: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import TarFlowWarning
 from ..limits import MOST_ATTN_TEMP, MOST_GUIDANCE, MOST_SCALE
 
 if TYPE_CHECKING:
@@ -47,3 +49,10 @@ def drawing_rule(model: TarFlow, given: dict[str, Any], labelled: bool) -> dict[
             elif name in told:
                 raise click.UsageError(f"--{name.replace('_', '-')} has no effect without {needed}")
     return rule
+
+
+def warn_undenoised(path: str | None, model: TarFlow, given: dict[str, Any], rule: dict[str, Any]) -> None:
+    """Warns of images that keep the noise of training because the model at `path` does not record it."""
+    if given["denoise"] is None and not rule["denoise"] and not {"noise_type", "noise_std"} & model.metadata.keys():
+        said = "does not record the noise of its training: images are as drawn, not denoised; --noise-std SIGMA does it"
+        warnings.warn(f"{path}: {said}", TarFlowWarning, stacklevel=2)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import warnings
 from dataclasses import replace
 from typing import Any
 
 import click
 
-from ..errors import TarFlowWarning
 from ..limits import MOST_NUMBER, MOST_SIZE, MOST_TOL
 from ..sizes import Size
 from .labels import choose
@@ -35,7 +34,9 @@ from .options import (
     torch_dtype,
 )
 from .outputs import Outputs, Run
-from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE, drawing_rule
+from .recipes import RECIPES, recipe_line, with_recipe
+from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE, drawing_rule, warn_undenoised
+from .shards import FORMATS, check_options, draw_shards, own_device, shard_folder, wants_shards
 from .summary import Totals, summary_lines
 from .terminal import echo
 
@@ -54,7 +55,7 @@ def check_sequences(outputs: Outputs, given: dict[str, Any]) -> None:
 @click.command(
     "sample",
     cls=Command,
-    aliases={"n": "-n", "path": "--model", "model": "--model"},
+    aliases={"n": "-n", "path": "--model", "model": "--model", "format": "--shards"},
     short_help="Draw images and write them as a grid.",
     epilog="""\b
 Examples:
@@ -64,8 +65,8 @@ Examples:
   tarflow-fast sample --guidance 0 --npz samples.npz
       Unguided samples, also as numbers, with the exact log-likelihood of each.
   tarflow-fast sample -m afhq_model_8_768_8_8_0.07.pth -n 16 --guidance 2 --dtype bfloat16
-  tarflow-fast sample -m imagenet.safetensors -n 50000 --labels random --no-grid --npz fid.npz
-      Samples of 1000 classes, each as likely.
+  torchrun --nproc-per-node 8 -m tarflow_fast sample -m imagenet.safetensors -n 50000 --labels random --out fid
+      Samples of 1000 classes, each as likely, in the folder fid, drawn by 8 processes.
   tarflow-fast sample -n 1000 --first 5000 --singles images/ --quiet
       Images number 5000 to 5999 of seed 0, one file each: what -n 6000 draws last.
 """,
@@ -86,8 +87,9 @@ Examples:
     section="What to draw",
     show_default="all",
     help='Classes, which images take in turn by their number: names or numbers, "bag,coat" or "0,3-7". Where names are '
-    "numbers, 3 and 3-7 are names, #3 and #3-#7 class numbers; -1 is no class. LIST may also be all; none; random, "
-    "each class as likely; or @FILE with one a line. Upper and lower case are alike.",
+    "numbers, 3 and 3-7 are names, #3 and #3-#7 class numbers; -1 is no class. LIST may also be all or balanced; none; "
+    "random, each class as likely; @FILE with one a line; or @FILE.npz, whose array labels or arr_1 has one for each "
+    "image. Upper and lower case are alike.",
 )
 @option(
     "--seed",
@@ -104,6 +106,13 @@ Examples:
     metavar="N",
     section="What to draw",
     help="Number of the first image, to go on where another run stopped. Noise and labels depend on the number.",
+)
+@option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    section="How to draw",
+    help="Draw as a published FID was: labels, guidance, denoising, batch size, and with --out FOLDER the number of "
+    "images. Options that are given beside it win.",
 )
 @option(
     "--guidance",
@@ -216,12 +225,12 @@ Examples:
     "-o",
     "--out",
     type=click.Path(),
-    metavar="FILE",
+    metavar="FILE|FOLDER",
     section="Output",
     show_default=GRID,
-    help="File of the grid, .png or .jpg; by default none with --npz where images are no pictures, having neither 1 "
-    "nor 3 channels, or being sequences. A file of that name is replaced, here and below, when all images are drawn; a "
-    "run that ends before puts what it has drawn into NAME.partial.png.",
+    help="File of the grid, .png or .jpg, or a folder for shards (below); by default none with --npz where images are "
+    "no pictures, having neither 1 nor 3 channels, or being sequences. A file of that name is replaced, here and "
+    "below, when all images are drawn; a run that ends before puts what it has drawn into NAME.partial.png.",
 )
 @option("--no-grid", is_flag=True, section="Output", help="Write no grid, but the files below alone.")
 @option(
@@ -262,6 +271,29 @@ Examples:
     section="Output",
     help="Also write an animation: noise, then the images after each block.",
 )
+@option(
+    "--shards",
+    type=click.Choice(FORMATS),
+    section="Many images",
+    show_default="npz",
+    help="What --out FOLDER gets: npz, arr_0 (n,H,W,ch) uint8 and arr_1 labels as ADM's evaluation suite reads them; "
+    "png, images/CLASS/NUMBER.png; tar, for WebDataset. If unguided, log_prob is beside them. Any number of processes "
+    "may run the same command, by torchrun or on machines that share FOLDER; however they end, it goes on.",
+)
+@option(
+    "--shard-size",
+    type=click.IntRange(1, MOST_NUMBER),
+    metavar="N",
+    section="Many images",
+    show_default="1024",
+    help="Number of images in a shard.",
+)
+@option(
+    "--dry-run",
+    is_flag=True,
+    section="Many images",
+    help="Draw one batch and print what the whole will take: time, memory, disk.",
+)
 @progress_option
 @quiet_option
 @json_option
@@ -277,6 +309,7 @@ def sample_command(
     columns: int | None,
     scale: int | None,
     no_grid: bool,
+    recipe: str | None,
     progress: bool | None,
     quiet: bool,
     as_json: bool,
@@ -287,19 +320,31 @@ def sample_command(
     Without arguments: the shipped Fashion-MNIST model, a row of images for each class, in samples.png.
     """
     bars = show_progress(progress, quiet)
-    outputs = Outputs.checked(None if no_grid else given["out"] or GRID, given["singles"], given["npz"], given["gif"])
+    check_options({**given, "columns": columns, "scale": scale})
     if no_grid and given["out"] is not None:
         raise click.UsageError("--out and --no-grid exclude each other")
+    folder = shard_folder(given["out"]) if wants_shards(given) else None
+    if folder is not None:
+        given["out"] = None
+    outputs = Outputs.checked(None if no_grid else given["out"] or GRID, given["singles"], given["npz"], given["gif"])
     if not outputs.to_dict():
         raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
 
-    from ..devices import pick_device
+    device = own_device(given["device"])
+    from ..checks import environment_count
 
-    device = pick_device(given["device"])
     sizes = {"patch_size": patch_size, "img_size": img_size, "in_channels": in_channels, "head_dim": head_dim}
     model = load_model(model_path, weights=weights, **sizes)
+    if recipe is not None:
+        told = with_recipe(recipe, {**given, "count": count, "labels": labels}, model)
+        if folder is None:
+            told["count"] = count
+        if not (quiet or as_json or environment_count("RANK", 0, 0)):
+            echo(recipe_line(recipe, told))
+        count, labels = (told.pop(name) for name in ("count", "labels"))
+        given = told
     sequences = model.config.layout == "tokens"
-    if sequences:
+    if sequences and folder is None:
         check_sequences(outputs, given)
     if (sequences or model.config.in_channels not in (1, 3)) and given["out"] is None and outputs.npz is not None:
         outputs = replace(outputs, grid=None)  # such images make no grid
@@ -312,6 +357,23 @@ def sample_command(
     from ..flow import known_names
     from ..sampling.sampler import Sampler
 
+    make_sampler = functools.partial(
+        Sampler,
+        model,
+        backend=given["backend"],
+        device=device,
+        dtype=torch_dtype(given["dtype"]),
+        solver=given["solver"],
+        tol=given["tol"],
+        compile=given["compile"],
+        threads=given["threads"],
+    )
+    if folder is not None:
+        # what serves must not depend on when a probe in the background is done
+        sampler = make_sampler(probe="never" if given["probe"] == "never" else "now")
+        draw_shards(sampler, folder, n, chosen, given, rule, bars=bars, quiet=quiet, as_json=as_json)
+        warn_undenoised(model_path, model, given, rule)
+        return
     run = Run(
         n,
         first,
@@ -325,17 +387,7 @@ def sample_command(
         known_names(model.metadata),
     )
     outputs.check(run, model.config.data_shape, model.config.num_blocks + 1 + rule["denoise"])
-    sampler = Sampler(
-        model,
-        backend=given["backend"],
-        device=device,
-        dtype=torch_dtype(given["dtype"]),
-        solver=given["solver"],
-        tol=given["tol"],
-        compile=given["compile"],
-        probe=given["probe"],
-        threads=given["threads"],
-    )
+    sampler = make_sampler(probe=given["probe"])
     stream = sampler.stream(
         n,
         chosen.labels,
@@ -352,9 +404,7 @@ def sample_command(
         for part in stream:
             writing.add(part)
             totals.add(part)
-    if given["denoise"] is None and not rule["denoise"] and not {"noise_type", "noise_std"} & model.metadata.keys():
-        said = "does not record the noise of its training: images are as drawn, not denoised; --noise-std SIGMA does it"
-        warnings.warn(f"{model_path}: {said}", TarFlowWarning, stacklevel=1)
+    warn_undenoised(model_path, model, given, rule)
     facts = {"files": outputs.to_dict(), **totals.facts(), "seed": seed, "first": first, **rule}
     if as_json:
         print_json(facts)

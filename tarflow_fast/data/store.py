@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..devices import free_memory
 from ..errors import ArgumentError, DataError
-from ..files import PathLike, _create, _remove_unfinished
+from ..files import PathLike, _create, remove_unfinished
 
 SHARE = 0.5  # images that take more of the memory that is free go into a file
 
@@ -58,7 +58,7 @@ class Store:
                 f"{size / 2**30:.1f} GiB of images are more than half of the memory that is free: they are put into a "
             )
             self.notes.append(note + f"file in {os.fspath(self.folder)!r}")
-        _remove_unfinished(self.folder)
+        remove_unfinished(self.folder)
         try:
             descriptor, path = _create(self.folder / "images.pixels")
             self._files.append((descriptor, path))

@@ -26,17 +26,19 @@ def check_room(n: int, data_shape: tuple[int, ...], dtype: torch.dtype, copies: 
         )
 
 
-def fitting_batch(first: BlockEngine, device: torch.device, n: int, guided: bool, batch_size: Count | None) -> int:
+def fitting_batch(
+    first: BlockEngine, device: torch.device, n: int, guided: bool, batch_size: Count | None, *, processes: int = 1
+) -> int:
     """Returns the batch size, as asked for if it fits, else the largest that does. Raises OutOfMemoryError.
 
     first: the engine that a batch comes to first. device: where it runs. n: the number of all samples. guided: whether
-    they are guided. batch_size: the size that is asked for, or None.
+    they are guided. batch_size: the size that is asked for, or None. processes: how many share the memory.
     """
     if batch_size is not None:
         batch_size = check_count("batch_size", batch_size, high=MOST_BATCH)
     each = first.bytes_per_sample(guided)
     free = free_memory(device) + first.cached_bytes
-    fits = int(MEMORY_SHARE * free / each)
+    fits = int(MEMORY_SHARE * free / (each * processes))
     wanted = min(n, MAX_BATCH if batch_size is None else batch_size)
     if fits < 1 or (batch_size is not None and wanted > fits):
         raise OutOfMemoryError(

@@ -8,6 +8,7 @@ sequential pass. That batch then takes up to twice as long, and those after it d
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from .adaptive import adaptive
 from .costs import Costs, measure
 from .pass_estimate import PassEstimate
 from .sequential import sequential
-from .solution import Solution
+from .solution import Solution, Solver
 from .windows import widths
 
 
@@ -41,6 +42,10 @@ class CostTable:
             self._costs[size] = measure(engine, state, widths(state.x.shape[1]))
             self.seconds += time.perf_counter() - started - (engine.setup_seconds - setup)
         return self._costs[size]
+
+    def known(self, batch: int, guided: bool) -> Costs | None:
+        """Returns the costs for batches of this size, or None if they have not been measured."""
+        return self._costs.get((batch, guided))
 
 
 class Auto:
@@ -78,3 +83,15 @@ class Auto:
         passes, evaluations = solution.passes - solution.steps, solution.evaluations / B - solution.steps
         self.pace.learn(window, whole * passes, whole * evaluations)
         return solution
+
+    def window(self, batch: int, guided: bool) -> int | None:
+        """Returns the window that is taken to be the quickest for batches of this size, by what is known so far; None
+        for the sequential pass."""
+        costs = self.costs.known(batch, guided)
+        return None if costs is None else self.pace.choose(costs)
+
+    def fixed(self, window: int | None) -> Solver:
+        """Returns the solver that always takes this window, so that its results do not depend on times."""
+        if window is None:
+            return sequential
+        return functools.partial(adaptive, tol=self.tol, guess=self.guess, window=window, dtype=self.dtype)

@@ -12,29 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ArgumentError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from ..locks import Lock
 
 LOCK = ".tarflow.lock"
 _OWNER = re.compile(r"process \d+ on [\w.-]+")
 _OWNER_BYTES = 300
-_LOCKED_BYTE = 1 << 20  # Windows lets nobody read what is locked: this lies beyond the owner's name
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-_held: set[int] = set()
-
-
-def _close_in_child() -> None:
-    """Closes the lock in a forked process, which shares it and would keep it when its owner is dead."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextlib.contextmanager
@@ -49,13 +32,13 @@ def locked(out: str) -> Iterator[bool]:
     folder = Path(out)
     made = _make(folder)
     try:
-        descriptor, left = _acquire(folder)
+        lock = _acquire(folder)
         owner = os.getpid()
         try:
-            yield left
+            yield lock.left
         finally:
             if os.getpid() == owner:
-                _release(folder, descriptor)
+                lock.release()
     except BaseException:
         with contextlib.suppress(OSError):
             for path in made:
@@ -81,49 +64,21 @@ def _refusal(folder: Path, error: OSError) -> Exception:
     return OSError(error.errno, error.strerror, str(folder))
 
 
-def _acquire(folder: Path) -> tuple[int, bool]:
-    """Returns (descriptor of the locked file, whether the file was there)."""
+def _acquire(folder: Path) -> Lock:
+    """Returns the lock of the folder."""
     path = folder / LOCK
-    while True:
-        left = os.path.lexists(path)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except OSError as error:
-            raise _refusal(folder, error) from error
-        _held.add(descriptor)
-        try:
-            if not _lock(descriptor):
-                raise ArgumentError(
-                    "out", "a folder in which no other trainer runs", f"{str(folder)!r}, where {_owner(path)} trains"
-                )
-        except OSError as error:
-            message = f"{folder}: {error.strerror} for a lock: see to it that no other trainer writes there"
-            print(message, file=sys.stderr)
-        except BaseException:
-            _close(descriptor)
-            raise
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # if not, its owner has removed it meanwhile
-                break
-        _close(descriptor)
-    with contextlib.suppress(OSError):  # this is for the text of a refusal; a full disk is told by what matters
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return descriptor, left
-
-
-def _lock(descriptor: int) -> bool:
-    """Returns whether this process has the lock now. Raises OSError where there are no locks."""
     try:
-        if sys.platform == "win32":
-            os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        lock = Lock.take(path)
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    if lock is None:
+        other = f"{str(folder)!r}, where {_owner(path)} trains"
+        raise ArgumentError("out", "a folder in which no other trainer runs", other)
+    if lock.refused is not None:
+        message = f"{folder}: {lock.refused.strerror} for a lock: see to it that no other trainer writes there"
+        print(message, file=sys.stderr)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")  # for the text of a refusal
+    return lock
 
 
 def _owner(path: Path) -> str:
@@ -132,18 +87,3 @@ def _owner(path: Path) -> str:
         if match:
             return match[0]
     return "another process"
-
-
-def _release(folder: Path, descriptor: int) -> None:
-    """Removes the lock file, then the lock; on Windows in the other order, as a file that is open cannot be removed."""
-    if sys.platform == "win32":
-        _close(descriptor)
-    with contextlib.suppress(OSError):
-        os.unlink(folder / LOCK)
-    if sys.platform != "win32":
-        _close(descriptor)
-
-
-def _close(descriptor: int) -> None:
-    _held.discard(descriptor)
-    os.close(descriptor)

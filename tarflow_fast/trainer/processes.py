@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import environment_count
 from ..devices import check_device, pick_device
 from ..errors import ArgumentError, BackendError, ProcessLost, TrainingStopped
 from .lifeline import Lifeline
@@ -57,13 +58,6 @@ class Processes:
             self.any(False)
 
 
-def _environment_count(name: str, default: int, low: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal() or int(text) < low:
-        raise ArgumentError(name, f"an integer >= {low} in the environment", repr(text))
-    return int(text)
-
-
 def _device(name: str, local_rank: int) -> torch.device:
     """Returns the device of that name: for "auto" a GPU where there is one, else the CPU; of GPUs that of this process.
 
@@ -83,8 +77,8 @@ def processes(device: str) -> Iterator[Processes]:
     Where one of the processes ends before its time, the others do within a minute: by ProcessLost, or, where they hang
     in a collective, by a line on standard error and exit code 1.
     """
-    world = _environment_count("WORLD_SIZE", 1, 1)
-    picked = _device(device, _environment_count("LOCAL_RANK", 0, 0))
+    world = environment_count("WORLD_SIZE", 1, 1)
+    picked = _device(device, environment_count("LOCAL_RANK", 0, 0))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if world == 1:

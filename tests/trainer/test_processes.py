@@ -32,8 +32,9 @@ from runs import (
     write_pictures,
 )
 
+from tarflow_fast import locks
 from tarflow_fast.errors import ArgumentError, BackendError
-from tarflow_fast.trainer import folder, lifeline, train
+from tarflow_fast.trainer import lifeline, train
 from tarflow_fast.trainer.folder import LOCK, locked
 from tarflow_fast.trainer.lifeline import Lifeline
 from tarflow_fast.trainer.processes import processes
@@ -155,7 +156,7 @@ def test_file_system_without_locks(
     def flock(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(folder.fcntl, "flock", flock)
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
     with locked(str(tmp_path / "run")):
         pass
     assert "run: No locks available for a lock: see to it that no other trainer" in capsys.readouterr().err

@@ -1,0 +1,7 @@
+"""This package draws any number of images into a folder, shard by shard, by any number of processes."""
+
+from .estimate import estimate
+from .formats import FORMATS
+from .run import SHARD_SIZE, Run, draw_shards
+
+__all__ = ["FORMATS", "SHARD_SIZE", "Run", "draw_shards", "estimate"]
