@@ -151,6 +151,26 @@ void elementary(const std::string& name, const std::string& instruction_set, Add
                           : kernels.exp)(at<const float>(x), at<float>(out), n);
 }
 
+SplineLaw law_from(const std::map<std::string, double>& given) {
+  SplineLaw law{};
+#define TARFLOW_FIELD(type, name) law.name = static_cast<type>(given.at(#name));
+  TARFLOW_SPLINE_FIELDS(TARFLOW_FIELD)
+#undef TARFLOW_FIELD
+  return law;
+}
+
+// Transforms values by splines; wide: whether all tensors are fp64, else fp32.
+void spline(const std::map<std::string, double>& law, Address parameters, Address value, Address image,
+            Address log_derivative, int64_t count, bool wide, bool inverse, const std::string& instruction_set) {
+  const SplineLaw plain = law_from(law);
+  const Kernels& kernels = kernels_named(instruction_set);
+  const py::gil_scoped_release release;
+  std::vector<double> scratch(static_cast<size_t>((plain.parameters + 2 * plain.bins) * kernels.vector));
+  const SplineBatch batch{at<const void>(parameters), at<const void>(value), at<void>(image), at<void>(log_derivative),
+                          scratch.data(), count, inverse};
+  (wide ? kernels.spline_f64 : kernels.spline_f32)(plain, batch);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -160,6 +180,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("elementary", &elementary, arg("name"), arg("instruction_set"), arg("x"), arg("out"), arg("count"));
   m.def("density", &density, py::kw_only(), arg("blocks"), arg("samples"), arg("x"), arg("outputs"), arg("log_det"),
         arg("gradient"), arg("bf16"), arg("instruction_set"), arg("threads"), arg("most_bytes"));
+  m.def("spline", &spline, py::kw_only(), arg("law"), arg("parameters"), arg("value"), arg("image"),
+        arg("log_derivative"), arg("count"), arg("wide"), arg("inverse"), arg("instruction_set"));
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); },
         arg("memory"), arg("bytes"));
   py::class_<Engine>(m, "Engine")

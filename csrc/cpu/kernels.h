@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "spline.h"
+
 namespace tarflow {
 
 class Barrier;
@@ -110,6 +112,8 @@ struct Kernels {
   void (*gelu)(const float* x, float* out, int64_t n);
   void (*gelu_slope)(const float* x, float* out, int64_t n);
   void (*exp)(const float* x, float* out, int64_t n);
+  void (*spline_f32)(const SplineLaw& law, const SplineBatch& batch);
+  void (*spline_f64)(const SplineLaw& law, const SplineBatch& batch);
 };
 
 // A table is null where the compiler's target has no such instructions.
