@@ -27,8 +27,8 @@ from .launch import Launch, can_launch, check_operand, launch
 
 DTYPES = (torch.float32, torch.float64)
 TILE, BACKWARD_TILE = 512, 256
-"""The number of (value, bin) pairs of a program: four for each thread of four warps, or two, which the gradients need not
-to run out of registers.
+"""The number of (value, bin) pairs of a program: four for each thread of four warps, or two in the backward pass, where
+four would spill registers.
 """
 
 
@@ -327,8 +327,9 @@ class _Spline(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_image: Tensor, d_log_derivative: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        gradients = spline_backward(d_image, d_log_derivative, *ctx.saved_tensors, ctx.law, ctx.inverse)
-        return *gradients, None, None
+        parameters, value, image = ctx.saved_tensors
+        of = parameters, value, image, ctx.law, ctx.inverse
+        return *spline_backward(d_image, d_log_derivative, *of), None, None
 
 
 def spline(parameters: Tensor, value: Tensor, law: SplineLaw, *, inverse: bool = False) -> tuple[Tensor, Tensor]:

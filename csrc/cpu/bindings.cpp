@@ -166,8 +166,13 @@ void spline(const std::map<std::string, double>& law, Address parameters, Addres
   const Kernels& kernels = kernels_named(instruction_set);
   const py::gil_scoped_release release;
   std::vector<double> scratch(static_cast<size_t>((plain.parameters + 2 * plain.bins) * kernels.vector));
-  const SplineBatch batch{at<const void>(parameters), at<const void>(value), at<void>(image), at<void>(log_derivative),
-                          scratch.data(), count, inverse};
+  const SplineBatch batch{at<const void>(parameters),
+                          at<const void>(value),
+                          at<void>(image),
+                          at<void>(log_derivative),
+                          scratch.data(),
+                          count,
+                          inverse};
   (wide ? kernels.spline_f64 : kernels.spline_f32)(plain, batch);
 }
 
