@@ -140,6 +140,11 @@ class Reverse:
 
     step: Permute | Scale | Linear | Elementwise
 
+    @staticmethod
+    def of(step: Fixed) -> Fixed:
+        """Returns the inverse of a step."""
+        return step.step if isinstance(step, Reverse) else Reverse(step)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns z, (…, D), and log|det dz/dx|, (…)."""
         return self.step.inverse(x)

@@ -16,10 +16,8 @@ class MaskedFlow:
 
     Attributes:
         features: D, the number of dimensions.
-        context: C, the number of context features, or 0.
         steps: The steps in the order in which data go through them; sampling goes the other way.
     """
 
     features: int
-    context: int
     steps: tuple[Step, ...]

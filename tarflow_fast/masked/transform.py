@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ class MaskedTransform:
         name: What the transform is called in errors, such as "transform.transforms.0".
         inverted: Whether data are x = f(z; φ) and φ depends on z, as in an inverse autoregressive flow, whose slow
             direction is the density.
+        order: The order in which the inverse goes, where it is known from a transform with the same masks; by default
+            it is read off the masks.
 
     Raises:
         ArgumentError: The layers do not fit each other, or a dimension depends on itself.
@@ -41,12 +43,14 @@ class MaskedTransform:
     dims: tuple[int, ...] = ()
     name: str = "the transform"
     inverted: bool = False
-    order: Order = field(init=False, repr=False)
+    order: Order = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if not self.dims:
             object.__setattr__(self, "dims", tuple(range(self.features)))
         self._check()
+        if self.order is not None:
+            return
         masks = [(layer.mask, layer.source, layer.add) for layer in self.layers]
         order = order_of(self.features, masks, self.dims, self.univariate.parameters, self.name)
         object.__setattr__(self, "order", order)
@@ -63,6 +67,10 @@ class MaskedTransform:
         wanted = len(self.dims) * self.univariate.parameters
         if not self.layers or widths[-1] != wanted:
             raise ArgumentError(f"the last layer of {self.name}", f"{wanted} outputs", widths[-1])
+
+    def inverted_copy(self) -> MaskedTransform:
+        """Returns the inverse of this transform, which shares its network."""
+        return replace(self, inverted=not self.inverted)
 
     def parameters(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the raw parameters of the transformed dimensions, (…, len(dims), P).
