@@ -228,7 +228,7 @@ def _elementwise(module: Any, name: str, orders: Orders) -> MaskedTransform:
 
     bias = offset = None
     if hasattr(module, "phi"):
-        bias = torch.cat([p.flatten(1) for p in module.phi], 1).flatten()
+        bias = torch.cat([p.reshape(len(p), -1) for p in module.phi], 1).flatten()
         outputs, like = len(bias), bias
     elif type(module.hyper) is MLP:
         outputs, like, offset = module.hyper.out_features, next(module.hyper.parameters()), module.hyper

@@ -138,7 +138,7 @@ def _sorted_layer(
     steps: int,
     device: torch.device,
 ) -> SortedLayer:
-    """Returns a layer with its units `mine` and what it reads `theirs`, numbers in the layers as they were described."""
+    """Returns a layer with the units `mine`, and what it reads, `theirs`, by their numbers as they were described."""
     add_at = None
     if layer.add is not None:
         place = torch.full((layer.outputs,), -1)
