@@ -156,6 +156,24 @@ class Spline:
         """Returns the number of parameters of a dimension: 3 K − 1, or 3 K + 1 with free edges."""
         return 3 * self.bins + (1 if self.free_edges else -1)
 
+    @property
+    def native(self) -> dict[str, float]:
+        """Returns the spline by the names of native code, see `SplineLaw` in csrc/cpu/spline.h."""
+        soft = self.law == "softclip"
+        return {
+            "bins": self.bins,
+            "low": self.low,
+            "high": self.high,
+            "soft_clip": -math.log(self.slope) if soft else 0.0,
+            "min_width": 0.0 if soft else self.min_width,
+            "min_height": 0.0 if soft else self.min_height,
+            "min_derivative": 0.0 if soft else self.min_derivative,
+            "divisor": 1 / self.size_scale,
+            "exponential": soft,
+            "tails": not self.free_edges,
+            "parameters": self.parameters,
+        }
+
     def knots(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the knots in x and in z and the derivatives there, each (…, K + 1). parameters: (…, P), raw."""
         K = self.bins
