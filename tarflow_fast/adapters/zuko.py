@@ -1,241 +1,141 @@
-"""This module describes zuko's flows: MAF, NSF, NICE and what else is made of the same transforms."""
+"""This module accelerates zuko's flows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import inspect
 from typing import Any
 
 import torch
+import zuko
 from torch import Tensor, nn
+from torch.distributions import Transform, constraints
 
 from ..errors import ArgumentError
-from ..masked import (
-    Activation,
-    Affine,
-    Elementwise,
-    Fixed,
-    Layer,
-    Linear,
-    MaskedFlow,
-    MaskedTransform,
-    Order,
-    Permute,
-    Reverse,
-    Shift,
-    Spline,
-    Univariate,
-)
-from ..masked.flow import Step
-from .activations import activation_of
+from ..masked import MaskedTransform, Order
+from ..sampling.masked import FlowInverse
+from ..scalars import check_flag
+from .both_ways import BothWays
+from .certificate import Certificate
+from .zuko_steps import context_of, describe
 
-Orders = dict[str, Order]
+OPTIONS = tuple(inspect.signature(FlowInverse).parameters)[1:]  # all but the flow
 
 
-def describe(flow: Any, orders: Orders | None = None) -> MaskedFlow:
-    """Returns the description of a zuko flow, whose tensors autograd traces to the flow's own weights.
+def accelerate(flow: nn.Module, *, check: bool = True, **options: Any) -> FastFlow:
+    """Returns a fast counterpart of a zuko flow: `fast(c)` is the distribution that `flow(c)` is, to rounding.
 
     Args:
-        flow: A `zuko.lazy.Flow`.
-        orders: The orders of its transforms by their names, which are read off the masks where they are not there yet,
-            and added.
+        flow: The flow.
+        check: Whether small density passes of both are compared.
+        **options: The keyword arguments of `FlowInverse`.
 
     Raises:
-        ArgumentError: The flow has a transform or a network that no engine knows; the error names it.
+        ArgumentError: The flow has a transform or a network that no engine knows, which the error names; or `check`
+            found that it computes another thing; or an option is wrong.
+        BackendError: The backend that was asked for cannot serve.
     """
-    orders = {} if orders is None else orders
-    steps = tuple(_steps(flow.transform, "transform", orders))
-    masked = [step for step in steps if isinstance(step, MaskedTransform)]
-    if not masked:
-        raise ArgumentError("flow", "one with an autoregressive or coupling transform", type(flow).__name__)
-    return MaskedFlow(masked[0].features, steps)
+    if not isinstance(flow, zuko.lazy.Flow):
+        raise ArgumentError("model", "a zuko.lazy.Flow", type(flow).__name__)
+    for name in options.keys() - set(OPTIONS):
+        raise ArgumentError("options", f"options of a flow's inverse, which are {', '.join(OPTIONS)}", repr(name))
+    fast = FastFlow(flow, **options)
+    if check_flag("check", check):
+        fast.check()
+    return fast
 
 
-def _unknown(name: str, module: object) -> ArgumentError:
-    return ArgumentError(f"layer {name!r}", "a transform or network that engines know", type(module).__name__)
-
-
-def _steps(module: Any, name: str, orders: Orders) -> Iterator[Step]:
-    """Yields the steps of a lazy transform from data to latents. name: where in the flow it is."""
-    from zuko import lazy
-    from zuko.flows.autoregressive import MaskedAutoregressiveTransform
-    from zuko.flows.coupling import GeneralCouplingTransform
-    from zuko.flows.gaussianization import ElementWiseTransform
-
-    kind = type(module)
-    if kind is lazy.LazyComposedTransform:
-        for i, each in enumerate(module.transforms):
-            yield from _steps(each, f"{name}.transforms.{i}", orders)
-    elif kind is lazy.LazyInverse:
-        for step in reversed(list(_steps(module.transform, f"{name}.transform", orders))):
-            yield step.inverted_copy() if isinstance(step, MaskedTransform) else Reverse.of(step)
-    elif kind is MaskedAutoregressiveTransform:
-        yield _masked(module, name, orders)
-    elif kind is GeneralCouplingTransform:
-        yield _coupling(module, name, orders)
-    elif kind is ElementWiseTransform:
-        yield _elementwise(module, name, orders)
-    elif kind in (lazy.UnconditionalTransform, lazy.Unconditional):
-        yield _fixed(module(), name)
-    else:
-        raise _unknown(name, module)
-
-
-def _fixed(transform: Any, name: str) -> Fixed:
-    """Returns the step of a zuko transform that no network conditions."""
-    from zuko import transforms as zt
-
-    kind = type(transform)
-    if kind is zt.PermutationTransform and transform.order.dim() == 1:
-        return Permute(tuple(transform.order.tolist()))
-    if kind is zt.SoftclipTransform:
-        return Elementwise("softclip", float(transform.bound))
-    if kind is zt.RotationTransform and transform.R.dim() == 2:
-        return Linear(transform.R)
-    if kind is zt.LULinearTransform and transform.L.dim() == 2:
-        return Linear(transform.L @ transform.U)
-    if kind is torch.distributions.transforms.SigmoidTransform:
-        return Elementwise("sigmoid")
-    if kind is torch.distributions.transforms.ExpTransform:
-        return Elementwise("exp")
-    raise _unknown(name, transform)
-
-
-def _univariate(module: Any, name: str) -> Univariate:
-    """Returns the univariate transform of a lazy transform, by its constructor and the shapes of its parameters."""
-    from zuko import transforms as zt
-
-    constructor, keywords = module.univariate, {}
-    if isinstance(constructor, partial) and not constructor.args:
-        constructor, keywords = constructor.func, dict(constructor.keywords)
-    shapes = [tuple(shape) for shape in module.shapes]
-    if constructor is zt.MonotonicAffineTransform and shapes == [(), ()] and keywords.keys() <= {"slope"}:
-        return Affine("softclip", float(keywords.get("slope", 1e-3)), shift_first=True)
-    if constructor is zt.AdditiveTransform and shapes == [()] and not keywords:
-        return Shift()
-    if constructor is zt.MonotonicRQSTransform and len(shapes) == 3 and keywords.keys() <= {"slope", "bound"}:
-        bins = shapes[0][0] if len(shapes[0]) == 1 else 0
-        if bins and shapes == [(bins,), (bins,), (bins - 1,)]:
-            bound = float(keywords.get("bound", 5.0))
-            return Spline(bins, "softclip", -bound, bound, slope=float(keywords.get("slope", 1e-3)))
-    raise ArgumentError(
-        f"layer {name!r}",
-        "a univariate transform that engines know: affine, additive or rational-quadratic spline",
-        f"{getattr(constructor, '__name__', constructor)} with parameters of shapes {shapes}",
-    )
-
-
-class _Network:
-    """The layers of a network of modules one after another, as they are added.
+class FastFlow:
+    """A zuko flow whose inverse evaluates each unit of its networks once.
 
     Args:
-        name: Where in the flow the network is.
-        features: D, the number of dimensions of x.
-        columns: For each input of the network the dimension of x that it is, or −1 for the context's.
+        flow: The flow. Its weights are copied, and `refresh` copies them again; where autograd records, as `rsample`
+            does for training, the flow's own weights as they are then are used, so that gradients reach them.
+        **options: The keyword arguments of `FlowInverse`.
     """
 
-    def __init__(self, name: str, features: int, columns: list[int]):
-        self.name, self.features = name, features
-        self.own = [i for i, dim in enumerate(columns) if dim >= 0]
-        self.dims = [dim for dim in columns if dim >= 0]
-        self.of_context = [i for i, dim in enumerate(columns) if dim < 0]
-        self.layers: list[Layer] = []
-        self.activation: Activation | None = None
+    def __init__(self, flow: Any, **options: Any):
+        self.flow = flow
+        self._orders: dict[str, Order] = {}
+        self._both = BothWays(lambda: describe(flow, self._orders), flow.parameters, **options)
 
-    def add_all(self, modules: nn.Sequential, name: str) -> None:
-        """Add modules one after another."""
-        from zuko import nn as zn
+    def refresh(self) -> None:
+        """Take the flow's weights as they are now."""
+        self._both.refresh()
 
-        for i, module in enumerate(modules):
-            here = f"{name}.{i}"
-            if type(module) is zn.Residual:
-                if self.activation is not None:
-                    raise _unknown(here, module)
-                start = len(self.layers)
-                self.add_all(module, here)
-                last = self.layers[-1]
-                self.layers[-1] = Layer(**{**vars(last), "add": start})
-            elif type(module) is zn.MaskedLinear:
-                self.add_linear(module.mask * module.weight, module.mask, module.bias)
-            elif type(module) in (zn.Linear, nn.Linear) and module.weight.dim() == 2:
-                self.add_linear(module.weight, torch.ones_like(module.weight, dtype=torch.bool), module.bias)
-            elif self.activation is None and (activation := activation_of(module)) is not None:
-                self.activation = activation
-            else:
-                raise _unknown(here, module)
+    def check(self) -> None:
+        """Hold small density passes against the flow's own. Raises ArgumentError where they differ."""
+        masked = next(step for step in self._both.inverse.flow.steps if isinstance(step, MaskedTransform))
 
-    def add_linear(self, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
-        """Add a linear layer, of which the first has the context among its inputs."""
-        offset: Callable[[Tensor], Tensor] | None = None
-        if not self.layers:
-            if self.of_context:
-                offset = partial(nn.functional.linear, weight=weight[:, self.of_context])
-            weight, mask = (self._spread(each) for each in (weight, mask))
-        activation = self.activation or Activation()
-        self.activation = None
-        self.layers.append(Layer(weight, mask, bias, len(self.layers), activation, offset=offset))
+        def own(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+            z, log_det = self.flow.transform(context).call_and_ladj(x)
+            return z, log_det
 
-    def _spread(self, columns: Tensor) -> Tensor:
-        """Returns the columns of the network's own inputs where those of x are, (O, D)."""
-        spread = columns.new_zeros(len(columns), self.features)
-        return spread.index_copy(1, torch.tensor(self.dims, device=columns.device), columns[:, self.own])
+        self._both.check(own, masked.features, context_of(self.flow))
+
+    def __call__(self, c: Tensor | None = None) -> FastDistribution:
+        """Returns the distribution p(x | c).
+
+        Args:
+            c: (…, C), the context, or None.
+        """
+        own = self.flow(c)
+        return FastDistribution(_FastTransform(self._both, c), own.base, own.transform)
 
 
-def _finished(network: _Network, module: Any, name: str, orders: Orders, dims: list[int]) -> MaskedTransform:
-    if network.activation is not None:
-        raise ArgumentError(f"layer {name!r}", "a network that ends with a linear layer", network.activation.name)
-    transform = MaskedTransform(
-        features=network.features,
-        layers=tuple(network.layers),
-        univariate=_univariate(module, name),
-        dims=tuple(dims),
-        name=name,
-        order=orders.get(name),
-    )
-    orders[name] = transform.order
-    return transform
+class FastDistribution(zuko.distributions.NormalizingFlow):
+    """A zuko `NormalizingFlow` with a fast inverse; `sample`, `rsample` and `log_prob` are as there.
+
+    Args:
+        transform: The fast transform.
+        base: The base distribution.
+        own: The flow's own transform, against which certificates are made.
+    """
+
+    def __init__(self, transform: _FastTransform, base: Any, own: Any):
+        super().__init__(transform, base)
+        self._own = own
+
+    @torch.no_grad()
+    def certified_sample(self, shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Certificate]:
+        """Returns samples, their log q in nats, and a certificate of both by the flow's own density pass.
+
+        Args:
+            shape: The shape of the samples, as in `sample`.
+        """
+        z = self.base.sample(torch.Size(shape))
+        x, log_det = self.transform.inv.call_and_ladj(z)
+        log_prob = self.base.log_prob(z) - log_det
+        again, own_log_det = self._own.call_and_ladj(x)
+        error = (self.base.log_prob(again) + own_log_det - log_prob).abs()
+        return x, log_prob, Certificate((again - z).abs().amax(-1), error)
 
 
-def _masked(module: Any, name: str, orders: Orders) -> MaskedTransform:
-    """Returns zuko's MaskedAutoregressiveTransform."""
-    from zuko.nn import MaskedMLP
+class _FastTransform(Transform):
+    """The transform of a flow from data to latents, for a context."""
 
-    hyper = module.hyper
-    if type(hyper) is not MaskedMLP:
-        raise _unknown(f"{name}.hyper", hyper)
-    features = hyper.out_features // module.total
-    network = _Network(name, features, [*range(features), *[-1] * (hyper.in_features - features)])
-    network.add_all(hyper, f"{name}.hyper")
-    return _finished(network, module, name, orders, list(range(features)))
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
 
+    def __init__(self, both: BothWays, context: Tensor | None, inverted: bool = False):
+        super().__init__()
+        self._both, self._context, self._inverted = both, context, inverted
 
-def _coupling(module: Any, name: str, orders: Orders) -> MaskedTransform:
-    """Returns zuko's GeneralCouplingTransform, which transforms the dimensions where its mask is false."""
-    from zuko.nn import MLP
+    @property
+    def inv(self) -> _FastTransform:
+        """Returns the transform from latents to data."""
+        return _FastTransform(self._both, self._context, not self._inverted)
 
-    if type(module.hyper) is not MLP:
-        raise _unknown(f"{name}.hyper", module.hyper)
-    mask = module.mask.tolist()
-    given = [i for i, one in enumerate(mask) if one]
-    network = _Network(name, len(mask), [*given, *[-1] * (module.hyper.in_features - len(given))])
-    network.add_all(module.hyper, f"{name}.hyper")
-    return _finished(network, module, name, orders, [i for i, one in enumerate(mask) if not one])
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the image of x, (…, D), and log|det| of the map, (…)."""
+        return (self._both.to_data if self._inverted else self._both.to_latents)(x, self._context)
 
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
 
-def _elementwise(module: Any, name: str, orders: Orders) -> MaskedTransform:
-    """Returns zuko's ElementWiseTransform, whose parameters are constants, or depend on the context alone."""
-    from zuko.nn import MLP
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inv(y)
 
-    bias = offset = None
-    if hasattr(module, "phi"):
-        bias = torch.cat([p.reshape(len(p), -1) for p in module.phi], 1).flatten()
-        outputs, like = len(bias), bias
-    elif type(module.hyper) is MLP:
-        outputs, like, offset = module.hyper.out_features, next(module.hyper.parameters()), module.hyper
-    else:
-        raise _unknown(f"{name}.hyper", module.hyper)
-    features = outputs // module.total
-    weight = like.new_zeros(outputs, features)
-    network = _Network(name, features, list(range(features)))
-    network.layers = [Layer(weight, weight.bool(), bias, offset=offset)]
-    return _finished(network, module, name, orders, list(range(features)))
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns log|det| of the map at x, (…)."""
+        return self.call_and_ladj(x)[1]

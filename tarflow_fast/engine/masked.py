@@ -75,6 +75,11 @@ class MaskedEngine:
     def empty_cache(self) -> None:
         """Free what `cached_bytes` counts, here nothing."""
 
+    def bytes_per_sample(self, guided: bool) -> int:
+        """Returns the bytes of memory that a sample takes, see `BlockEngine.bytes_per_sample`."""
+        units = sum(layer.weight.shape[1] + 3 * len(layer.rows) for layer in self.transform.layers)
+        return (units + 6 * self.tokens) * self.dtype.itemsize
+
     def served_by(self, batch: int, guided: bool) -> Choice | None:
         """Returns which of several engines serves such a batch, here None."""
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 
 from torch import Tensor
 
@@ -30,8 +30,9 @@ class MaskedTransform:
         name: What the transform is called in errors, such as "transform.transforms.0".
         inverted: Whether data are x = f(z; φ) and φ depends on z, as in an inverse autoregressive flow, whose slow
             direction is the density.
-        order: The order in which the inverse goes, where it is known from a transform with the same masks; by default
-            it is read off the masks.
+        known: The order in which the inverse goes, where it is known from a transform with the same masks; by default
+            it is read off them.
+        order: The order in which the inverse goes.
 
     Raises:
         ArgumentError: The layers do not fit each other, or a dimension depends on itself.
@@ -43,17 +44,17 @@ class MaskedTransform:
     dims: tuple[int, ...] = ()
     name: str = "the transform"
     inverted: bool = False
-    order: Order = field(default=None, repr=False)  # type: ignore[assignment]
+    known: InitVar[Order | None] = None
+    order: Order = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known: Order | None) -> None:
         if not self.dims:
             object.__setattr__(self, "dims", tuple(range(self.features)))
         self._check()
-        if self.order is not None:
-            return
-        masks = [(layer.mask, layer.source, layer.add) for layer in self.layers]
-        order = order_of(self.features, masks, self.dims, self.univariate.parameters, self.name)
-        object.__setattr__(self, "order", order)
+        if known is None:
+            masks = [(layer.mask, layer.source, layer.add) for layer in self.layers]
+            known = order_of(self.features, masks, self.dims, self.univariate.parameters, self.name)
+        object.__setattr__(self, "order", known)
 
     def _check(self) -> None:
         widths = [self.features]
@@ -70,7 +71,7 @@ class MaskedTransform:
 
     def inverted_copy(self) -> MaskedTransform:
         """Returns the inverse of this transform, which shares its network."""
-        return replace(self, inverted=not self.inverted)
+        return replace(self, inverted=not self.inverted, known=self.order)
 
     def parameters(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the raw parameters of the transformed dimensions, (…, len(dims), P).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -15,7 +16,7 @@ from ..engine.contract import BlockEngine
 from ..engine.masked import ContextCondition, MaskedEngine, enter, leave
 from ..errors import ArgumentError, BackendError
 from ..limits import most_threads
-from ..masked import MaskedFlow, MaskedTransform
+from ..masked import Fixed, MaskedFlow, MaskedTransform
 from ..masked.flow import Step
 from ..masked.sorting import sort_transform
 from ..masked.stepping import invert
@@ -33,7 +34,7 @@ class FlowInverse:
         flow: The flow; its weights are copied.
         backend: "cpu" is C++, for float32 and float64 on the CPU; "torch" is PyTorch; "auto" is C++ where it serves.
         solver: "sequential" goes through the dimensions in order, each unit evaluated once, and is exact. "adaptive"
-            and "auto" make parallel passes, see `tarflow_fast/solvers/`, which can be quicker for small batches on a GPU.
+            and "auto" make parallel passes, see `tarflow_fast/solvers/`; these may be quicker on a GPU.
         tol: How far a dimension may still move when a parallel pass takes it as final; None is the dtype's own.
         threads: The number of threads of "cpu", by default as many as torch's.
 
@@ -77,17 +78,17 @@ class FlowInverse:
             return str(error)
         return None
 
-    def _make(self) -> list[CpuMaskedFlow | _Solved | Step]:
+    def _make(self) -> list[CpuMaskedFlow | _Solved | Fixed]:
         """Returns what runs the steps, from data to latents: runs of them in C++, or one after the other."""
         if self.backend == "torch" or self.solver != "sequential":
             return [self._solved(step) if isinstance(step, MaskedTransform) else step for step in self.flow.steps]
-        pieces: list[CpuMaskedFlow | _Solved | Step] = []
+        pieces: list[CpuMaskedFlow | _Solved | Fixed] = []
         for native, run in groupby(self.flow.steps, takes):
             steps = list(run)
             if native and any(isinstance(step, MaskedTransform) for step in steps):
                 pieces.append(CpuMaskedFlow(steps, dtype=self.dtype, threads=self.threads))
             else:
-                pieces.extend(steps)
+                pieces.extend(step for step in steps if not isinstance(step, MaskedTransform))
         return pieces
 
     def _solved(self, step: MaskedTransform) -> _Solved:
@@ -97,7 +98,7 @@ class FlowInverse:
         )
         solver: Solver = sequential
         if self.solver == "adaptive":
-            solver = _Adaptive(self.tol, self.dtype)
+            solver = functools.partial(adaptive, tol=self.tol, dtype=self.dtype)
         elif self.solver == "auto":
             solver = Auto(self.tol, PassEstimate(engine.tokens, {}, {}), CostTable(), None, self.dtype)
         return _Solved(step, engine, solver)
@@ -129,22 +130,10 @@ class FlowInverse:
         for piece in self._pieces if to_latents else reversed(self._pieces):
             if isinstance(piece, CpuMaskedFlow | _Solved):
                 values, log_det = piece.run(values, context, to_latents=to_latents)
-            elif isinstance(piece, MaskedTransform):  # none is left, which mypy does not see
-                raise AssertionError
             else:
                 values, log_det = piece.forward(values) if to_latents else piece.inverse(values)
             total = total + log_det
         return values, total
-
-
-class _Adaptive:
-    """The adaptive solver with a tolerance."""
-
-    def __init__(self, tol: float, dtype: torch.dtype):
-        self.tol, self.dtype = tol, dtype
-
-    def __call__(self, engine, state, progress=None):  # type: ignore[no-untyped-def]
-        return adaptive(engine, state, progress, tol=self.tol, dtype=self.dtype)
 
 
 class _Solved:

@@ -110,7 +110,8 @@ class Terms:
 
     def __init__(self, transform: SortedTransform, context: Tensor | None, dtype: torch.dtype, lanes: int):
         self.kept: list[Tensor] = []
-        self.offset, self.gate = [], []
+        self.offset: list[tuple[int, int]] = []
+        self.gate: list[tuple[int, int]] = []
         for layer in transform.layers:
             for term, mine in zip(layer.of_context(context), (self.offset, self.gate), strict=True):
                 mine.append((0, 0) if term is None else self._add(term.detach().to("cpu", dtype), lanes))
