@@ -89,12 +89,14 @@ class Memory:
         """Evaluate the units of the steps [first, stop), each from all that it reads as it stands.
 
         Returns:
-            (B, n), the units of the last layer, which are the parameters of the dimensions of these steps.
+            (B, n), the units of the last layer, which are the parameters of the dimensions of these steps that are
+            transformed.
         """
-        h = None
+        h = self.layers[-1].bias.new_empty(self.rows, 0)
         for i, layer in enumerate(self.layers):
             a, b, reach = layer.begin[first], layer.begin[stop], layer.reach[stop - 1]
             if a == b:
+                h = h[:, :0]
                 continue
             if reach:
                 h = F.linear(self.read[i].prefix(reach), layer.weight[a:b, :reach], layer.bias[a:b])
@@ -109,7 +111,6 @@ class Memory:
                 at = layer.add_at[a:b]
                 h = h + self.raw[layer.add].prefix(int(at.max()) + 1)[:, at]
             self.put(i + 1, a, h)
-        assert h is not None
         return h
 
 
@@ -137,9 +138,12 @@ def invert(transform: SortedTransform, z: Tensor, context: Tensor | None) -> tup
         if start < moved:
             x.append(z[:, start:moved])
             memory.put(0, start, x[-1])
+        # Units that depend on no dimension are of step 0, even where all its dimensions pass unchanged.
+        parameters = memory.evaluate(step, step + 1)
         if moved < stop:
-            parameters = memory.evaluate(step, step + 1).unflatten(-1, (stop - moved, P))
-            values, slopes = transform.univariate.inverse(z[:, moved:stop], parameters)
+            values, slopes = transform.univariate.inverse(
+                z[:, moved:stop], parameters.unflatten(-1, (stop - moved, P))
+            )
             log_det = log_det + slopes.sum(-1)
             x.append(values)
             memory.put(0, moved, values)

@@ -36,8 +36,8 @@ class TorchMaskedEngine(MaskedEngine):
             moved = max(low, t.passed)
             if low < min(moved, high):
                 x[:, low:moved], log[:, low:moved] = z[:, low:moved], 0
+            parameters = self._parameters(memory, step, moved, high)
             if moved < high:
-                parameters = self._parameters(memory, step, moved, high)
                 x[:, moved:high], log[:, moved:high] = t.univariate.inverse(z[:, moved:high], parameters)
             memory.put(0, low, x[:, low:high])
 
@@ -54,10 +54,10 @@ class TorchMaskedEngine(MaskedEngine):
             part = slice(first, min(moved, stop))
             change[:, : part.stop - first] = residual[:, : part.stop - first] = (z[:, part] - x[:, part]).abs()
             x[:, part], log[:, part] = z[:, part], 0
+        # Every parameter is read off together; those of dimensions outside [first, stop) are left out.
+        begin = max(t.begin[step], t.passed)
+        found = memory.evaluate(step, last + 1).reshape(len(z), -1, t.univariate.parameters)
         if moved < stop:
-            # Every parameter is read off together; those of dimensions outside [first, stop) are left out.
-            begin = max(t.begin[step], t.passed)
-            found = memory.evaluate(step, last + 1).unflatten(-1, (-1, t.univariate.parameters))
             parameters = found[:, moved - begin : stop - begin]
             old = x[:, moved:stop].clone()
             new, slopes = t.univariate.inverse(z[:, moved:stop], parameters)
@@ -79,5 +79,5 @@ class TorchMaskedEngine(MaskedEngine):
     def _parameters(self, memory: Memory, step: int, low: int, high: int) -> Tensor:
         """Returns the parameters of the dimensions [low, high) of a step, (B, n, P)."""
         begin = max(self.transform.begin[step], self.transform.passed)
-        found = memory.evaluate(step, step + 1).unflatten(-1, (-1, self.transform.univariate.parameters))
+        found = memory.evaluate(step, step + 1).reshape(memory.rows, -1, self.transform.univariate.parameters)
         return found[:, low - begin : high - begin]
