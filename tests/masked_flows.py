@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tarflow_fast.masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline, Univariate
 from tarflow_fast.masked.layers import ACTIVATIONS
+from tarflow_fast.spline import SplineLaw
 
 LAWS: dict[str, Univariate] = {
     "softclip": Affine("softclip"),
@@ -19,8 +20,8 @@ LAWS: dict[str, Univariate] = {
     "sigmoid": Affine("sigmoid", shift_first=False),
     "exp": Affine("exp"),
     "shift": Shift(),
-    "spline": Spline(4, "softclip", -3.0, 3.0),
-    "floor spline": Spline(3, "floor", -2.0, 2.0, size_scale=0.5),
+    "spline": Spline(SplineLaw.zuko(4, 3.0)),
+    "floor spline": Spline(SplineLaw.nflows(3, 2.0, divisor=2.0)),
 }
 
 

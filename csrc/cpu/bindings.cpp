@@ -142,20 +142,19 @@ using Numbers = std::vector<int64_t>;
 
 const void* address_in(const py::dict& given, const char* name) { return at<const void>(given[name].cast<Address>()); }
 
-SplineLaw spline_from(const py::dict& given) {
+SplineLaw law_from(const std::map<std::string, double>& given) {
   SplineLaw law{};
-#define TARFLOW_FIELD(type, name) \
-  if (given.contains(#name)) law.name = given[#name].cast<type>();
+#define TARFLOW_FIELD(type, name) law.name = static_cast<type>(given.at(#name));
   TARFLOW_SPLINE_FIELDS(TARFLOW_FIELD)
 #undef TARFLOW_FIELD
   return law;
 }
 
 MaskedLayerSource masked_layer_from(const py::dict& given) {
-  return {address_in(given, "weight"),       address_in(given, "bias"),          address_in(given, "scale"),
-          address_in(given, "shift"),        given["inputs"].cast<int64_t>(),    given["outputs"].cast<int64_t>(),
-          given["source"].cast<int64_t>(),   given["add"].cast<int64_t>(),       given["begin"].cast<Numbers>(),
-          given["reach"].cast<Numbers>(),    given["add_at"].cast<Numbers>(),    given["activation"].cast<int64_t>(),
+  return {address_in(given, "weight"),     address_in(given, "bias"),       address_in(given, "scale"),
+          address_in(given, "shift"),      given["inputs"].cast<int64_t>(), given["outputs"].cast<int64_t>(),
+          given["source"].cast<int64_t>(), given["add"].cast<int64_t>(),    given["begin"].cast<Numbers>(),
+          given["reach"].cast<Numbers>(),  given["add_at"].cast<Numbers>(), given["activation"].cast<int64_t>(),
           given["alpha"].cast<double>()};
 }
 
@@ -163,10 +162,16 @@ MaskedLayerSource masked_layer_from(const py::dict& given) {
 MaskedFlow make_masked(const std::vector<py::dict>& transforms, bool f64, const std::string& instruction_set) {
   std::vector<MaskedSource> sources;
   for (const py::dict& each : transforms) {
-    sources.push_back({each["dims"].cast<int64_t>(), each["passed"].cast<int64_t>(),
-                       each["parameters"].cast<int64_t>(), each["law"].cast<int64_t>(), each["floor"].cast<double>(),
-                       each["shift_first"].cast<bool>(), spline_from(each["spline"].cast<py::dict>()),
-                       each["begin"].cast<Numbers>(), {}});
+    sources.push_back(
+        {each["dims"].cast<int64_t>(),
+         each["passed"].cast<int64_t>(),
+         each["parameters"].cast<int64_t>(),
+         each["law"].cast<int64_t>(),
+         each["floor"].cast<double>(),
+         each["shift_first"].cast<bool>(),
+         each["spline"].is_none() ? SplineLaw{} : law_from(each["spline"].cast<std::map<std::string, double>>()),
+         each["begin"].cast<Numbers>(),
+         {}});
     for (const py::dict& layer : each["layers"].cast<std::vector<py::dict>>())
       sources.back().layers.push_back(masked_layer_from(layer));
   }
@@ -225,6 +230,23 @@ void elementary(const std::string& name, const std::string& instruction_set, Add
                           : kernels.exp)(at<const float>(x), at<float>(out), n);
 }
 
+// Transforms values by splines; wide: whether all tensors are fp64, else fp32.
+void spline(const std::map<std::string, double>& law, Address parameters, Address value, Address image,
+            Address log_derivative, int64_t count, bool wide, bool inverse, const std::string& instruction_set) {
+  const SplineLaw plain = law_from(law);
+  const Kernels& kernels = kernels_named(instruction_set);
+  const py::gil_scoped_release release;
+  std::vector<double> scratch(static_cast<size_t>((plain.parameters + 2 * plain.bins) * kernels.vector));
+  const SplineBatch batch{at<const void>(parameters),
+                          at<const void>(value),
+                          at<void>(image),
+                          at<void>(log_derivative),
+                          scratch.data(),
+                          count,
+                          inverse};
+  (wide ? kernels.spline_f64 : kernels.spline_f32)(plain, batch);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -234,6 +256,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("elementary", &elementary, arg("name"), arg("instruction_set"), arg("x"), arg("out"), arg("count"));
   m.def("density", &density, py::kw_only(), arg("blocks"), arg("samples"), arg("x"), arg("outputs"), arg("log_det"),
         arg("gradient"), arg("bf16"), arg("instruction_set"), arg("threads"), arg("most_bytes"));
+  m.def("spline", &spline, py::kw_only(), arg("law"), arg("parameters"), arg("value"), arg("image"),
+        arg("log_derivative"), arg("count"), arg("wide"), arg("inverse"), arg("instruction_set"));
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); },
         arg("memory"), arg("bytes"));
   py::class_<Engine>(m, "Engine")

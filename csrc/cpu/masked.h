@@ -51,7 +51,7 @@ struct MaskedContext {
 };
 
 enum MaskedMode {
-  SOLVE,    // x of z, one step after the other
+  SOLVE,  // x of z, one step after the other
   FORWARD,  // z of x
   TOGETHER  // x of z for a guess of x, all dimensions at once: a fixed-point pass
 };

@@ -15,7 +15,8 @@ struct Room {
   char *values, *more, *logs, *changes, *residuals, *units, *parameters;
   double *log_det, *scratch;
 
-  Room(int64_t lanes, int64_t dims, int64_t units_count, int64_t parameter_rows, int64_t scratch_count, size_t element) {
+  Room(int64_t lanes, int64_t dims, int64_t units_count, int64_t parameter_rows, int64_t scratch_count,
+       size_t element) {
     Arena counting;
     lay_out(counting, lanes, dims, units_count, parameter_rows, scratch_count, element);
     memory = allocate(counting.used());
@@ -36,7 +37,8 @@ struct Room {
 
 // Rows of a batch into a panel, [column][lanes]; lanes beyond the last sample repeat it.
 template <class T>
-void load_panel(const T* batch, int64_t stride, int64_t columns, int64_t first, int64_t samples, int64_t lanes, T* panel) {
+void load_panel(const T* batch, int64_t stride, int64_t columns, int64_t first, int64_t samples, int64_t lanes,
+                T* panel) {
   for (int64_t n = 0; n < lanes; n++) {
     const T* row = batch + std::min(first + n, samples - 1) * stride;
     for (int64_t d = 0; d < columns; d++) panel[d * lanes + n] = row[d];
@@ -44,7 +46,8 @@ void load_panel(const T* batch, int64_t stride, int64_t columns, int64_t first, 
 }
 
 template <class T>
-void store_panel(const T* panel, int64_t columns, int64_t first, int64_t samples, int64_t lanes, T* batch, int64_t stride) {
+void store_panel(const T* panel, int64_t columns, int64_t first, int64_t samples, int64_t lanes, T* batch,
+                 int64_t stride) {
   for (int64_t n = 0; n < std::min(lanes, samples - first); n++) {
     T* row = batch + (first + n) * stride;
     for (int64_t d = 0; d < columns; d++) row[d] = panel[d * lanes + n];
@@ -57,8 +60,10 @@ MaskedFlow::MaskedFlow(const std::vector<MaskedSource>& transforms, bool f64, co
     : kernels_(*kernels.masked), f64_(f64), lanes_(f64 ? kernels_.lanes_f64 : kernels_.lanes_f32) {
   transforms_.resize(transforms.size());
   for (size_t i = 0; i < transforms.size(); i++) {
-    if (f64) pack<double>(transforms[i], transforms_[i]);
-    else pack<float>(transforms[i], transforms_[i]);
+    if (f64)
+      pack<double>(transforms[i], transforms_[i]);
+    else
+      pack<float>(transforms[i], transforms_[i]);
   }
 }
 
@@ -143,9 +148,18 @@ void MaskedFlow::pack(const MaskedSource& source, Packed& packed) const {
     const std::vector<int64_t>& begin = source.layers.back().begin;
     packed.parameter_rows = std::max(packed.parameter_rows, begin[s + 1] - begin[s]);
   }
-  packed.plain = {source.dims,          source.passed, S,            L,
-                  source.parameters,    packed.begin.data(), packed.layers.data(), packed.raw_at.data(),
-                  source.law,           source.floor,  source.shift_first, source.spline};
+  packed.plain = {source.dims,
+                  source.passed,
+                  S,
+                  L,
+                  source.parameters,
+                  packed.begin.data(),
+                  packed.layers.data(),
+                  packed.raw_at.data(),
+                  source.law,
+                  source.floor,
+                  source.shift_first,
+                  source.spline};
 }
 
 int64_t MaskedFlow::memory_bytes() const {
@@ -209,9 +223,9 @@ bool MaskedFlow::run_as(const std::vector<MaskedStep>& steps, const MaskedBatch&
           }
         continue;
       }
-      const MaskedPanel given{first,        step.row.data(), values,          values,
-                              nullptr,      room.log_det,    nullptr,         nullptr,
-                              room.units,   room.parameters, room.scratch,    step.offset.data(),
+      const MaskedPanel given{first,           step.row.data(), values,       values,
+                              nullptr,         room.log_det,    nullptr,      nullptr,
+                              room.units,      room.parameters, room.scratch, step.offset.data(),
                               step.gate.data()};
       kernel(transforms_[step.transform].plain, given, step.forward ? FORWARD : SOLVE, 0, D);
     }

@@ -60,8 +60,7 @@ class MaskedFlow {
   // Packs the weights. threads, hook: as in Engine::run.
   MaskedFlow(const std::vector<MaskedSource>& transforms, bool f64, const Kernels& kernels);
 
-  bool run(const std::vector<MaskedStep>& steps, const MaskedBatch& batch, int threads,
-           const Caller::Hook& hook) const;
+  bool run(const std::vector<MaskedStep>& steps, const MaskedBatch& batch, int threads, const Caller::Hook& hook) const;
   bool run_block(const MaskedBlockBatch& batch, int threads, const Caller::Hook& hook) const;
 
   int64_t lanes() const { return lanes_; }  // samples of a panel

@@ -34,6 +34,7 @@ from ..masked import (
     Univariate,
 )
 from ..masked.flow import Step
+from ..spline import SplineLaw
 from .activations import activation_of
 
 Orders = dict[str, Order]
@@ -130,8 +131,7 @@ def _univariate(module: Any, name: str) -> Univariate:
     if constructor is zt.MonotonicRQSTransform and len(shapes) == 3 and keywords.keys() <= {"slope", "bound"}:
         bins = shapes[0][0] if len(shapes[0]) == 1 else 0
         if bins and shapes == [(bins,), (bins,), (bins - 1,)]:
-            bound = float(keywords.get("bound", 5.0))
-            return Spline(bins, "softclip", -bound, bound, slope=float(keywords.get("slope", 1e-3)))
+            return Spline(SplineLaw.zuko(bins, **keywords))
     raise ArgumentError(
         f"layer {name!r}",
         "a univariate transform that engines know: affine, additive or rational-quadratic spline",

@@ -141,9 +141,7 @@ def invert(transform: SortedTransform, z: Tensor, context: Tensor | None) -> tup
         # Units that depend on no dimension are of step 0, even where all its dimensions pass unchanged.
         parameters = memory.evaluate(step, step + 1)
         if moved < stop:
-            values, slopes = transform.univariate.inverse(
-                z[:, moved:stop], parameters.unflatten(-1, (stop - moved, P))
-            )
+            values, slopes = transform.univariate.inverse(z[:, moved:stop], parameters.unflatten(-1, (stop - moved, P)))
             log_det = log_det + slopes.sum(-1)
             x.append(values)
             memory.put(0, moved, values)

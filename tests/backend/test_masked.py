@@ -25,7 +25,7 @@ from tarflow_fast.native import instruction_sets
 SETS = [] if cpu_missing() else [name for name in instruction_sets() if name != "avx512_bf16"]
 ENGINES = ["torch", *SETS]
 every_engine = pytest.mark.parametrize("engine", ENGINES)
-WIDE = Recipe(levels=tuple(i % 7 for i in range(40)), passed=3, hidden=50, blocks=2, context=2, gate=True, norm=True)
+WIDE = Recipe(levels=tuple(i % 7 for i in range(40)), passed=3, hidden=50, blocks=2, context=2, gate=True, activation="tanh")
 
 
 def engine_of(name: str, transform: SortedTransform, **options: Any) -> MaskedEngine:

@@ -21,6 +21,7 @@ from ...masked.flow import Step
 from ...masked.layers import ACTIVATIONS
 from ...masked.sorting import SortedLayer, SortedTransform, sort_transform
 from ...native import address, choose_instruction_set, load_native
+from ...spline import native_law
 
 DTYPES = (torch.float32, torch.float64)
 MOST_CONTEXT = 1 << 28  # bytes of what layers add by the context; larger batches go through in parts
@@ -38,11 +39,11 @@ def takes(step: Step) -> bool:
 
 def _law(univariate: Univariate) -> dict[str, Any]:
     """Returns the univariate transform by the names of native code, see `MaskedSource` in csrc/cpu/masked_flow.h."""
-    law: dict[str, Any] = {"floor": 0.0, "shift_first": True, "spline": {}, "parameters": univariate.parameters}
+    law: dict[str, Any] = {"floor": 0.0, "shift_first": True, "spline": None, "parameters": univariate.parameters}
     if isinstance(univariate, Shift):
         return law | {"law": _SHIFT}
     if isinstance(univariate, Spline):
-        return law | {"law": _SPLINE, "spline": univariate.native}
+        return law | {"law": _SPLINE, "spline": native_law(univariate.law)}
     floor = abs(math.log(univariate.floor)) if univariate.law == "softclip" else univariate.floor
     return law | {"law": _AFFINE[univariate.law], "floor": floor, "shift_first": univariate.shift_first}
 
