@@ -56,7 +56,7 @@ class TorchMaskedEngine(MaskedEngine):
             x[:, part], log[:, part] = z[:, part], 0
         # Every parameter is read off together; those of dimensions outside [first, stop) are left out.
         begin = max(t.begin[step], t.passed)
-        found = memory.evaluate(step, last + 1).reshape(len(z), -1, t.univariate.parameters)
+        found = self._per_dimension(memory.evaluate(step, last + 1))
         if moved < stop:
             parameters = found[:, moved - begin : stop - begin]
             old = x[:, moved:stop].clone()
@@ -79,5 +79,8 @@ class TorchMaskedEngine(MaskedEngine):
     def _parameters(self, memory: Memory, step: int, low: int, high: int) -> Tensor:
         """Returns the parameters of the dimensions [low, high) of a step, (B, n, P)."""
         begin = max(self.transform.begin[step], self.transform.passed)
-        found = memory.evaluate(step, step + 1).reshape(memory.rows, -1, self.transform.univariate.parameters)
-        return found[:, low - begin : high - begin]
+        return self._per_dimension(memory.evaluate(step, step + 1))[:, low - begin : high - begin]
+
+    def _per_dimension(self, parameters: Tensor) -> Tensor:
+        P = self.transform.univariate.parameters
+        return parameters.unflatten(-1, (parameters.shape[-1] // P, P))
