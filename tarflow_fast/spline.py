@@ -224,6 +224,11 @@ def spline(parameters: Tensor, value: Tensor, law: SplineLaw, *, inverse: bool =
     return image.to(value.dtype), log_derivative.to(value.dtype)
 
 
+def native_law(law: SplineLaw) -> dict[str, float]:
+    """Returns a law by the names of native code, see csrc/cpu/spline.h."""
+    return {name: float(getattr(law, name)) for name in (*law.__dataclass_fields__, "parameters")}
+
+
 def spline_native(
     parameters: Tensor, value: Tensor, law: SplineLaw, *, inverse: bool = False, instruction_set: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -240,7 +245,7 @@ def spline_native(
     parameters, value = parameters.detach().contiguous(), value.detach().contiguous()
     image, log_derivative = torch.empty_like(value), torch.empty_like(value)
     load_native().spline(
-        law={name: float(getattr(law, name)) for name in (*law.__dataclass_fields__, "parameters")},
+        law=native_law(law),
         parameters=address("parameters", parameters, value.dtype),
         value=address("value", value, value.dtype),
         image=address("image", image, value.dtype),

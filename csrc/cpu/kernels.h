@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "masked.h"
 #include "spline.h"
 
 namespace tarflow {
@@ -108,6 +109,7 @@ struct Kernels {
   bool bf16_operands;  // whether the rows of a bf16 product are bf16 too, or fp32
   Step step_f32, step_bf16;
   const DensityKernels* density;
+  const MaskedKernels* masked;
   // These are for tests of the parts: out[i] = GELU(x[i]), GELU′(x[i]) and exp(x[i]), where n is a multiple of 16.
   void (*gelu)(const float* x, float* out, int64_t n);
   void (*gelu_slope)(const float* x, float* out, int64_t n);
