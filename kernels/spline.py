@@ -26,8 +26,10 @@ from tarflow_fast.spline import SplineLaw
 from .launch import Launch, can_launch, check_operand, launch
 
 DTYPES = (torch.float32, torch.float64)
-TILE = 512
-"""The number of (value, bin) pairs of a program: four for each thread of four warps."""
+TILE, BACKWARD_TILE = 512, 256
+"""The number of (value, bin) pairs of a program: four for each thread of four warps, or two in the backward pass, where
+four would spill registers.
+"""
 
 
 @triton.jit
@@ -201,7 +203,7 @@ def _spline_backward_kernel(
     outside = (given < LOW) | (given > HIGH)
     x = tl.load((image if INVERSE else value) + row, inside, other=0.0).to(tl.float64)
     x = _between(tl.where(outside, LOW, x), LOW, HIGH)
-    x0, y0, w, h, d0, d1, number, x_softmax, y_softmax, x_slope, y_slope, s0, s1 = _bin(
+    x0, _, w, h, d0, d1, number, x_softmax, y_softmax, x_slope, y_slope, s0, s1 = _bin(
         parameters, row, inside, x, BINS, LOW, HIGH, CLIP, MIN_WIDTH, MIN_HEIGHT, MIN_DERIVATIVE, DIVISOR,
         EXPONENTIAL, TAILS, False, BLOCK_K,
     )  # fmt: skip
@@ -256,14 +258,14 @@ def _spline_backward_kernel(
         tl.store(place + 2 * BINS + start, gradient.to(d_parameters.dtype.element_ty), mask)
 
 
-def _launch(kernel: Any, n: int, law: SplineLaw, inverse: bool, *tensors: Tensor) -> None:
-    """Run a kernel with one program for every BLOCK_N values."""
+def _launch(kernel: Any, tile: int, n: int, law: SplineLaw, inverse: bool, *tensors: Tensor) -> None:
+    """Run a kernel with one program for every BLOCK_N values, which have `tile` bins or few more."""
     if not can_launch(tensors[0].device):
         raise BackendError(f"spline: Triton kernels need a CUDA device, these tensors are on {tensors[0].device}")
     given = {name.upper(): value for name, value in asdict(law).items()}
     given["CLIP"] = given.pop("SOFT_CLIP")
     block_k = triton.next_power_of_2(law.bins)
-    block_n = min(max(TILE // block_k, 1), triton.next_power_of_2(max(n, 1)))
+    block_n = min(max(tile // block_k, 1), triton.next_power_of_2(max(n, 1)))
     constants = {**given, "INVERSE": inverse, "BLOCK_N": block_n, "BLOCK_K": block_k}
     with torch.cuda.device_of(tensors[0]):
         launch(Launch(kernel, (triton.cdiv(n, block_n),), (*tensors, n), constants, 4, pdl=False))
@@ -281,7 +283,7 @@ def spline_forward(parameters: Tensor, value: Tensor, law: SplineLaw, inverse: b
     parameters = check_operand("parameters", parameters.contiguous(), wanted, value.dtype, value.device)
     image, log_derivative = torch.empty_like(value), torch.empty_like(value)
     if value.numel():
-        _launch(_spline_kernel, value.numel(), law, inverse, parameters, value, image, log_derivative)
+        _launch(_spline_kernel, TILE, value.numel(), law, inverse, parameters, value, image, log_derivative)
     return image, log_derivative
 
 
@@ -294,7 +296,7 @@ def spline_backward(
     law: SplineLaw,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of the parameters, (n, P), and of the values, (n,), from those of `spline_forward`'s results.
+    """Returns the gradients of the parameters, (n, P), and of the values, (n,), from those of the results.
 
     d_image, d_log_derivative: (n,), of the values' dtype. parameters, value, image: what `spline_forward` took and
     returned. Raises ArgumentError or BackendError.
@@ -308,7 +310,7 @@ def spline_backward(
     d_parameters, d_value = torch.empty_like(parameters), torch.empty_like(value)
     if n:
         tensors = d_image, d_log_derivative, parameters, value, image, d_parameters, d_value
-        _launch(_spline_backward_kernel, n, law, inverse, *tensors)
+        _launch(_spline_backward_kernel, BACKWARD_TILE, n, law, inverse, *tensors)
     return d_parameters, d_value
 
 
@@ -325,8 +327,9 @@ class _Spline(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_image: Tensor, d_log_derivative: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        gradients = spline_backward(d_image, d_log_derivative, *ctx.saved_tensors, ctx.law, ctx.inverse)
-        return *gradients, None, None
+        parameters, value, image = ctx.saved_tensors
+        of = parameters, value, image, ctx.law, ctx.inverse
+        return *spline_backward(d_image, d_log_derivative, *of), None, None
 
 
 def spline(parameters: Tensor, value: Tensor, law: SplineLaw, *, inverse: bool = False) -> tuple[Tensor, Tensor]:

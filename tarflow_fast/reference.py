@@ -281,10 +281,10 @@ def spline_knots(
     """Returns x and y of the knots of rational-quadratic splines, and the derivatives there, (..., bins + 1) each.
 
     parameters: (..., P), bins widths, bins heights, then derivatives: bins - 1 with tails, where the outer two are 1,
-    else bins + 1. soft_clip: c, the parameters of derivatives are p / (1 + |p| / c), those of sizes the same with c / 2;
+    else bins + 1. soft_clip: c, the parameters of derivatives are p / (1 + |p| / c), those of sizes p / (1 + 2|p| / c);
     0 for p itself. min_width, min_height: the least share of the interval from low to high that a bin takes.
-    min_derivative: what is added to the derivatives, which are exp(p) if exponential, else log(1 + exp(p)), for p > 20 p itself, as torch has it. divisor:
-    what the parameters of sizes are divided by.
+    min_derivative: what is added to the derivatives, which are exp(p) if exponential, else log(1 + exp(p)); above 20
+    that is p itself, as torch has it. divisor: what the parameters of sizes are divided by.
     """
 
     def clipped(p: Tensor, c: float) -> Tensor:

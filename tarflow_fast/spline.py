@@ -97,8 +97,16 @@ class SplineLaw:
         from 0 to 1 without tails. divisor: √hidden_features where the transform's network has this attribute, else 1.
         """
         low, high = (0.0, 1.0) if tail_bound is None else (-tail_bound, tail_bound)
-        least = {"min_width": min_bin_width, "min_height": min_bin_height, "min_derivative": min_derivative}
-        return cls(bins, low, high, **least, divisor=divisor, tails=tail_bound is not None)
+        return cls(
+            bins,
+            low,
+            high,
+            min_width=min_bin_width,
+            min_height=min_bin_height,
+            min_derivative=min_derivative,
+            divisor=divisor,
+            tails=tail_bound is not None,
+        )
 
     @classmethod
     def normflows(cls, bins: int, tail_bound: float | None = 3.0, **options: float) -> SplineLaw:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
 
 import pytest
 import torch
@@ -88,51 +87,45 @@ def test_bins_without_size_do_no_harm(way: Spline, inverse: bool, spread: float)
     assert (further <= 2 + 1e-14).all()
 
 
-@st.composite
-def problems(draw: Any) -> tuple[SplineLaw, Tensor, Tensor]:
-    """A law with any sizes, and values on any of its splines, also at knots and beside them."""
-    bins = draw(st.integers(1, 12))
-    bound = draw(st.sampled_from([0.5, 1.0, 3.0, 20.0, 50.0]))
-    least = draw(st.sampled_from([1e-4, 1e-3, 0.9 / bins]))
-    law = draw(
-        st.sampled_from(
-            [
-                SplineLaw.zuko(bins, bound, slope=draw(st.sampled_from([1e-4, 1e-3, 0.1]))),
-                SplineLaw.nflows(bins, bound, min_bin_width=least, min_bin_height=least, min_derivative=least),
-                SplineLaw.nflows(bins, None, min_derivative=least),
-            ]
-        )
-    )
-    spread = draw(st.sampled_from([0.0, 1.0, 10.0, 1e3, 1e6]))
-    parameters, x = random_splines(law, 40, spread, seed=draw(st.integers(0, 2**31)))
-    at = knots(parameters, law).x[:, draw(st.integers(0, bins))]
-    beside = torch.nextafter(at, torch.full_like(at, draw(st.sampled_from([-99.0, 99.0]))))
-    x = torch.where(torch.arange(40) < 20, x, at if draw(st.booleans()) else beside)
-    return law, parameters, x if law.tails else x.clamp(law.low, law.high)
+def laws_of(bins: int) -> list[SplineLaw]:
+    least = {"min_bin_width": 0.9 / bins, "min_bin_height": 0.1 / bins, "min_derivative": 1e-4}
+    zuko = [SplineLaw.zuko(bins, bound, slope) for bound in (0.5, 50.0) for slope in (1e-4, 1e-3, 0.1)]
+    return [*zuko, SplineLaw.nflows(bins, 20.0), SplineLaw.nflows(bins, 1.0, **least), SplineLaw.nflows(bins, None)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(problem=problems())
-def test_laws(problem: tuple[SplineLaw, Tensor, Tensor]) -> None:
-    """The inverse undoes it, it rises, its log-derivative is autograd's, and no way differs."""
-    law, parameters, x = problem
-    x = x.requires_grad_()
+@given(
+    law=st.integers(1, 12).map(laws_of).flatmap(st.sampled_from),
+    spread=st.sampled_from([0.0, 1.0, 10.0, 1e3, 1e6]),
+    seed=st.integers(0, 2**31),
+    beside=st.sampled_from([None, 0.0, -99.0, 99.0]),
+)
+def test_laws(law: SplineLaw, spread: float, seed: int, beside: float | None) -> None:
+    """The inverse undoes it, it rises, its log-derivative is autograd's, and no way differs.
+
+    beside: where values are that are next to a knot, or 0, those of the knots themselves, or None, any.
+    """
+    parameters, x = random_splines(law, 40, spread, seed=seed)
+    at, span = knots(parameters, law), law.high - law.low
+    if beside is not None:
+        x = at.x[:, seed % (law.bins + 1)].clone()
+        x = torch.nextafter(x, torch.full_like(x, beside)) if beside else x
+        x = x if law.tails else x.clamp(law.low, law.high)
+    x.requires_grad_()
     y, log_derivative = spline(parameters, x, law)
     assert y.isfinite().all()
-    assert log_derivative.isfinite().all()
     (slope,) = torch.autograd.grad(y.sum(), x)
-    terms = knots(parameters, law).derivative.amax(-1) + slope  # of which autograd takes the difference
+    terms = at.derivative.amax(-1) + (at.y.diff() / at.x.diff()).amax(-1)  # of which autograd takes differences
     assert (((slope - log_derivative.exp()) / terms).abs() <= 1e-12).all()
+    further = x.detach() + 1e-3 * span
+    further = further if law.tails else further.clamp(max=law.high)
     for way in WAYS.values():
+        assert (way(parameters, further, law)[0] >= y - 1e-15 * span).all()
         back, inverse_log = way(parameters, y.detach(), law, inverse=True)
-        flat = 1 + (-log_derivative).exp()  # what the rounding of y becomes
-        assert (((back - x) / flat).abs() <= 1e-13 * (law.high - law.low)).all()
+        assert (((back - x) / (1 + (-log_derivative).exp())).abs() <= 1e-14 * span).all()  # y's rounding, magnified
         forth, log_there = spline(parameters, back, law)
-        assert_close(inverse_log, -log_there, 1e-6)
-        assert (((forth - y) / (1 + log_derivative.exp())).abs() <= 1e-13 * (law.high - law.low)).all()
-        above = x.detach() + 1e-3 * (law.high - law.low)
-        above = above if law.tails else above.clamp(max=law.high)
-        assert (way(parameters, above, law)[0] >= y - 1e-14 * law.high).all()
+        assert (((forth - y) / (1 + log_there.exp())).abs() <= 1e-14 * span).all()
+        assert_close(inverse_log, -log_there, 1e-8 if spread <= 10 else 1e-4)  # a step in x changes the slope so much
 
 
 @every_way

@@ -25,12 +25,20 @@ from tarflow_fast.backend.triton.engine import TritonEngine
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.kernels.affine_density import density_backward, density_forward
 from tarflow_fast.kernels.launch import Launch, recording
+from tarflow_fast.kernels.spline import spline_backward, spline_forward
+from tarflow_fast.spline import SplineLaw
 
 from .compiled import SIZES, Compiled, resource_usage
 from .linted import triton_findings
 
 FIRST_WITH_PDL = 90
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,18 @@ def density_launches() -> list[Launch]:
             out = torch.empty(*sizes[:2], outputs, dtype=dtype, device="meta")
             density_forward(out, z, config.nvp)
             density_backward(z, log_det, *((z, out) if config.nvp else (None, None)), dtype, False)
+    return launches
+
+
+def spline_launches() -> list[Launch]:
+    """Returns the launches of splines of either kind, there or back, in either precision, and of their gradients."""
+    laws = SplineLaw.zuko(8), SplineLaw.nflows(32, None)
+    with recording() as launches:
+        for law, (dtype, inverse) in itertools.product(laws, ((FULL, True), (torch.float64, False))):
+            value = torch.empty(4096, dtype=dtype, device="meta")
+            parameters = torch.empty(4096, law.parameters, dtype=dtype, device="meta")
+            spline_forward(parameters, value, law, inverse)
+            spline_backward(value, value, parameters, value, value, law, inverse)
     return launches
 
 
@@ -146,5 +166,5 @@ def survey(cases: Iterable[Case], architectures: Iterable[int], *, every: bool) 
         for architecture in architectures:
             pdl = architecture >= FIRST_WITH_PDL
             steps = (launch for case in cases for launch in case.launches(every, pdl))
-            launches = distinct(itertools.chain(steps, density_launches()))
+            launches = distinct(itertools.chain(steps, density_launches(), spline_launches()))
             yield from pool.map(lambda launch, on=architecture: compile_for(launch, on), launches)
