@@ -136,15 +136,15 @@ def _bin(
 
 
 @triton.jit
-def _spline_kernel(
-    parameters, value, image, log_derivative, n, BINS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    CLIP: tl.constexpr, MIN_WIDTH: tl.constexpr, MIN_HEIGHT: tl.constexpr, MIN_DERIVATIVE: tl.constexpr,
-    DIVISOR: tl.constexpr, EXPONENTIAL: tl.constexpr, TAILS: tl.constexpr, INVERSE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def spline_values(
+    parameters, row, inside, given, BINS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, CLIP: tl.constexpr,
+    MIN_WIDTH: tl.constexpr, MIN_HEIGHT: tl.constexpr, MIN_DERIVATIVE: tl.constexpr, DIVISOR: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, TAILS: tl.constexpr, INVERSE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = row < n
-    given = tl.load(value + row, inside, other=0.0).to(tl.float64)
+    """Returns the images of values and the log-derivatives of the map, (N,) fp64 each.
+
+    row: (N,), which row of the parameters is a value's. given: (N,) fp64, the values.
+    """
     v = _between(given, LOW, HIGH)
     x0, y0, w, h, d0, d1, _, _, _, _, _, _, _ = _bin(
         parameters, row, inside, v, BINS, LOW, HIGH, CLIP, MIN_WIDTH, MIN_HEIGHT, MIN_DERIVATIVE, DIVISOR,
@@ -173,6 +173,23 @@ def _spline_kernel(
     outside = (given < LOW) | (given > HIGH)
     out = tl.where(outside, given if TAILS else float("nan"), out)
     log = tl.where(outside, 0.0 if TAILS else float("nan"), log)
+    return out, log
+
+
+@triton.jit
+def _spline_kernel(
+    parameters, value, image, log_derivative, n, BINS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    CLIP: tl.constexpr, MIN_WIDTH: tl.constexpr, MIN_HEIGHT: tl.constexpr, MIN_DERIVATIVE: tl.constexpr,
+    DIVISOR: tl.constexpr, EXPONENTIAL: tl.constexpr, TAILS: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < n
+    given = tl.load(value + row, inside, other=0.0).to(tl.float64)
+    out, log = spline_values(
+        parameters, row, inside, given, BINS, LOW, HIGH, CLIP, MIN_WIDTH, MIN_HEIGHT, MIN_DERIVATIVE, DIVISOR,
+        EXPONENTIAL, TAILS, INVERSE, BLOCK_K,
+    )  # fmt: skip
     tl.store(image + row, out.to(image.dtype.element_ty), inside)
     tl.store(log_derivative + row, log.to(log_derivative.dtype.element_ty), inside)
 
@@ -258,12 +275,18 @@ def _spline_backward_kernel(
         tl.store(place + 2 * BINS + start, gradient.to(d_parameters.dtype.element_ty), mask)
 
 
+def law_constants(law: SplineLaw) -> dict[str, object]:
+    """Returns the constants of a law that kernels are compiled for."""
+    given = {name.upper(): value for name, value in asdict(law).items()}
+    given["CLIP"] = given.pop("SOFT_CLIP")
+    return given
+
+
 def _launch(kernel: Any, tile: int, n: int, law: SplineLaw, inverse: bool, *tensors: Tensor) -> None:
     """Run a kernel with one program for every BLOCK_N values, which have `tile` bins or few more."""
     if not can_launch(tensors[0].device):
         raise BackendError(f"spline: Triton kernels need a CUDA device, these tensors are on {tensors[0].device}")
-    given = {name.upper(): value for name, value in asdict(law).items()}
-    given["CLIP"] = given.pop("SOFT_CLIP")
+    given = law_constants(law)
     block_k = triton.next_power_of_2(law.bins)
     block_n = min(max(tile // block_k, 1), triton.next_power_of_2(max(n, 1)))
     constants = {**given, "INVERSE": inverse, "BLOCK_N": block_n, "BLOCK_K": block_k}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..backend.cpu.masked import DTYPES, CpuMaskedEngine, CpuMaskedFlow, takes
 from ..backend.pytorch.masked import TorchMaskedEngine
+from ..backend.triton import BACKEND
+from ..backend.triton.masked import TritonMasked, masked_missing
 from ..checks import check_choice, check_count, check_number
-from ..engine.contract import BlockEngine
+from ..engine.backend import Request
 from ..engine.masked import ContextCondition, MaskedEngine, enter, leave
 from ..errors import ArgumentError, BackendError
 from ..limits import most_threads
@@ -23,7 +25,7 @@ from ..masked.stepping import invert
 from ..native import load_native
 from ..solvers import SOLVERS, Auto, CostTable, PassEstimate, Solver, adaptive, sequential
 
-BACKENDS = ("auto", "cpu", "torch")
+BACKENDS = ("auto", "cpu", "torch", "triton")
 TOL = {torch.float32: 3e-6, torch.float64: 1e-12}  # the default, by dtype
 
 
@@ -32,7 +34,8 @@ class FlowInverse:
 
     Args:
         flow: The flow; its weights are copied.
-        backend: "cpu" is C++, for float32 and float64 on the CPU; "torch" is PyTorch; "auto" is C++ where it serves.
+        backend: "cpu" is C++, for float32 and float64 on the CPU; "triton" is one kernel a transform, for float32 on
+            NVIDIA GPUs; "torch" is PyTorch; "auto" is C++ where it serves, else PyTorch.
         solver: "sequential" goes through the dimensions in order, each unit evaluated once, and is exact. "adaptive"
             and "auto" make parallel passes, see `tarflow_fast/solvers/`; these may be quicker on a GPU.
         tol: How far a dimension may still move when a parallel pass takes it as final; None is the dtype's own.
@@ -62,8 +65,9 @@ class FlowInverse:
         self.dtype, self.device = weight.dtype, weight.device
         self.tol = TOL.get(self.dtype, 1e-3) if tol is None else check_number("tol", tol, 0)
         missing = self._native_missing()
-        if backend == "cpu" and missing is not None:
-            raise BackendError(f"backend 'cpu' cannot be had: {missing}")
+        lacking = {"cpu": lambda: missing, "triton": self._triton_missing}.get(backend, lambda: None)()
+        if lacking is not None:
+            raise BackendError(f"backend {backend!r} cannot be had: {lacking}")
         self.backend = ("torch" if missing else "cpu") if backend == "auto" else backend
         with torch.no_grad():
             self._pieces = self._make()
@@ -78,9 +82,19 @@ class FlowInverse:
             return str(error)
         return None
 
+    def _triton_missing(self) -> str | None:
+        """Returns why Triton's kernel cannot serve, or None."""
+        missing = BACKEND.missing(Request(self.device))
+        if missing is None and self.solver != "sequential":
+            missing = "it goes through the dimensions in order; leave solver out, or use backend='torch'"
+        for step in self.flow.steps:
+            if missing is None and isinstance(step, MaskedTransform):
+                missing = masked_missing(sort_transform(step), self.dtype)
+        return missing
+
     def _make(self) -> list[CpuMaskedFlow | _Solved | Fixed]:
         """Returns what runs the steps, from data to latents: runs of them in C++, or one after the other."""
-        if self.backend == "torch" or self.solver != "sequential":
+        if self.backend != "cpu" or self.solver != "sequential":
             return [self._solved(step) if isinstance(step, MaskedTransform) else step for step in self.flow.steps]
         pieces: list[CpuMaskedFlow | _Solved | Fixed] = []
         for native, run in groupby(self.flow.steps, takes):
@@ -93,6 +107,8 @@ class FlowInverse:
 
     def _solved(self, step: MaskedTransform) -> _Solved:
         transform = sort_transform(step)
+        if self.backend == "triton":
+            return _Solved(step, TritonMasked(transform).run)
         engine: MaskedEngine = (
             CpuMaskedEngine(transform, threads=self.threads) if self.backend == "cpu" else TorchMaskedEngine(transform)
         )
@@ -101,7 +117,7 @@ class FlowInverse:
             solver = functools.partial(adaptive, tol=self.tol, dtype=self.dtype)
         elif self.solver == "auto":
             solver = Auto(self.tol, PassEstimate(engine.tokens, {}, {}), CostTable(), None, self.dtype)
-        return _Solved(step, engine, solver)
+        return _Solved(step, functools.partial(_by_engine, engine, solver))
 
     @torch.no_grad()
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -137,19 +153,21 @@ class FlowInverse:
 
 
 class _Solved:
-    """A masked transform whose slow direction is left to an engine and a solver."""
+    """A masked transform whose slow direction is a function of latents and context."""
 
-    def __init__(self, step: MaskedTransform, engine: MaskedEngine, solver: Solver):
-        self.step, self.engine, self.solver = step, engine, solver
+    def __init__(self, step: MaskedTransform, solve: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]):
+        self.step, self.solve = step, solve
 
     def run(self, values: Tensor, context: Tensor | None, *, to_latents: bool) -> tuple[Tensor, Tensor]:
         """Returns the image of values, (B, D), and log|det| of the map, (B,)."""
-        if to_latents != self.step.inverted:
-            return self.step.forward(values, context)
-        engine: BlockEngine = self.engine
-        state = engine.begin(enter(self.engine.transform, values), ContextCondition(context=context))
-        self.solver(engine, state)
-        return leave(self.engine.transform, state.x), state.log_det
+        return (self.step.forward if to_latents != self.step.inverted else self.solve)(values, context)
+
+
+def _by_engine(engine: MaskedEngine, solver: Solver, values: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the inverse of a transform at these values, (B, D), and its log|det|, (B,)."""
+    state = engine.begin(enter(engine.transform, values), ContextCondition(context=context))
+    solver(engine, state)
+    return leave(engine.transform, state.x), state.log_det
 
 
 def differentiable(

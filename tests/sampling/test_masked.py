@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tarflow_fast.backend.cpu import masked as cpu_masked
 from tarflow_fast.backend.cpu.engine import cpu_missing
+from tarflow_fast.devices import triton_missing
 from tarflow_fast.errors import ArgumentError, BackendError
 from tarflow_fast.masked import Elementwise, Linear, MaskedFlow, MaskedTransform, Permute, Reverse, Scale
 from tarflow_fast.sampling.masked import FlowInverse, differentiable
@@ -21,9 +22,9 @@ every_way = pytest.mark.parametrize(("backend", "solver"), WAYS)
 D = 7
 
 
-def masked(seed: int, **fields: object) -> MaskedTransform:
+def masked(seed: int, dtype: torch.dtype, **fields: object) -> MaskedTransform:
     recipe = Recipe(levels=(3, 0, 4, 1, 2, 1, 0), context=2, seed=seed, **fields)  # type: ignore[arg-type]
-    return transform_of(recipe)
+    return transform_of(recipe, dtype)
 
 
 def flow(dtype: torch.dtype = torch.float64) -> MaskedFlow:
@@ -31,23 +32,23 @@ def flow(dtype: torch.dtype = torch.float64) -> MaskedFlow:
     generator = torch.Generator().manual_seed(1)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     order = (2, 5, 0, 6, 1, 3, 4)
     scale = Scale(drawn(D).abs() + 0.5, drawn(D))
     steps = (
         Scale(drawn(D).abs() + 0.5, drawn(D)),
         Permute(order),
-        masked(0, law="softplus"),
+        masked(0, dtype, law="softplus"),
         Permute(order),
         scale,
         Reverse(scale),
         Reverse(Permute((6, 5, 4, 3, 2, 1, 0))),
-        masked(1, law="spline", passed=3),
-        Linear(drawn(D, D) / 4 + torch.eye(D), drawn(D)),
+        masked(1, dtype, law="spline", passed=3),
+        Linear(drawn(D, D) / 4 + torch.eye(D, dtype=dtype), drawn(D)),
         Elementwise("softclip", 9.0),
         Reverse(Elementwise("softclip", 9.0)),
-        masked(2, law="softclip").inverted_copy(),
+        masked(2, dtype, law="softclip").inverted_copy(),
         Permute(order),
     )
     return MaskedFlow(D, steps)
@@ -81,6 +82,21 @@ def test_both_directions(backend: str, solver: str) -> None:
     back, ours = fast.to_data(z, context)
     assert_close(back, x, 1e-9)
     assert_close(ours, -log_det, 1e-9)
+
+
+@pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
+def test_both_directions_by_triton() -> None:
+    described = flow(torch.float32)
+    x, context = torch.randn(5, D), torch.randn(1, 2)
+    fast = FlowInverse(described, backend="triton")
+    z, log_det = FlowInverse(described, backend="torch").to_latents(x, context)
+    back, ours = fast.to_data(z, context)
+    assert_close(back, x, 1e-4)
+    assert_close(ours, -log_det, 1e-4)
+    with pytest.raises(BackendError, match="in order"):
+        FlowInverse(described, backend="triton", solver="adaptive")
+    with pytest.raises(BackendError, match="float32"):
+        FlowInverse(flow(), backend="triton")
 
 
 def test_the_fixed_steps_invert_themselves() -> None:

@@ -22,10 +22,15 @@ from triton.compiler import ASTSource
 
 from tarflow_fast import TarFlow
 from tarflow_fast.backend.triton.engine import TritonEngine
+from tarflow_fast.backend.triton.masked import TritonMasked
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.kernels.affine_density import density_backward, density_forward
 from tarflow_fast.kernels.launch import Launch, recording
 from tarflow_fast.kernels.spline import spline_backward, spline_forward
+from tarflow_fast.masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline
+from tarflow_fast.masked.layers import ACTIVATIONS
+from tarflow_fast.masked.sorting import sort_transform
+from tarflow_fast.masked.univariate import AFFINE_LAWS
 from tarflow_fast.spline import SplineLaw
 
 from .compiled import SIZES, Compiled, resource_usage
@@ -84,6 +89,24 @@ def spline_launches() -> list[Launch]:
             parameters = torch.empty(4096, law.parameters, dtype=dtype, device="meta")
             spline_forward(parameters, value, law, inverse)
             spline_backward(value, value, parameters, value, value, law, inverse)
+    return launches
+
+
+def masked_launches() -> list[Launch]:
+    """Returns the launches of the inverse of masked transforms, of every activation and univariate transform."""
+    laws = [Affine(law) for law in AFFINE_LAWS] + [Shift(), Spline(SplineLaw.zuko(8)), Spline(SplineLaw.nflows(10))]
+    D, H, B = 16, 64, 256
+    with recording() as launches:
+        for univariate, name in itertools.zip_longest(laws, ACTIVATIONS, fillvalue=None):
+            univariate = univariate or laws[0]
+            degrees, outputs = torch.arange(H) % (D - 1), torch.arange(D).repeat_interleave(univariate.parameters)
+            first, last = degrees[:, None] >= torch.arange(D), outputs[:, None] > degrees
+            layers = (
+                Layer(torch.empty(H, D, device="meta"), first),
+                Layer(torch.empty(len(last), H, device="meta"), last, source=1, activation=Activation(name)),
+            )
+            made = TritonMasked(sort_transform(MaskedTransform(D, layers, univariate)))
+            made.run(torch.empty(B, D, device="meta"), None)
     return launches
 
 
@@ -166,5 +189,5 @@ def survey(cases: Iterable[Case], architectures: Iterable[int], *, every: bool) 
         for architecture in architectures:
             pdl = architecture >= FIRST_WITH_PDL
             steps = (launch for case in cases for launch in case.launches(every, pdl))
-            launches = distinct(itertools.chain(steps, density_launches(), spline_launches()))
+            launches = distinct(itertools.chain(steps, density_launches(), spline_launches(), masked_launches()))
             yield from pool.map(lambda launch, on=architecture: compile_for(launch, on), launches)
