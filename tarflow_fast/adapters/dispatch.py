@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-LIBRARIES = {"zuko": ".zuko", "nflows": ".nflows", "normflows": ".normflows"}
+LIBRARIES = {"zuko": ".zuko", "nflows": ".nflows", "normflows": ".normflows", "sbi": ".sbi"}
 """The modules of this package by the libraries whose flows they take; all others are taken for ml-tarflow's."""
 
 

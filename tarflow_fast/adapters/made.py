@@ -1,4 +1,4 @@
-"""The masked networks of nflows and normflows, `MADE`, which are written alike and differ in where activations stand."""
+"""The masked networks of nflows and normflows, `MADE`, which are alike but for where activations stand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _norm(norm: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _of_context(layer: nn.Linear, function: Term | None = None) -> Term:
-    """Returns the function of the context that a linear layer, and then a function, is; it has a copy of the weights."""
+    """Returns the function of the context that a linear layer, and then a function, is, with a copy of the weights."""
     weight, bias = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
     if function is None:
         return partial(F.linear, weight=weight, bias=bias)
@@ -110,7 +110,7 @@ class _Network:
 
 
 def made_layers(made: Any, name: str, style: Style) -> tuple[Layer, ...]:
-    """Returns the layers of a `MADE`, whose tensors autograd traces to its weights, and which share no memory with them.
+    """Returns the layers of a `MADE`: copies of its weights, to which autograd traces them.
 
     Args:
         made: The network.

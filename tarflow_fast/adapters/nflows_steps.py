@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from nflows import transforms as nt
 from nflows.transforms import made as made_module
-from nflows.transforms.linear import NaiveLinear
 from nflows.transforms.permutations import Permutation
 from nflows.transforms.standard import AffineTransform, IdentityTransform, PointwiseAffineTransform
 
@@ -67,7 +66,7 @@ def _steps(module: Any, name: str, features: int, orders: Orders) -> Iterator[St
         yield masked
     elif kind in (nt.RandomPermutation, nt.ReversePermutation, Permutation) and module._dim == 1:
         yield Permute(tuple(module._permutation.tolist()))
-    elif kind in (nt.LULinear, NaiveLinear):
+    elif kind is nt.LULinear:
         yield Linear(module.weight().clone(), module.bias.clone())
     elif kind is nt.BatchNorm:
         if module.training:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from normflows import ConditionalNormalizingFlow, NormalizingFlow
 from normflows.flows import Flow
 from torch import Tensor, nn
@@ -72,8 +71,9 @@ class _Fast:
         def to_latents(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
             total = x.new_zeros(len(x))
             given = {} if context is None else {"context": context}
-            for flow in reversed(own):
-                x, log_det = flow.inverse(x, **given)
+            layers: list[Any] = list(own)
+            for layer in reversed(layers):
+                x, log_det = layer.inverse(x, **given)
                 total = total + log_det
             return x, total
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from normflows import flows as nf
 from normflows.flows.neural_spline.autoregressive import MaskedPiecewiseRationalQuadraticAutoregressive
 from normflows.nets import made as made_module
+from torch import nn
 
 from ..errors import ArgumentError
 from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Spline, Univariate
@@ -21,7 +22,7 @@ Orders = dict[str, Order]
 STYLE = Style(made_module, first=False, gated=True)
 
 
-def describe(flows: Sequence[Any], orders: Orders | None = None) -> MaskedFlow:
+def describe(flows: nn.ModuleList, orders: Orders | None = None) -> MaskedFlow:
     """Returns the description of normflows' layers, whose tensors autograd traces to their weights.
 
     Args:
@@ -113,9 +114,9 @@ def _univariate(flow: Any, name: str) -> Univariate:
     )
 
 
-def context_of(flows: torch.nn.ModuleList) -> int:
+def context_of(flows: Any) -> int:
     """Returns C, the number of context features that the networks read, or 0. flows: those that are described."""
     for module in flows.modules():
-        if type(module) is made_module.MADE and isinstance(getattr(module, "context_layer", None), torch.nn.Linear):
+        if type(module) is made_module.MADE and isinstance(getattr(module, "context_layer", None), nn.Linear):
             return int(module.context_layer.in_features)
     return 0
