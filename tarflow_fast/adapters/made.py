@@ -20,13 +20,14 @@ Term = Callable[[Tensor], Tensor]
 class Style(NamedTuple):
     """A `Style` is what differs between libraries.
 
-    made: The library's module with `MADE` and its parts. first: whether the first layer is followed by the activation
-    where blocks are not residual. gated: whether the context of a residual block is a gate on what it adds, the
-    sigmoid of a linear map, rather than an addition to its first layer; without, the context of the network's first
-    layer goes through the activation.
+    parts: The library's module with the network and its parts. linear: The class of its linear layers. first: Whether
+    the activation follows the first layer where blocks are not residual. gated: Whether the context of a residual block
+    is a gate on what the block adds, the sigmoid of a linear map, rather than an addition to its first layer; without,
+    the context of the network's first layer goes through the activation.
     """
 
-    made: Any
+    parts: Any
+    linear: type
     first: bool
     gated: bool
 
@@ -60,26 +61,26 @@ def _of_context(layer: nn.Linear, function: Term | None = None) -> Term:
     return lambda context: function(F.linear(context, weight, bias))
 
 
-class _Network:
-    """The layers of a network as they are added."""
+class Network:
+    """The layers of a network as they are added. conditional: whether it reads a context."""
 
-    def __init__(self, style: Style, made: Any, name: str):
-        self.style, self.name = style, name
-        self.conditional = hasattr(made, "context_layer")
+    def __init__(self, style: Style, conditional: bool):
+        self.style, self.conditional = style, conditional
         self.layers: list[Layer] = []
 
     def add(self, linear: Any, name: str, activation: Activation, **terms: Any) -> int:
         """Add a masked linear layer after an activation of the value before; returns the number of its value."""
-        if type(linear) is not self.style.made.MaskedLinear:
+        if type(linear) is not self.style.linear:
             raise unknown(name, linear)
-        mask = linear.mask.bool()
+        mask = linear.mask if hasattr(linear, "mask") else torch.ones_like(linear.weight)
         bias = None if linear.bias is None else linear.bias.clone()
-        weight = linear.weight * linear.mask
+        weight, mask = linear.weight * mask, mask.bool()
         self.layers.append(Layer(weight, mask, bias, len(self.layers), activation, **terms))
         return len(self.layers)
 
     def add_residual(self, block: Any, name: str) -> Activation:
         """Add v + W₂ act(norm₂(W₁ act(norm₁(v)))), with the context in its place; nothing follows it."""
+        check_dropout(block, name)
         activation = _activation(block.activation, f"{name}.activation")
         norms: list[dict[str, Tensor]] = [{}, {}]
         if block.use_batch_norm:
@@ -99,6 +100,7 @@ class _Network:
 
     def add_feedforward(self, block: Any, name: str, before: Activation) -> Activation:
         """Add W norm(before(v)) + b, which the block's own activation follows."""
+        check_dropout(block, name)
         self.add(block.linear, f"{name}.linear", before)
         if block.batch_norm is not None:  # it is after the activation, so that it goes into the layer
             scale, shift = _norm(block.batch_norm, f"{name}.batch_norm")
@@ -107,6 +109,12 @@ class _Network:
             bias = moved if layer.bias is None else layer.bias + moved
             self.layers[-1] = Layer(layer.weight * scale, layer.mask, bias, layer.source, before)
         return _activation(block.activation, f"{name}.activation")
+
+
+def check_dropout(block: Any, name: str) -> None:
+    """Raises ArgumentError if values are dropped at random by this block."""
+    if block.dropout.training and block.dropout.p > 0:
+        raise ArgumentError(f"layer {name + '.dropout'!r}", "dropout in eval mode; call .eval()", "training mode")
 
 
 def made_layers(made: Any, name: str, style: Style) -> tuple[Layer, ...]:
@@ -121,13 +129,13 @@ def made_layers(made: Any, name: str, style: Style) -> tuple[Layer, ...]:
         ArgumentError: It has a layer that no engine knows, or is in training mode where that makes a difference; the
             error names the layer.
     """
-    parts = style.made
+    parts = style.parts
     if type(made) is not parts.MADE:
         raise unknown(name, made, "a masked network that engines know")
     preprocessing = getattr(made, "preprocessing", None)
     if preprocessing is not None and type(preprocessing) is not nn.Identity:
         raise unknown(f"{name}.preprocessing", preprocessing)
-    network = _Network(style, made, name)
+    network = Network(style, hasattr(made, "context_layer"))
     terms: dict[str, Term] = {}
     if network.conditional:
         function = None if style.gated else _activation(made.activation, f"{name}.activation")
@@ -140,8 +148,6 @@ def made_layers(made: Any, name: str, style: Style) -> tuple[Layer, ...]:
         here = f"{name}.blocks.{i}"
         if type(block) not in (parts.MaskedResidualBlock, parts.MaskedFeedforwardBlock):
             raise unknown(here, block)
-        if block.dropout.training and block.dropout.p > 0:
-            raise ArgumentError(f"layer {here + '.dropout'!r}", "dropout in eval mode; call .eval()", "training mode")
         if type(block) is parts.MaskedResidualBlock:
             after = network.add_residual(block, here)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,13 +12,13 @@ from nflows.transforms.permutations import Permutation
 from nflows.transforms.standard import AffineTransform, IdentityTransform, PointwiseAffineTransform
 
 from ..errors import ArgumentError
-from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Spline, Univariate
+from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Univariate
 from ..masked.flow import Step
-from ..spline import SplineLaw
 from .made import Style, made_layers, unknown
+from .nflows_coupling import COUPLINGS, ResidualNet, check_tails, coupling, spline_of
 
 Orders = dict[str, Order]
-STYLE = Style(made_module, first=True, gated=False)
+STYLE = Style(made_module, made_module.MaskedLinear, first=True, gated=False)
 AFFINE = nt.MaskedAffineAutoregressiveTransform
 SPLINE = nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
 
@@ -37,11 +36,12 @@ def describe(transform: Any, orders: Orders | None = None) -> MaskedFlow:
             a difference; the error names it.
     """
     orders = {} if orders is None else orders
-    masked = [module for module in transform.modules() if type(module) in (AFFINE, SPLINE)]
-    if not masked:
-        expected = "one with a masked autoregressive transform, affine or rational-quadratic"
+    modules = list(transform.modules())
+    widths = [each.autoregressive_net.initial_layer.in_features for each in modules if type(each) in (AFFINE, SPLINE)]
+    features = next(iter([*widths, *(each.features for each in modules if type(each) in COUPLINGS)]), None)
+    if features is None:
+        expected = "one with a masked autoregressive or coupling transform, affine or rational-quadratic"
         raise ArgumentError("model", expected, type(transform).__name__)
-    features = masked[0].autoregressive_net.initial_layer.in_features
     return MaskedFlow(features, tuple(_steps(transform, "_transform", features, orders)))
 
 
@@ -62,6 +62,10 @@ def _steps(module: Any, name: str, features: int, orders: Orders) -> Iterator[St
             name=name,
             known=orders.get(name),
         )
+        orders[name] = masked.order
+        yield masked
+    elif kind in COUPLINGS:
+        masked = coupling(module, name, orders.get(name))
         orders[name] = masked.order
         yield masked
     elif kind in (nt.RandomPermutation, nt.ReversePermutation, Permutation) and module._dim == 1:
@@ -88,18 +92,8 @@ def _steps(module: Any, name: str, features: int, orders: Orders) -> Iterator[St
 def _univariate(module: Any, name: str) -> Univariate:
     if type(module) is AFFINE:
         return Affine("softplus", module._epsilon, shift_first=False)
-    if module.tails not in ("linear", None):
-        raise ArgumentError(f"layer {name!r}", "linear tails, or none", repr(module.tails))
-    return Spline(
-        SplineLaw.nflows(
-            module.num_bins,
-            float(module.tail_bound) if module.tails else None,
-            min_bin_width=module.min_bin_width,
-            min_bin_height=module.min_bin_height,
-            min_derivative=module.min_derivative,
-            divisor=math.sqrt(getattr(module.autoregressive_net, "hidden_features", 1)),
-        )
-    )
+    check_tails(module, name)
+    return spline_of(module, getattr(module.autoregressive_net, "hidden_features", 1))
 
 
 def context_of(transform: Any) -> int:
@@ -107,4 +101,6 @@ def context_of(transform: Any) -> int:
     for module in transform.modules():
         if type(module) is made_module.MADE and isinstance(getattr(module, "context_layer", None), torch.nn.Linear):
             return int(module.context_layer.in_features)
+        if type(module) is ResidualNet:
+            return int(module.context_features or 0)
     return 0

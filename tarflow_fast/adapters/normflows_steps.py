@@ -19,7 +19,7 @@ from ..spline import SplineLaw
 from .made import Style, made_layers, unknown
 
 Orders = dict[str, Order]
-STYLE = Style(made_module, first=False, gated=True)
+STYLE = Style(made_module, made_module.MaskedLinear, first=False, gated=True)
 
 
 def describe(flows: nn.ModuleList, orders: Orders | None = None) -> MaskedFlow:

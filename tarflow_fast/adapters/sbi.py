@@ -20,7 +20,7 @@ def accelerate(posterior: Any, *, check: bool = True, **options: Any) -> FastPos
 
     Args:
         posterior: A `DirectPosterior` whose estimator is an `NFlowsFlow` or a `ZukoFlow`, such as `NPE` builds with
-            density_estimator="maf", "maf_rqs", "zuko_maf" or "zuko_nsf".
+            density_estimator="maf", "maf_rqs", "nsf", "zuko_maf" or "zuko_nsf".
         check: Whether small density passes of both flows are compared.
         **options: The keyword arguments of `FlowInverse`.
 

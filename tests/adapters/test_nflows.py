@@ -24,6 +24,7 @@ from nflows import transforms as nt
 from nflows.distributions import ConditionalDiagonalNormal, StandardNormal
 from nflows.flows import Flow
 from nflows.flows.autoregressive import MaskedAutoregressiveFlow
+from nflows.nn.nets import ResidualNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 AFFINE = nt.MaskedAffineAutoregressiveTransform
@@ -262,3 +263,28 @@ def test_the_package_does_without_nflows() -> None:
         "sys.exit(bool({'nflows', 'normflows', 'sbi'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_couplings(context: int) -> None:
+    torch.manual_seed(0)
+
+    def net(inputs: int, outputs: int) -> ResidualNet:
+        return ResidualNet(inputs, outputs, 12, context_features=context or None, use_batch_norm=True)
+
+    steps = [
+        nt.PiecewiseRationalQuadraticCouplingTransform(
+            [1, 0, 1, 0, 0], net, num_bins=5, tails="linear", tail_bound=3.0
+        ),
+        nt.LULinear(5),
+        nt.AffineCouplingTransform([0, 1, 0, 1, 1], net),
+        AFFINE(5, 12, context_features=context or None),
+        nt.InverseTransform(nt.AdditiveCouplingTransform([0, 0, 0, 1, 1], net)),
+    ]
+    flow = stirred(Flow(nt.CompositeTransform(steps), StandardNormal([5])))
+    check(flow, 5, context)
+    check(Flow(nt.CompositeTransform(steps[:3]), StandardNormal([5])), 5, context)
+    for unknown in ({"apply_unconditional_transform": True}, {"transform_net_create_fn": nn.Linear}):
+        keywords = {"mask": [0, 1], "transform_net_create_fn": net, "tails": "linear", **unknown}
+        with pytest.raises(ArgumentError, match=r"_transform\.(unconditional_transform|transform_net)"):
+            tff.accelerate(Flow(nt.PiecewiseRationalQuadraticCouplingTransform(**keywords), StandardNormal([2])))

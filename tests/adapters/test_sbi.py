@@ -42,7 +42,7 @@ def both(ours: Any, theirs: Any, call: Any) -> tuple[Tensor, Tensor]:
     return tuple((torch.manual_seed(3), call(each))[1] for each in (ours, theirs))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("estimator", ["maf", "maf_rqs", "zuko_maf", "zuko_nsf"])
+@pytest.mark.parametrize("estimator", ["maf", "maf_rqs", "nsf", "zuko_maf", "zuko_nsf"])
 def test_posterior(sbi: Any, estimator: str) -> None:
     """Samples for one x and for several, within the prior, log-probabilities with the correction for leakage, MAP."""
     posterior, x = posterior_of(sbi, estimator)
