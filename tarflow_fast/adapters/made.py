@@ -27,7 +27,7 @@ class Style(NamedTuple):
     """
 
     parts: Any
-    linear: type
+    linear: Any
     first: bool
     gated: bool
 
