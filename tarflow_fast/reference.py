@@ -262,3 +262,80 @@ def denoise(
         return denoised
     height = patch_size if isinstance(patch_size, int) else patch_size[0]
     return unpatchify(denoised, patch_size, images.shape[2] // height)
+
+
+def spline_knots(
+    parameters: Tensor,
+    *,
+    bins: int,
+    low: float,
+    high: float,
+    soft_clip: float = 0.0,
+    min_width: float = 0.0,
+    min_height: float = 0.0,
+    min_derivative: float = 0.0,
+    divisor: float = 1.0,
+    exponential: bool = False,
+    tails: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns x and y of the knots of rational-quadratic splines, and the derivatives there, (..., bins + 1) each.
+
+    parameters: (..., P), bins widths, bins heights, then derivatives: bins - 1 with tails, where the outer two are 1,
+    else bins + 1. soft_clip: c, the parameters of derivatives are p / (1 + |p| / c), those of sizes p / (1 + 2|p| / c);
+    0 for p itself. min_width, min_height: the least share of the interval from low to high that a bin takes.
+    min_derivative: what is added to the derivatives, which are exp(p) if exponential, else log(1 + exp(p)); above 20
+    that is p itself, as torch has it. divisor: what the parameters of sizes are divided by.
+    """
+
+    def clipped(p: Tensor, c: float) -> Tensor:
+        return p / (1 + p.abs() / c) if c else p
+
+    def corners(p: Tensor, least: float) -> Tensor:
+        sizes = (high - low) * (least + (1 - least * bins) * clipped(p / divisor, soft_clip / 2).softmax(-1))
+        edges = [torch.full_like(p[..., 0], low)]
+        for k in range(bins - 1):
+            edges.append(edges[-1] + sizes[..., k])
+        return torch.stack([*edges, torch.full_like(p[..., 0], high)], dim=-1)
+
+    widths, heights, p = parameters.split([bins, bins, parameters.shape[-1] - 2 * bins], dim=-1)
+    p = clipped(p, soft_clip)
+    derivatives = min_derivative + (p.exp() if exponential else F.softplus(p))
+    if tails:
+        derivatives = F.pad(derivatives, (1, 1), value=1.0)
+    return corners(widths, min_width), corners(heights, min_height), derivatives
+
+
+def spline(x: Tensor, knots: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """y = y0 + h (s θ² + d0 θ (1 − θ)) / (s + (d0 + d1 − 2s) θ (1 − θ)) in each bin, θ = (x − x0) / w, s = h / w.
+
+    Beyond the outer knots, y = x. x: (...). knots: those of `spline_knots`, for each x. Returns y and log dy/dx, (...)
+    each (Durkan et al., arXiv 1906.04032, equations 4 and 5).
+    """
+    y, derivative = x, torch.ones_like(x)
+    corners = [knot.unbind(-1) for knot in knots]
+    for k in range(len(corners[0]) - 1):
+        (x0, x1), (y0, y1), (d0, d1) = (knot[k : k + 2] for knot in corners)
+        s = (y1 - y0) / (x1 - x0)
+        theta = (x - x0) / (x1 - x0)
+        both = theta * (1 - theta)
+        bottom = s + (d0 + d1 - 2 * s) * both
+        here = (x0 <= x) & (x <= x1)
+        y = torch.where(here, y0 + (y1 - y0) * (s * theta**2 + d0 * both) / bottom, y)
+        top = s**2 * (d1 * theta**2 + 2 * s * both + d0 * (1 - theta) ** 2)
+        derivative = torch.where(here, top / bottom**2, derivative)
+    return y, derivative.log()
+
+
+def spline_inverse(y: Tensor, knots: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns x of y = spline(x), and log dx/dy, (...) each.
+
+    The interval in which x lies is halved 120 times, which asks nothing of the spline but that it rises.
+    """
+    low, high = knots[0][..., 0].expand_as(y).clone(), knots[0][..., -1].expand_as(y).clone()
+    for _ in range(120):
+        middle = low + (high - low) / 2
+        above = spline(middle, knots)[0] > y
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    inside = (knots[1][..., 0] <= y) & (y <= knots[1][..., -1])
+    x = torch.where(inside, low + (high - low) / 2, y)
+    return x, -spline(x, knots)[1]

@@ -113,6 +113,14 @@ def test_drop_in(tmp_path: Path) -> None:
     assert abs(slow[0] - slow[1]).max() > 100
 
 
+def test_zuko_flow() -> None:
+    pytest.importorskip("zuko")
+    text = run("zuko_flow.py", "--kind", "MAF", "--features", 8, "-n", 50, "--steps", 2)
+    assert number("largest difference:", text) < SAME
+    assert number("is", text) < SAME
+    assert number("above 1e-3 in", text) == 0
+
+
 @pytest.mark.slow
 def test_drop_in_for_a_model_of_ml_tarflow(tmp_path: Path) -> None:
     module = tmp_path / "transformer_flow.py"

@@ -13,6 +13,7 @@
 #include "density_pass.h"
 #include "dispatch.h"
 #include "engine.h"
+#include "masked_flow.h"
 
 namespace py = pybind11;
 using namespace tarflow;
@@ -137,6 +138,84 @@ int64_t density(const std::vector<py::dict>& blocks, int64_t samples, Address x,
   return bytes;
 }
 
+using Numbers = std::vector<int64_t>;
+
+const void* address_in(const py::dict& given, const char* name) { return at<const void>(given[name].cast<Address>()); }
+
+SplineLaw law_from(const std::map<std::string, double>& given) {
+  SplineLaw law{};
+#define TARFLOW_FIELD(type, name) law.name = static_cast<type>(given.at(#name));
+  TARFLOW_SPLINE_FIELDS(TARFLOW_FIELD)
+#undef TARFLOW_FIELD
+  return law;
+}
+
+MaskedLayerSource masked_layer_from(const py::dict& given) {
+  return {address_in(given, "weight"),     address_in(given, "bias"),       address_in(given, "scale"),
+          address_in(given, "shift"),      given["inputs"].cast<int64_t>(), given["outputs"].cast<int64_t>(),
+          given["source"].cast<int64_t>(), given["add"].cast<int64_t>(),    given["begin"].cast<Numbers>(),
+          given["reach"].cast<Numbers>(),  given["add_at"].cast<Numbers>(), given["activation"].cast<int64_t>(),
+          given["alpha"].cast<double>()};
+}
+
+// transforms: sorted, as tarflow_fast/backend/cpu/masked.py gives them; their tensors are copied.
+MaskedFlow make_masked(const std::vector<py::dict>& transforms, bool f64, const std::string& instruction_set) {
+  std::vector<MaskedSource> sources;
+  for (const py::dict& each : transforms) {
+    sources.push_back(
+        {each["dims"].cast<int64_t>(),
+         each["passed"].cast<int64_t>(),
+         each["parameters"].cast<int64_t>(),
+         each["law"].cast<int64_t>(),
+         each["floor"].cast<double>(),
+         each["shift_first"].cast<bool>(),
+         each["spline"].is_none() ? SplineLaw{} : law_from(each["spline"].cast<std::map<std::string, double>>()),
+         each["begin"].cast<Numbers>(),
+         {}});
+    for (const py::dict& layer : each["layers"].cast<std::vector<py::dict>>())
+      sources.back().layers.push_back(masked_layer_from(layer));
+  }
+  const py::gil_scoped_release release;
+  return MaskedFlow(sources, f64, kernels_named(instruction_set));
+}
+
+using Terms = std::vector<std::pair<Address, int64_t>>;  // addresses and rows, 0 for none
+
+std::vector<MaskedContext> contexts_from(const Terms& given) {
+  std::vector<MaskedContext> out;
+  for (const auto& [address, rows] : given) out.push_back({at<const void>(address), rows});
+  return out;
+}
+
+// steps: dicts with the fields of MaskedStep.
+void run_masked(const MaskedFlow& flow, const std::vector<py::dict>& steps, int64_t samples, Address in, Address out,
+                Address log_det, int threads, const py::object& progress) {
+  std::vector<MaskedStep> plain;
+  for (const py::dict& step : steps)
+    plain.push_back({step["transform"].cast<int64_t>(), step["forward"].cast<bool>(), step["row"].cast<Numbers>(),
+                     contexts_from(step["offset"].cast<Terms>()), contexts_from(step["gate"].cast<Terms>()),
+                     address_in(step, "scale"), address_in(step, "shift")});
+  const MaskedBatch batch{samples, at<const void>(in), at<void>(out), at<double>(log_det)};
+  without_gil(progress, [&](const Caller::Hook& hook) { flow.run(plain, batch, threads, hook); });
+}
+
+void run_masked_block(const MaskedFlow& flow, int64_t samples, int64_t first, int64_t stop, Address z, Address x,
+                      Address log, Address change, Address residual, Address memory, const Terms& offset,
+                      const Terms& gate, int threads, const py::object& progress) {
+  const MaskedBlockBatch batch{samples,
+                               first,
+                               stop,
+                               at<const void>(z),
+                               at<void>(x),
+                               at<void>(log),
+                               at<void>(change),
+                               at<void>(residual),
+                               at<void>(memory),
+                               contexts_from(offset),
+                               contexts_from(gate)};
+  without_gil(progress, [&](const Caller::Hook& hook) { flow.run_block(batch, threads, hook); });
+}
+
 // Returns (name, whether it can be used here) of each instruction set, worst first.
 std::vector<std::pair<std::string, bool>> list_instruction_sets() {
   std::vector<std::pair<std::string, bool>> out;
@@ -151,6 +230,23 @@ void elementary(const std::string& name, const std::string& instruction_set, Add
                           : kernels.exp)(at<const float>(x), at<float>(out), n);
 }
 
+// Transforms values by splines; wide: whether all tensors are fp64, else fp32.
+void spline(const std::map<std::string, double>& law, Address parameters, Address value, Address image,
+            Address log_derivative, int64_t count, bool wide, bool inverse, const std::string& instruction_set) {
+  const SplineLaw plain = law_from(law);
+  const Kernels& kernels = kernels_named(instruction_set);
+  const py::gil_scoped_release release;
+  std::vector<double> scratch(static_cast<size_t>((plain.parameters + 2 * plain.bins) * kernels.vector));
+  const SplineBatch batch{at<const void>(parameters),
+                          at<const void>(value),
+                          at<void>(image),
+                          at<void>(log_derivative),
+                          scratch.data(),
+                          count,
+                          inverse};
+  (wide ? kernels.spline_f64 : kernels.spline_f32)(plain, batch);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -160,6 +256,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("elementary", &elementary, arg("name"), arg("instruction_set"), arg("x"), arg("out"), arg("count"));
   m.def("density", &density, py::kw_only(), arg("blocks"), arg("samples"), arg("x"), arg("outputs"), arg("log_det"),
         arg("gradient"), arg("bf16"), arg("instruction_set"), arg("threads"), arg("most_bytes"));
+  m.def("spline", &spline, py::kw_only(), arg("law"), arg("parameters"), arg("value"), arg("image"),
+        arg("log_derivative"), arg("count"), arg("wide"), arg("inverse"), arg("instruction_set"));
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); },
         arg("memory"), arg("bytes"));
   py::class_<Engine>(m, "Engine")
@@ -171,4 +269,14 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("cache_elements", &Engine::cache_elements)
       .def_property_readonly("channel_stride", &Engine::channel_stride)
       .def_property_readonly("packed_bytes", &Engine::packed_bytes);
+  py::class_<MaskedFlow>(m, "MaskedFlow")
+      .def(py::init(&make_masked), py::kw_only(), arg("transforms"), arg("f64"), arg("instruction_set"))
+      .def("run", &run_masked, py::kw_only(), arg("steps"), arg("samples"), arg("values"), arg("out"), arg("log_det"),
+           arg("threads"), arg("progress"))
+      .def("run_block", &run_masked_block, py::kw_only(), arg("samples"), arg("first"), arg("stop"), arg("z"), arg("x"),
+           arg("log"), arg("change"), arg("residual"), arg("memory"), arg("offset"), arg("gate"), arg("threads"),
+           arg("progress"))
+      .def_property_readonly("lanes", &MaskedFlow::lanes)
+      .def_property_readonly("memory_bytes", &MaskedFlow::memory_bytes)
+      .def_property_readonly("packed_bytes", &MaskedFlow::packed_bytes);
 }

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+#include "masked.h"
+#include "spline.h"
+
 namespace tarflow {
 
 class Barrier;
@@ -106,10 +109,13 @@ struct Kernels {
   bool bf16_operands;  // whether the rows of a bf16 product are bf16 too, or fp32
   Step step_f32, step_bf16;
   const DensityKernels* density;
+  const MaskedKernels* masked;
   // These are for tests of the parts: out[i] = GELU(x[i]), GELU′(x[i]) and exp(x[i]), where n is a multiple of 16.
   void (*gelu)(const float* x, float* out, int64_t n);
   void (*gelu_slope)(const float* x, float* out, int64_t n);
   void (*exp)(const float* x, float* out, int64_t n);
+  void (*spline_f32)(const SplineLaw& law, const SplineBatch& batch);
+  void (*spline_f64)(const SplineLaw& law, const SplineBatch& batch);
 };
 
 // A table is null where the compiler's target has no such instructions.

@@ -6,6 +6,7 @@
 
 #include "density.h"
 #include "kernels.h"
+#include "masked.h"
 
 namespace tarflow {
 namespace {
@@ -15,6 +16,8 @@ namespace {
 #include "attention.inl"
 #include "packing.inl"
 #include "density.inl"
+#include "spline.inl"
+#include "masked.inl"
 
 // out = (h − mean) / sqrt(variance + 1e-5), zero from n on to the end of the vector; the norm's own weight and bias
 // are in the product that follows.
@@ -281,7 +284,8 @@ void exp_all(const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += VW) store(out + i, exp_negative(load(x + i)));
 }
 
-const Kernels table = {NAME, VW, TARFLOW_DOT, step<F32>, step<BF16>, &density_table, gelu_all, gelu_slope_all, exp_all};
+const Kernels table = {NAME,           VW,       TARFLOW_DOT, step<F32>,         step<BF16>,        &density_table, &masked_table,
+                       gelu_all,       gelu_slope_all, exp_all, spline_all<float>, spline_all<double>};
 
 }  // namespace
 

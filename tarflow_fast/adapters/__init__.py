@@ -1,5 +1,5 @@
 """This package makes samplers for the models of other libraries, one file for each library."""
 
-from .ml_tarflow import accelerate
+from .dispatch import accelerate
 
 __all__ = ["accelerate"]

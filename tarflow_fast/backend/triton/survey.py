@@ -25,11 +25,24 @@ from ...engine.shape import BlockShape
 from ...engine.weights import BlockWeights
 from ...kernels.affine_density import density_backward, density_forward
 from ...kernels.launch import Launch, recording
+from ...kernels.spline import spline_backward, spline_forward
 from ...machine_code import Compiled, resource_usage, triton_findings
+from ...masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline
+from ...masked.layers import ACTIVATIONS
+from ...masked.sorting import sort_transform
+from ...masked.univariate import AFFINE_LAWS
+from ...spline import SplineLaw
 from .engine import TritonEngine
+from .masked import TritonMasked
 
 FIRST_WITH_PDL = 90
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +74,37 @@ def density_launches(shapes: Iterable[BlockShape]) -> list[Launch]:
             density_forward(out, z, shape.affine)
             scaled = (z, out) if shape.affine else (None, None)
             density_backward(z, log_det, scaled[0], scaled[1], dtype, False)
+    return launches
+
+
+def spline_launches() -> list[Launch]:
+    """Returns the launches of splines of either kind, there or back, in either precision, and of their gradients."""
+    laws = SplineLaw.zuko(8), SplineLaw.nflows(32, None)
+    with recording() as launches:
+        for law, (dtype, inverse) in itertools.product(laws, ((torch.float32, True), (torch.float64, False))):
+            value = torch.empty(4096, dtype=dtype, device="meta")
+            parameters = torch.empty(4096, law.parameters, dtype=dtype, device="meta")
+            spline_forward(parameters, value, law, inverse)
+            spline_backward(value, value, parameters, value, value, law, inverse)
+    return launches
+
+
+def masked_launches() -> list[Launch]:
+    """Returns the launches of the inverse of masked transforms, of every activation and univariate transform."""
+    splines = Spline(SplineLaw.zuko(8)), Spline(SplineLaw.nflows(10))
+    laws: list[Affine | Shift | Spline] = [*map(Affine, AFFINE_LAWS), Shift(), *splines]
+    D, H, B = 16, 64, 256
+    with recording() as launches:
+        for i, name in enumerate(ACTIVATIONS):
+            univariate = laws[i % len(laws)]
+            degrees, outputs = torch.arange(H) % (D - 1), torch.arange(D).repeat_interleave(univariate.parameters)
+            first, last = degrees[:, None] >= torch.arange(D), outputs[:, None] > degrees
+            layers = (
+                Layer(torch.empty(H, D, device="meta"), first),
+                Layer(torch.empty(len(last), H, device="meta"), last, source=1, activation=Activation(name)),
+            )
+            made = TritonMasked(sort_transform(MaskedTransform(D, layers, univariate)))
+            made.run(torch.empty(B, D, device="meta"), None)
     return launches
 
 
@@ -129,5 +173,5 @@ def survey(
         for architecture in architectures:
             pdl = architecture >= FIRST_WITH_PDL
             steps = (launch for case in cases for launch in case.launches(every, pdl))
-            launches = distinct(itertools.chain(steps, density_launches(shapes)))
+            launches = distinct(itertools.chain(steps, density_launches(shapes), spline_launches(), masked_launches()))
             yield from pool.map(lambda launch, on=architecture: compile_for(launch, on), launches)

@@ -1,0 +1,57 @@
+"""The kernel that inverts a masked transform against whole passes over and over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import KERNEL_DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masked_flows import LAWS, Recipe, naive_inverse, recipes, transform_of
+from tolerances import assert_close
+
+from tarflow_fast.errors import ArgumentError
+from tarflow_fast.masked.sorting import sort_transform
+
+pytest.importorskip("triton")
+
+from tarflow_fast.backend.triton.masked import TritonMasked, masked_missing
+from tarflow_fast.kernels import masked_inverse as op
+
+
+def check(recipe: Recipe, batch: int, shared: bool = False) -> None:
+    transform = transform_of(recipe)
+    z = torch.randn(batch, transform.features, dtype=torch.float64)
+    context = torch.randn(1 if shared else batch, recipe.context, dtype=torch.float64) if recipe.context else None
+    wanted = naive_inverse(transform, z, context)
+    _, log_det = transform.forward(wanted, context)
+    made = TritonMasked(sort_transform(transform_of(recipe, torch.float32)))
+    x, ours = made.run(z.float().to(KERNEL_DEVICE), None if context is None else context.float().to(KERNEL_DEVICE))
+    size = max(1.0, wanted.abs().max().item())
+    assert_close(x / size, wanted.float() / size, 1e-4)
+    assert_close(ours / size, -log_det.float() / size, 3e-4)
+
+
+@given(recipe=recipes(("softclip", "softplus", "sigmoid", "shift", "floor spline")), batch=st.sampled_from([1, 17]))
+@settings(max_examples=25)
+def test_any_transform(recipe: Recipe, batch: int) -> None:
+    check(recipe, batch)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_every_law(law: str) -> None:
+    check(Recipe(levels=(2, 0, 1, 1, 3), law=law, context=2, activation="tanh"), 20)
+
+
+def test_more_units_than_a_product_takes_and_a_context_that_all_share() -> None:
+    check(Recipe(levels=(0, 1, 0, 1, 1), hidden=90, holes=0.0, context=2, norm=True, activation="gelu"), 3, shared=True)
+    check(Recipe(levels=(0, 0, 0, 1, 1), passed=3, hidden=40, blocks=0, law="spline"), 3)
+
+
+def test_what_the_kernel_does_not_take_is_said() -> None:
+    made = sort_transform(transform_of(Recipe(levels=(0, 1)), torch.float64))
+    assert "float32" in str(masked_missing(made, torch.float64))
+    assert masked_missing(made, torch.float32) is None
+    program = TritonMasked(sort_transform(transform_of(Recipe(levels=(0, 1)), torch.float32)))._program
+    with pytest.raises(ArgumentError, match="z"):
+        op.masked_inverse(program, torch.zeros(3, 16), torch.zeros(1, 1))
