@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -208,13 +208,15 @@ def test_a_runtime_that_the_driver_does_not_serve_is_said_before_anything_is_mad
 ) -> None:
     """The engine has a CUDA runtime of its own, which a driver that serves torch's may be too old for."""
 
-    def too_old() -> None:
-        raise RuntimeError("cudaGetDevice: cudaErrorInsufficientDriver: CUDA driver version is insufficient\nmore")
+    native, said = ModuleType("too_old"), "the NVIDIA driver here serves CUDA 12.8, and the engine needs CUDA 13.0"
+    asked: list[int] = []
 
-    monkeypatch.setattr(cuda_engine, "load_native", lambda: SimpleNamespace(device_type="cpu", device=too_old))
-    missing = cuda_missing(torch.device("cpu"))
-    assert missing == (
-        "the CUDA engine's own runtime cannot use cpu: cudaGetDevice: cudaErrorInsufficientDriver: CUDA driver version "
-        "is insufficient; update the driver, or install tarflow_fast again with a CUDA toolkit (nvcc) that is no newer "
-        "than the driver"
-    )
+    def probe(index: int) -> None:
+        asked.append(index)
+        raise RuntimeError(said)
+
+    vars(native).update(device_type="cpu", probe=probe)
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: native)
+    for _ in range(2):
+        assert cuda_missing(torch.device("cpu", 3)) == f"{said}; backend='triton' and 'torch' do without it"
+    assert asked == [3]  # once in a process
