@@ -102,6 +102,7 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
       for (int u = 0; u < KEYS_IN_FLIGHT; u++) {
         const int key = first + u * stride + warp * side + lane / width;
         logit[u] = 0;
+        instructions(2 * V);
         if (inside && key < part.last)
           for (int i = 0; i < V; i++) logit[u] += q[i] * to_float(k[u].at[i]);
         for (int mask = 1; mask < width; mask *= 2) logit[u] += shuffle_xor(logit[u], mask);
@@ -115,11 +116,13 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
 #pragma unroll
       for (int u = 0; u < KEYS_IN_FLIGHT; u++) {
         const float weight = rescale(logit[u], most);
+        instructions(2 * V + 6);
         weights += weight;
         if (inside && logit[u] != LOWEST)
           for (int i = 0; i < V; i++) sum[i] += weight * to_float(v[u].at[i]);
       }
     }
+    section(MERGE);
     for (int mask = width; mask < 32; mask *= 2) {  // merges the warp's groups
       const float other = shuffle_xor(most, mask), M = fmaxf(most, other);
       const float mine = rescale(most, M), theirs = rescale(other, M);
@@ -150,6 +153,7 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
       store(partials, statistics(p, rows) + 2 * part.index(p), M);
       store(partials, statistics(p, rows) + 2 * part.index(p) + 1, total);
     }
+    section(ATTEND);
   }
 }
 
@@ -184,6 +188,7 @@ DEVICE Vector<float, V> attended(const Params& p, const Rows& rows, int row, int
     for (int i = 0; i < AT_ONCE; i++) {
       if (begin + i >= parts) continue;
       const float share = rescale(of[i].at[0], most);
+      instructions(2 * V + 6);
       weights += share * of[i].at[1];
       for (int j = 0; j < V; j++) y.at[j] += share * sum[i].at[j];
     }

@@ -29,6 +29,16 @@ DEVICE int blocks() { return gridDim.x; }
 
 DEVICE void sync_block() { __syncthreads(); }
 
+// Lets no lane go on before all have come, and no load move to the other side: ptxas would move loads down to their
+// first uses, of which each then waits for the one before it. Every lane of the warp takes part.
+DEVICE void sync_warp() { __syncwarp(); }
+
+// These tell the emulation's model of time (emulation/timing.h) where a thread is, and how many instructions it runs
+// besides those of this file. They are nothing on a GPU.
+DEVICE void section(Section) {}
+DEVICE void section(Phase, Section) {}
+DEVICE void instructions(int) {}
+
 // Returns the value of the lane whose number differs by `mask`. Every lane of the warp takes part.
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 

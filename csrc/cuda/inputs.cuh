@@ -34,6 +34,7 @@ DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, 
         if (j * STEP < width) take(j * STEP + lane * 4, kept[j]);
       for (int k = KEPT * STEP; k < width; k += STEP) take(k + lane * 4, read(k + lane * 4));
     };
+    instructions(3 * width / 32);
     float sum = 0, squares = 0;
     each([&](int, const Vector<float, 4>& v) {
       sum += v.at[0] + v.at[1] + v.at[2] + v.at[3];
@@ -60,6 +61,7 @@ DEVICE void stage_stream(const Params& p, const Scratch<T>& scratch, int first, 
 #pragma unroll 1
   for (int i = thread(); i < count * vectors; i += WARPS * 32) {
     const int row = i / vectors, k = i % vectors * 4;
+    instructions(20);
     const auto v = load_vector<4>(h, static_cast<int64_t>(first + row) * width + k);
     for (int j = 0; j < 4; j++) stage_value(scratch, row, k + j, v.at[j]);
   }
@@ -72,6 +74,7 @@ DEVICE void stage_attended(const Params& p, const Rows& rows, const Scratch<T>& 
 #pragma unroll 1
   for (int i = thread(); i < count * vectors; i += WARPS * 32) {
     const int row = i / vectors, k = i % vectors * V;
+    instructions(20);
     Vector<float, V> y{};
     if (k < p.channels) y = attended<V>(p, rows, first + row, k);
     for (int j = 0; j < V; j++) stage_value(scratch, row, k + j, y.at[j]);
@@ -87,6 +90,7 @@ DEVICE void stage_hidden(const Params& p, const Scratch<T>& scratch, int first, 
 #pragma unroll 1
   for (int i = thread(); i < count * (k / V); i += WARPS * 32) {
     const int row = i / (k / V), column = i % (k / V) * V;
+    instructions(20);
     store_vector(scratch.staged, row * scratch.stride + column,
                  load_vector<V>(hidden, static_cast<int64_t>(first + row) * width + k0 + column));
   }

@@ -51,6 +51,7 @@ struct Pass {
       case EMBED: return embedded(n, row, y);
       case QKV: return queried(layer, n, row, y);
       case FC1: {
+        instructions(30);
         const float gelu = 0.5f * y * (1 + erff(y * 0.70710678f));
         return store(Global<T>(p.hidden), static_cast<int64_t>(row) * whole_tiles(p.hidden_dim) + n,
                      from_float<T>(gelu));
@@ -84,6 +85,7 @@ struct Pass {
   DEVICE void queried(int layer, int n, int row, float y) {
     const Global<T> cache(p.keys_values);
     const int which = n / p.channels, channel = n % p.channels;
+    instructions(60);
     if (which == 0) {
       store(Global<float>(p.queries), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
     } else if (which < 3 && rows.token(row) >= 0) {
@@ -93,6 +95,7 @@ struct Pass {
   }
 
   DEVICE void attention(int layer) {
+    section(ATTEND);
     constexpr int V = 16 / sizeof(T);
     if (p.head_dim % V == 0)
       attend<T, V, WARPS>(p, rows, layer, scratch.sums);
@@ -102,6 +105,7 @@ struct Pass {
 
   DEVICE void phase_of(Phase phase, int layer, bool begin) {
     const bool skipped = p.skip_phases >> phase & 1;
+    section(phase, OTHER);
     if (phase == ATTENTION) {
       if (!skipped) attention(layer);
       return;
@@ -142,6 +146,7 @@ struct Pass {
       if (p.mode == FRONTIER && (passes == p.max_passes || !look<WARPS>(p, rows))) break;
       step(begin);
       passes++;
+      section(PHASES, UPDATE);
       if (p.mode == FRONTIER) {
         advance<WARPS>(p, rows, scratch.sums);
         barrier(PHASES, 0);

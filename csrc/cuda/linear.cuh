@@ -83,14 +83,19 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
             ring.release(group > 0);
             ring.fill();
           }
+          section(STAGING);
           stage(first, count, k * TILE, k_tiles * TILE);
           staged = k * groups + group;
         }
+        section(FETCH);
         if (group == 0) slot = ring.take();
+        section(STAGING);
         sync_block();
+        section(MULTIPLY);
         multiply<NT, WARPS>(sums, ring.slots(), slot, k_tiles, scratch, first / 8, divide_up(count, 8));
       }
     }
+    section(SUMS);
     const int lane = thread() % 32, warp = thread() / 32;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -99,6 +104,7 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
                      Vector<float, 4>{sums[n][0], sums[n][1], sums[n][2], sums[n][3]});
     sync_block();
     ring.release();
+    section(EPILOGUE);
 #pragma unroll 1
     for (int i = thread(); i < rows * TILE; i += WARPS * 32) {
       const int m = i % TILE, row = i / TILE, n = row % 8;

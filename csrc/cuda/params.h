@@ -25,6 +25,9 @@ enum Mode : int {
 // The phases between two barriers are bits of `skip_phases`.
 enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 
+// The sections of a phase, by which the emulation's model of time (emulation/timing.h) tells what it found.
+enum Section : int { OTHER, STAGING, MULTIPLY, SUMS, EPILOGUE, ATTEND, MERGE, FETCH, UPDATE, BARRIER, SECTIONS };
+
 // The sizes, whose names are as in tarflow_fast/backend/cuda/plan.py and engine.py, which fill them in.
 //
 // The block has channels C, heads H, head_dim d, hidden_dim F of the MLP, tokens T, token_dim D, out_dim O (2D, or D if
