@@ -39,13 +39,14 @@ DEVICE void section(Section) {}
 DEVICE void section(Phase, Section) {}
 DEVICE void instructions(int) {}
 
-// Returns the value of the lane whose number differs by `mask`. Every lane of the warp takes part.
-DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
-
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];
 };
+
+// A number on its way: the code that holds it as this type, or as a Vector, need not wait for it before its first use.
+template <class T>
+using Loaded = T;
 
 template <class T>
 struct Global {
@@ -57,6 +58,9 @@ template <class T>
 struct Shared {
   T* data;
 };
+
+// Returns the value of the lane whose number differs by `mask`. Every lane of the warp takes part.
+DEVICE Loaded<float> shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // Returns `count` elements of the block's dynamic shared memory, from this byte on, a multiple of 16.
 template <class T>
@@ -117,9 +121,42 @@ DEVICE void store(Shared<T> to, int i, T value) {
   to.data[i] = value;
 }
 
+// The whole vector in one store, which a copy of a struct of small elements is not. 4, 8 or 16 bytes.
+template <int N, class T>
+DEVICE void store_vector(T* to, const Vector<T, N>& value) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  static_assert(bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16);
+  if constexpr (bytes == 2) *to = value.at[0];
+  if constexpr (bytes == 4) *reinterpret_cast<unsigned*>(to) = *reinterpret_cast<const unsigned*>(&value);
+  if constexpr (bytes == 8) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(&value);
+  if constexpr (bytes == 16) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&value);
+}
 template <int N, class T>
 DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
-  *reinterpret_cast<Vector<T, N>*>(to.data + i) = value;
+  store_vector(to.data + i, value);
+}
+template <int N, class T>
+DEVICE void store_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {
+  store_vector(to.data + i, value);
+}
+
+// Reads N matrices of 8 × 8 by a whole warp: a lane gets row lane / 4, columns 2 (lane % 4) and the one after it, of
+// each. i: the first element of row lane % 8 of matrix lane / 8 % N, a multiple of 8.
+template <int N, class T>
+DEVICE void load_matrices(Vector<T, 2> (&to)[N], Shared<T> from, int i) {
+  static_assert(sizeof(T) == 2 && (N == 2 || N == 4));
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(from.data + i));
+  unsigned* at = reinterpret_cast<unsigned*>(to);
+  if constexpr (N == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(at[0]), "=r"(at[1])
+                 : "r"(address)
+                 : "memory");
+  if constexpr (N == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(at[0]), "=r"(at[1]), "=r"(at[2]), "=r"(at[3])
+                 : "r"(address)
+                 : "memory");
 }
 
 // Asks for the line of an element to be brought into the cache that all multiprocessors share. This is a hint.

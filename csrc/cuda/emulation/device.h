@@ -34,24 +34,6 @@ DEVICE void section(Section section) { emulation::enter(-1, section); }
 DEVICE void section(Phase phase, Section section) { emulation::enter(phase, section); }
 DEVICE void instructions(int count) { emulation::instructions(count); }
 
-namespace emulation {
-
-inline void shuffle(Warp& warp) {
-  for (int lane = 0; lane < 32; lane++) std::memcpy(warp.taken[lane], warp.given[lane ^ warp.detail], sizeof(float));
-  together(here - here->index % 32, 32, gpu.shuffle_latency, ON_SHARED);
-}
-
-}  // namespace emulation
-
-DEVICE float shuffle_xor(float value, int mask) {
-  if (mask < 0 || mask > 31) throw std::runtime_error("shuffle_xor by " + std::to_string(mask) + ": 0 … 31");
-  float other;
-  emulation::await_sums(nullptr);
-  emulation::instructions(2);  // and what takes the result
-  emulation::machine->meet("shuffle_xor", mask, &value, &other, emulation::shuffle);
-  return other;
-}
-
 #ifdef TARFLOW_TIMED
 
 // The elements of a vector, which are waited for at their first use.
@@ -87,6 +69,27 @@ template <class T>
 using Loaded = T;
 
 #endif
+
+namespace emulation {
+
+inline void shuffle(Warp& warp) {
+  for (int lane = 0; lane < 32; lane++) std::memcpy(warp.taken[lane], warp.given[lane ^ warp.detail], sizeof(float));
+}
+
+}  // namespace emulation
+
+DEVICE Loaded<float> shuffle_xor(float value, int mask) {
+  if (mask < 0 || mask > 31) throw std::runtime_error("shuffle_xor by " + std::to_string(mask) + ": 0 … 31");
+  float other;
+  emulation::await_sums(nullptr);
+  emulation::instructions(2);  // and what takes the result
+  emulation::machine->meet("shuffle_xor", mask, &value, &other, emulation::shuffle);
+#ifdef TARFLOW_TIMED
+  return {{{{other}, {emulation::here->time.now + emulation::gpu.shuffle_latency, emulation::ON_SHARED}}}};
+#else
+  return other;
+#endif
+}
 
 // The type of an argument that a template does not deduce from.
 template <class T>
@@ -202,6 +205,32 @@ DEVICE void store(Shared<T> to, int i, typename Given<T>::Type value) {
 template <int N, class T>
 DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
   emulation::write<N>(to, i, value);
+}
+
+template <int N, class T>
+DEVICE void store_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {
+  emulation::write<N>(to, i, value);
+}
+
+namespace emulation {
+
+inline void exchange_rows(Warp& warp) {
+  for (int lane = 0; lane < 32; lane++)
+    for (int m = 0; m < warp.detail; m++)
+      static_cast<int*>(warp.taken[lane])[m] = *static_cast<const int*>(warp.given[m * 8 + lane / 4]);
+}
+
+}  // namespace emulation
+
+template <int N, class T>
+DEVICE void load_matrices(Vector<T, 2> (&to)[N], Shared<T> from, int i) {
+  static_assert(sizeof(T) == 2 && (N == 2 || N == 4));
+  if (i % 8) throw std::runtime_error("load_matrices: row at " + std::to_string(i) + ", not a multiple of 8");
+  int rows[4];
+  emulation::machine->meet("load_matrices", N, &i, rows, emulation::exchange_rows);
+  emulation::instructions(2);
+  for (int m = 0; m < N; m++)
+    to[m] = emulation::read<Vector<T, 2>, 2>(from, rows[m] + thread() % 4 * 2, emulation::MATRIX_READ);
 }
 
 template <class T>

@@ -268,12 +268,12 @@ unsigned char* use(const View& view, int64_t i, int n, Use how) {
     time.ready = sink(at, bytes);
     return at;
   }
-  instructions(2);
+  if (how != MATRIX_READ) instructions(2);
   Totals& totals = device_.totals[time.cell];
   if (view.shared) {
     const double passed = device_.shared[here->block->index].take(time.now, bytes);
     totals.shared += bytes;
-    if (how == READ) time.ready = {passed + gpu.shared_latency, ON_SHARED};
+    if (how != WRITE) time.ready = {passed + gpu.shared_latency, ON_SHARED};
   } else if (how == WRITE) {
     const auto sector = reinterpret_cast<uintptr_t>(at) / SECTOR;
     device_.lines[sector] = {device_.missed, device_.l2.take(time.now, bytes)};
@@ -339,7 +339,8 @@ EXPORT int tarflow_set_gpu(const char* name, double value) {
 #define TARFLOW_FIELD(field) \
   if (!std::strcmp(name, #field)) return gpu.field = value, 1;
   TARFLOW_FIELD(clock)
-  TARFLOW_FIELD(dram) TARFLOW_FIELD(l2) TARFLOW_FIELD(l2_bytes) TARFLOW_FIELD(fence)
+  TARFLOW_FIELD(dram)
+  TARFLOW_FIELD(l2) TARFLOW_FIELD(l2_bytes) TARFLOW_FIELD(fence)
 #undef TARFLOW_FIELD
       return 0;
 }

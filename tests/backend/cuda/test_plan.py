@@ -72,7 +72,15 @@ def test_blocks_fetch_about_as_much(shape: BlockShape, blocks: int) -> None:
 def test_a_plan_fits(dtype: torch.dtype, shared_bytes: int, rows: int) -> None:
     most_rows = next(n for n in (8, 16, 32, 64) if n >= rows)
     plan = make_plan(
-        AFHQ, dtype, rows=rows, most_rows=most_rows, warps=8, jobs=40, blocks=132, shared_bytes=shared_bytes
+        AFHQ,
+        dtype,
+        rows=rows,
+        most_rows=most_rows,
+        warps=8,
+        jobs=40,
+        block_tiles=40,
+        blocks=132,
+        shared_bytes=shared_bytes,
     )
     assert plan.shared_bytes <= shared_bytes
     assert 1 <= plan.slots <= MOST_SLOTS
@@ -89,7 +97,9 @@ def test_a_plan_fits(dtype: torch.dtype, shared_bytes: int, rows: int) -> None:
 def test_a_model_too_wide_is_refused() -> None:
     wide = TarFlowConfig(3, 64, 8, 8192, 1, 1).block_shape
     with pytest.raises(BackendError, match=r"needs \d+ bytes of shared memory for a model of 8192 channels in float32"):
-        make_plan(wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, blocks=132, shared_bytes=H200)
+        make_plan(
+            wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, block_tiles=10, blocks=132, shared_bytes=H200
+        )
 
 
 @given(pairs=st.integers(1, 1000), tokens=st.integers(1, 4096), blocks=st.integers(1, 200))
