@@ -6,8 +6,8 @@ is printed is a model's figure and no measurement. `python tests/cuda_depth.py` 
     time of a step = T(n + 1 steps) − T(n steps) over fewer layers, scaled to all layers
 
 The launches that are compared begin at the middle token, T/2, and have LAYERS layers; what is not proj_in, proj_out or
-the update of tokens is scaled to the model's layers, and the L2 cache is made smaller by the same ratio, so that weights
-and keys are forgotten from one step to the next as they are in the whole model.
+the update of tokens is scaled to the model's layers, and the L2 cache is made smaller by the same ratio, so that
+weights and keys are forgotten from one step to the next as they are in the whole model.
 """
 
 from __future__ import annotations

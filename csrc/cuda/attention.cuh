@@ -125,17 +125,14 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
         }
       }
     };
-    Round<T, V> now;
-    read(now, part.first);
     Query<V> query;
     query.load_from(p, part, channel, inside);
     const Loaded<float> scale = constant(Global<const float>(p.scale), rows.branch(part.row));
-    sync_warp();
     float sum[V] = {}, most = LOWEST, weights = 0;
 #pragma unroll 1
     for (int first = part.first; first < part.last; first += stride * KEYS_IN_FLIGHT) {
-      Round<T, V> next;
-      read(next, first + stride * KEYS_IN_FLIGHT);
+      Round<T, V> now;  // not carried from round to round: that would take a register for each 16-bit element
+      read(now, first);
       sync_warp();
       float logit[KEYS_IN_FLIGHT];
 #pragma unroll
@@ -173,7 +170,6 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
         if (inside && logit[u] != LOWEST)
           for (int i = 0; i < V; i++) sum[i] += weight * to_float(now.v[u].at[i]);
       }
-      now = next;
     }
     section(MERGE);
     for (int mask = width; mask < 32; mask *= 2) {  // merges the warp's groups

@@ -47,7 +47,7 @@ struct Pass {
                                    : stage_attended<WARPS, 1>(p, rows, scratch, first, count);
       case FC2: return stage_ready<WARPS, T>(p, scratch, first, count, false, k0, k);
       case PROJ_OUT: return stage_stream<WARPS>(p, scratch, first, count);
-      default: return stage_normed<WARPS, NT == 1 ? 1 : 2>(p, scratch, first, count);
+      default: return stage_normed < WARPS, NT == 1 || NT == 8 ? 1 : 2 > (p, scratch, first, count);
     }
   }
 

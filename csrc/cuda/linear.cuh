@@ -146,6 +146,11 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
           staged_group = group;
         }
         section(FETCH);
+        if (group == 0 && k > 0 && ring.empty()) {  // all that was fetched has been multiplied
+          sync_block();
+          ring.release();
+          ring.fill();
+        }
         if (group == 0) slot = ring.take();
         section(STAGING);
         sync_block();

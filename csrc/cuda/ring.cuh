@@ -35,6 +35,9 @@ class Ring {
   // Frees the slots that were taken, but for the last `kept`. All warps must have read them.
   DEVICE void release(int kept = 0) { freed_ = taken_ - kept; }
 
+  // Whether nothing more has been fetched than was taken.
+  DEVICE bool empty() const { return fetched_ == taken_; }
+
   DEVICE void drain() const { wait_copies(0); }
 
   DEVICE Shared<T> slots() const { return memory_; }

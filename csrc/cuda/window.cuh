@@ -63,9 +63,8 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
     const WindowPart part(p, rows, index);
     const int64_t keys = rows.cached(layer, 0, part.row, part.head),
                   values = rows.cached(layer, 1, part.row, part.head);
-    Vector<T, 8> k[2][2], v[4];
     // Keys beyond the last are this one again: their weights are 0, and their values have to be numbers.
-    const auto read = [&](int from) {
+    const auto read = [&](int from, Vector<T, 8>(&k)[2][2], Vector<T, 8>(&v)[4]) {
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         const int key = from + j * 8 + g, inside = key < part.last ? key : part.last - 1;
@@ -79,8 +78,6 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
         v[i] = load_vector<8>(cache, values + static_cast<int64_t>(inside) * WINDOW_HEAD + g * 8);
       }
     };
-    int from = part.first + warp * KEYS;
-    if (from < part.last) read(from);
     Vector<float, 4> q[2][4];
     int own_keys[2];  // of rows g and g + 8
     const float scale = constant(Global<const float>(p.scale), rows.branch(part.row));
@@ -104,7 +101,10 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
     instructions(32);
     float sum[COLUMNS][4] = {}, most[2] = {LOWEST, LOWEST}, weights[2] = {};
 #pragma unroll 1
-    for (; from < part.last; from += WARPS * KEYS) {
+    for (int from = part.first + warp * KEYS; from < part.last; from += WARPS * KEYS) {
+      Vector<T, 8> k[2][2], v[4];
+      read(from, k, v);
+      sync_warp();
       float logits[2][4] = {};
 #pragma unroll
       for (int s = 0; s < 4; s++)
@@ -176,8 +176,6 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++)
         multiply_tiles(sum[n], shares, Vector<T, 2>{v[0].at[n], v[1].at[n]}, Vector<T, 2>{v[2].at[n], v[3].at[n]});
-      if (from + WARPS * KEYS < part.last) read(from + WARPS * KEYS);
-      sync_warp();
     }
     section(MERGE);
 #pragma unroll

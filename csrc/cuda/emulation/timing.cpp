@@ -83,7 +83,8 @@ void prefetch(uintptr_t sector) {
 // Returns when `bytes` of a sector have come to the running thread's multiprocessor.
 Ready fetch(uintptr_t sector, double now, bool cached) {
   Thread& thread = *here;
-  Asked& asked = device_.asked[static_cast<size_t>(warp_of(thread)) * WARP_SECTORS + sector % WARP_SECTORS];
+  Asked& asked = device_.asked[static_cast<size_t>(warp_of(thread)) * WARP_SECTORS +
+                               (sector * 0x9e3779b97f4a7c15 >> 55)];
   if (asked.sector == sector && std::abs(asked.at - now) < TOGETHER) return asked.ready;
   Totals& totals = device_.totals[thread.time.cell];
   Ready ready;

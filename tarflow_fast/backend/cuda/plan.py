@@ -20,7 +20,7 @@ from .pack import TILE, LinearSize, linear_sizes
 
 MOST_ROWS = 64  # rows that one launch evaluates at once
 MOST_SLOTS = 8  # slots of the ring of weights
-GOOD_SLOTS = 4  # enough slots for weights to arrive during several phases
+GOOD_SLOTS = 3  # enough slots for weights to arrive during several phases
 LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
 MERGED_ROWS = 4  # rows whose parts of the attention each block adds up for itself; those of more take a step
@@ -145,8 +145,8 @@ def make_plan(
 
     Raises BackendError if the model is too wide for a block's shared memory.
 
-    rows: R. tiles, branches: see `count_tiles`. most_rows, warps: the rows and the warps of the kernel's instance. jobs, block_tiles: the most fetches and
-    tiles of any block.
+    rows: R. tiles, branches: see `count_tiles`. most_rows, warps: the rows and the warps of the kernel's instance.
+    jobs, block_tiles: the most fetches and tiles of any block.
     blocks: the blocks of the grid. shared_bytes: the shared memory that a block can have, in bytes.
     """
     slot_k, size = slot_inputs(shape), dtype.itemsize
