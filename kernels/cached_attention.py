@@ -62,6 +62,10 @@ class Tile:
         """Returns the programs along each dimension."""
         return rows * heads, triton.cdiv(window, self.window), self.splits
 
+    def shared_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
+        """Returns the bytes of shared memory for the tiles of keys and values that are under way."""
+        return (self.stages - 1) * 2 * self.tokens * padded(head_dim) * dtype.itemsize
+
     def scratch(self, rows: int, heads: int, window: int, head_dim: int) -> tuple[int, int]:
         """Returns the numbers of values and of counters that a `Scratch` must have."""
         pairs, down, _ = self.grid(rows, heads, window)

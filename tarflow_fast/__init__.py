@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         BackendError,
         CheckpointError,
         DataError,
+        DeviceFault,
         NonFiniteError,
         OutOfMemoryError,
         TarFlowError,
@@ -62,6 +63,7 @@ _HOME = {
     "BackendError": "errors",
     "CheckpointError": "errors",
     "DataError": "errors",
+    "DeviceFault": "errors",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
 }
@@ -71,6 +73,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "DataError",
+    "DeviceFault",
     "ImageData",
     "NonFiniteError",
     "OutOfMemoryError",

@@ -32,6 +32,13 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def kind_of(value: object) -> str:
+    """Returns the name of a value's type for a message; "None" for None, and a class's own name for a class."""
+    if value is None:
+        return "None"
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
 def check_dense(name: str, x: Tensor, *, values: bool = True) -> None:
     """Raises ArgumentError for a tensor that is not an array in memory. values: whether it has to have values."""
     kinds = {"nested": x.is_nested, "quantized": x.is_quantized, "meta": values and x.is_meta}
@@ -64,6 +71,16 @@ def check_weights(module: nn.Module) -> None:
             known = ", ".join(map(short, WEIGHTS))
             got = f"{name} of {short(value.dtype)}, {str(value.layout).removeprefix('torch.')}"
             raise ArgumentError("model", f"dense weights of {known}", got)
+
+
+def check_floats(name: str, x: object, shape: tuple[int, ...]) -> Tensor:
+    """Returns x if it is a dense floating-point tensor of this shape. Raises ArgumentError otherwise."""
+    if not isinstance(x, Tensor):
+        raise ArgumentError(name, f"a floating-point tensor {shape}", kind_of(x))
+    check_dense(name, x)
+    if not x.is_floating_point() or tuple(x.shape) != shape:
+        raise ArgumentError(name, f"a floating-point tensor {shape}", f"a {short(x.dtype)} tensor {tuple(x.shape)}")
+    return x
 
 
 def check_tensor(name: str, x: object, shape: tuple[int, ...], *, finite: bool = True) -> Tensor:

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -23,6 +23,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+KINDS = ("cuda", "mps", "cpu")  # of device, the best first
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -46,14 +47,17 @@ def triton_missing() -> str | None:
     return None
 
 
-def check_device(device: str | torch.device) -> torch.device:
-    """Returns a device that exists here, with its index where it has one. Raises ArgumentError or BackendError."""
+def check_device(device: str | torch.device, kinds: Sequence[str] = KINDS) -> torch.device:
+    """Returns a device of these kinds that exists here, with its index where it has one.
+
+    Raises ArgumentError for another kind, and BackendError for one that is not here.
+    """
     try:
         out = torch.device(device)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ArgumentError("device", "a torch device such as 'cpu' or 'cuda:0'", repr(device)) from error
-    if out.type not in ("cpu", "cuda", "mps"):
-        raise ArgumentError("device", "a device of kind cpu, cuda or mps", repr(str(out)))
+    if out.type not in kinds:
+        raise ArgumentError("device", f"a device of kind {', '.join(kinds[:-1])} or {kinds[-1]}", repr(str(out)))
     missing = device_missing(out.type)
     if missing is not None:
         raise BackendError(f"device {str(out)!r} cannot be used: {missing}")
@@ -65,6 +69,14 @@ def check_device(device: str | torch.device) -> torch.device:
             )
         out = torch.device("cuda", index)
     return out
+
+
+def pick_device(name: str | None, kinds: Sequence[str] = KINDS) -> torch.device:
+    """Returns the device of that name, or without one the best that is here.
+
+    kinds: the kinds of device that serve, the best first. Raises ArgumentError or BackendError as `check_device`.
+    """
+    return check_device(next(kind for kind in kinds if device_missing(kind) is None) if name is None else name, kinds)
 
 
 def check_dtype(dtype: object, device: torch.device) -> torch.dtype:
@@ -121,6 +133,18 @@ def usable_cores() -> int | None:
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     known = [each for each in (bound, _granted_cores()) if each is not None]
     return min(known, default=None)
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Makes torch compute with so many threads while the block runs; None leaves their number as it is."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache

@@ -18,6 +18,18 @@ def first_line(error: BaseException) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
+def shown(text: object, most: int = 80) -> str:
+    """Returns text from a file for a message: as it is where that can do no harm, else quoted; cut where it is long."""
+    text = str(text)
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return text if text.isprintable() and text.strip() == text and text else repr(text)
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """Returns the first names for a message, with "…" where there are more."""
+    return ", ".join(map(shown, names[:most])) + (", …" if len(names) > most else "")
+
+
 def _in_a_line(value: object, most: int = 200) -> str:
     """Returns the text of a value.
 
@@ -85,6 +97,18 @@ class ProcessLost(TarFlowError, ConnectionError):
 
 class BackendError(TarFlowError, RuntimeError):
     """A backend, device or dtype was asked for that cannot be had here. The message says why, and how to mend it."""
+
+
+class DeviceFault(TarFlowError, RuntimeError):
+    """An engine broke the context of its device, so that this process can compute nothing on that device any more.
+
+    Attributes:
+        backend: The name of the backend whose engine ran.
+    """
+
+    def __init__(self, backend: str, why: str, advice: str):
+        self.backend = backend
+        super().__init__(f"backend {backend!r} broke this process's use of the device ({why}); {advice}")
 
 
 class OutOfMemoryError(TarFlowError, MemoryError):

@@ -1,4 +1,4 @@
-"""Models and inputs that the tests share: the golden cases, and random small models with seeded weights."""
+"""This module has the models and inputs that tests share: golden cases, and random small models with seeded weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KERNEL_DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.
 
 
 def cuda_kernel_missing() -> str | None:
-    """Why the CUDA engine's kernel can run neither on a GPU nor in its emulation, or None."""
+    """Returns why the CUDA engine's kernel can run neither on a GPU nor in its emulation, or None."""
     if KERNEL_DEVICE.type == "cuda":
         return cuda_missing(KERNEL_DEVICE)
     return cuda_emulation.compiler_missing()
@@ -48,9 +48,9 @@ SMALL: dict[str, Any] = {
 
 
 def seeded_weights(shapes: Mapping[str, torch.Size], seed: int) -> dict[str, Tensor]:
-    """fp32 weights for a state dict, none of them trivial: xa of some tenths, every bias and norm in use.
+    """Returns fp32 weights for a state dict, none of them trivial: xa of some tenths, every bias and norm in use.
 
-    Uniform values from Philox's raw bits keyed by (seed, name): the same on every machine and numpy version.
+    They are uniform values from Philox's raw bits keyed by (seed, name): the same on every machine and numpy version.
     """
     weights = {}
     for name, shape in shapes.items():
@@ -76,7 +76,7 @@ def seeded_weights(shapes: Mapping[str, torch.Size], seed: int) -> dict[str, Ten
 
 
 def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> TarFlow:
-    """A TarFlow of the sizes of SMALL, or others if given, with seeded weights."""
+    """Returns a TarFlow of the sizes of SMALL, or others if given, with seeded weights."""
     model = TarFlow(**{**SMALL, **sizes})
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     model.load_state_dict(seeded_weights(shapes, seed))
@@ -84,28 +84,28 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any
 
 
 def random_images(model: TarFlow, batch: int, seed: int = 0) -> Tensor:
-    """(batch, in_channels, H, W) standard normal, in the model's dtype."""
+    """Returns (batch, in_channels, H, W) standard normal values, in the model's dtype."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, *model.config.data_shape)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
 
 def random_latents(model: TarFlow, batch: int, seed: int = 0) -> Tensor:
-    """(batch, T, D) standard normal, in the model's dtype."""
+    """Returns (batch, T, D) standard normal values, in the model's dtype."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, model.config.num_patches, model.config.token_dim)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
 
 def named(value: object) -> str:
-    """The name of a parametrised test's value: for a dict, its keys. Tensors may be memory as it was found, which would
-    give a test another name in every process."""
+    """Returns the name of a parametrised test's value: for a dict, its keys. Tensors may be memory as it was found,
+    which would give a test another name in every process."""
     return " ".join(map(str, value)) if isinstance(value, dict) else str(value)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One golden case: a model, inputs, and what the published code made of them in fp32.
+    """A golden case is a model, inputs, and what the published code made of them in fp32.
 
     constructor: arguments of the model; reverse_args: guidance and so on for "out.reverse"; noise_std: σ of
     "out.denoised". Tensors (`tensor`, `has`): in.image, in.y, in.y_dropped, in.z; out.forward_z, _logdet (a
@@ -142,7 +142,7 @@ class Case:
         return name in self._tensors
 
     def tensor(self, name: str) -> Tensor:
-        """A copy, so that no test can spoil another's."""
+        """Returns a copy, so that no test can spoil another's."""
         return self._tensors[name].clone()
 
     @property
@@ -151,7 +151,7 @@ class Case:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The state dict: stored, or made from weights_seed."""
+        """Returns the state dict, stored or made from weights_seed."""
         if self.weights_seed is not None:
             return random_model(self.weights_seed, **self.constructor).state_dict()
         prefix = "weights."

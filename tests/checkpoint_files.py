@@ -1,4 +1,4 @@
-"""Checkpoint files for tests: a small model, its shards, and loading what must be one error."""
+"""This module makes checkpoint files for tests: a small model and its shards; and it loads what must be one error."""
 
 from __future__ import annotations
 

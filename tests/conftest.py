@@ -1,5 +1,5 @@
-"""What every test runs under: processes side by side, fixed seeds, a limit of time, and hypothesis without deadlines or
-a database of its own.
+"""Every test runs under what is set here: processes side by side, fixed seeds, a limit of time, and hypothesis without
+deadlines or a database of its own.
 
 Triton kernels run on the GPU where there is one, else in Triton's interpreter; so does the CUDA engine's, else in its
 emulation.
@@ -51,7 +51,7 @@ SECONDS, SLOW_SECONDS = 120, 600  # that a test may take, on a machine that does
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Tests run in a process a core, if pytest-xdist is there; in this one with `-n 0`, under a debugger, and if they
+    """Runs tests in a process a core, if pytest-xdist is there; in this one with `-n 0`, under a debugger, and if they
     are named (`file.py::test`), as other processes would then take longer to start than they save."""
     named = any("::" in argument for argument in config.args)
     within = hasattr(config, "workerinput")  # one of those processes
@@ -64,7 +64,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Limits of time, if pytest-timeout is there and `--timeout` does not give another."""
+    """Sets limits of time, if pytest-timeout is there and `--timeout` does not give another."""
     if config.pluginmanager.hasplugin("timeout") and config.option.timeout is None:
         for item in items:
             item.add_marker(pytest.mark.timeout(SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS))
@@ -77,7 +77,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _sequential_is_quickest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which solver "auto" takes depends on times, and these on what else a machine does: let it be the exact one."""
+    """Lets "auto" take the exact solver: which one it takes depends on times, and these on what else a machine does."""
     from tarflow_fast.solvers import Costs, auto
 
     monkeypatch.setattr(auto, "measure", lambda engine, state, widths: Costs(1.0, {w: 9.0 * w for w in widths}))
@@ -85,7 +85,7 @@ def _sequential_is_quickest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _first_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the Triton engine would time all tiles for the sizes of every test: take the first of each instead."""
+    """Lets the Triton engine take the first tiles: on a GPU it would time all tiles for the sizes of every test."""
     if torch.cuda.is_available():
         from tarflow_fast.backend.triton import engine as triton_engine
         from tarflow_fast.backend.triton import plan as triton_plan

@@ -1,4 +1,4 @@
-"""CPU engines for tests, which are skipped where the native module was not built: importing this does it."""
+"""This module makes CPU engines for tests; importing it skips the tests where the native module was not built."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SHAPES = [
 
 @dataclass(frozen=True)
 class Problem:
-    """Latents for block 1 of a model, and what the reference makes of them in float64."""
+    """A problem is latents for block 1 of a model, and what the reference makes of them in float64."""
 
     model: TarFlow
     z: Tensor
@@ -65,7 +65,7 @@ class Problem:
 
     @cached_property
     def in_bf16(self) -> Tensor:
-        """By the same expression in PyTorch."""
+        """Returns the result of the same expression in PyTorch, in bf16."""
         return expected(self.model, 1, self.z, self.condition, torch.bfloat16)[0]
 
 

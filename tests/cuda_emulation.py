@@ -1,4 +1,4 @@
-"""The CUDA engine's kernel without a GPU: the same source, built by the host compiler for emulated threads.
+"""The CUDA engine's kernel runs here without a GPU: the host compiler builds the same source for emulated threads.
 
 What was built is kept in a folder of temporary files, and shared by all processes of a test run and by later runs.
 """
@@ -35,7 +35,7 @@ FLAGS = (
 
 
 def compiler_missing() -> str | None:
-    """Why nothing can be built, or None."""
+    """Returns why nothing can be built, or None."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
     return (
         None if shutil.which(compiler) else f"the emulation of CUDA needs a C++ compiler, and {compiler} is not there"
@@ -44,7 +44,8 @@ def compiler_missing() -> str | None:
 
 @functools.cache
 def emulated(warps: int = WARPS, folder: Path = SOURCES) -> ModuleType:
-    """The module `_cuda`, whose device is the CPU; from another folder, of sources that were changed, built quickly."""
+    """Returns the module `_cuda`, whose device is the CPU. folder: of sources that were changed, which are built
+    quickly."""
     sources = [*folder.glob("*.cu"), *folder.glob("*.cpp"), *folder.glob("emulation/*.cpp")]
     sources = [path for path in sources if path.name != "launch.cu"]
     return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}"], folder, optimise=folder == SOURCES)
@@ -53,8 +54,8 @@ def emulated(warps: int = WARPS, folder: Path = SOURCES) -> ModuleType:
 def build(
     name: str, sources: Sequence[Path], flags: Sequence[str] = (), folder: Path = SOURCES, optimise: bool = True
 ) -> ModuleType:
-    """The pybind11 module of these sources, which include headers of the folder; compiled once for as long as all stay
-    as they are, wherever they lie."""
+    """Returns the pybind11 module of these sources, which include headers of the folder. It is compiled once for as
+    long as all stay as they are, wherever they lie."""
     compiler = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS]
     libraries = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     headers = [path for path in folder.rglob("*") if path.suffix in (".h", ".cuh")]
@@ -93,7 +94,7 @@ def _digest(*parts: object) -> str:
 
 
 def made_once(path: Path, make: Callable[[Path], object]) -> Path:
-    """The file, made if it is not there by the first of all threads and processes that ask for it; the others wait."""
+    """Returns the file, which the first of all threads and processes that ask for it makes while the others wait."""
     if not path.exists():
         import fcntl  # not to be had where the emulation is not
 

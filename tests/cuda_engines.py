@@ -1,4 +1,5 @@
-"""CUDA engines for tests, on a GPU or in the emulation. Where neither can be had, importing this skips the tests."""
+"""This module makes CUDA engines for tests, on a GPU or in the emulation; without either, importing it skips the
+tests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Laws of every engine, for whichever backend a test gives: the tests of the contract check them, and those of an
-engine that is made of several."""
+"""Every engine obeys the laws in this module, whichever backend a test gives: the tests of the contract check them, and
+those of an engine that is made of several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tarflow_fast.solvers import sequential
 
 
 def check_reverse(backend: str, guidance: Guidance, batch: int, k: int, sizes: dict[str, int]) -> None:
-    """The sequential pass is the reference's inverse, and leaves its input alone."""
+    """Checks that the sequential pass is the reference's inverse, and leaves its input alone."""
     model = random_model(3, **sizes)
     labels = torch.arange(-1, batch - 1).clamp(max=1) if model.config.num_classes else None
     condition = Condition(labels, guidance)
@@ -38,7 +38,8 @@ def check_reverse(backend: str, guidance: Guidance, batch: int, k: int, sizes: d
 
 
 def check_causality(backend: str, guidance: Guidance, bad: float) -> None:
-    """Also where a later one of the window, or a stale one behind it in the cache, overflows."""
+    """Checks that a token depends on those before it alone, also where a later one of the window, or a stale one behind
+    it in the cache, overflows."""
     model = random_model(11, num_classes=2, img_size=6)
     condition = Condition(torch.tensor([1, -1]), guidance)
     z, T = random_latents(model, 2), model.config.num_patches
@@ -59,7 +60,7 @@ def check_causality(backend: str, guidance: Guidance, bad: float) -> None:
 
 
 def check_residual(backend: str, nvp: bool) -> None:
-    """The residual of a pass is that of the tokens before it."""
+    """Checks that the residual of a pass is that of the tokens before it."""
     model = random_model(11, img_size=6, nvp=nvp)
     engine, T = engine_of(model, 0, backend), model.config.num_patches
     state = engine.begin(random_latents(model, 3), Condition())
@@ -71,7 +72,7 @@ def check_residual(backend: str, nvp: bool) -> None:
 
 
 def check_progress(backend: str) -> None:
-    """Steps that are told add up to all tokens but the first."""
+    """Checks that the steps that are told add up to all tokens but the first."""
     model = random_model(img_size=6)
     engine = engine_of(model, 0, backend)
     steps: list[int] = []
@@ -80,7 +81,7 @@ def check_progress(backend: str) -> None:
 
 
 def check_reuse(backend: str) -> None:
-    """Only its memory: not its contents, and what the other block made stays as it is."""
+    """Checks that only memory is reused: not its contents, and what the other block made stays as it is."""
     model = random_model(img_size=6)
     z = random_latents(model, 3)
     first, second = (engine_of(model, k, backend) for k in (1, 0))
@@ -98,7 +99,7 @@ def check_reuse(backend: str) -> None:
 
 
 def check_autocast(backend: str) -> None:
-    """Autocast around an engine changes nothing."""
+    """Checks that autocast around an engine changes nothing."""
     model = random_model(img_size=6)
     z = random_latents(model, 2)
     engine = engine_of(model, 0, backend)
@@ -110,7 +111,7 @@ def check_autocast(backend: str) -> None:
 
 
 def check_bytes(backend: str, guided: bool) -> None:
-    """What a sample is said to take covers its cache, z and x."""
+    """Checks that what a sample is said to take covers its cache, z and x."""
     model = random_model(num_classes=2)
     engine = engine_of(model, 0, backend)
     state = engine.begin(random_latents(model, 3), Condition(None, GUIDED if guided else Guidance()))
@@ -119,7 +120,7 @@ def check_bytes(backend: str, guided: bool) -> None:
 
 
 def memory_held(data: st.DataObject, dtype: torch.dtype) -> float:
-    """What a cache was before it was written to: no number, or one whose products overflow."""
+    """Yields while a cache is no number before it is written to, or one whose products overflow."""
     held: float = data.draw(st.sampled_from([torch.nan, torch.finfo(dtype).max]))
     return held
 
@@ -127,7 +128,8 @@ def memory_held(data: st.DataObject, dtype: torch.dtype) -> float:
 def check_windows(
     backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject, img_size: int = 6
 ) -> None:
-    """Windows [start, stop) repeated stop − start times, one after the other, give the sequential result."""
+    """Checks that windows [start, stop), repeated stop − start times one after the other, give the sequential
+    result."""
     model = random_model(11, dtype, num_classes=2, img_size=img_size)
     T = model.config.num_patches
     cuts = sorted({1, T, *data.draw(st.lists(st.integers(1, T), max_size=4))})
@@ -151,14 +153,15 @@ def check_windows(
 
 
 def assert_same(got: Tensor, wanted: Tensor) -> None:
-    """Bit for bit, or NaN in both."""
+    """Asserts that both are the same bit for bit, or NaN in both."""
     torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def check_parts(
     backend: str, dtype: torch.dtype, tolerance: float, guidance: Guidance, data: st.DataObject, img_size: int = 6
 ) -> None:
-    """Any parts, each by either pass, are the whole; what is beyond a part stays as it is, and is not looked at."""
+    """Checks that any parts, each by either pass, are the whole; what is beyond a part stays as it is, and is not
+    looked at."""
     model = random_model(11, dtype, num_classes=2, img_size=img_size, layers_per_block=2)
     T = model.config.num_patches
     cuts = sorted([1, T, *data.draw(st.lists(st.integers(1, T), max_size=4))])
@@ -187,7 +190,7 @@ def check_parts(
 
 
 def check_raggedness(backend: str) -> None:
-    """An engine takes a window for each sample if it says so, and refuses it otherwise."""
+    """Checks that an engine takes a window for each sample if it says so, and refuses it otherwise."""
     model = random_model(img_size=4)
     engine = engine_of(model, 0, backend)
     state = engine.begin(random_latents(model, 2), Condition())
@@ -200,7 +203,7 @@ def check_raggedness(backend: str) -> None:
 
 
 def check_window_refused(backend: str, window: tuple[Any, Any]) -> None:
-    """A window outside of the sequence is refused before any work."""
+    """Checks that a window outside of the sequence is refused before any work."""
     model = random_model(img_size=4)
     engine = engine_of(model, 0, backend)
     state = engine.begin(random_latents(model, 2), Condition())
@@ -210,7 +213,7 @@ def check_window_refused(backend: str, window: tuple[Any, Any]) -> None:
 
 
 def check_part_refused(backend: str, part: tuple[Any, Any]) -> None:
-    """A part outside of the sequence is refused before any work."""
+    """Checks that a part outside of the sequence is refused before any work."""
     model = random_model(img_size=4)
     engine = engine_of(model, 0, backend)
     state = engine.begin(random_latents(model, 2), Condition())

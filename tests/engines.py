@@ -1,4 +1,4 @@
-"""Engines for tests: the backends that are here, an engine of one of them, and what it is to compute."""
+"""This module has the backends that are here, makes an engine of one of them, and says what it is to compute."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def engine_of(model: TarFlow, k: int = 0, backend: str = "torch", dtype: torch.d
 
 
 def poisoned(engine: BlockEngine, z: Tensor, condition: Condition) -> BlockState:
-    """A state in which everything that the engine has yet to write is NaN."""
+    """Returns a state in which everything that the engine has yet to write is NaN."""
     state = engine.begin(z, condition)
     state.x[:, 1:] = torch.nan
     state.token_log_det[:, 1:] = torch.nan
@@ -44,7 +44,7 @@ def poisoned(engine: BlockEngine, z: Tensor, condition: Condition) -> BlockState
 def expected(
     model: TarFlow, k: int, z: Tensor, condition: Condition, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """x and token log-dets by the reference, evaluated in that dtype and in the block's order."""
+    """Returns x and token log-dets by the reference, evaluated in that dtype and in the block's order."""
     weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
     rule = condition.guidance
     flip = k % 2 == 1

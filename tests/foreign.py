@@ -1,4 +1,4 @@
-"""Somebody else's TarFlow, for tests of what is taken of others."""
+"""This module has somebody else's TarFlow, for tests of what is taken of others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tarflow_fast import TarFlow, reference
 
 
 class Foreign(nn.Module):
-    """Somebody else's TarFlow, by the plain equations: a state dict, patch_size, and a density pass of its own.
+    """This is somebody else's TarFlow, by the plain equations: a state dict, patch_size, and a density pass of its own.
 
     order: a permutation of the tokens of block 0 beside the block's own.
     """

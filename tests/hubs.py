@@ -1,4 +1,4 @@
-"""A server on this machine that answers as the Hugging Face Hub does, and models for it."""
+"""This module has a server on this machine that answers as the Hugging Face Hub does, and models for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def model(seed: int = 0) -> TarFlow:
 
 
 class Server(ThreadingHTTPServer):
-    """A repository, "owner/name" at COMMIT, and plain files under /files/. requests: what was asked for."""
+    """A server has a repository, "owner/name" at COMMIT, and plain files under /files/. requests: what was asked
+    for."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, in which the tests run kernels where there is no GPU, prepared once a process.
+"""Triton's interpreter runs the tests' kernels where there is no GPU; this module prepares it once a process.
 
 It puts its own functions into `triton.language` at every launch and at every call of a device function, and looks
 through the whole module for that: a fifth of the time of kernels as small as those of the tests.
@@ -16,14 +16,14 @@ except ImportError:  # where Triton is not to be had
 
 
 class _Kept:
-    """In place of the scope that takes the interpreter's functions out again after a launch."""
+    """This takes the place of the scope that takes the interpreter's functions out again after a launch."""
 
     def restore(self) -> None:
         pass
 
 
 def patch_once() -> None:
-    """Let what was put into `triton.language` for one function stay there for all."""
+    """Lets what was put into `triton.language` for one function stay there for all."""
     patch = getattr(interpreter, "_patch_lang", None)
     if patch is None:
         return

@@ -1,4 +1,4 @@
-"""What the package has said for the user to know, as the fixture `remarks` records it."""
+"""The fixture `remarks` records what the package has said for the user to know."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tarflow_fast.errors import TarFlowWarning
 
 
 class Remarks:
-    """What the package has said for the user to know, see `TarFlowWarning`."""
+    """Remarks are what the package has said for the user to know, see `TarFlowWarning`."""
 
     def __init__(self, caught: list[warnings.WarningMessage]):
         self._caught = caught

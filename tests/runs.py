@@ -1,4 +1,5 @@
-"""Small training runs for tests: data, configuration, what they leave, and processes to be killed in."""
+"""This module has small training runs for tests: data, configuration, what they leave, and processes to be killed
+in."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def write_pictures(path: Path) -> str:
 
 
 def tiny(data: str, out: Path, **changes: Any) -> TrainConfig:
-    """12 steps of a model of two blocks with 16 tokens each."""
+    """Returns the configuration of 12 steps of a model of two blocks with 16 tokens each."""
     sizes: dict[str, Any] = {"patch_size": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1}
     schedule: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 3e-3, "warmup_steps": 4, "log_every": 2}
     machine: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
@@ -55,7 +56,7 @@ def checkpoint(out: Path) -> dict[str, Any]:
 
 
 def assert_same(a: Any, b: Any, where: str = "", **tolerance: float) -> None:
-    """Nested containers with equal tensors: bit for bit, or within a tolerance."""
+    """Asserts that nested containers have equal tensors: bit for bit, or within a tolerance."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
@@ -75,7 +76,7 @@ def assert_same(a: Any, b: Any, where: str = "", **tolerance: float) -> None:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Checkpoints, models and metrics of two runs agree in all but the clock."""
+    """Asserts that checkpoints, models and metrics of two runs agree in all but the clock."""
     one, two = checkpoint(a), checkpoint(b)
     for content in (one, two):
         del content["seconds"], content["config"]["out"], content["config"]["checkpoint_every"]
@@ -100,7 +101,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def flags(config: TrainConfig) -> list[str]:
-    """The configuration as options of `tarflow-fast train`."""
+    """Returns the configuration as options of `tarflow-fast train`."""
     renamed = {"num_blocks": "blocks", "layers_per_block": "layers"}
     out = []
     for field in fields(config):
@@ -125,7 +126,7 @@ def free_port() -> str:
 
 
 class Child:
-    """A forked process, what it writes on both streams, and its exit code."""
+    """A child is a forked process, what it writes on both streams, and its exit code."""
 
     def __init__(self, pid: int, stream: int):
         self.pid, self._stream, self.text = pid, stream, ""
@@ -139,7 +140,7 @@ class Child:
         return self.code is not None
 
     def wait(self, seconds: float = 60) -> int:
-        """The exit code; a process that takes longer is killed, and its code is that of SIGKILL."""
+        """Returns the exit code; a process that takes longer is killed, and its code is that of SIGKILL."""
         end = time.monotonic() + seconds
         while not self.ended() and time.monotonic() < end:
             time.sleep(0.002)
@@ -148,7 +149,7 @@ class Child:
         return self.code
 
     def kill(self) -> None:
-        """SIGKILL, if it is not over yet."""
+        """Sends SIGKILL, if it is not over yet."""
         if not self.ended():
             os.kill(self.pid, signal.SIGKILL)
             self._end(os.waitpid(self.pid, 0)[1])
@@ -192,7 +193,7 @@ def fork(action: Callable[[], object], environment: dict[str, str] | None = None
 
 
 def train_command(*arguments: str) -> Callable[[], object]:
-    """`tarflow-fast train …` for `fork`."""
+    """Returns `tarflow-fast train …` for `fork`."""
 
     def act() -> None:
         from tarflow_fast.cli import main
@@ -203,7 +204,7 @@ def train_command(*arguments: str) -> Callable[[], object]:
 
 
 def limit_files(size: int, action: Callable[[], object]) -> Callable[[], object]:
-    """The action where no file can be larger than so many bytes."""
+    """Returns the action where no file can be larger than so many bytes."""
 
     import resource  # POSIX
 
@@ -215,7 +216,7 @@ def limit_files(size: int, action: Callable[[], object]) -> Callable[[], object]
 
 
 def pixels(folder: Path) -> dict[str, bytes]:
-    """The pictures in a folder."""
+    """Returns the pictures in a folder."""
     out = {}
     for path in sorted(folder.iterdir()):
         with Image.open(path) as picture:

@@ -1,4 +1,4 @@
-"""Runs of `tarflow-fast sample` for tests: what is asked for, and what is in the files."""
+"""This module runs `tarflow-fast sample` for tests: it has what is asked for, and what is in the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How scripts of other projects are run: from a checkout of theirs, with what they import exchanged in memory, on a
+"""This module runs scripts of other projects from a checkout of theirs, with what they import exchanged in memory, on a
 CPU, at small sizes, and with a few random images for data."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ON_CPU = {
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Random images in [-1, 1] in the place of a folder or of MNIST."""
+    """This dataset has random images in [-1, 1] in the place of a folder or of MNIST."""
 
     def __init__(self, shape: tuple[int, ...], number: int, classes: int):
         self.x = torch.rand(number, *shape, generator=torch.Generator().manual_seed(5)) * 2 - 1
@@ -41,7 +41,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def source(path: Path, changes: Mapping[str, str]) -> str:
-    """A script's text, or that of a notebook's cells, with the changes made. Each has to be found."""
+    """Returns a script's text, or that of a notebook's cells, with the changes made. Each has to be found."""
     text = path.read_text()
     if path.suffix == ".ipynb":
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
@@ -55,7 +55,7 @@ def source(path: Path, changes: Mapping[str, str]) -> str:
 
 
 def modules(saved: list[Tensor], data: Images) -> dict[str, types.ModuleType]:
-    """Stand-ins for torchvision and torchmetrics. saved: gets what scripts save as images, or give to FID."""
+    """Returns stand-ins for torchvision and torchmetrics. saved: gets what scripts save as images, or give to FID."""
 
     class Distance(nn.Module):
         def __init__(self, **_: Any):
@@ -93,7 +93,8 @@ def modules(saved: list[Tensor], data: Images) -> dict[str, types.ModuleType]:
 
 @contextmanager
 def exchanged(checkout: Path, within: Mapping[str, types.ModuleType], folder: Path) -> Iterator[None]:
-    """Modules in the place of others, a checkout's own to be imported, on a machine that has a GPU by name alone."""
+    """Puts modules in the place of others and lets a checkout's own be imported, on a machine with a GPU by name
+    alone."""
     names = [*within, "utils", "transformer_flow", "GS_Jacobi_sampling"]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     path, where, arguments, system = list(sys.path), Path.cwd(), sys.argv, os.system

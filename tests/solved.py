@@ -1,4 +1,4 @@
-"""Blocks for tests of solvers: an engine, its sequential result, and weights that make it hard to guess."""
+"""This module has blocks for tests of solvers: an engine, its sequential result, and weights that are hard to guess."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def solved(engine: BlockEngine, z: Tensor, condition: Condition = Condition()) -
 
 
 def louder(model: TarFlow, factor: float) -> TarFlow:
-    """The same with log-scales and shifts so many times as large: a block that is harder to guess."""
+    """Returns the same with log-scales and shifts so many times as large: a block that is harder to guess."""
     with torch.no_grad():
         for block in model.blocks:
             block.proj_out.weight.mul_(factor)
@@ -39,7 +39,7 @@ def louder(model: TarFlow, factor: float) -> TarFlow:
 
 
 def plan_of(**changes: Tensor) -> SolverPlan:
-    """A plan that fits `random_model()`: 2 blocks, 16 tokens of 4 values, windows 2, 4, 8 and 15."""
+    """Returns a plan that fits `random_model()`: 2 blocks, 16 tokens of 4 values, windows 2, 4, 8 and 15."""
     tensors = {"slope": torch.zeros(2, 16, 4), "shift": torch.zeros(2, 16, 4)}
     tensors |= {"passes": torch.ones(2, 4), "evaluations": torch.full((2, 4), torch.nan)}
     return SolverPlan(**{**tensors, **changes})

@@ -1,4 +1,4 @@
-"""A stand-in for a checkout of ml-tarflow, made of `tarflow_fast.reference`, and how tests run a suite beside it."""
+"""This module makes a stand-in for a checkout of ml-tarflow of `tarflow_fast.reference`, and runs a suite beside it."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def stand_in(folder: Path, spoil: str = "right") -> Path:
 
 
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits from small and short measurements."""
+    """Lets limits come from small and short measurements."""
     monkeypatch.setattr(limits, "SECONDS", 0.0)
     monkeypatch.setattr(limits, "MATRIX_SIZE", 64)
     monkeypatch.setattr(limits, "LARGE_BYTES", 2**20)
 
 
 def wrong_density(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
-    """What the backend "cpu" denoises has an error."""
+    """Gives what the backend "cpu" denoises an error."""
 
     def denoise(model: TarFlow, images: Tensor, y: Tensor | None, *, backend: str, **how: Any) -> Tensor:
         right = tarflow_fast.denoise(model, images, y, backend=backend, **how)

@@ -63,7 +63,7 @@ def test_cuda_architectures_from_the_environment() -> None:
     assert nvcc.architectures({variable: "90a"}) == ["90a"]
     assert nvcc.architectures({variable: "120;80;100f;80"}) == ["120", "80", "100f"]
     for bad in ("", "75", "sm_80", "80,90a", "80;", "8.0", "80 ", "80b", "9０"):
-        with pytest.raises(ValueError, match=rf"^{variable}: expected .*80;90a;100a, got {bad!r}$"):
+        with pytest.raises(ValueError, match=rf"^{variable}: expected .*80;90a;100;120, got {bad!r}$"):
             nvcc.architectures({variable: bad})
 
 
@@ -99,7 +99,7 @@ NVCC_12_4 = "#!/bin/sh\necho compute_80; echo compute_86; echo compute_90\n"
 
 def test_an_older_nvcc_builds_for_what_it_knows(tmp_path: Path) -> None:
     assert nvcc.default(str(program(tmp_path / "12.4", NVCC_12_4))) == ["80", "90a"]
-    with pytest.raises(ExecError, match="too old: it compiles for none of 80, 90a, 100a"):
+    with pytest.raises(ExecError, match="too old: it compiles for none of 80, 90a, 100, 120"):
         nvcc.default(str(program(tmp_path / "9", "#!/bin/sh\necho compute_70\n")))
     with pytest.raises(ExecError, match="does not say what it compiles for"):
         nvcc.default(str(program(tmp_path / "broken", "#!/bin/sh\nexit 1\n")))
@@ -142,7 +142,7 @@ def test_a_machine_without_a_driver_has_no_gpus(tmp_path: Path) -> None:
 COMPILER = """#!/bin/sh
 case "$*" in
   *--version) echo 1.0; exit;;
-  *--list-gpu-arch) echo compute_80; echo compute_90; echo compute_100; exit;;
+  *--list-gpu-arch) echo compute_80; echo compute_90; echo compute_100; echo compute_120; exit;;
 esac
 echo "$0" "$@" >> "$LOG"
 while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
@@ -265,7 +265,7 @@ def test_nvcc_runs_where_there_is_a_gpu_and_for_that_alone(source: Source) -> No
     source.with_gpu("10.0")
     assert source.build().returncode == 0
     assert source.compiled() == names("cuda")
-    assert source.architectures() == {"sm_100a"}
+    assert source.architectures() == {"sm_100", "compute_100"}
 
     done = source.build(TARFLOW_FAST_CUDA="0")
     assert source.architectures() == set()
@@ -276,7 +276,7 @@ def test_nvcc_runs_where_there_is_a_gpu_and_for_that_alone(source: Source) -> No
 @pytest.mark.parametrize(
     ("environment", "architectures"),
     [
-        ({"TARFLOW_FAST_CUDA": "1"}, {"sm_80", "sm_90a", "sm_100a", "compute_80"}),
+        ({"TARFLOW_FAST_CUDA": "1"}, {"sm_80", "sm_90a", "sm_100", "sm_120", "compute_80"}),
         ({"TARFLOW_FAST_CUDA_ARCHITECTURES": "90a"}, {"sm_90a"}),
     ],
 )

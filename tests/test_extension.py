@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -207,9 +208,7 @@ def test_what_is_no_model_is_refused() -> None:
         with pytest.raises(ArgumentError, match=r"^model: expected a TarFlow"):
             Sampler(model)
     known = {"device": torch.device("cpu"), "dtype": torch.float32}
-    with pytest.raises(
-        ArgumentError, match=r"^model: expected one whose flow\(device\) is a Flow of at least one stage, got 3"
-    ):
+    with pytest.raises(ArgumentError, match=r"^model: expected one whose flow\(device\) is a Flow, got 3"):
         Sampler(SimpleNamespace(flow=lambda device: 3, **known))
     with pytest.raises(ArgumentError, match=r"^model: expected one with a device"):
         Sampler(SimpleNamespace(flow=lambda device: 3))
@@ -218,6 +217,87 @@ def test_what_is_no_model_is_refused() -> None:
     for solvers in (3, [3, 3, 3]):
         with pytest.raises(ArgumentError, match=r"^solvers: expected a sequence of solvers"):
             Sampler(Mosaic()).with_solvers(solvers)  # type: ignore[arg-type]
+
+
+SHAPE = Mosaic().weights[1].shape  # of T tokens
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"stages": ()}, "stages: expected at least one, got none"),
+        ({"stages": 3}, "stages: expected a tuple of Stages, got 3"),
+        ({"stages": Mosaic().flow().stages[:1] * 2, "prior_var": torch.ones(T + 1, D)}, "prior_var: expected a float"),
+        ({"prior_var": torch.ones(T)}, r"prior_var: expected a floating-point tensor \(4, 6\), got a float32 tensor"),
+        ({"prior_var": torch.ones(T, D, dtype=torch.int64)}, "prior_var: expected a floating-point tensor"),
+        ({"prior_var": None}, "prior_var: expected a floating-point tensor .*, got None"),
+        ({"prior_var": torch.zeros(T, D)}, "prior_var: expected finite variances > 0"),
+        ({"prior_var": torch.full((T, D), torch.nan)}, "prior_var: expected finite variances > 0"),
+        ({"data_shape": (1, 6, 4)}, r"to_data: expected .* data_shape = \(1, 6, 4\), got \(1, 1, 4, 6\) with B = 1"),
+        ({"data_shape": [1, 4, 6]}, "data_shape: expected a tuple of integers >= 1"),
+        ({"to_data": lambda x: None}, "to_data: expected a function to .*, got None with B = 1"),
+        ({"to_tokens": None}, "to_tokens: expected a function, got None"),
+        ({"num_classes": -1}, "num_classes: expected an integer >= 0"),
+        ({"dtype": torch.int8}, "dtype: expected one of torch.float16"),
+        ({"device": "cpu"}, "device: expected a torch.device, got 'cpu'"),
+        ({"denoise": 3}, "denoise: expected a function, or None"),
+        ({"metadata": None}, "metadata: expected a dict"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_flow_is_checked_when_it_is_made(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{says}"):
+        replace(Mosaic().flow(), **changed)
+
+
+def test_stages_that_do_not_go_together_are_refused() -> None:
+    flow = Mosaic().flow()
+    other = Stage(replace(SHAPE, tokens=T + 1), flow.stages[1].weights, Permutation.identity(T + 1))
+    with pytest.raises(
+        ArgumentError, match=r"^stages: expected blocks of 4 tokens of 6 values, .* got \(5, 6\) in stage 1"
+    ):
+        replace(flow, stages=(flow.stages[0], other))
+    other = Stage(replace(SHAPE, classes=2), flow.stages[1].weights, Permutation.identity(T))
+    with pytest.raises(ArgumentError, match=r"^stages: expected blocks of num_classes = 3 .* got 2 in stage 0"):
+        replace(flow, stages=(other,), num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"order": Permutation.identity(T + 1)}, "order: expected a Permutation of 4 tokens, got one of 5"),
+        ({"order": Permutation.identity(T), "start": torch.ones(D)}, "order: .* of 3 tokens, one of the block's being"),
+        ({"order": [0, 1, 2, 3]}, "order: expected a Permutation, got list"),
+        ({"start": torch.ones(D + 1)}, r"start: expected a floating-point tensor \(6,\), got a float32 tensor \(7,\)"),
+        ({"shape": 3}, "shape: expected a BlockShape, got int"),
+        ({"weights": None}, "weights: expected a function that makes the block's weights, got None"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_stage_is_checked_when_it_is_made(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{says}"):
+        replace(Mosaic().flow().stages[1], **changed)
+
+
+def test_weights_that_are_not_of_the_block_are_refused() -> None:
+    flow, w = Mosaic().flow(), Mosaic().weights[1]
+    for wrong in (None, w):
+        stage = replace(flow.stages[2], weights=lambda wrong=wrong: wrong)
+        with pytest.raises(ArgumentError, match=r"^weights: expected a function that makes the BlockWeights of Block"):
+            Sampler(replace(flow, stages=(stage,)))
+    for name in ("proj_in_weight", "proj_out_bias", "position"):
+        with pytest.raises(ArgumentError, match=rf"^{name}: expected a tensor of shape \("):
+            replace(w, **{name: getattr(w, name)[1:]})
+    for name in ("norm2_bias", "fc1_weight", "qkv_bias"):
+        layer = replace(w.layers[1], **{name: getattr(w.layers[1], name)[1:]})
+        with pytest.raises(ArgumentError, match=rf"^layers\[1\].{name}: expected a tensor of shape \("):
+            replace(w, layers=(w.layers[0], layer, w.layers[2]))
+    with pytest.raises(ArgumentError, match=r"^layers: expected 3, as the block's sizes say, got 1"):
+        replace(w, layers=w.layers[:1])
+    with pytest.raises(ArgumentError, match=r"^classes: expected None"):
+        replace(w, classes=torch.ones(2, 64))
+    with pytest.raises(ArgumentError, match=r"^classes: expected a tensor of shape \(3, 64\), got NoneType"):
+        replace(w, shape=replace(w.shape, classes=2))
 
 
 def test_any_order_of_tokens_in_a_model_of_ours() -> None:

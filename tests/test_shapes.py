@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,24 @@ def test_a_pth_of_a_rectangle_is_told_its_size(tmp_path: Path) -> None:
         tff.load(tmp_path / "m.pth", img_size=(4, 8))
 
 
+def test_all_that_a_pth_of_a_rectangle_leaves_open_is_asked_for_at_once(tmp_path: Path) -> None:
+    model = random_model(9, **{**RECTANGLE, "channels": 48, "head_dim": 24})
+    sizes = {"patch_size": (3, 2), "img_size": (6, 8), "head_dim": 24}
+    path = tmp_path / "m.pth"
+    with pytest.warns(tff.TarFlowWarning, match="load it with patch_size"):
+        tff.save(model, path)
+    asked = (
+        "a token has 18 values, neither 3 nor 1 channels of a square patch; 8 tokens make no square; "
+        "its width 48 is no multiple of 64; give patch_size, img_size and head_dim"
+    )
+    for told in ({}, {"patch_size": (3, 2)}, {"img_size": (6, 8)}, {"head_dim": 24}):
+        with pytest.raises(tff.CheckpointError) as caught:
+            tff.load(path, **told)
+        text, open_ = str(caught.value), [name for name in sizes if name not in told]
+        assert text.endswith(asked if not told else f"; give {open_[0]} and {open_[1]}")
+    assert tff.load(path, **sizes).config == model.config
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 11])
 def test_a_pth_does_not_say_that_data_are_sequences(tokens: int, tmp_path: Path) -> None:
     model = random_model(9, **{**SEQUENCE, "img_size": (tokens, 1)})
@@ -291,9 +310,13 @@ def test_measures_against_the_reference(shape: str) -> None:
     values = model.var.numel()
     nats = reference.log_prob(reference_weights(model), tokens_of(model, x.double()), data.labels)
     model.metadata["values"] = "raw"
-    wanted = -nats / values / torch.log(torch.tensor(2.0)) + 7
+    wanted = -nats / values / torch.log(torch.tensor(2.0))  # bits of a density: raw values have no levels
     found = tff.bits_per_dim(model, data, noise=noise, batch_size=2)
     assert abs(found.mean - float(wanted.mean())) < 1e-5
+    if shape == "rectangle":
+        del model.metadata["values"]  # of pictures: bits for one of 256 levels
+        pictures = tff.bits_per_dim(model, data, noise=noise, batch_size=2)
+        assert abs(pictures.mean - found.mean - 7) < 1e-5
     clean = Noise("none").add(data.images).double()
     by_class = torch.stack(
         [
@@ -316,6 +339,28 @@ def test_measures_refuse_other_shapes(shape: str) -> None:
     if shape == "sequence":
         with pytest.raises(ArgumentError, match="'gaussian', as only 8-bit values can be dequantised"):
             tff.bits_per_dim(model, some_data(shape), noise=Noise("uniform"))
+
+
+@torch.no_grad()
+def test_bits_of_sequences() -> None:
+    """They are those of a density: without noise of their own, and of any values."""
+    model, data = random_model(10, **SEQUENCE), some_data("sequence")
+    nats = model.log_prob(data.images, data.labels)
+    found = tff.bits_per_dim(model, data)
+    assert str(found.noise) == "no noise"
+    assert abs(found.mean - float(-nats.mean()) / 55 / math.log(2)) < 1e-5
+    assert tff.bits_per_dim(model, data.images, data.labels).mean == found.mean
+    assert_close(model.bits_per_dim(data.images, data.labels), -nats / 55 / math.log(2), GOLDEN)
+    assert model.bits_per_dim(20 + data.images.abs()).isfinite().all()  # no picture, so no scale −1 to 1
+    model.metadata = {"noise_type": "gaussian", "noise_std": 0.1}
+    assert tff.bits_per_dim(model, data).noise == Noise("gaussian", 0.1)
+    for wrong in (torch.zeros(2, 11, 5, dtype=torch.uint8), 3):
+        with pytest.raises(ArgumentError, match=r"^images: expected a floating-point tensor \(n, T, D\), as the"):
+            tff.bits_per_dim(model, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"^images: expected shape \(n >= 1, 11, 5\)"):
+        tff.bits_per_dim(model, torch.zeros(2, 5, 11))
+    with pytest.raises(ArgumentError, match=r"^images: expected finite values"):
+        tff.bits_per_dim(model, torch.full((2, 11, 5), math.nan))
 
 
 def test_grid_of_rectangles(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tarflow_fast.data import load_images
 from tarflow_fast.errors import ArgumentError, DataError, TrainingStopped
 from tarflow_fast.trainer import continued, train
 from tarflow_fast.trainer.batches import Batches
+from tarflow_fast.trainer.limits import parameters
 from tarflow_fast.trainer.loop import _Run
 
 RNG = np.random.default_rng(2)
@@ -222,8 +223,28 @@ def test_starting_from_a_model_of_sequences(sequences: str, rectangles: str, tmp
     with pytest.raises(DataError, match="expected sequences of floats"):
         train(replace(config, data=rectangles, **other), init=model, progress=False)
     longer = tff.TarFlow.for_tokens(8, 5, 64, 2, 1, num_classes=3)
-    with pytest.raises(ArgumentError, match=r"init: expected a model of images of shape \(7, 5\), got \(8, 5\)"):
+    with pytest.raises(ArgumentError, match=r"init: expected a model of sequences of shape \(7, 5\), got \(8, 5\)"):
         train(replace(config, **other), init=longer, progress=False)
+
+
+def test_a_run_on_sequences_calls_them_so(
+    sequences: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = for_sequences(sequences, tmp_path / "run", eval_data=sequences)
+    with pytest.raises(ArgumentError, match="batch_size: expected at most 48, the number of sequences, got 49"):
+        train(replace(config, batch_size=49), progress=False)
+    np.savez(tmp_path / "other.npz", data=SEQUENCES[:, :6], labels=LABELS)
+    with pytest.raises(ArgumentError, match=r"eval_data: expected sequences of shape \(7, 5\), got \(6, 5\)"):
+        train(replace(config, eval_data=str(tmp_path / "other.npz")), progress=False)
+    with pytest.warns(tff.TarFlowWarning, match="for 48 sequences batch_size=48 is taken"):
+        train(replace(config, batch_size=None, out=str(tmp_path / "all")), progress="lines")
+    said = capsys.readouterr().err
+    assert " sequences/s  " in said
+    assert "images" not in said
+    weights = 21 * parameters(tff.TarFlowConfig.for_tokens(7, 5, 64, 2, 1, num_classes=3))
+    monkeypatch.setattr("tarflow_fast.trainer.limits.free_memory", lambda device: weights)
+    with pytest.raises(tff.OutOfMemoryError, match="a step of 16 sequences takes at least"):
+        train(config, progress=False)
 
 
 def test_starting_from_a_model_of_latents(tmp_path: Path) -> None:
@@ -287,6 +308,8 @@ def test_sample_of_rectangles(run: Run) -> None:
 def test_sample_of_sequences(run: Run) -> None:
     result = run("sample", "-m", "s.safetensors", "-n", 6, "--npz", "s.npz", "--labels", "0,2")
     assert "s.npz: 6 sequences of 7 tokens of 5 values, unguided, denoised\n" in result.stdout
+    assert " sequences/s, " in result.stdout
+    assert "images/s" not in result.stdout
     assert not Path("samples.png").exists()
     wanted = tff.Sampler(tff.load("s.safetensors")).sample(6, [0, 2], denoise=True)
     with np.load("s.npz") as file:
@@ -319,6 +342,15 @@ def test_eval(run: Run, rectangles: str, sequences: str) -> None:
     found = tff.bits_per_dim(model, load_images(sequences, layout="tokens", split="test"))
     assert abs(facts["bits_per_dim"]["mean"] - found.mean) < 1e-5
     assert facts["bayes_accuracy"]["images"] == 48
+    said = run("eval", "-m", "s.safetensors", "--data", sequences).stdout
+    assert f"on {sequences}, 48 sequences\n" in said
+    assert "noisy sequences: compares between models of this noise level and the same data only, in their own" in said
+    plain = tff.TarFlow.for_tokens(7, 5, 64, 2, 1)
+    tff.save(plain, "plain.safetensors")
+    np.save("plain.npy", SEQUENCES)
+    said = run("eval", "-m", "plain.safetensors", "--data", "plain.npy").stdout
+    assert "(no noise; " in said
+    assert "the density of the sequences in their own unit: compares between models of the same data only\n" in said
     refused = run("eval", "-m", "s.safetensors", "--data", sequences, "--layout", "NHWC", code=2).stderr
     assert "--layout: expected tokens, as the model's data are sequences, got NHWC" in refused
     np.save("short.npy", SEQUENCES[:, :6])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ import pytest
 import torch
 from cases import random_latents, random_model
 from foreign import Foreign
+from tolerances import GOLDEN, assert_close
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import tarflow_fast as tff
 from tarflow_fast import ArgumentError, TarFlow
+from tarflow_fast.engine import Condition
+from tarflow_fast.evaluation import Noise
 
 PIXELS = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
 
@@ -209,3 +215,76 @@ def test_a_plan_of_tokens_that_never_change_is_one() -> None:
     plan = tff.SolverPlan.fit([(z, z + 1)])
     plan.check((1, 4, 3))
     assert torch.allclose(plan.guess(0, z), z + 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", 10**9, [], ""])
+def test_devices_that_are_none(device: Any) -> None:
+    model = random_model()
+    for call in (
+        lambda: model.flow(device),
+        lambda: tff.Sampler(model, device=device),
+        lambda: tff.load_pretrained(device=device),
+        lambda: tff.load("none.pth", device=device),
+    ):
+        refused("device", call)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_flow_on_a_device_that_is_not_there() -> None:
+    with pytest.raises(tff.BackendError, match="device 'cuda' cannot be used"):
+        random_model().flow("cuda")
+
+
+def test_the_block_of_a_sampler() -> None:
+    sampler = tff.Sampler(random_model(num_classes=3), solver="sequential")
+    z, plain = torch.randn(2, 16, 4), Condition()
+    for k in (2, -1, "0", 0.0, None):
+        refused("k", lambda k=k: sampler.invert_block(k, z, plain))
+    for wrong in (3, None, z[:, :3], z.long(), z[:0]):
+        refused("z", lambda wrong=wrong: sampler.invert_block(0, wrong, plain))
+    refused("condition", lambda: sampler.invert_block(0, z, None))  # type: ignore[arg-type]
+    for labels in ([3, 0], [0, 1, 2]):
+        refused("labels", lambda labels=labels: sampler.invert_block(0, z, Condition(torch.tensor(labels))))
+    refused("labels", lambda: Condition([0, 1]))  # type: ignore[arg-type]
+    refused("guidance", lambda: Condition(None, 1.5))  # type: ignore[arg-type]
+    x, log_det = sampler.invert_block(1, z.double(), Condition(torch.tensor([2, -1])))
+    block: Any = sampler.flow.model.blocks[1]
+    back, token_log_det = block.transform(block.permutation(x), torch.tensor([2, -1]))
+    assert_close(block.permutation(back), z, GOLDEN)
+    assert_close(token_log_det, -log_det, GOLDEN)
+
+
+def test_a_sampler_of_a_flow_without_its_model_cannot_be_copied() -> None:
+    sampler = tff.Sampler(replace(random_model().flow(), model=None))
+    assert copy.copy(sampler).sample(1).images.isfinite().all()
+    for call in (lambda: pickle.dumps(sampler), lambda: copy.deepcopy(sampler)):
+        assert "whose model is None" in refused("model", call)
+
+
+def test_sizes_of_sequences() -> None:
+    for sizes, named, got in (
+        ((), {}, "missing 3 required positional arguments: 'channels'"),
+        ((64, 1, 1), {"foo": 2}, "got an unexpected keyword argument 'foo'"),
+        ((64, 1, 1, True, 0, 64, 5), {}, "takes from 6 to 9 positional arguments but 10"),
+    ):
+        assert got in refused("sizes", lambda s=sizes, n=named: TarFlow.for_tokens(4, 4, *s, **n))
+    refused("tokens", lambda: TarFlow.for_tokens(4.5, 4, 64, 1, 1))  # type: ignore[arg-type]
+
+
+def test_other_arguments_of_public_methods() -> None:
+    model = random_model()
+    refused("options", lambda: tff.accelerate(model, foo=3))
+    refused("z", lambda: model.get_loss(3, torch.zeros(1)))  # type: ignore[arg-type]
+    refused("logdets", lambda: model.get_loss(torch.zeros(1), None))  # type: ignore[arg-type]
+    refused("check", lambda: model.flow(check="yes"))  # type: ignore[arg-type]
+    for k in (2, -1, "0"):
+        refused("k", lambda k=k: model.config.permutation(k))
+    block: Any = model.blocks[0]
+    block.set_sample_mode()
+    for i in (16, -1, None):
+        refused("i", lambda i=i: block.reverse_step(torch.zeros(1, 16, 4), torch.zeros(16, 64), i))
+    refused("model", lambda: Noise.of(3))  # type: ignore[arg-type]
+    refused("images", lambda: Noise().add(3))  # type: ignore[arg-type]
+    report = tff.Sampler(model).sample(1).report
+    refused("other", lambda: report.merge(3))  # type: ignore[arg-type]
+    refused("parts", lambda: tff.Samples.collect(1, []))

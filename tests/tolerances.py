@@ -1,4 +1,4 @@
-"""The tolerances of all tests, absolute: one table, so that none is loosened in a corner."""
+"""This module has the absolute tolerances of all tests in one table, so that none is loosened in a corner."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BF16_BIAS = 2e-4
 
 
 def max_error(got: Tensor, wanted: Tensor) -> float:
-    """The largest absolute difference, in float64; shapes must agree and nothing may be NaN."""
+    """Returns the largest absolute difference, in float64; shapes must agree and nothing may be NaN."""
     assert got.shape == wanted.shape, f"{tuple(got.shape)} against {tuple(wanted.shape)}"
     error = (got.detach().double().cpu() - wanted.detach().double().cpu()).abs().max().item()
     assert error == error, "a NaN"
@@ -48,7 +48,7 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def error_budget(expression: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """What a bf16 or fp16 result may be off: 2 · |expression − exact| + floor.
+    """Returns what a bf16 or fp16 result may be off: 2 · |expression − exact| + floor.
 
     expression: the same thing computed by a plain PyTorch expression in `dtype`; exact: by the reference in
     fp32 or float64. The floor is HALF_FLOOR · eps(dtype) · max|exact|.

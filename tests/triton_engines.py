@@ -1,4 +1,4 @@
-"""Triton engines for tests, on a GPU or in Triton's interpreter."""
+"""This module makes Triton engines for tests, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,49 +13,37 @@ import numpy
 import psutil
 import torch
 
+from tarflow_fast.devices import usable_cores
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
 def cores() -> int:
-    """The number of logical cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Within this context torch has so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    """Returns the number of logical cores that this process may use."""
+    return usable_cores() or 1
 
 
 def cpu_model() -> str:
-    """The processor's name, with family and model numbers where Linux gives them (names can be vague)."""
+    """Returns the processor's name, with family and model numbers where Linux gives them (names can be vague)."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in cpuinfo.read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.machine()
-    if "cpu family" in fields:
-        name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
-    return name
+    first, *_ = cpuinfo.read_text().split("\n\n")
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    family = f" (family {fields['cpu family']}, model {fields.get('model', '?')})" if "cpu family" in fields else ""
+    return (fields.get("model name") or platform.machine()) + family
 
 
 def system() -> str:
+    """Returns the name of the operating system's release, and the machine's type."""
     if hasattr(platform, "freedesktop_os_release") and Path("/etc/os-release").is_file():
         return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.machine()}"
     return f"{platform.system()} {platform.release()}, {platform.machine()}"
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where it is not installed, or fails."""
+    """Returns what a program prints; None where it is not installed, or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True)
@@ -66,14 +51,15 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether it is dirty: has changes, or new files beside results. None where unknown."""
+    """Returns the checkout's commit, and whether it is dirty: has changes, or new files beside results; None where that
+    is not known."""
     git = ("git", "-C", str(ROOT))
     changes = _output(*git, "status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return {"commit": _output(*git, "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """A GPU's name, size and software; its driver is None where there is no nvidia-smi."""
+    """Returns a GPU's name, size and software; its driver is None where there is no nvidia-smi."""
     found = torch.cuda.get_device_properties(device)
     query = ("nvidia-smi", f"--id=GPU-{found.uuid}", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
@@ -88,7 +74,7 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """A record's "machine", which has "gpu" if `device` is one.
+    """Returns a record's "machine", which has "gpu" if `device` is one.
 
     load_average: how many processes wanted a core in the last minute; if others than the bench did, times are suspect.
     """

@@ -13,12 +13,11 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tarflow_fast import TarFlow, TarFlowConfig
 
 FILE = "transformer_flow.py"
-_OPTION = "'--ml-tarflow'"
 
 
 @dataclass(frozen=True)
@@ -30,35 +29,43 @@ class MlTarflow:
 
     @classmethod
     def load(cls, checkout: Path) -> MlTarflow:
-        """Import `checkout`/transformer_flow.py. Raises click.BadParameter if that is not ml-tarflow's."""
-        path = checkout / FILE
+        """Imports `checkout`/transformer_flow.py. Raises click.BadParameter if that is not ml-tarflow's."""
+
+        def refused(why: str) -> click.BadParameter:
+            return click.BadParameter(why, param_hint="'--ml-tarflow'")
+
+        path, name = checkout / FILE, "ml_tarflow_transformer_flow"
         if not path.is_file():
-            raise click.BadParameter(f"not a checkout of ml-tarflow: there is no {FILE} in it", param_hint=_OPTION)
-        spec = importlib.util.spec_from_file_location("ml_tarflow_transformer_flow", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where dataclasses and the like look their module up
+            raise refused(f"not a checkout of ml-tarflow: there is no {FILE} in it")
+        spec: Any = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
         try:
             spec.loader.exec_module(module)
         except Exception as error:  # someone else's code: whatever it raises is the message
-            raise click.BadParameter(f"its {FILE} cannot be imported: {error!r}", param_hint=_OPTION) from error
+            raise refused(f"its {FILE} cannot be imported: {error!r}") from error
         if not callable(getattr(getattr(module, "Model", None), "reverse", None)):
-            message = f"not a checkout of ml-tarflow: its {FILE} has no class Model with a reverse"
-            raise click.BadParameter(message, param_hint=_OPTION)
+            raise refused(f"not a checkout of ml-tarflow: its {FILE} has no class Model with a reverse")
         return cls(module, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def model(self, config: TarFlowConfig, weights: dict[str, Tensor]) -> Any:
-        """Its Model of these sizes with these weights, in eval mode. Its heads always have 64 channels."""
+        """Returns its Model of these sizes with these weights, in eval mode. Its heads always have 64 channels."""
         sizes = config.to_dict()
         if sizes.pop("head_dim") != 64:
             raise ValueError("the published model has heads of 64 channels only")
-        model: nn.Module = self.module.Model(**sizes)
+        model = self.module.Model(**sizes)
         model.load_state_dict(weights)
         return model.eval()
 
-    def reverse(self, model: TarFlow, device: torch.device) -> Callable[..., Tensor]:
-        """Its reverse with our model's weights, under inference_mode as its own scripts run it."""
+    def reverse(self, model: TarFlow, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """Returns its reverse with our model's weights, under inference_mode as its own scripts run it."""
         theirs = self.model(model.config, model.state_dict()).to(device)
-        reverse: Callable[..., Tensor] = torch.inference_mode()(theirs.reverse)
+        reverse: Callable[..., Tensor] = torch.inference_mode()(autocast(theirs.reverse, device, dtype))
         return reverse
+
+
+def autocast(run: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Returns the function under autocast to a half precision, or as it is in fp32."""
+    if dtype == torch.float32:
+        return run
+    under: Callable[..., Tensor] = torch.autocast(device.type, dtype=dtype)(run)
+    return under

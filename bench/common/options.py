@@ -11,25 +11,57 @@ import click
 import torch
 
 from tarflow_fast import TarFlow, load, load_pretrained
+from tarflow_fast.devices import check_device
 
 from .machine import ROOT, cores
 from .models import DTYPES, SHIPPED
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-MODEL: dict[str, Any] = {"metavar": "FILE", "type": FILE, "show_default": "the model that ships with the package"}
-MODEL_HELP = "A checkpoint, .pth or .safetensors"
-BUDGET = "Time for timing one cell: slow cells are repeated less often, at least once; the record has the count."
-
 
 def option(*names: str, **how: Any) -> click.Option:
+    """Returns an option whose help shows its default."""
     return click.Option(names, **{"show_default": True, **how})
 
 
-def several(*names: str, type: Any, default: Sequence[Any] | None = None, help: str, **how: Any) -> click.Option:
-    """An option that may be given more than once; a collection of names stands for a choice of these."""
+def several(*names: str, type: Any, help: str, **how: Any) -> click.Option:
+    """Returns an option that may be given more than once; a collection of names stands for a choice of these."""
     kind = click.Choice(list(type)) if isinstance(type, (tuple, dict)) else type
-    help = f"{help}; may be given more than once."
-    return option(*names, multiple=True, type=kind, default=default, help=help, **how)
+    return option(*names, multiple=True, type=kind, help=f"{help}; may be given more than once.", **how)
+
+
+def count(name: str, help: str, **how: Any) -> click.Option:
+    """Returns an option whose value is a number from 1 on."""
+    return option(name, type=click.IntRange(1), help=help, **how)
+
+
+MODEL: dict[str, Any] = {
+    "type": click.Path(exists=True, dir_okay=False, path_type=Path),
+    "metavar": "FILE",
+    "show_default": "the model that ships with the package",
+}
+MODEL_HELP = "A checkpoint, .pth or .safetensors"
+BUDGET = "Time for timing one cell: slow cells are repeated less often, at least once; the record has the count."
+THREADS = count("--threads", "Threads of every candidate.", show_default="as many as torch takes")
+EVERY_THREADS = several(
+    "--threads",
+    type=click.IntRange(1, cores()),
+    help="Threads of every candidate",
+    callback=lambda context, parameter, counts: tuple(dict.fromkeys(counts)) or tuple(range(1, cores() + 1)),
+    show_default="every number up to that of the cores",
+)
+CHECKOUT = option(
+    "--ml-tarflow",
+    "checkout",
+    required=True,
+    metavar="PATH",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkout of ml-tarflow; its transformer_flow.py is imported.",
+)
+ENGINE = (
+    option("--backend", default="auto", help="The backend of tarflow_fast."),
+    option(
+        "--device", default="cpu", help="A torch device.", callback=lambda context, parameter, name: check_device(name)
+    ),
+)
 
 
 def batches(*default: int) -> click.Option:
@@ -41,41 +73,13 @@ def dtypes(default: Sequence[str] = tuple(DTYPES)) -> click.Option:
     return several("--dtype", "dtypes", type=DTYPES, default=default, help="Dtypes to be measured")
 
 
-def checkout() -> click.Option:
-    folder = click.Path(exists=True, file_okay=False, path_type=Path)
-    help = "A checkout of ml-tarflow; its transformer_flow.py is imported."
-    return option("--ml-tarflow", "checkout", required=True, metavar="PATH", type=folder, help=help)
-
-
 def load_model(path: Path | None, device: torch.device) -> tuple[str, TarFlow]:
-    """The model that `model` has chosen, and its name in records."""
+    """Returns the model that --model has chosen, and its name in records."""
     return (SHIPPED, load_pretrained(device=device)) if path is None else (path.name, load(path, device=device))
 
 
-def model() -> click.Option:
-    return option("--model", "path", help=f"{MODEL_HELP}.", **MODEL)
-
-
-def engine() -> tuple[click.Option, ...]:
-    backend = option("--backend", default="auto", help="The backend of tarflow_fast.")
-    return backend, option("--device", default="cpu", help="A torch device.")
-
-
-def threads() -> click.Option:
-    kind = click.IntRange(1)
-    return option("--threads", type=kind, show_default="as many as torch takes", help="Threads of every candidate.")
-
-
-def every_threads() -> click.Option:
-    def chosen(context: click.Context, parameter: click.Parameter, counts: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(counts)) or tuple(range(1, cores() + 1))
-
-    how: dict[str, Any] = {"callback": chosen, "show_default": "every number up to that of the cores"}
-    return several("--threads", type=click.IntRange(1, cores()), help="Threads of every candidate", **how)
-
-
 def of_every_suite(name: str, seconds: float, help: str = BUDGET) -> tuple[click.Option, ...]:
-    """--repeat, --budget, --seed and --out."""
+    """Returns --repeat, --budget, --seed and --out."""
 
     def place(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path:
         if path is None:  # a new name for each run, so that none is overwritten
@@ -87,7 +91,7 @@ def of_every_suite(name: str, seconds: float, help: str = BUDGET) -> tuple[click
     positive, out = click.FloatRange(0, min_open=True), click.Path(dir_okay=False, path_type=Path)
     where: dict[str, Any] = {"metavar": "FILE.json", "show_default": f"bench/results/{name}-DATE-TIME.json"}
     return (
-        option("--repeat", type=click.IntRange(1), default=7, help="How often each cell's candidates are timed."),
+        count("--repeat", "How often each cell's candidates are timed.", default=7),
         option("--budget", type=positive, default=seconds, metavar="SECONDS", help=help),
         option("--seed", type=click.IntRange(0), default=0, help="The seed of weights and noise."),
         option("--out", type=out, callback=place, help="Where the record goes, its PNG beside it.", **where),

@@ -1,15 +1,15 @@
-"""Pictures: what all of them have in common, and the one that most suites draw. matplotlib is an optional dependency,
-imported where it is needed; a Figure without pyplot draws with Agg."""
+"""Pictures: what all of them share, and the one that most suites draw. matplotlib is an optional dependency, imported
+where it is needed; a Figure without pyplot draws with Agg."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from .record import Cell, Record, hardware, short
+from .record import Record, Spread, hardware, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,105 +26,101 @@ def require_matplotlib() -> None:
         raise click.ClickException("matplotlib is not installed; pip install 'tarflow_fast[bench]'")
 
 
-def new_figure(width: float, height: float) -> Figure:
+def grid(panels: int, columns: int, each: tuple[float, float], more: tuple[float, float], **how: Any) -> Any:
+    """Returns a figure and its panels in rows of `columns`. each: inches of a panel; more: inches about them all."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def grid(panels: int, columns: int, each: tuple[float, float], more: tuple[float, float], **how: Any) -> Any:
-    """A figure and so many axes in rows of `columns`; each: inches of a panel, more: of what is about them."""
     columns = min(columns, panels)
     rows = -(-panels // columns)
-    figure = new_figure(each[0] * columns + more[0], each[1] * rows + more[1])
+    figure = Figure(figsize=(each[0] * columns + more[0], each[1] * rows + more[1]), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
-    for unused in axes[panels:]:
-        unused.set_axis_off()
+    for number, panel in enumerate(axes):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.axison = number < panels
     return figure, axes[:panels]
 
 
-def plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def whole_numbers(axes: Axes) -> None:
+    """Puts ticks of the x axis at whole numbers alone."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def legend(figure: Figure, handles: Mapping[str, Any], columns: int | None = None) -> None:
-    if handles:
-        columns = columns or len(handles)
-        names = list(handles)
-        figure.legend(list(handles.values()), names, loc="outside upper center", ncols=columns, frameon=False)
-
-
-def patches(colours: Mapping[str, str]) -> dict[str, Any]:
+    """Names what is drawn, above the figure. handles: what matplotlib drew, or a colour, for each name."""
     from matplotlib.patches import Patch
 
-    return {name: Patch(color=colour) for name, colour in colours.items()}
+    drawn = [Patch(color=each) if isinstance(each, str) else each for each in handles.values()]
+    if drawn:
+        figure.legend(drawn, handles, loc="outside upper center", ncols=columns or len(drawn), frameon=False)
 
 
 def footer(part: Any, text: str) -> None:
-    """Small print below a figure, or below its lowest axes."""
+    """Writes small print below a figure, or below its lowest axes."""
     say = part.set_xlabel if hasattr(part, "set_xlabel") else part.supxlabel
     say(text, fontsize=8, color="#555555")
 
 
-def bar(
-    axes: Axes, place: float, value: float, text: str, of: Any = None, *, width: float, colour: str, size: int
-) -> None:
-    """A bar with a text above it, and if `of` is a spread a line from its p20 to its p80."""
-    top = value
-    if of is not None:
-        axes.vlines(place, of["p20"], of["p80"], color="black", linewidth=1.2, zorder=3)
-        top = max(value, of["p80"])
-    axes.bar(place, value, 0.92 * width, color=colour)
-    axes.annotate(text, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=size)
+def point(axes: Axes, place: float, spread: Spread, colour: str, marker: str) -> Any:
+    """Draws a point at the median of a spread and a line from its p20 to its p80; returns the point."""
+    axes.vlines(place, spread["p20"], spread["p80"], color=colour, zorder=2)
+    return axes.plot(place, spread["median"], marker, color=colour, zorder=3)[0]
 
 
-def _bars(axes: Axes, cells: Sequence[Cell], colours: Mapping[str, str], part: str) -> None:
-    """Bars of the runs that have a colour, side by side in each cell, for a run's "ratio" or "fraction_of_limit"."""
-    shown = [[run for run in cell["runs"] if run["name"] in colours] for cell in cells]
-    width = 0.8 / max([1, *map(len, shown)])
-    for position, runs in enumerate(shown):
-        for index, run in enumerate(runs):
-            place = position + (index - (len(runs) - 1) / 2) * width
-            how: dict[str, Any] = {"width": width, "colour": colours[run["name"]], "size": 9}
-            if part == "ratio":
-                ratio = run["ratio"]
-                bar(axes, place, ratio["median"], f"{ratio['median']:.2f}×", ratio, **how)
-            else:
-                value = 100 * run["fraction_of_limit"]
-                bar(axes, place, value, f"{value:.1f}", **how)
+def say_failed(axes: Axes, place: float, height: float = 0.0) -> None:
+    """Writes that the check of what belongs there failed."""
+    axes.annotate(FAILED, (place, height), (0, 4), textcoords="offset points", ha="center", color=RED)
+
+
+class Bar(NamedTuple):
+    """A bar with a text above it, and a line from p20 to p80 if it is the median of a spread."""
+
+    colour: str
+    value: float
+    text: str
+    spread: Spread | None = None
+
+
+def bars(axes: Axes, groups: Sequence[Sequence[Bar]], names: Sequence[str], size: int = 9) -> None:
+    """Draws bars side by side in groups, with names below. A group without bars is one whose check failed."""
+    width = 0.8 / max([1, *map(len, groups)])
+    for position, group in enumerate(groups):
+        for number, bar in enumerate(group):
+            place, top = position + (number - (len(group) - 1) / 2) * width, bar.value
+            if bar.spread is not None:
+                axes.vlines(place, bar.spread["p20"], bar.spread["p80"], color="black", linewidth=1.2, zorder=3)
+                top = max(top, bar.spread["p80"])
+            axes.bar(place, bar.value, 0.92 * width, color=bar.colour)
+            axes.annotate(bar.text, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=size)
+        if not group:
+            say_failed(axes, position)
+    axes.set_xticks(range(len(groups)), names, fontsize=9)
+    axes.tick_params(axis="x", length=0)
+    axes.margins(y=0.15)
+    axes.set_ylim(bottom=0)
 
 
 def cells_figure(record: Record) -> Figure:
-    """Above, bars of the ratio to the baseline; below, of the share of the limit. A cell whose check failed says so."""
-    cells, baseline = record["cells"], record["settings"]["baseline"]
-    names = list(dict.fromkeys(run["name"] for cell in cells for run in cell["runs"]))
+    """Draws the ratio to the baseline above, and the share of the limit below. A cell whose check failed says so."""
+    cells, settings = record["cells"], record["settings"]
+    names = dict.fromkeys(run["name"] for cell in cells for run in cell["runs"])
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    ours = {name: colour for name, colour in colours.items() if name != baseline}
-    figure = new_figure(max(6.4, 1.4 * len(cells) + 1.5), 7.2)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    if ours:
-        _bars(above, cells, ours, "ratio")
-        _bars(below, cells, colours, "fraction_of_limit")
+    size = (max(6.4, 1.4 * len(cells) + 1.5), 3.6)
+    figure, (above, below) = grid(2, 1, size, (0, 0), sharex=True, height_ratios=[3, 2])
+    ratios, shares = [], []
+    for cell in cells:
+        runs = [(colours[run["name"]], run, 100 * run["fraction_of_limit"]) for run in cell["runs"]]
+        faster = [(colour, run["ratio"]) for colour, run, _ in runs if "ratio" in run]
+        ratios.append([Bar(colour, ratio["median"], f"{ratio['median']:.2f}×", ratio) for colour, ratio in faster])
+        shares.append([Bar(colour, share, f"{share:.1f}") for colour, _, share in runs])
+    labels = [title(cell["label"], "\n") for cell in cells]
+    bars(above, ratios, labels)
+    bars(below, shares, labels)
     above.axhline(1, color=GREY, linewidth=1.2, zorder=0)
-    for position, cell in enumerate(cells):
-        if not cell["runs"]:
-            above.annotate(FAILED, (position, 0), (0, 4), textcoords="offset points", ha="center", color=RED)
-    above.set_ylabel(f"times faster than {baseline}")
+    above.set_ylabel(f"times faster than {settings['baseline']}")
     below.set_ylabel("% of the machine's limit")
-    labels = ["\n".join(f"{column} {short(value)}" for column, value in cell["label"].items()) for cell in cells]
-    below.set_xticks(range(len(cells)), labels, fontsize=9)
-    legend(figure, patches(colours))
-    settings, torch = record["settings"], record["machine"]["torch"]
-    footer(below, f"{hardware(record)}, {settings['dtype']}, torch {torch}; median, line from p20 to p80")
-    for axes in (above, below):
-        axes.margins(y=0.15)
-        axes.set_ylim(bottom=0)
-        plain(axes)
-        axes.tick_params(axis="x", length=0)
+    legend(figure, colours)
+    versions = f"{settings['dtype']}, torch {record['machine']['torch']}"
+    footer(below, f"{hardware(record)}, {versions}; median, line from p20 to p80")
     return figure

@@ -1,5 +1,5 @@
-"""What a run of a suite leaves: one JSON file, whose parts are the types below. Parts that one suite alone has are
-described where that suite makes them."""
+"""A record is what a run of a suite leaves: one JSON file of the parts below. A suite describes the parts that it alone
+has."""
 
 from __future__ import annotations
 
@@ -13,22 +13,31 @@ Limits = dict[str, Any]
 """The machine's limits: rates by name, and for bandwidths lists of {bytes, bytes_per_second}."""
 
 
-class Spread(TypedDict):
-    """The median, 20th and 80th percentile of samples."""
+class Spread(TypedDict, total=False):
+    """A spread is the median, the 20th and the 80th percentile of samples, which a ratio lists round by round."""
 
     median: float
     p20: float
     p80: float
-
-
-class Ratio(Spread):
-    """A baseline's seconds over a run's, round by round: how many times faster the run was."""
-
     samples: list[float]
 
 
+class Run(Spread, total=False):
+    """A run is one candidate in one cell: its seconds in the order taken, and its rates at their median. All but the
+    baseline have the ratio of its seconds to theirs. first_seconds is what making it and its first run took."""
+
+    name: str
+    seconds: list[float]
+    bytes_per_second: float
+    flops_per_second: float
+    ratio: Spread
+    fraction_of_limit: float
+    first_seconds: float
+    max_error: float | None
+
+
 class Check(TypedDict):
-    """max_error is None where there is no number. reason says why the check failed, and is None if it passed."""
+    """A check compares results. max_error is None where there is no number, reason where the check has passed."""
 
     passed: bool
     max_error: float | None
@@ -36,40 +45,18 @@ class Check(TypedDict):
     reason: str | None
 
 
-class LeftOut(TypedDict):
-    """A candidate that was not timed, and why."""
+class LeftOut(TypedDict, total=False):
+    """The reason why the candidate of this name was not timed, or why the case of this label was not measured."""
 
     name: str
-    reason: str
-
-
-class NotRun(TypedDict):
-    """A case that was not measured, and why."""
-
     label: dict[str, Any]
     reason: str
 
 
-class Run(TypedDict, total=False):
-    """One candidate in one cell. seconds: every sample, in the order taken. The rates and the share of the limit are
-    those at the median. ratio: all but the baseline have one. first_seconds: making the candidate and its first run."""
-
-    name: str
-    seconds: list[float]
-    median: float
-    p20: float
-    p80: float
-    bytes_per_second: float
-    flops_per_second: float
-    ratio: Ratio
-    fraction_of_limit: float
-    first_seconds: float
-    max_error: float | None
-
-
 class Cell(TypedDict, total=False):
-    """The result of one case. label: the table's columns and their values. work: a `roofline.Work`. limit: the least
-    time that the machine allows, {seconds, by, bytes_per_second}. runs: the baseline first; empty if none was timed."""
+    """A cell is the result of one case. Its label holds the table's columns and their values, its work is a
+    `roofline.Work`, and its limit is the least time that the machine allows, {seconds, by, bytes_per_second}. The
+    baseline is the first of its runs; there are none if nothing was timed."""
 
     label: dict[str, Any]
     sizes: dict[str, Any]
@@ -81,8 +68,8 @@ class Cell(TypedDict, total=False):
 
 
 class Record(TypedDict, total=False):
-    """One run of a suite. machine: `machine.describe`. not_run: cases without a cell. failures: a line for each thing
-    that went wrong beside the checks of cells."""
+    """One run of a suite on the machine that `machine.describe` gives. not_run lists the cases without a cell, failures
+    what went wrong beside the checks of cells."""
 
     suite: str
     date: str
@@ -90,12 +77,12 @@ class Record(TypedDict, total=False):
     settings: dict[str, Any]
     limits: Limits
     cells: list[Any]
-    not_run: list[NotRun]
+    not_run: list[LeftOut]
     failures: list[str]
 
 
 def write(record: Record, path: Path) -> None:
-    """Write strict JSON; the folder is made if need be."""
+    """Writes strict JSON; the folder is made if need be."""
     text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
@@ -108,27 +95,27 @@ def read(path: Path) -> Record:
 
 
 def hardware(record: Record) -> str:
-    """The machine's name as tables and plots give it."""
+    """Returns the machine's name as tables and plots give it."""
     machine, threads = record["machine"], record["settings"]["threads"]
     name: str = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {counted(threads, 'thread')}"
     return f"DRY RUN on {name}" if record["settings"].get("dry") else name
 
 
 def short(value: Any) -> str:
-    """A label's value, short: 2.0 as 2."""
+    """Returns a label's value as text, 2.0 as 2."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def counted(count: int, thing: str, plural: str = "s") -> str:
-    """ "1 thread", "2 threads"."""
+    """Returns "1 thread" or "2 threads"."""
     return f"{count} {thing}{'' if count == 1 else plural}"
 
 
-def values(cell: Any) -> list[str]:
-    """The values of a cell's label, as columns of a table."""
-    return [short(value) for value in cell["label"].values()]
+def values(cell: Any, between: str = ", ") -> str:
+    """Returns the values of a cell's label, "small, 1, 2"."""
+    return between.join(map(short, cell["label"].values()))
 
 
-def title(label: dict[str, Any]) -> str:
-    """ "model small, batch 1"."""
-    return ", ".join(f"{column} {short(value)}" for column, value in label.items())
+def title(label: dict[str, Any], between: str = ", ") -> str:
+    """Returns a label as text, "model small, batch 1"."""
+    return between.join(f"{column} {short(value)}" for column, value in label.items())

@@ -9,9 +9,9 @@ from tarflow_fast import TarFlowConfig
 
 @dataclass(frozen=True)
 class Work:
-    """flops counts a multiply and an add as two. bytes counts what is read and written, weights and KV cache.
-    weight_bytes is the size of one flow block's weights. working_set is what the steps of a block go over again and
-    again, its weights and its whole KV cache."""
+    """The least work of a pass. flops counts a multiply and an add as two; bytes is what is read and written, weights
+    and KV cache. weight_bytes is the size of one flow block's weights, and working_set what the steps of a block go
+    over again and again, its weights and its whole KV cache."""
 
     flops: int
     bytes: int
@@ -31,7 +31,7 @@ def _sizes(config: TarFlowConfig) -> tuple[int, int, int, int, int, int]:
 
 
 def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, itemsize: int = 4) -> Work:
-    """The least work of the sequential inverse of K blocks of T tokens with a KV cache.
+    """Returns the least work of the sequential inverse of K blocks of T tokens with a KV cache.
 
     With R = B rows, or 2B when guided, width C, L layers, D values a token, O = 2D outputs a token (D if volume-
     preserving), s = itemsize bytes a value, and i = 0 … T−2 the token evaluated:
@@ -58,7 +58,7 @@ def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, ite
 
 
 def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, itemsize: int = 4) -> Work:
-    """The least work of the density pass of K blocks, in the notation of `inverse_work`, all T tokens at once:
+    """Returns the least work of the density pass of K blocks, in the notation of `inverse_work`, all T tokens at once:
 
         flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ]
         bytes = s [ K W + 2 B T D ]
@@ -69,14 +69,13 @@ def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, i
     """
     K, L, T, C, matrices, weights = _sizes(config)
     flops, values = K * batch * (2 * T * matrices + 2 * L * C * T * (T + 1)), batch * T * config.token_dim
-    moved = K * weights + 2 * values
-    if backward:
-        flops, moved = 3 * flops, 3 * K * weights + 3 * values
-    return Work(flops, itemsize * moved, itemsize * weights, itemsize * (weights + 2 * values))
+    moved = 3 * (K * weights + values) if backward else K * weights + 2 * values
+    working_set = itemsize * (weights + 2 * values)
+    return Work(3 * flops if backward else flops, itemsize * moved, itemsize * weights, working_set)
 
 
 def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Work:
-    """The least work of the density's gradient by the images, in the notation of `density_work`:
+    """Returns the least work of the density's gradient by the images, in the notation of `density_work`:
 
         flops = K B [ 4 T (D C + 12 L C² + C O) + 6 L C T (T+1) ]
         bytes = s [ 2 K W + 3 B T D ]
@@ -86,16 +85,13 @@ def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Wor
     """
     K, L, T, C, _, weights = _sizes(config)
     forward = density_work(config, batch, itemsize=itemsize)
-    return Work(
-        flops=2 * forward.flops + 2 * K * batch * L * C * T * (T + 1),
-        bytes=itemsize * (2 * K * weights + 3 * batch * T * config.token_dim),
-        weight_bytes=forward.weight_bytes,
-        working_set=forward.working_set,
-    )
+    flops = 2 * forward.flops + 2 * K * batch * L * C * T * (T + 1)
+    moved = itemsize * (2 * K * weights + 3 * batch * T * config.token_dim)
+    return Work(flops, moved, forward.weight_bytes, forward.working_set)
 
 
 def limit_seconds(work: Work, matrix_rate: float, bandwidth: float) -> float:
-    """max(flops / matrix_rate, bytes / bandwidth): no code can be quicker than the slower of the two.
+    """Returns max(flops / matrix_rate, bytes / bandwidth): no code can be quicker than the slower of the two.
 
     matrix_rate: flops per second of a large product. bandwidth: bytes per second read from a buffer of
     work.working_set bytes, so that a working set that fits in a cache is held to the cache's speed.
@@ -104,5 +100,5 @@ def limit_seconds(work: Work, matrix_rate: float, bandwidth: float) -> float:
 
 
 def limited_by(work: Work, matrix_rate: float, bandwidth: float) -> str:
-    """ "arithmetic" or "memory": which of the two `limit_seconds` is."""
+    """Returns which of the two `limit_seconds` is, "arithmetic" or "memory"."""
     return "arithmetic" if work.flops / matrix_rate > work.bytes / bandwidth else "memory"

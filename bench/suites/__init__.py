@@ -11,12 +11,12 @@ from ..common.suite import Suite
 
 
 def find_suites() -> list[Suite[Any]]:
-    """The SUITE of every module NAME.py here, and of NAME/suite.py in every folder."""
+    """Returns the SUITE of every module NAME.py here, and of NAME/suite.py in every folder."""
     found = [f"{each.name}.suite" if each.ispkg else each.name for each in pkgutil.iter_modules(__path__)]
     return [importlib.import_module(f"{__name__}.{name}").SUITE for name in sorted(found)]
 
 
 def suite_of(record: Record) -> Suite[Any]:
-    """The suite that left this record. Raises LookupError."""
+    """Returns the suite that left this record. Raises LookupError."""
     name = record["suite"]
     return {each: suite for suite in find_suites() for each in suite.names or (suite.name,)}[name]

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from tarflow_fast import TarFlow, TarFlowConfig, load_pretrained
 from tarflow_fast.backend.cpu.engine import choose_instruction_set
+from tarflow_fast.devices import torch_threads
 
-from ..common import limits, options, plot
-from ..common.harness import Rounds, measure_cell
-from ..common.machine import torch_threads
+from ..common import options, plot
+from ..common.harness import measure_cell
+from ..common.machine import CPU
+from ..common.ml_tarflow import autocast
 from ..common.models import DTYPES, MODELS, denoised, labels, random_model, with_density
-from ..common.record import Cell, Limits, counted, hardware
+from ..common.record import Cell, counted, hardware
 from ..common.roofline import Work, denoise_work, density_work
 from ..common.suite import Suite
-from ..common.table import cells_table
 
 BASELINE, OURS = "torch", "cpu"
 TOLERANCE = 2e-5  # fp32, absolute: of denoised values, and of log p for each value of an image
@@ -29,18 +30,12 @@ NOISE_STD = 0.1
 SHIPPED = "shipped"
 NAMES = (SHIPPED, "medium", "tiny")
 OPERATIONS = ("log_prob", "denoise")
-RATE = "flops_per_second_"
 KINDS = ("#63aee8", "#1f4f94", "#f2b46b", "#c2590a", "#2f9457", "#8a5fb0", "#b8433f", plot.GREY)
 
 
 @functools.cache
 def model_of(name: str, seed: int) -> TarFlow:
     return load_pretrained() if name == SHIPPED else random_model(MODELS[name], seed)
-
-
-def rate_name(dtype: str, threads: int) -> str:
-    """The name in a record's limits of the matrix rate in this dtype, with so many threads."""
-    return f"{dtype}_{RATE}{threads}"
 
 
 @dataclass(frozen=True)
@@ -82,62 +77,29 @@ class Problem:
         return cls(model_of(case.model, seed), images, labels(case.sizes, case.batch))
 
     def run(self, backend: str, operation: str, dtype: str, threads: int) -> Callable[[], Tensor]:
-        """The operation by this backend, ready to be timed."""
-        half = None if dtype == "float32" else DTYPES[dtype]
+        """Returns the operation by this backend, ready to be timed."""
         if operation == "denoise":
+            half = None if dtype == "float32" else DTYPES[dtype]
             how: dict[str, Any] = {"backend": backend, "threads": threads, "noise_std": NOISE_STD, "dtype": half}
             return lambda: denoised(self.model, self.images, self.y, batch_size=len(self.images), **how)
-        model = with_density(self.model, backend, threads)
-
-        def log_prob() -> Tensor:
-            with torch.no_grad(), torch.autocast("cpu", dtype=half, enabled=half is not None):
-                return model.log_prob(self.images, self.y)
-
-        return log_prob
+        log_prob = torch.no_grad()(with_density(self.model, backend, threads).log_prob)
+        return functools.partial(autocast(log_prob, CPU, DTYPES[dtype]), self.images, self.y)
 
     def compared(self, operation: str, result: Tensor) -> Tensor:
-        """What of a result is held to the tolerance: how far denoising moves the images, or log p for each value."""
+        """Returns what of a result is held to the tolerance: how far denoising moves the images, or log p a value."""
         return result - self.images if operation == "denoise" else result / self.images[0].numel()
-
-
-def measure(case: Case, seed: int, rounds: Rounds) -> Cell:
-    """The cell of a case: our fp32 is held to torch's; in bf16 both are held to torch's fp32, by torch's own error."""
-    problem = Problem.of(case, seed)
-    with torch_threads(case.threads):
-        run = functools.partial(problem.run, operation=case.operation, threads=case.threads)
-        view = functools.partial(problem.compared, case.operation)
-        how: dict[str, Any] = {"tolerance": TOLERANCE}
-        if case.dtype != "float32":
-            how = {"exact": view(run(BASELINE, dtype="float32")()), "yardstick": (BASELINE, DTYPES[case.dtype])}
-        candidates = {name: functools.partial(run, name, dtype=case.dtype) for name in (BASELINE, OURS)}
-        return measure_cell(case, candidates, rounds, view=view, **how)
 
 
 def _kind(cell: Cell) -> str:
     return f"{cell['label']['dtype']}, {counted(cell['label']['threads'], 'thread')}"
 
 
-def _panel(axes: plot.Axes, cells: list[Cell], colours: dict[str, str]) -> None:
-    """Groups of bars by batch. Above a bar the ratio, and below it the share of the machine's limit."""
-    batches = list(dict.fromkeys(cell["label"]["batch"] for cell in cells))
-    width = 0.84 / len(colours)
-    for cell in cells:
-        kind = _kind(cell)
-        offset = (list(colours).index(kind) - (len(colours) - 1) / 2) * width
-        place = batches.index(cell["label"]["batch"]) + offset
-        if not cell["runs"]:
-            axes.annotate("failed", (place, 0.05), ha="center", fontsize=7, rotation=90, color=plot.RED)
-            continue
-        run = cell["runs"][-1]
-        ratio = run["ratio"]
-        text = f"{ratio['median']:.2f}×\n{100 * run['fraction_of_limit']:.0f}%"
-        plot.bar(axes, place, ratio["median"], text, ratio, width=width, colour=colours[kind], size=7)
-    axes.axhline(1, color=plot.GREY, linewidth=1.2, zorder=0)
-    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches], fontsize=9)
-    axes.margins(y=0.2)
-    axes.set_ylim(bottom=0)
-    plot.plain(axes)
-    axes.tick_params(axis="x", length=0)
+def _bar(cell: Cell, colour: str) -> plot.Bar:
+    if not cell["runs"]:
+        return plot.Bar(colour, 0.0, "failed")
+    run = cell["runs"][-1]
+    text = f"{run['ratio']['median']:.2f}×\n{100 * run['fraction_of_limit']:.0f}%"
+    return plot.Bar(colour, run["ratio"]["median"], text, run["ratio"])
 
 
 class Density(Suite[Case]):
@@ -156,12 +118,13 @@ class Density(Suite[Case]):
 
     name = "density"
     baseline = BASELINE
+    held = True
     options = (
         options.several("--model", "models", type=NAMES, default=NAMES[:2], help="Models to be measured"),
         options.several("--operation", "operations", type=OPERATIONS, default=OPERATIONS, help="Operations"),
         options.batches(1, 16, 80),
         options.dtypes(),
-        options.every_threads(),
+        options.EVERY_THREADS,
         *options.of_every_suite("density", 60.0),
     )
 
@@ -174,57 +137,38 @@ class Density(Suite[Case]):
         return [Case(*choice) for choice in itertools.product(*map(dict.fromkeys, lists))]
 
     def measure(self, case: Case) -> Cell:
-        return measure(case, self.chosen.seed, self.rounds)
-
-    def limits(self) -> Limits:
-        """Those at each number of threads, for each dtype; and, for the table, of fp32 at the last one."""
-        rates: Limits = {}
-        found: Limits = {}
-        for threads in dict.fromkeys(self.chosen.threads):
-            with torch_threads(threads):
-                found = limits.measure({case.work.working_set for case in self.cases() if case.threads == threads})
-                rates[rate_name("float32", threads)] = found[limits.MATRIX_RATE]
-                if "bfloat16" in self.chosen.dtypes:
-                    rates[rate_name("bfloat16", threads)] = limits.matrix_rate(torch.bfloat16)
-            rates[f"read_bandwidth_{threads}"] = found["read_bandwidth"]
-        return {**found, **rates}
-
-    def limits_again(self, case: Case) -> Limits:
+        """Our fp32 is held to torch's; in bf16 both are held to torch's fp32, by torch's own error."""
+        problem = Problem.of(case, self.chosen.seed)
         with torch_threads(case.threads):
-            rate = limits.matrix_rate(DTYPES[case.dtype])
-        listed = case.dtype == "float32" and case.threads == self.chosen.threads[-1]
-        return {rate_name(case.dtype, case.threads): rate, **({limits.MATRIX_RATE: rate} if listed else {})}
-
-    def limits_of(self, case: Case, found: Limits) -> Limits:
-        rate, bandwidth = found[rate_name(case.dtype, case.threads)], found[f"read_bandwidth_{case.threads}"]
-        return {limits.MATRIX_RATE: rate, "read_bandwidth": bandwidth}
-
-    def lines(self, record: Any) -> list[str]:
-        """The table of cells, and the matrix rates that they are held to."""
-        lines = [*cells_table(record), ""]
-        for name, rate in record["limits"].items():
-            dtype, found, threads = name.partition(f"_{RATE}")
-            if found and threads:
-                lines.append(f"matrix rate, {dtype}, {counted(int(threads), 'thread')}: {rate / 1e9:.1f} GFLOP/s")
-        return lines
+            run = functools.partial(problem.run, operation=case.operation, threads=case.threads)
+            view = functools.partial(problem.compared, case.operation)
+            how: dict[str, Any] = {"tolerance": TOLERANCE}
+            if case.dtype != "float32":
+                how = {"exact": view(run(BASELINE, dtype="float32")()), "yardstick": (BASELINE, DTYPES[case.dtype])}
+            candidates = {name: functools.partial(run, name, dtype=case.dtype) for name in (BASELINE, OURS)}
+            return measure_cell(case, candidates, self.rounds, view=view, **how)
 
     def figure(self, record: Any) -> plot.Figure:
-        """A panel for each model and operation, with the ratio to torch by batch."""
+        """Returns a panel for each model and operation: the ratio to torch by batch, and below each ratio the share of
+        the machine's limit."""
         cells = record["cells"]
         models, operations, batches = (
             list(dict.fromkeys(cell["label"][column] for cell in cells)) for column in ("model", "operation", "batch")
         )
-        kinds = list(dict.fromkeys(map(_kind, cells)))
-        colours = {kind: KINDS[index % len(KINDS)] for index, kind in enumerate(kinds)}
+        colours = dict(zip(dict.fromkeys(map(_kind, cells)), itertools.cycle(KINDS), strict=False))
         pairs = list(itertools.product(models, operations))
-        wide = max(3.2, 0.45 * len(batches) * len(kinds) + 0.6)
+        wide = max(3.2, 0.45 * len(batches) * len(colours) + 0.6)
         figure, panels = plot.grid(len(pairs), len(operations), (wide, 2.9), (0.8, 1.2))
         for axes, pair in zip(panels, pairs, strict=True):
-            here = [cell for cell in cells if (cell["label"]["model"], cell["label"]["operation"]) == pair]
-            _panel(axes, here, colours)
+            groups: dict[int, list[plot.Bar]] = {batch: [] for batch in batches}
+            for cell in cells:
+                if (cell["label"]["model"], cell["label"]["operation"]) == pair:
+                    groups[cell["label"]["batch"]].append(_bar(cell, colours[_kind(cell)]))
+            plot.bars(axes, list(groups.values()), [f"batch {batch}" for batch in batches], 7)
+            axes.axhline(1, color=plot.GREY, linewidth=1.2, zorder=0)
             axes.set_title(f"{pair[1]}, {pair[0]} model", fontsize=11)
         figure.supylabel(f"times faster than {record['settings']['baseline']}", fontsize=10)
-        plot.legend(figure, plot.patches(colours), min(4, len(kinds)))
+        plot.legend(figure, colours, min(4, len(colours)))
         below = "median, line from p20 to p80; below the ratio the share of the machine's limit"
         plot.footer(figure, f"{hardware(record)}, torch {record['machine']['torch']}\n{below}")
         return figure

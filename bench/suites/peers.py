@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import click
-import torch
-from torch import Tensor
 
 from tarflow_fast import TarFlowConfig
 from tarflow_fast.backend.cpu.engine import choose_instruction_set
 
-from ..common import limits, options
-from ..common.harness import Candidate, measure_cell
+from ..common import models, options
+from ..common.harness import measure_cell
 from ..common.machine import CPU
 from ..common.ml_tarflow import MlTarflow
-from ..common.models import DTYPES, MODELS, labels, latents, one_block, random_model, sequential_reverse
-from ..common.record import Cell, Limits
+from ..common.models import COMPILED, DTYPES, MODELS, one_block
+from ..common.record import Cell
 from ..common.roofline import Work, inverse_work
 from ..common.suite import Suite
 
 SIZES = {**{name: MODELS[name] for name in ("small", "medium", "tiny")}, "afhq": one_block(MODELS["afhq"])}
-RATES = {"float32": limits.MATRIX_RATE, "bfloat16": "bf16_matrix_flops_per_second"}
 BATCHES = {"small": (1, 16, 64), "medium": (1, 64), "afhq": (1,), "tiny": (2,)}
 SCALES = {"small": (0.0, 2.0), "tiny": (0.0, 2.0)}  # of guidance; 0 alone for the others
 
@@ -38,6 +33,7 @@ class Case:
     guidance: float = 0.0
     dtype: str = "float32"
     varies: str = "guidance"
+    threads = None  # torch's
 
     @property
     def label(self) -> dict[str, Any]:
@@ -51,24 +47,6 @@ class Case:
     def work(self) -> Work:
         itemsize = DTYPES[self.dtype].itemsize
         return inverse_work(self.sizes, self.batch, guided=self.guidance > 0, itemsize=itemsize)
-
-
-def candidates(
-    case: Case, ml_tarflow: MlTarflow, backends: tuple[str, ...], *, seed: int, compile: bool
-) -> dict[str, Candidate]:
-    """The published reverse, in fp32, and then each of ours."""
-    model = random_model(case.sizes, seed)
-    inputs = (latents(case.sizes, case.batch, seed), labels(case.sizes, case.batch), case.guidance)
-
-    def ours(backend: str, compile: bool = False) -> Callable[[], Tensor]:
-        reverse = sequential_reverse(model, backend=backend, dtype=DTYPES[case.dtype], compile=compile)
-        return functools.partial(reverse, *inputs)
-
-    found: dict[str, Candidate] = {Peers.baseline: lambda: functools.partial(ml_tarflow.reverse(model, CPU), *inputs)}
-    found["torch"] = functools.partial(ours, "torch")
-    if compile:
-        found["torch compiled"] = functools.partial(ours, "torch", compile=True)
-    return found | {name: functools.partial(ours, name) for name in backends if name != "torch"}
 
 
 class Peers(Suite[Case]):
@@ -99,6 +77,7 @@ class Peers(Suite[Case]):
 
     names = ("peers", "cpu")
     baseline = "ml-tarflow"
+    held = True
 
     def __init__(
         self, name: str, varies: str, backends: tuple[str, ...], dtypes: tuple[str, ...], configs: tuple[str, ...]
@@ -106,12 +85,12 @@ class Peers(Suite[Case]):
         """varies: see `Case`. backends: of ours. dtypes, configs: what is measured unless others are chosen."""
         self.name, self.varies, self.backends = name, varies, backends
         self.options = (
-            options.checkout(),
+            options.CHECKOUT,
             options.several("--config", "configs", type=SIZES, default=configs, help="Models to be measured"),
             options.batches(*(BATCHES["small"] if name == "cpu" else ())),
             options.dtypes(dtypes),
             options.option("--compile", is_flag=True, help="Time the torch backend with compile=True too."),
-            options.threads(),
+            options.THREADS,
             *options.of_every_suite(name, 120.0 if name == "cpu" else 300.0),
         )
 
@@ -127,7 +106,7 @@ class Peers(Suite[Case]):
         return found | {"solver": "sequential", "compile": self.chosen.compile}
 
     def cases(self) -> list[Case]:
-        """Every case that was chosen, each once."""
+        """Returns every case that was chosen, each once."""
         return [
             Case(config, batch, guidance, dtype, self.varies)
             for config in dict.fromkeys(self.chosen.configs)
@@ -138,23 +117,14 @@ class Peers(Suite[Case]):
 
     def measure(self, case: Case) -> Cell:
         assert self.ml_tarflow is not None
-        how = {"seed": self.chosen.seed, "compile": self.chosen.compile}
-        yardstick = None if case.dtype == "float32" else ("torch", DTYPES[case.dtype])
-        return measure_cell(
-            case, candidates(case, self.ml_tarflow, self.backends, **how), self.rounds, yardstick=yardstick
-        )
-
-    def limits(self) -> Limits:
-        works = [case.work for case in self.cases()]
-        found = limits.measure(size for work in works for size in (work.weight_bytes, work.working_set))
-        half = "bfloat16" in self.chosen.dtypes
-        return found | ({RATES["bfloat16"]: limits.matrix_rate(torch.bfloat16)} if half else {})
-
-    def limits_again(self, case: Case) -> Limits:
-        return {RATES[case.dtype]: limits.matrix_rate(DTYPES[case.dtype])}
-
-    def limits_of(self, case: Case, found: Limits) -> Limits:
-        return {**found, limits.MATRIX_RATE: found[RATES[case.dtype]]}
+        seed, dtype = self.chosen.seed, DTYPES[case.dtype]
+        inputs = (*models.inputs(case.sizes, case.batch, seed), case.guidance)
+        compiled = {COMPILED: "torch"} if self.chosen.compile else {}
+        ours = {"torch": "torch", **compiled, **{name: name for name in self.backends}}
+        model = models.random_model(case.sizes, seed)
+        candidates = models.samplers(self.baseline, self.ml_tarflow, ours, model, inputs, device=CPU, dtype=dtype)
+        yardstick = None if case.dtype == "float32" else ("torch", dtype)
+        return measure_cell(case, candidates, self.rounds, yardstick=yardstick)
 
 
 SUITE = Peers("peers", "guidance", ("torch",), ("float32",), ("medium", "small"))

@@ -65,10 +65,11 @@ void set_positions(Params& params, const std::vector<std::tuple<int, int, int>>&
     std::tie(params.sample[i], params.token[i], params.column[i]) = positions[i];
 }
 
-void run(const Params& params, const std::string& dtype, int blocks, int64_t shared_bytes, uintptr_t stream) {
+void run(const Params& params, const std::string& dtype, int index, int blocks, int64_t shared_bytes,
+         uintptr_t stream) {
   const Instance& instance = instance_for(dtype, params.positions * params.branches);
   const py::gil_scoped_release release;
-  launch(instance, params, blocks, shared_bytes, stream);
+  launch(instance, params, index, blocks, shared_bytes, stream);
 }
 
 }  // namespace
@@ -82,7 +83,11 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("device_type") = "cuda";
 #endif
-  m.def("device", [] { return std::pair(device().multiprocessors, device().shared_bytes); });
+  m.def("probe", &probe, py::arg("index"), py::call_guard<py::gil_scoped_release>());
+  m.def("device", [](int index) {
+    const Device on = device(index);
+    return std::pair(on.multiprocessors, on.shared_bytes);
+  }, py::arg("index"));
   m.def("instances", [] {
     std::vector<std::tuple<std::string, int, int>> all;
     for (const Instance& each : instances()) all.emplace_back(each.dtype, each.rows, each.warps);
@@ -98,9 +103,12 @@ PYBIND11_MODULE(_cuda, m) {
     buffer->count = count;
   })
       .def("set_positions", &set_positions)
-      .def("set_tol", [](Params& params, float tol, float stream, float rounding) {
+      .def("set_tol",
+           [](Params& params, float tol, float stream, float rounding) {
     params.tol = tol;
     params.stream = stream;
     params.rounding = rounding;
-  }).def("run", &run);
+  })
+      .def("run", &run, py::arg("dtype"), py::arg("index"), py::arg("blocks"), py::arg("shared_bytes"),
+           py::arg("stream"));
 }

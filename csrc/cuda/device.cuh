@@ -13,6 +13,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #define DEVICE __device__ __forceinline__
 #define KERNEL __global__
 #define CONSTANT_PARAMS const __grid_constant__ Params
@@ -75,9 +77,11 @@ DEVICE T constant(Global<const T> from, int64_t i) {
   return __ldg(from.data + i);
 }
 
-// Reads memory that other blocks write, and so not from this multiprocessor's own cache.
+// Reads memory that other blocks write, and so not from this multiprocessor's own cache. A half is read by load_vector:
+// its own __ldcg is assembly that the compiler may take to be the same before and after a barrier.
 template <class T>
 DEVICE T load(Global<T> from, int64_t i) {
+  static_assert(std::is_arithmetic_v<T>);
   return __ldcg(from.data + i);
 }
 
@@ -196,13 +200,24 @@ DEVICE void signal(Global<unsigned> counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter.data) : "memory");
 }
 
+constexpr unsigned long long PATIENCE = 2'000'000'000;  // nanoseconds, where a barrier takes a thousand
+constexpr unsigned GLANCES = 1 << 14;                    // looks at a counter between two looks at the clock
+
 // Waits for the counter to reach a number. After the block's next sync_block, all that other blocks did before they
-// signalled can be seen. One thread of the block calls it.
+// signalled can be seen. One thread of the block calls it. A wait that is in vain ends the launch with an error, as the
+// device would otherwise be lost to all who use it.
 DEVICE void await(Global<unsigned> counter, unsigned number) {
-  unsigned value;
-  do {
+  unsigned long long began = 0;
+  for (unsigned glances = 1;; glances++) {
+    unsigned value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter.data) : "memory");
-  } while (static_cast<int>(value - number) < 0);
+    if (static_cast<int>(value - number) >= 0) return;
+    if (glances % GLANCES) continue;
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (began == 0) began = now;
+    if (now - began > PATIENCE) asm volatile("trap;");
+  }
 }
 
 template <class T>

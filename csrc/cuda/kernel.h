@@ -30,9 +30,14 @@ struct Device {
   int64_t shared_bytes;  // the shared memory that a block can have
 };
 
-// These throw std::runtime_error with the name of the call that failed and why.
-Device device();
-// Launches all blocks at once, or none. stream: a cudaStream_t.
-void launch(const Instance& instance, const Params& params, int blocks, int64_t shared_bytes, uintptr_t stream);
+// These throw std::runtime_error, which says what is missing, or names the call that failed and why. index: the number
+// of the device, which becomes the current one of this thread.
+//
+// Asks whether kernels of this build can run: driver and runtime, the device, and machine code for it.
+void probe(int index);
+Device device(int index);
+// Launches all blocks at once, or none. stream: a cudaStream_t of this device.
+void launch(const Instance& instance, const Params& params, int index, int blocks, int64_t shared_bytes,
+            uintptr_t stream);
 
 }  // namespace tarflow

@@ -14,7 +14,7 @@ from setuptools.errors import ExecError
 
 WANTED = "TARFLOW_FAST_CUDA"
 ARCHITECTURES = "TARFLOW_FAST_CUDA_ARCHITECTURES"
-DEFAULT = ["80", "90a", "100a"]
+DEFAULT = ["80", "90a", "100", "120"]
 LEAST = 80  # cp.async, and bfloat16 on tensor cores
 USUAL_PLACE = "/usr/local/cuda/bin"
 # The runtime is linked statically, and a launch is given addresses and a stream: any torch will do.
@@ -121,9 +121,10 @@ def fitting(nvcc: str, capabilities: list[str]) -> list[str]:
 def gencode(names: list[str]) -> list[str]:
     """Returns nvcc's flags for these architectures.
 
-    Machine code for 80 runs on 8.x alone, and that for 90a or 100a on 9.0 or 10.0 alone. For GPUs that none of them
-    fits, later ones too, the driver compiles PTX when the module is loaded. That is the PTX of the lowest architecture
-    without a letter, since PTX for 90a or 100a is for these alone as well.
+    Machine code for 80 runs on 8.x alone, that for 100 on 10.x (10.3 too) and that for 120 on 12.x, but that for 90a on
+    9.0 alone. For GPUs that none of them fits, later ones too, the driver compiles PTX when the module is loaded, which
+    takes minutes the first time. That is the PTX of the lowest architecture without a letter, since PTX for 90a is for
+    9.0 alone as well.
     """
     codes = [(name, f"sm_{name}") for name in names]
     plain = [name for name in names if name.isdigit()]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
-from ..checkpoints.checkpoint import build, infer_config
+from ..checkpoints.assembly import build
+from ..checkpoints.inference import infer_config
 from ..checkpoints.weight_sets import split_prefix
 from ..checks import check_weights
 from ..errors import ArgumentError
@@ -14,6 +16,8 @@ from ..models.agreement import check_agreement
 from ..models.tarflow import TarFlow
 from ..sampling import Sampler
 from ..scalars import check_flag
+
+OPTIONS = tuple(inspect.signature(Sampler).parameters)[1:]  # all but the model
 
 
 def accelerate(model: nn.Module, *, check: bool = True, **options: Any) -> Sampler:
@@ -41,6 +45,8 @@ def accelerate(model: nn.Module, *, check: bool = True, **options: Any) -> Sampl
     if not isinstance(model, nn.Module):
         raise ArgumentError("model", "a torch module with ml-tarflow's state dict", type(model).__name__)
     check = check_flag("check", check)
+    for name in options.keys() - set(OPTIONS):
+        raise ArgumentError("options", f"options of a Sampler, which are {', '.join(OPTIONS)}", repr(name))
     check_weights(model)
     prefix, state = split_prefix(model.state_dict())
     inner: Any = model.get_submodule(prefix.rstrip("."))

@@ -17,15 +17,14 @@ from ..devices import device_missing
 from ..engine.autotune import AutotunedEngine, Choices
 from ..engine.backend import Backend, Request
 from ..engine.contract import BlockEngine
+from ..engine.verdict import Gate
 from ..engine.weights import BlockWeights
-from ..errors import ArgumentError, BackendError
+from ..errors import ArgumentError, BackendError, first_line
 from ..limits import most_threads
 from ..scalars import check_flag
 
 # The name and folder of each backend, the best for a kind of device first. Every folder has a `BACKEND`.
 FOLDERS = {"cuda": "cuda", "triton": "triton", "cpu": "cpu", "torch": "pytorch"}
-# backend="auto" chooses from these on a GPU. A backend belongs here once its tests and its bench have been run on one.
-PROVEN_ON_GPU = ("torch",)
 
 _registered: dict[str, Backend] = {}
 
@@ -95,17 +94,11 @@ def _status(backend: Backend, kind: str) -> BackendStatus:
     missing = "; ".join(filter(None, (device_missing(kind), backend.not_installed()))) or None
     if missing is None:
         device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-        try:
-            missing = backend.missing(Request(device))
-        except BackendError as error:
-            missing = str(error)
+        missing = _missing(backend, Request(device))
         if missing is None:
-            return BackendStatus(backend.name, kind, True, backend.describe(device) + _unproven(backend.name, kind))
+            proof = "; 'auto' takes it where a probe proves it" if backend.probed else ""
+            return BackendStatus(backend.name, kind, True, backend.describe(device) + proof)
     return BackendStatus(backend.name, kind, False, missing)
-
-
-def _unproven(name: str, kind: str) -> str:
-    return "; to be asked for: not yet measured on a GPU" if kind == "cuda" and name not in PROVEN_ON_GPU else ""
 
 
 def check_compile(compile: object, device: torch.device) -> bool:
@@ -114,6 +107,32 @@ def check_compile(compile: object, device: torch.device) -> bool:
     if compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise BackendError("compile=True cannot be had: torch.compile needs a C++ compiler; install g++ or set CXX")
     return compile
+
+
+def default_backend(request: Request) -> tuple[str, str]:
+    """Returns the name of the best backend for this request that needs no probe, and the reason."""
+    kind = request.device.type
+    among = [name for name in FOLDERS if kind in backend_named(name).devices and not backend_named(name).probed]
+    missing = {name: backend_named(name).missing(request) for name in among}
+    able = next(name for name, why in missing.items() if why is None)  # `torch` can always be had
+    return able, next(filter(None, missing.values()), None) or f"the best available on {kind} that needs no probe"
+
+
+def candidates(request: Request) -> tuple[list[str], dict[str, str]]:
+    """Returns the names of the backends for this kind of device that serve where a probe has proven them, and, of such
+    backends that cannot serve the request, why.
+    """
+    probed = [each for each in map(backend_named, names()) if each.probed and request.device.type in each.devices]
+    missing = {each.name: _missing(each, request) for each in probed}
+    return [name for name, why in missing.items() if why is None], {n: why for n, why in missing.items() if why}
+
+
+def _missing(backend: Backend, request: Request) -> str | None:
+    """Returns what `backend.missing` does; what it raises, as a library that is broken does, is a reason too."""
+    try:
+        return backend.missing(request)
+    except Exception as error:
+        return f"it cannot be asked, as it raises {type(error).__name__}: {first_line(error)}"
 
 
 def choose_backend(backend: str, request: Request) -> tuple[str, str]:
@@ -127,16 +146,11 @@ def choose_backend(backend: str, request: Request) -> tuple[str, str]:
         if missing is not None:
             raise BackendError(f"backend {backend!r} cannot be had: {missing}")
         return backend, "asked for"
-    kind = request.device.type
-    among = PROVEN_ON_GPU if kind == "cuda" else [name for name in FOLDERS if kind in backend_named(name).devices]
-    reasons = {name: backend_named(name).missing(request) for name in among or ("torch",)}
-    able = [name for name, missing in reasons.items() if missing is None]
-    skipped = next(filter(None, reasons.values()), None)
-    if kind != "cuda":
-        return able[0], skipped or f"the best available on {kind}"
-    if len(able) > 1:
-        return "auto", f"the quickest of {', '.join(able)}, measured for each size of batch"
-    return able[0], skipped or "the best that has been measured on a GPU; backend='triton' and 'cuda' have not"
+    default, reason = default_backend(request)
+    able, missing_ones = candidates(request)
+    if able:
+        return "auto", f"the quickest of {', '.join([default, *able])} that is proven, for each size of batch"
+    return default, "; ".join([reason, *(f"{name!r}: {why}" for name, why in missing_ones.items())])
 
 
 def check_threads(threads: object, backend: str) -> int | None:
@@ -154,11 +168,13 @@ def check_threads(threads: object, backend: str) -> int | None:
     return count
 
 
-def make_engines(backend: str, blocks: Iterable[BlockWeights], request: Request) -> list[BlockEngine]:
+def make_engines(
+    backend: str, blocks: Iterable[BlockWeights], request: Request, gate: Gate | None = None
+) -> list[BlockEngine]:
     """Returns the engines of a model's flow blocks.
 
-    backend: a name that `choose_backend` gave. blocks: the weights of each block. Raises BackendError where the backend
-    does not take blocks of such a shape.
+    backend: a name that `choose_backend` gave. blocks: the weights of each block. gate: what tells "auto" which
+    backends are proven. Raises BackendError where the backend does not take blocks of such a shape.
     """
     if backend != "auto":
         chosen = backend_named(backend)
@@ -170,12 +186,17 @@ def make_engines(backend: str, blocks: Iterable[BlockWeights], request: Request)
                 raise BackendError(unsupported)
             engines.append(make(weights))
         return engines
-    able = [name for name in PROVEN_ON_GPU if backend_named(name).missing(request) is None]
-    makers = {name: backend_named(name).maker(request) for name in able}
-    choices = Choices()
+    if gate is None:
+        raise ArgumentError("gate", "what tells which backends are proven, with backend='auto'", None)
+    default, _ = default_backend(request)
+    among = [default, *candidates(request)[0]]
+    makers = {name: functools.cache(functools.partial(backend_named(name).maker, request)) for name in among}
+    choices = Choices(default, gate)
+
+    def make_one(name: str, weights: BlockWeights) -> BlockEngine:
+        return makers[name]()(weights)  # a maker is asked for only when its backend is proven
+
     return [
-        AutotunedEngine(
-            {name: functools.partial(make, weights) for name, make in makers.items()}, request.dtype, choices
-        )
+        AutotunedEngine({name: functools.partial(make_one, name, weights) for name in among}, request.dtype, choices)
         for weights in blocks
     ]

@@ -52,9 +52,13 @@ def model_card(model: TarFlow) -> str:
     if names:
         listed = ", ".join(json.dumps(name, ensure_ascii=False) for name in names[:20])
         rows["class names"] = listed + (", …" if len(names) > 20 else "")
+    sampling = known.get("sampling", {})
+    if sampling:
+        rows["sampled by default with"] = ", ".join(f"{name} = {value}" for name, value in sampling.items())
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
     labels = ", labels=[0, 1]" if config.num_classes else ""
-    denoise = ", denoise=True" if known.get("noise_std") and known.get("noise_type") != "uniform" else ""
+    rule = {"denoise": True} if known.get("noise_std") and known.get("noise_type") != "uniform" else {}
+    how = "".join(f", {name}={value!r}" for name, value in {**rule, **sampling}.items())
     task = "" if sequences else "pipeline_tag: unconditional-image-generation\n"
     drawn = "sequences" if sequences else "images"
     return f"""---
@@ -77,7 +81,7 @@ of `tarflow_fast`.
 import tarflow_fast as tff
 
 model = tff.load("model.safetensors")  # or "hf://owner/name"
-{drawn} = tff.Sampler(model).sample(16{labels}{denoise}, seed=0).images
+{drawn} = tff.Sampler(model).sample(16{labels}{how}, seed=0).images
 ```
 
 ## Data, licence, results

@@ -226,6 +226,9 @@ def _named(module: str, name: str) -> Any:
 
 def _made(function: Any, arguments: Any) -> Any:
     """Returns what a call of that name makes, if it is one that only describes tensors or dicts; else a `Foreign`."""
+    if isinstance(function, Foreign) and function.name == "functools.partial" and function.args:
+        function = function.args[0]
+        return Foreign(str(function) if isinstance(function, Global) else "?")
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         return Foreign("?")
     name = str(function)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..errors import ArgumentError
 from ..models.tarflow import TarFlow
-from .checkpoint import save
 from .hub import NAMES, HubFile, library, reference
+from .writing import save
 
 
 def push_to_hub(

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import CheckpointError
+from ..checks import GUIDE_WHAT, check_choice, check_number
+from ..errors import ArgumentError, CheckpointError
+from ..limits import MOST_ATTN_TEMP, MOST_GUIDANCE, MOST_SCALE
+from ..models.config import TarFlowConfig
+from ..scalars import check_flag
 from .pickles import Foreign
 
+HEADER = "tarflow_fast"  # this entry of a safetensors file's metadata is ours: JSON of {"config": …, "metadata": …}
 NOISE_TYPES = ("gaussian", "uniform")
+# These of `Sampler.sample`'s arguments may have defaults of a model's own, metadata["sampling"], each with its check.
+SAMPLING: dict[str, Callable[[str, Any], object]] = {
+    "guidance": functools.partial(check_number, low=0, high=MOST_GUIDANCE),
+    "guide_what": functools.partial(check_choice, choices=GUIDE_WHAT),
+    "attn_temp": functools.partial(check_number, low=0, high=MOST_ATTN_TEMP, open_low=True),
+    "annealed_guidance": check_flag,
+    "denoise": check_flag,
+    "denoise_scale": functools.partial(check_number, low=0, high=MOST_SCALE),
+}
 # Training scripts keep their settings under these names, ours and Lightning's among them.
 _PLACES = ("config", "hyper_parameters", "model_config", "hparams", "args", "cfg", "params", "settings", "metadata")
 _ALIASES = {"channel_size": "in_channels", "head_channels": "head_dim"}  # ml-tarflow's names come first here
 
 
 def check_metadata(metadata: Mapping[str, Any], num_classes: int) -> None:
-    """Raises CheckpointError for noise or class names that no model of that many classes can have."""
+    """Raises CheckpointError for noise, class names or defaults of sampling that no model of that many classes has."""
     noise_type, noise_std = metadata.get("noise_type"), metadata.get("noise_std")
     if noise_type is not None and noise_type not in NOISE_TYPES:
         raise CheckpointError(f"noise_type: expected {' or '.join(map(repr, NOISE_TYPES))}, got {_cut(noise_type)}")
     if noise_std is not None and not is_noise(noise_std):
         raise CheckpointError(f"noise_std: expected a finite number >= 0, got {_cut(noise_std)}")
+    if "sampling" in metadata:
+        _check_sampling(metadata["sampling"], noisy=bool(noise_std) and noise_type != "uniform")
     names = metadata.get("class_names")
     if names is None:
         return
@@ -29,6 +47,22 @@ def check_metadata(metadata: Mapping[str, Any], num_classes: int) -> None:
         raise CheckpointError(f"class_names: expected a list of names, got {_cut(names)}")
     if len(names) != num_classes:
         raise CheckpointError(f"class_names: expected {num_classes}, one for each class, got {len(names)}")
+
+
+def _check_sampling(sampling: Any, noisy: bool) -> None:
+    """Raises CheckpointError for defaults of sampling that `Sampler.sample` would not take.
+
+    noisy: whether the noise is recorded that denoising takes off.
+    """
+    if not isinstance(sampling, Mapping) or not sampling.keys() <= SAMPLING.keys():
+        raise CheckpointError(f"sampling: expected values of {', '.join(SAMPLING)}, got {_cut(sampling)}")
+    for name, value in sampling.items():
+        try:
+            SAMPLING[name](name, value)
+        except ArgumentError as error:
+            raise CheckpointError(f"sampling: {name}: expected {error.expected}, got {_cut(value)}") from error
+    if sampling.get("denoise") and not noisy:
+        raise CheckpointError("sampling: denoise: expected False, as no noise_std > 0 is recorded, got True")
 
 
 def is_noise(value: object) -> bool:
@@ -40,6 +74,27 @@ def _cut(value: object) -> str:
     """Returns what the value looks like, in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
+
+
+def recorded(tree: Any, header: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns sizes and metadata as `save` and the trainer write them, which are empty if neither did."""
+    if HEADER in header:
+        try:
+            record = json.loads(header[HEADER])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError("the header that tells its sizes is not JSON") from error
+        sizes = record.get("config") if isinstance(record, dict) else None
+        metadata = record.get("metadata", {}) if isinstance(record, dict) else None
+    elif isinstance(tree, Mapping) and "fingerprint" in tree and "sizes" in tree:  # the trainer's checkpoint has both
+        sizes, metadata = tree["sizes"], tree.get("metadata", {})
+    else:
+        return {}, {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError("the metadata that it records is not an object")
+    try:
+        return TarFlowConfig(**(sizes or {})).to_dict(), metadata
+    except TypeError as error:  # some name is one that no model has
+        raise CheckpointError("the sizes that it records are not those of a TarFlow") from error
 
 
 def find_settings(tree: Any) -> dict[str, Any]:

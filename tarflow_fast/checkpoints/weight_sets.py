@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, shown, some
+from ..models.weight_laws import is_mask
 from .pickles import Foreign
 
 FIRST = "blocks.0.proj_in.weight"  # every TarFlow has it
+OURS = "tarflow_fast"
 _DEEPEST, _MOST = 6, 64  # dicts are searched so deep, and a file may have so many sets
 _WRAPPERS = frozenset(("module", "_orig_mod", "state_dict", "_fsdp_wrapped_module"))  # these say nothing of a set
 # These wrap a part of a model, as each block may be wrapped.
@@ -32,18 +36,6 @@ class WeightSet:
     prefix: str
     tensors: dict[str, Any]
     averaged: bool
-
-
-def shown(text: object, most: int = 80) -> str:
-    """Returns text from a file for a message: as it is where that can do no harm, else quoted; cut where it is long."""
-    text = str(text)
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    return text if text.isprintable() and text.strip() == text and text else repr(text)
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """Returns the first names for a message, with "…" where there are more."""
-    return ", ".join(map(shown, names[:most])) + (", …" if len(names) > most else "")
 
 
 def split_prefix(state: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -110,11 +102,6 @@ def _flattened(state: Mapping[str, Any], groups: Mapping[str, dict[str, Any]]) -
             if all(prefix + key.replace(".", "") in state for key in names):
                 found[prefix] = {key: state[prefix + key.replace(".", "")] for key in names}
     return found
-
-
-def is_mask(key: str) -> bool:
-    """Returns whether this is the causal mask that ml-tarflow stores with every block, which `build` makes anew."""
-    return key.endswith(".attn_mask")
 
 
 def find_sets(tree: Any) -> list[WeightSet]:
@@ -199,23 +186,44 @@ def _unread_average(tree: Any, taken: WeightSet) -> str | None:
     return None
 
 
+def _whole(value: Foreign) -> str | None:
+    """Returns what a whole module or sampler is that was pickled, and what to do with it; None for what is neither."""
+    is_module = isinstance(value.state, dict) and "_modules" in value.state
+    ours = value.name.startswith(f"{OURS}.")
+    if not is_module and not (ours and value.name.endswith(".Sampler")):
+        return None
+    what = (
+        f"a whole {'module' if is_module else 'sampler'}, {shown(value.name)}, pickled with its code, which is not run"
+    )
+    if not ours:
+        return f"{what}: load it where its class is, and save torch.save(model.state_dict(), …)"
+    model = "model" if is_module else "the model of which it was made"
+    home = value.name.rpartition(".")[0]
+    where = f"torch.load(…, weights_only=False) in the version of {OURS} that wrote it"
+    gone = "" if _is_there(home) else f" (this one, {version(OURS)}, has no module {shown(home)})"
+    return f"{what}: load it by {where}{gone}, and save {model} by {OURS}.save(model, 'model.safetensors')"
+
+
+def _is_there(module: str) -> bool:
+    """Returns whether this version has that module of ours, which is not imported."""
+    parts = module.split(".")
+    place = Path(__file__).parents[1].joinpath(*parts[1:])
+    return all(map(str.isidentifier, parts)) and (place.with_suffix(".py").is_file() or place.is_dir())
+
+
 def _advice(tree: Any) -> str:
     """Returns why there is no state dict of a TarFlow, and what to do."""
     if isinstance(tree, Foreign):
-        if isinstance(tree.state, dict) and "_modules" in tree.state:
-            return (
-                f"a whole module, {shown(tree.name)}, pickled with its code, which is not run: "
-                "load it where its class is, and save torch.save(model.state_dict(), …)"
-            )
+        whole = _whole(tree)
+        if whole is not None:
+            return whole
         return f"not a readable weights-only .pth file: it holds an object {shown(tree.name)}, which is not made"
     if not isinstance(tree, Mapping):
         return f"expected a state dict (names to tensors), got {type(tree).__name__}"
     for key, value in tree.items():
-        if isinstance(value, Foreign) and isinstance(value.state, dict) and "_modules" in value.state:
-            return (
-                f"its {shown(key)} is a whole module, {shown(value.name)}, pickled with its code, which is not run: "
-                "load it where its class is, and save torch.save(model.state_dict(), …)"
-            )
+        whole = _whole(value) if isinstance(value, Foreign) else None
+        if whole is not None:
+            return f"its {shown(key)} is {whole}"
     foreign = [value.name for value in tree.values() if isinstance(value, Foreign)]
     start = "not a TarFlow"
     if foreign and not any(hasattr(value, "shape") or isinstance(value, Mapping) for value in tree.values()):

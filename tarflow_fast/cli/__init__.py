@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ..errors import TarFlowWarning
+from .check import check_command
 from .convert import convert_command
 from .eval import eval_command
 from .info import info_command
@@ -95,6 +96,7 @@ Examples:
   tarflow-fast sample                        a grid of images from the shipped model, samples.png
   tarflow-fast sample -m model.pth -n 16     16 images from an ml-tarflow checkpoint
   tarflow-fast info                          which backends can run here, and why
+  tarflow-fast check                         prove the backends of a GPU on this device
   tarflow-fast COMMAND --help                what a command can do, with examples
 """,
 )
@@ -112,5 +114,5 @@ def main(traceback: bool) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (sample_command, train_command, eval_command, convert_command, info_command):
+for command in (sample_command, train_command, eval_command, convert_command, info_command, check_command):
     main.add_command(command)

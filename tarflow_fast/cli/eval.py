@@ -21,7 +21,6 @@ from .options import (
     load_model,
     model_options,
     option,
-    pick_device,
     print_json,
     progress_option,
     quiet_option,
@@ -61,12 +60,16 @@ def load_data(model: TarFlow, path: str, limit: int | None, names: list[str] | N
     return data if limit is None else data.spread(limit)
 
 
-def bits_lines(found: BitsPerDim) -> list[str]:
+def bits_lines(found: BitsPerDim, model: TarFlow) -> list[str]:
     error = "" if found.standard_error is None else f" ± {found.standard_error:.4f}"
+    kind = model.config.kind
     meaning = {
         "uniform": "a bound on the bits that a code by this model takes for an 8-bit value",
-        "gaussian": "the density of noisy images: compares between models of this noise level only",
+        "gaussian": f"the density of noisy {kind}: compares between models of this noise level only",
+        "none": f"the density of the {kind} in their own unit: compares between models of the same data only",
     }[found.noise.kind]
+    if model.raw and found.noise.kind == "gaussian":
+        meaning = meaning.removesuffix("only") + "and the same data only, in their own unit"
     return [f"bits/dim        {found.mean:.4f}{error}  ({found.noise}; {found.seconds:.1f} s)", f"  {meaning}"]
 
 
@@ -211,6 +214,9 @@ def eval_command(
     """Measure bits per dimension on a data set and, for a class-conditional model, the accuracy of the
     classifier that Bayes' rule makes of it."""
     bars = show_progress(progress, quiet)
+
+    from ..devices import pick_device
+
     place = pick_device(device)
     model = load_model(model_path, **which).to(place)
     if threads is not None:
@@ -241,8 +247,8 @@ def eval_command(
     bits = bits_per_dim(model, data, noise=for_bits, **how)
     facts["bits_per_dim"] = bits.to_dict()
     lines = [
-        f"{model_path or 'the shipped model'} on {data_path}, {len(data)} images",
-        *bits_lines(bits),
+        f"{model_path or 'the shipped model'} on {data_path}, {len(data)} {data.kind}",
+        *bits_lines(bits, model),
     ]
     if accuracy:
         for_accuracy = Noise.of(model, accuracy_noise, noise_std if accuracy_noise != "none" else None, seed)

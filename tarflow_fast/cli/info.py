@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ def describe_installation() -> dict[str, Any]:
 
     from .. import __version__
     from ..backend import backends
+    from ..probe.store import kept
 
     return {
         "version": __version__,
@@ -30,6 +32,9 @@ def describe_installation() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": [status.to_dict() for status in backends()],
+        "probes": [
+            {"backend": key["backend"], "device": key["device"]["name"], **verdict.to_dict()} for key, verdict in kept()
+        ],
     }
 
 
@@ -44,6 +49,11 @@ def installation_lines(facts: dict[str, Any]) -> list[str]:
         reason = in_flags(info_command, status["reason"])
         state = "available" if status["available"] else "not available"
         lines.append(f"  {status['name']:<7} on {status['device']:<5} {state:<14} {reason}")
+    counts = Counter((each["backend"], each["device"], each["proven"]) for each in facts["probes"])
+    if counts:
+        lines += ["", "Probes that are kept (`tarflow-fast check` shows what was tried):"]
+    for (backend, device, proven), count in sorted(counts.items()):
+        lines.append(f"  {printable(backend)} on {printable(device)}: {count} {'proven' if proven else 'failed'}")
     return lines
 
 
@@ -70,7 +80,8 @@ def model_lines(facts: dict[str, Any]) -> list[str]:
         f"classes: {classes or 'none (unconditional)'}",
     ]
     for key, value in facts["metadata"].items():
-        text = ", ".join(map(printable, value)) if isinstance(value, list) else printable(value)
+        parts = [f"{name} = {item}" for name, item in value.items()] if isinstance(value, dict) else value
+        text = ", ".join(map(printable, parts)) if isinstance(parts, list) else printable(parts)
         lines.append(f"{printable(key)}: {text}")
     if facts["origin"] is not None:
         lines.append(f"weights: {printable(facts['origin']['weights'])} of {printable(facts['origin']['path'])}")

@@ -224,7 +224,7 @@ def load_model(
     sizes: the sizes that `load` takes, each None where it was not given. Raises click.UsageError where they are given
     for the shipped model.
     """
-    from ..checkpoints.checkpoint import load, load_pretrained
+    from ..checkpoints import load, load_pretrained
 
     if path is not None:
         return load(path, weights=weights, **sizes)
@@ -232,16 +232,6 @@ def load_model(
         if value is not None:
             raise click.UsageError(f"--{name.replace('_', '-')} goes with --model")
     return load_pretrained()
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Returns the device of that name, or, without one, the best that a backend runs on."""
-    from ..backend import backends
-    from ..devices import check_device
-
-    if name is None:
-        name = next(status.device for status in backends() if status.available)
-    return check_device(name)
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

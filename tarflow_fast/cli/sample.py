@@ -6,21 +6,14 @@ import contextlib
 import os
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..errors import TarFlowWarning
-from ..limits import (
-    MOST_ATTN_TEMP,
-    MOST_GUIDANCE,
-    MOST_NUMBER,
-    MOST_SCALE,
-    MOST_SIZE,
-    MOST_TOL,
-)
-from ..sizes import Size, by
-from .labels import MOST_LISTED, Chosen, choose, label_name
+from ..limits import MOST_NUMBER, MOST_SIZE, MOST_TOL
+from ..sizes import Size
+from .labels import choose
 from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, layout
 from .messages import in_flags
 from .options import (
@@ -34,7 +27,6 @@ from .options import (
     load_model,
     model_options,
     option,
-    pick_device,
     print_json,
     progress_option,
     quiet_option,
@@ -43,55 +35,11 @@ from .options import (
     torch_dtype,
 )
 from .outputs import Outputs, Run
+from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE, drawing_rule
+from .summary import Totals, summary_lines
 from .terminal import echo
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..models.tarflow import TarFlow
-    from ..sampling.report import Report, Samples
-
-# The shipped model is drawn from by these options unless told otherwise, other models without guidance. Images of all
-# models are denoised, by the optimal step, where the checkpoint records the Gaussian noise that it was trained with.
-SHIPPED: dict[str, Any] = {
-    "guidance": 1.0,
-    "annealed_guidance": False,
-    "attn_temp": 1.0,
-    "denoise_scale": 1.0,
-}
-
 GRID = "samples.png"  # the grid goes there unless --out tells
-
-GUIDANCE_DETAILS = ("guide_what", "attn_temp", "annealed_guidance")
-DENOISING_DETAILS = ("noise_std", "denoise_scale")
-
-
-def drawing_rule(model: TarFlow, shipped: bool, given: dict[str, Any], labelled: bool) -> dict[str, Any]:
-    """Returns guidance and denoising as arguments of `Sampler.sample`.
-
-    given: the options, each None where it was not given. labelled: whether any image may have a class. Raises
-    click.UsageError for an option without effect.
-    """
-    told = {name: value for name, value in given.items() if value is not None}
-    known = {**SHIPPED, **told} if shipped else told
-    steerable = labelled or told.get("attn_temp", 1) != 1
-    if told.get("guidance") and not steerable:
-        raise click.UsageError("--guidance has no effect without classes, unless --attn-temp differs from 1")
-    noisy = "noise_std" in model.metadata and model.metadata.get("noise_type") != "uniform"
-    rule: dict[str, Any] = {
-        "guidance": known.get("guidance", 0.0) if steerable else 0.0,
-        "denoise": known.get("denoise", noisy or "noise_std" in told),
-    }
-    for switch, needed, details in (
-        ("guidance", "a --guidance above 0", GUIDANCE_DETAILS),
-        ("denoise", "--denoise", DENOISING_DETAILS),
-    ):
-        for name in details:
-            if rule[switch] and name in known:
-                rule[name] = known[name]
-            elif name in told:
-                raise click.UsageError(f"--{name.replace('_', '-')} has no effect without {needed}")
-    return rule
 
 
 def check_sequences(outputs: Outputs, given: dict[str, Any]) -> None:
@@ -101,82 +49,6 @@ def check_sequences(outputs: Outputs, given: dict[str, Any]) -> None:
             raise click.UsageError(f"--{name}: sequences make no picture; --npz writes them as numbers")
     if outputs.npz is None:
         raise click.UsageError("this model draws sequences, which make no picture: give --npz")
-
-
-class Totals:
-    """The `Totals` of a run sum up its batches."""
-
-    def __init__(self) -> None:
-        self._report: Report | None = None
-        self._n = 0
-        self._labels: list[Tensor] = []
-        self._log_prob: list[Tensor] = []
-
-    def add(self, part: Samples) -> None:
-        self._n += len(part.images)
-        if self._report is None:
-            self._report = part.report
-        else:
-            self._report.merge(part.report)
-        if part.labels is not None:
-            self._labels.append(part.labels)
-        if part.log_prob is not None:
-            self._log_prob.append(part.log_prob.cpu())
-
-    def facts(self) -> dict[str, Any]:
-        """Returns what was done, in numbers."""
-        report = self._report
-        assert report is not None
-        facts: dict[str, Any] = {
-            "images": self._n,
-            "images_per_second": self._n / (report.seconds + report.denoise_seconds),
-            **report.to_dict(),
-        }
-        if self._labels:
-            facts["labels"] = [label for part in self._labels for label in part.tolist()]
-        if self._log_prob:
-            facts["log_prob"] = [nats for part in self._log_prob for nats in part.tolist()]
-        return facts
-
-
-def summary_lines(facts: dict[str, Any], model: TarFlow, chosen: Chosen, rows: bool) -> list[str]:
-    """Returns the lines that tell what was done. rows: whether each class has a row of the grid."""
-    from ..flow import known_names
-
-    size, names = by(model.config.img_size), known_names(model.metadata)
-    what = f"images of {size}"
-    if model.config.layout == "tokens":
-        what = f"sequences of {model.config.num_patches} tokens of {model.config.token_dim} values"
-    how = f"guidance {facts['guidance']:g}" if facts["guidance"] else "unguided"
-    how += ", denoised" if facts["denoise"] else ""
-    lines = [
-        f"{', '.join(facts['files'].values())}: {facts['images']} {what}, {how}",
-        f"{facts['seconds'] + facts['denoise_seconds']:.2f} s, {facts['images_per_second']:.3g} images/s, "
-        f"{facts['tokens_per_second']:,.0f} tokens/s in batches of {facts['batch_size']}",
-        f"backend {facts['backend']} ({facts['backend_reason']}), {facts['device']}, {facts['dtype']}, "
-        f"{facts['solver']} solver",
-    ]
-    if facts["setup_seconds"] >= 0.01:
-        lines.append(f"{facts['setup_seconds']:.2f} s of it to set up for this batch size: the next batch does without")
-    blocks, most = facts["blocks"], model.config.num_patches - 1
-    if any(block["window"] > 1 for block in blocks):
-        passes = ", ".join(str(block["passes"]) for block in blocks)
-        residual = max(block["residual"] for block in blocks)
-        instead = f" instead of {most}" if sum(block["passes"] for block in blocks) < most * len(blocks) else ""
-        lines.append(f"passes of each block: {passes}{instead}; residual at most {residual:.1e}")
-    if rows and chosen.entries:
-        lines.append("rows: " + ", ".join(label_name(y, names) for y in chosen.entries))
-    elif chosen.described is not None:
-        drawn = sorted(set(facts.get("labels", ())))
-        few = f" ({', '.join(label_name(y, names) for y in drawn)})" if 0 < len(drawn) <= MOST_LISTED else ""
-        lines.append(f"classes: {chosen.described}{few}")
-    if facts["redrawn"]:
-        lines.append("drawn again, not being finite: images " + ", ".join(map(str, facts["redrawn"])))
-    if "log_prob" in facts:
-        nats, when = facts["log_prob"], " before denoising" if facts["denoise"] else ""
-        mean = sum(nats) / len(nats)
-        lines.append(f"log p{when}: mean {mean:.1f} nats, from {min(nats):.1f} to {max(nats):.1f}")
-    return lines
 
 
 @click.command(
@@ -235,39 +107,39 @@ Examples:
 )
 @option(
     "--guidance",
-    type=click.FloatRange(0, MOST_GUIDANCE),
+    type=GUIDANCE,
     metavar="W",
     section="How to draw",
-    show_default=f"{SHIPPED['guidance']:g} for the shipped model, else 0",
+    show_default="as the model records, else 0",
     help="Weight of classifier-free guidance; 0 is none.",
 )
 @option(
     "--guide-what",
-    type=click.Choice(["a", "b", "ab"]),
+    type=GUIDE_WHAT,
     section="How to draw",
-    show_default="ab",
+    show_default="as the model records, else ab",
     help="Guide log-scales (a), shifts (b) or both.",
 )
 @option(
     "--attn-temp",
-    type=click.FloatRange(0, MOST_ATTN_TEMP, min_open=True),
+    type=ATTN_TEMP,
     metavar="T",
     section="How to draw",
-    show_default="1",
+    show_default="as the model records, else 1",
     help="Temperature of attention in the branch that guidance leads away from.",
 )
 @option(
     "--annealed-guidance/--constant-guidance",
     default=None,
     section="How to draw",
-    show_default="constant",
+    show_default="as the model records, else constant",
     help="Let guidance grow from token to token.",
 )
 @option(
     "--denoise/--no-denoise",
     default=None,
     section="How to draw",
-    show_default="on if the checkpoint records it",
+    show_default="as the model records, else on if it records the noise",
     help="Take off the Gaussian noise that the model was trained with (Tweedie).",
 )
 @option(
@@ -280,10 +152,10 @@ Examples:
 )
 @option(
     "--denoise-scale",
-    type=click.FloatRange(0, MOST_SCALE),
+    type=SCALE,
     metavar="S",
     section="How to draw",
-    show_default="1",
+    show_default="as the model records, else 1",
     help="Multiplier of the optimal denoising step.",
 )
 @option(
@@ -324,6 +196,13 @@ Examples:
     help="How far a token may still move when a parallel pass takes it as final, on the scale -1 to 1.",
 )
 @option("--compile", is_flag=True, section="Machine", help="Run the torch backend under torch.compile.")
+@option(
+    "--probe",
+    type=click.Choice(["background", "now", "never"]),
+    default="background",
+    section="Machine",
+    help="When backends of a GPU that are not known there have to prove themselves; see `tarflow-fast check`.",
+)
 @threads_option
 @option(
     "--batch-size",
@@ -413,6 +292,9 @@ def sample_command(
         raise click.UsageError("--out and --no-grid exclude each other")
     if not outputs.to_dict():
         raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
+
+    from ..devices import pick_device
+
     device = pick_device(given["device"])
     sizes = {"patch_size": patch_size, "img_size": img_size, "in_channels": in_channels, "head_dim": head_dim}
     model = load_model(model_path, weights=weights, **sizes)
@@ -425,7 +307,7 @@ def sample_command(
     chosen = choose(labels, model, seed)
     n = default_count(chosen.entries, labels is not None) if count is None else count
     labelled = chosen.entries is None or any(label >= 0 for label in chosen.entries)
-    rule = drawing_rule(model, shipped=model_path is None, given=given, labelled=labelled)
+    rule = drawing_rule(model, given, labelled)
 
     from ..flow import known_names
     from ..sampling.sampler import Sampler
@@ -451,6 +333,7 @@ def sample_command(
         solver=given["solver"],
         tol=given["tol"],
         compile=given["compile"],
+        probe=given["probe"],
         threads=given["threads"],
     )
     stream = sampler.stream(

@@ -79,6 +79,11 @@ class ImageData:
         return self.images.dim() == 3
 
     @property
+    def kind(self) -> str:
+        """What messages call the data: "images" or "sequences"."""
+        return "sequences" if self.sequences else "images"
+
+    @property
     def num_classes(self) -> int:
         """The number of classes: that of names or numbers, without them the highest label + 1; 0 without labels."""
         if self.labels is None:

@@ -1,13 +1,12 @@
-"""The autotuned engine: it measures several engines for each size of batch that comes, and the quickest one serves.
+"""The autotuned engine: each batch is handed to the quickest of the engines that are proven on this device.
 
-What is measured is a piece of the sequential pass, half way through the block. On the way there the tokens of each
-engine are held against those of the `torch` engine, and an engine that disagrees is not used.
+Which are proven, and how quick they are, a `Gate` tells. While it cannot yet, the default engine serves. One engine
+serves a batch in all blocks, and a verdict that comes meanwhile counts from the next batch on.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,56 +17,74 @@ from ..devices import free_memory
 from ..errors import BackendError, OutOfMemoryError
 from .base import Choice, EngineBase
 from .contract import BlockEngine, BlockState, Condition, Converged, FrontierEngine, Moved, PassTrail, Progress
-from .probe import MAX_DEVIATION, difference, probe
+from .verdict import Gate, Size
 from .windows import Bounds
 
-BASELINE = "torch"
 OUT_OF_MEMORY = (OutOfMemoryError, torch.OutOfMemoryError)
 Factories = dict[str, Callable[[], BlockEngine]]
-Size = tuple[int, bool]  # a batch's number of samples, and whether they are guided
 
 
 class Choices:
     """The choices that the blocks of a model have in common.
 
-    chosen: the engine that was chosen for each size of batch. left_out: the engines that are not used for this model,
-    each with the reason. bytes_per_sample: by whether the batch is guided, the most memory that any engine takes for a
-    sample, in bytes. ragged: whether all engines that were chosen are ragged.
+    default: the name of the engine that serves where no other is proven. gate: what tells which are. chosen: the
+    engine that served the last batch of each size. left_out: the engines that cannot be had in this process, each with
+    the reason. too_large: for each size, the engines that lack memory for it. ragged: whether all engines that were
+    chosen are ragged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, default: str, gate: Gate) -> None:
+        self.default, self.gate = default, gate
         self.chosen: dict[Size, Choice] = {}
         self.left_out: dict[str, str] = {}
-        self.bytes_per_sample: dict[bool, int] = {}
+        self.too_large: dict[Size, dict[str, str]] = {}
         self.ragged = True
 
-    def leave_out(self, name: str, why: str) -> None:
-        """Take an engine out of the choice for this model, also for the sizes of batch that it serves."""
-        self.left_out[name] = why
-        self.chosen = {size: choice for size, choice in self.chosen.items() if choice.name != name}
+    def ranking(self, size: Size) -> list[Choice]:
+        """Returns the engines that may serve a batch of this size, the quickest first, each with the reason.
+
+        The default engine is the last, as none that is slower serves.
+        """
+        verdicts = self.gate.look(size)
+        without = {name: verdict.reason for name, verdict in verdicts.items() if verdict and not verdict.proven}
+        without |= self.left_out | self.too_large.get(size, {})
+        times = {self.default: 1.0} | {
+            name: verdict.seconds[name] / verdict.seconds[self.default]
+            for name, verdict in verdicts.items()
+            if verdict and name not in without
+        }
+        order = sorted(times, key=times.__getitem__)
+        order = order[: order.index(self.default) + 1]
+        probed = [repr(name) for name, verdict in verdicts.items() if verdict is None and name not in without]
+        more = [f"{', '.join(probed)} being probed"] if probed else []
+        more += [f"{name!r}: {why}" for name, why in without.items()]
+        choices = []
+        for name in order:
+            others = ", ".join(f"{took / times[name]:.1f}x {other}" for other, took in times.items() if other != name)
+            why = f"the quickest that is proven: {others} at {size}" if others else f"all that is proven at {size}"
+            choices.append(Choice(name, "; ".join([why, *more])))
+        return choices
 
 
 class AutotunedEngine(EngineBase):
     """A BlockEngine that hands each batch to another engine, which it makes when it is needed.
 
-    factories: functions without arguments that make the engines to choose from, by name; `BASELINE` is among them.
-    dtype: the dtype of weights and cache. choices: what the blocks of a model share. The block that a size of batch
-    reaches first makes all engines and measures them; the other blocks make only the one that was chosen. An engine
-    that cannot be had for this model is left out. An engine that fails or disagrees with the baseline is left out too,
-    with a warning.
+    factories: functions without arguments that make the engines to choose from, by name; the default of `choices` is
+    among them. dtype: the dtype of weights and cache. choices: what the blocks of a model share. The first block of a
+    batch, whose state is begun without another to reuse, chooses; the other blocks take the same engine. An engine that
+    cannot be had, or that lacks memory for a batch, is passed over.
     """
 
     def __init__(self, factories: Factories, dtype: torch.dtype, choices: Choices):
-        self.factories = {BASELINE: factories[BASELINE], **factories}
-        self.dtype, self.choices = dtype, choices
+        self.factories, self.dtype, self.choices = factories, dtype, choices
         self._engines: dict[str, BlockEngine] = {}
         self._seconds = 0.0
 
     # Which engine serves, and why.
 
     def served_by(self, batch: int, guided: bool) -> Choice:
-        """Returns the engine that serves batches of this size, which must have begun before, with the reason."""
-        return self.choices.chosen[batch, guided]
+        """Returns the engine that served the last batch of this size, which must have begun, with the reason."""
+        return self.choices.chosen[Size(batch, guided)]
 
     @property
     def ragged(self) -> bool:  # type: ignore[override]
@@ -86,29 +103,37 @@ class AutotunedEngine(EngineBase):
             engine.empty_cache()
 
     def bytes_per_sample(self, guided: bool) -> int:
-        """Returns the most that any of the engines takes, since a new size of batch is tried with all of them."""
-        if guided not in self.choices.bytes_per_sample:
-            engines = self._make_all()
-            self.choices.bytes_per_sample[guided] = max(engine.bytes_per_sample(guided) for engine in engines.values())
-        return self.choices.bytes_per_sample[guided]
+        """Returns the most that any of the engines takes that are there; the default is always there."""
+        self._make(self.choices.default)
+        return max(engine.bytes_per_sample(guided) for engine in self._engines.values())
 
     # The passes.
 
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
-        size = (z.shape[0], condition.guidance.active)
-        engine = None
-        while engine is None:  # an engine that another block chose may be unavailable for this block
-            if size not in self.choices.chosen:
-                with self._setting_up():
-                    self.choices.chosen[size] = self._choose(z, condition)
-            name = self.choices.chosen[size].name
-            engine = self._make(name)
-        self._make_room(name, z, condition)
-        if reuse is not None and (reuse.delegate is None or reuse.delegate[0] != name):
-            reuse = None
-        state = engine.begin(z, condition, reuse)
-        state.delegate = name, engine
-        return state
+        choices, size = self.choices, Size(z.shape[0], condition.guidance.active)
+        if reuse is None or reuse.delegate is None or size not in choices.chosen:
+            with self._setting_up():
+                among = choices.ranking(size)
+        else:
+            among = [choices.chosen[size], Choice(choices.default, f"the default at {size}")]
+        for choice in among:
+            engine = self._make(choice.name)
+            if engine is None:
+                continue
+            self._make_room(choice.name, z, condition)
+            own = reuse is not None and reuse.delegate is not None and reuse.delegate[0] == choice.name
+            try:
+                state = engine.begin(z, condition, reuse if own else None)
+            except OUT_OF_MEMORY as error:
+                if choice.name == choices.default:
+                    raise
+                choices.too_large.setdefault(size, {})[choice.name] = str(error)
+                continue
+            choices.chosen[size] = choice
+            choices.ragged = choices.ragged and engine.ragged
+            state.delegate = choice.name, engine
+            return state
+        raise AssertionError("the default engine serves or raises")
 
     def reverse(
         self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
@@ -137,7 +162,7 @@ class AutotunedEngine(EngineBase):
         assert isinstance(engine, FrontierEngine)
         return engine.iterate_on_device(state, guess, reached, trail, window=window, max_passes=max_passes)
 
-    # The choice.
+    # The parts of a choice.
 
     @contextmanager
     def _setting_up(self) -> Iterator[None]:
@@ -150,21 +175,17 @@ class AutotunedEngine(EngineBase):
             self._seconds = before + time.perf_counter() - started - within
 
     def _make(self, name: str) -> BlockEngine | None:
-        """Returns the engine of this name, or None if it is left out."""
+        """Returns the engine of this name, or None if it cannot be had."""
         if name not in self._engines and name not in self.choices.left_out:
             try:
                 # An engine outlives the mode that it is made in.
                 with self._setting_up(), torch.inference_mode(False), torch.no_grad():
                     self._engines[name] = self.factories[name]()
             except (BackendError, *OUT_OF_MEMORY) as error:
-                if name == BASELINE:
+                if name == self.choices.default:
                     raise
-                self.choices.leave_out(name, str(error))
+                self.choices.left_out[name] = str(error)
         return None if name in self.choices.left_out else self._engines[name]
-
-    def _make_all(self) -> dict[str, BlockEngine]:
-        made = {name: self._make(name) for name in self.factories}
-        return {name: engine for name, engine in made.items() if engine is not None}
 
     def _make_room(self, name: str, z: Tensor, condition: Condition) -> None:
         """Free the memory that other engines hold for later batches if the engine of this name needs it."""
@@ -174,53 +195,7 @@ class AutotunedEngine(EngineBase):
             for engine in others:
                 engine.empty_cache()
 
-    def _choose(self, z: Tensor, condition: Condition) -> Choice:
-        """Try all engines on this batch, leave out those that fail or disagree, and return the quickest with the
-        reason.
-        """
-        choices, batch = self.choices, _batch(z, condition)
-        most = MAX_DEVIATION[self.dtype] * (1 + condition.guidance.scale)
-        taken: dict[str, float] = {}
-        too_large: dict[str, str] = {}  # engines that lack memory for this size of batch
-        trusted: list[Tensor] = []
-        for name, engine in self._make_all().items():
-            self._make_room(name, z, condition)
-            try:
-                pieces, took = probe(engine, z, condition, trusted)
-            except Exception as error:
-                if name == BASELINE:
-                    raise
-                if isinstance(error, OUT_OF_MEMORY):
-                    too_large[name] = str(error)
-                else:
-                    self._distrust(name, f"at {batch} it raised {type(error).__name__}: {error}")
-                continue
-            trusted = trusted or pieces
-            off = difference(pieces, trusted)
-            if off <= most:
-                taken[name] = took
-            else:  # too far off, or NaN
-                self._distrust(name, f"at {batch} it is {off:.3g} off {BASELINE!r}, and at most {most:.3g} would do")
-        best = min(taken, key=taken.__getitem__)
-        for name in self._engines.keys() - {best, *(choice.name for choice in choices.chosen.values())}:
-            del self._engines[name]
-        choices.ragged = choices.ragged and self._engines[best].ragged
-        why = f"all that can be had at {batch}"
-        if len(taken) > 1:
-            others = ", ".join(f"{took / taken[best]:.1f}x {name}" for name, took in taken.items() if name != best)
-            why = f"the quickest of {', '.join(taken)}: {others} at {batch}"
-        without = "".join(f"; {name!r}: {reason}" for name, reason in {**choices.left_out, **too_large}.items())
-        return Choice(best, why + without)
-
-    def _distrust(self, name: str, why: str) -> None:
-        self.choices.leave_out(name, why)
-        warnings.warn(f"backend {name!r} will not be used: {why}", RuntimeWarning, stacklevel=2)
-
 
 def _delegate(state: BlockState) -> BlockEngine:
     assert state.delegate is not None, "a state that another engine began"
     return state.delegate[1]
-
-
-def _batch(z: Tensor, condition: Condition) -> str:
-    return f"batch {z.shape[0]}, guided" if condition.guidance.active else f"batch {z.shape[0]}"

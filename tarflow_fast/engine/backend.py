@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +31,19 @@ class Request(NamedTuple):
     threads: int | None = None
 
 
+# The defaults have names, so that a backend can be sent to another process.
+def _takes_all(shape: BlockShape, dtype: torch.dtype) -> None:
+    return None
+
+
+def _lacks_nothing() -> None:
+    return None
+
+
+def _no_variants(request: Request) -> dict[str, Maker]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Backend:
     """A backend, as `registry.register` takes it.
@@ -49,6 +62,11 @@ class Backend:
         not_installed: A function that returns what this installation lacks for the backend on any device, or None if it
             lacks nothing.
         has_threads: Whether the backend takes `Request.threads`.
+        probed: Whether backend="auto" considers this backend, and takes it where a probe has proven its engines on the
+            device at hand (see `probe/`). The probe runs in a process of its own, to which the backend is sent by
+            pickle: its functions then have names in a module.
+        variants: A function of a request that returns makers of the same engines launched in other ways, by a name for
+            each. A probe holds them to the same bits.
     """
 
     name: str
@@ -56,6 +74,8 @@ class Backend:
     missing: Callable[[Request], str | None]
     maker: Callable[[Request], Maker]
     describe: Callable[[torch.device], str]
-    unsupported: Callable[[BlockShape, torch.dtype], str | None] = lambda shape, dtype: None
-    not_installed: Callable[[], str | None] = lambda: None
+    unsupported: Callable[[BlockShape, torch.dtype], str | None] = _takes_all
+    not_installed: Callable[[], str | None] = _lacks_nothing
     has_threads: bool = False
+    probed: bool = False
+    variants: Callable[[Request], Mapping[str, Maker]] = _no_variants

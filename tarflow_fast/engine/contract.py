@@ -80,10 +80,19 @@ class Condition:
     Attributes:
         labels: (B,) int64, the class of each sample, with -1 for no class. None means no class for all samples.
         guidance: The guidance, by default none.
+
+    Raises:
+        ArgumentError: A field is of another kind.
     """
 
     labels: Tensor | None = None
     guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and not isinstance(self.labels, Tensor):
+            raise ArgumentError("labels", "a tensor (B,) of int64, or None", repr(self.labels))
+        if not isinstance(self.guidance, Guidance):
+            raise ArgumentError("guidance", "a Guidance", repr(self.guidance))
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ..checks import Labels, batch_labels
 from ..data import ImageData
 from ..errors import ArgumentError
 from ..models.density import TarFlowDensity, check_model
-from .batches import autocast_of, batches, check_finite, checked_noise, unpacked
+from .batches import Averages, unpacked
 from .noise import Noise
 
 
@@ -62,8 +62,8 @@ def bayes_accuracy(
 
     Args:
         model: A class-conditional TarFlow.
-        images: (n, ch, H, W) uint8, or ImageData (`load_images`), whose labels are matched with the model's classes by
-            name.
+        images: (n, ch, H, W) uint8, or (n, T, D) floats for a model of sequences; or ImageData (`load_images`), whose
+            labels are matched with the model's classes by name.
         labels: One label for each image, or one for all, none negative; None with ImageData.
         noise: The noise on the images, by default none, as in ml-tarflow. An image's noise is the same for every class.
         draws: The number of noise draws for each image, over which log p(x | y) is averaged.
@@ -79,24 +79,21 @@ def bayes_accuracy(
             data; an image has no label.
         TarFlowError: A density is not finite.
     """
-    model, noise = check_model(model), checked_noise(noise)
-    classes = model.config.num_classes
+    classes = check_model(model).config.num_classes
     if classes == 0:
         raise ArgumentError("model", "a class-conditional model", "an unconditional one")
     noise = Noise("none") if noise is None else noise
+    averages = Averages(model, noise, draws, batch_size, autocast, progress, "accuracy")
     start = time.perf_counter()
     images, labels = unpacked(model, images, labels)
     n = len(images)
     truth = batch_labels(labels, n, classes, torch.device("cpu"), "labels")
     if truth is None or bool((truth < 0).any()):
         raise ArgumentError("labels", "a class for every image", "None or a negative label")
-    log_p = torch.zeros(n, classes, dtype=torch.float64, device="cpu")
-    with torch.no_grad(), autocast_of(model, autocast):
-        for rows, x in batches(model, images, noise, draws, batch_size, progress, "accuracy"):
-            for c in range(classes):
-                y = torch.full((len(x),), c, device=x.device)
-                log_p[rows, c] += model.log_prob(x, y).cpu()
-    check_finite(log_p)
-    correct = int((log_p.argmax(1) == truth).sum())
+
+    def by_class(rows: slice, x: Tensor) -> Tensor:
+        return torch.stack([model.log_prob(x, c) for c in range(classes)], dim=1)
+
+    correct = int((averages.of(by_class, images).argmax(1) == truth).sum())
     p = correct / n
     return BayesAccuracy(p, math.sqrt(p * (1 - p) / n), correct, n, draws, noise, time.perf_counter() - start)

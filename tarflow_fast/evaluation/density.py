@@ -13,8 +13,8 @@ from torch import Tensor
 from ..checks import Labels, batch_labels
 from ..data import ImageData
 from ..errors import ArgumentError
-from ..models.density import TarFlowDensity, check_model
-from .batches import autocast_of, batches, check_finite, checked_noise, unpacked
+from ..models.density import TarFlowDensity
+from .batches import Averages, unpacked
 from .noise import Noise
 
 
@@ -60,10 +60,14 @@ def bits_per_dim(
     takes for an 8-bit value, and compares with other models' figures. With Gaussian noise it is the density
     of noisy images, and compares between models of one noise level only. The passes run on the model's device.
 
+    Sequences, and other data that are no pictures, have no levels: of these it is −log2 p(x | y) / N, the differential
+    entropy in the data's own unit, which may be negative (see `TarFlow.bits_per_dim`). Gaussian noise is added where
+    the model was trained with it, else none.
+
     Args:
         model: A TarFlow.
-        images: (n, ch, H, W) uint8, or ImageData (`load_images`), whose labels are matched with the model's classes by
-            name.
+        images: (n, ch, H, W) uint8, or (n, T, D) floats for a model of sequences; or ImageData (`load_images`), whose
+            labels are matched with the model's classes by name.
         labels: One label for each image, one for all, or None (no class); None with ImageData.
         noise: The noise on the images, by default what the model was trained with (`Noise.of`).
         draws: The number of noise draws for each image, over which its bits are averaged.
@@ -79,19 +83,14 @@ def bits_per_dim(
             data.
         TarFlowError: A density is not finite.
     """
-    model, noise = check_model(model), checked_noise(noise)
     noise = Noise.of(model) if noise is None else noise
-    if noise.kind == "none":
-        raise ArgumentError("noise", "'uniform' or 'gaussian', as 8-bit values have no density", "'none'")
+    averages = Averages(model, noise, draws, batch_size, autocast, progress, "bits/dim")
     start = time.perf_counter()
     images, labels = unpacked(model, images, labels)
+    if noise.kind == "none" and not images.is_floating_point():
+        raise ArgumentError("noise", "'uniform' or 'gaussian', as 8-bit values have no density", "'none'")
     n = len(images)
     y = batch_labels(labels, n, model.config.num_classes, model.device, "labels")
-    bits = torch.zeros(n, dtype=torch.float64, device="cpu")
-    with torch.no_grad(), autocast_of(model, autocast):
-        for rows, x in batches(model, images, noise, draws, batch_size, progress, "bits/dim"):
-            bits[rows] += model.bits_per_dim(x, None if y is None else y[rows]).cpu()
-    check_finite(bits)
-    bits /= draws
+    bits = averages.of(lambda rows, x: model.bits_per_dim(x, None if y is None else y[rows]), images)
     error = float(bits.std()) / math.sqrt(n) if n > 1 else None
     return BitsPerDim(float(bits.mean()), error, n, draws, noise, time.perf_counter() - start)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_number
+from ..checks import check_choice, check_count, check_number, kind_of
 from ..errors import ArgumentError
-from ..models.density import TarFlowDensity
+from ..models.density import TarFlowDensity, check_model
+from ..models.pixels import dequantized, scaled
 from ..scalars import plain
 
 NOISES = ("uniform", "gaussian", "none")
@@ -49,12 +50,13 @@ class Noise:
     def of(cls, model: TarFlowDensity, kind: str = "auto", std: float | None = None, seed: int = 0) -> Noise:
         """Returns noise of a kind and level; what is left out ("auto", None) is what the model was trained with.
 
-        A model whose metadata tells nothing is taken to be trained with uniform noise. Raises ArgumentError
-        for Gaussian noise whose level is neither given nor in the metadata.
+        Where a model's metadata tells nothing, one of pictures is taken to be trained with uniform noise, and one of
+        data that are no pictures, as sequences, with none. Raises ArgumentError
+        for another model, and for Gaussian noise whose level is neither given nor in the metadata.
         """
-        known = model.metadata
+        known = check_model(model, values=False).metadata
         if kind == "auto":
-            kind = "gaussian" if std is not None or "noise_std" in known else "uniform"
+            kind = "gaussian" if std is not None or "noise_std" in known else "none" if model.raw else "uniform"
             kind = kind if std is not None else known.get("noise_type", kind)
         if kind == "gaussian" and std is None:
             if "noise_std" not in known:
@@ -71,14 +73,17 @@ class Noise:
         """Returns x, fp32 on the CPU, of images that are numbered from `first` on.
 
         images: (n, ch, H, W) uint8, or float32 for data that are no pictures. draw: the number of the draw, of several
-        for the same images. Raises ArgumentError for uniform noise on data that are no pictures.
+        for the same images. Raises ArgumentError for what is no tensor, and for uniform noise on data that are
+        no pictures.
         """
+        if not isinstance(images, Tensor):
+            raise ArgumentError("images", "a tensor of uint8 or float32", kind_of(images))
         v = images.cpu().numpy().astype(np.float32)
         if images.is_floating_point():
             if self.kind == "uniform":
                 raise ArgumentError("noise", "'gaussian', as only 8-bit values can be dequantised", "'uniform'")
         elif self.kind != "uniform":
-            v = v / 127.5 - 1
+            v = scaled(v)
         if self.kind == "none":
             return torch.from_numpy(v)
         noise = np.empty(v.shape, np.float32)
@@ -87,5 +92,5 @@ class Noise:
             fill = rng.random if self.kind == "uniform" else rng.standard_normal
             fill(dtype=np.float32, out=values)
         if self.kind == "uniform":
-            return torch.from_numpy((v + noise) / 128 - 1)
+            return torch.from_numpy(dequantized(v, noise))
         return torch.from_numpy(v + self.std * noise)

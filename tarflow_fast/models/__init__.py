@@ -2,7 +2,7 @@
 
 from .config import TarFlowConfig
 from .denoising import denoise
-from .density import dequantize
+from .pixels import dequantize
 from .tarflow import TarFlow
 
 __all__ = ["TarFlow", "TarFlowConfig", "denoise", "dequantize"]

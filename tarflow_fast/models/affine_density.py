@@ -1,4 +1,4 @@
-"""The affine transform of the density pass is one Triton kernel on a GPU where it can be, else PyTorch's operations."""
+"""The density pass's affine transform is one Triton kernel where a probe has proven it, else PyTorch's operations."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..devices import triton_missing
+from ..probe import density_proven
 
 HAS_TRITON = triton_missing() is None
 
 
-def fused(x: Tensor) -> bool:
-    """Returns whether kernels serve this tensor, which they do in fp32 on a GPU.
+def fused(x: Tensor, nvp: bool) -> bool:
+    """Returns whether kernels serve this tensor, which they do in fp32 on a GPU where a probe has proven them.
 
-    Triton's interpreter serves none, as it is for the tests of kernels.
+    x: (B, T, D), the tokens. nvp: whether they are scaled. Triton's interpreter serves none, as it is for the tests of
+    kernels.
     """
-    return x.is_cuda and x.dtype == torch.float32 and HAS_TRITON
+    if not (x.is_cuda and x.dtype == torch.float32 and HAS_TRITON):
+        return False
+    return density_proven(x.device, x.shape[1], x.shape[2], nvp)
 
 
 def affine_density(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tuple[Tensor, Tensor]:
@@ -27,7 +31,7 @@ def affine_density(out: Tensor, x: Tensor, nvp: bool, flip: bool = False) -> tup
     opposite of the block's order. Returns z (B, T, D) in x's order and the log-det (B, T) in the block's, which is 0
     for the token that passes unchanged.
     """
-    if fused(x):
+    if fused(x, nvp):
         from ..kernels import affine_density as kernel  # this imports triton, which nothing else here needs
 
         return kernel.affine_density(out, x, nvp, flip)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..checks import check_choice
+from ..checks import check_choice, check_count
 from ..engine.shape import BlockShape
 from ..errors import ArgumentError
 from ..permutation import Permutation
@@ -147,8 +147,17 @@ class TarFlowConfig:
         )
 
     def permutation(self, k: int) -> Permutation:
-        """Returns the order in which block k reads the tokens: backwards where k is odd."""
+        """Returns the order in which block k reads the tokens: backwards where k is odd.
+
+        Raises ArgumentError where there is no such block.
+        """
+        k = check_count("k", k, 0, self.num_blocks - 1)
         return Permutation.reverse(self.num_patches) if k % 2 else Permutation.identity(self.num_patches)
+
+    @property
+    def kind(self) -> str:
+        """Returns what messages call the data: "images" or "sequences"."""
+        return "sequences" if self.layout == "tokens" else "images"
 
     @property
     def data_shape(self) -> tuple[int, ...]:

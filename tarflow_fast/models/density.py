@@ -14,13 +14,12 @@ from ..checks import (
     batch_labels,
     check_choice,
     check_count,
-    check_dense,
     check_tensor,
     check_weights,
-    short,
+    kind_of,
     warn_range,
 )
-from ..errors import ArgumentError, BackendError
+from ..errors import ArgumentError, BackendError, first_line
 from ..limits import most_threads
 from ..sizes import Size
 from .attention import ATTENTION_BACKENDS
@@ -29,7 +28,7 @@ from .cpu_density import DENSITY_BACKENDS, cpu_density, cpu_density_missing
 from .flow_block import Attention, FlowBlock
 
 if TYPE_CHECKING:
-    from ..checkpoints.checkpoint import Origin
+    from ..checkpoints.reading import Origin
     from ..engine import BlockWeights
 
 # No image of −1 to 1 with noise, and no sample, has values beyond this; 8-bit values as they are go to 255.
@@ -81,6 +80,13 @@ class TarFlowDensity(nn.Module):
         # The prior's variance stays one in nvp models, and is learnt by update_prior in volume-preserving ones.
         self.register_buffer("var", torch.ones(config.num_patches, config.token_dim))
 
+    @property
+    def raw(self) -> bool:
+        """Returns whether the data are no 8-bit pictures, so that their values have no levels and a scale of their own:
+        sequences, and what metadata["values"] calls "raw".
+        """
+        return self.config.layout == "tokens" or self.metadata.get("values") == "raw"
+
     @classmethod
     def from_config(cls, config: TarFlowConfig) -> Self:
         """Returns a new model of these sizes, with random weights.
@@ -110,7 +116,12 @@ class TarFlowDensity(nn.Module):
         Raises:
             ArgumentError: The sizes are such as no model can have.
         """
-        return cls.from_config(TarFlowConfig.for_tokens(tokens, token_dim, *sizes, **named))
+        try:
+            config = TarFlowConfig.for_tokens(tokens, token_dim, *sizes, **named)
+        except TypeError as error:  # sizes are missing, too many, or of another name
+            expected = "channels, num_blocks, layers_per_block, and perhaps nvp, num_classes and head_dim"
+            raise ArgumentError("sizes", expected, first_line(error).partition(" ")[2]) from error
+        return cls.from_config(config)
 
     # The sizes may be read, as in ml-tarflow, but not changed.
 
@@ -286,7 +297,13 @@ class TarFlowDensity(nn.Module):
 
         Returns:
             The loss, a tensor without dimensions.
+
+        Raises:
+            ArgumentError: An argument is no tensor.
         """
+        for name, value in (("z", z), ("logdets", logdets)):
+            if not isinstance(value, Tensor):
+                raise ArgumentError(name, "a tensor", kind_of(value))
         return 0.5 * z.pow(2).mean() - logdets.mean()
 
     def update_prior(self, z: Tensor) -> None:
@@ -316,7 +333,7 @@ class TarFlowDensity(nn.Module):
 
         Raises:
             ArgumentError: `x` has another shape, is not of floats or not finite, or looks like 8-bit values (0 to 255)
-                although metadata["values"] is not "raw"; or the model does not have one of the labels.
+                although the model's data are pictures; or the model does not have one of the labels.
             BackendError: The pass in C++ was chosen by `set_density` and cannot be had.
 
         Warns:
@@ -324,10 +341,10 @@ class TarFlowDensity(nn.Module):
         """
         x = check_tensor("x", x, self.config.data_shape)
         low, high = host_ops.span(x.detach())
-        if low > -1 and high > IMAGE_RANGE and self.metadata.get("values") != "raw":
+        if low > -1 and high > IMAGE_RANGE and not self.raw:
             expected = "values of about -1 to 1 (v/127.5 - 1, or dequantize(v), of 8-bit values v)"
             raise ArgumentError("x", expected, f"{low:g} to {high:g}")
-        if "noise_std" in self.metadata or self.metadata.get("noise_type") == "uniform":  # it learnt 8-bit images
+        if not self.raw and {"noise_std", "noise_type"} & self.metadata.keys():  # it learnt 8-bit images
             warn_range("x", x, IMAGE_RANGE, "an image of −1 to 1 (v / 127.5 − 1, for 8-bit values v) and some noise")
         z, _, mean_log_det = self.forward(x, y)
         return self.prior_log_prob(z) + mean_log_det * z[0].numel()
@@ -350,13 +367,18 @@ class TarFlowDensity(nn.Module):
     def bits_per_dim(self, x: Tensor, y: Labels = None) -> Tensor:
         """−log2 p(x | y) / N + log2(128), N being the values of an image: bits per 8-bit value.
 
+        For sequences, and other data that are no pictures (metadata["values"] is "raw"), it is −log2 p(x | y) / N: such
+        values have no levels, and this is their differential entropy, not the length of a code. It may be negative, and
+        grows by log2 c where the data's unit is made c times smaller, so that it compares between models of the same
+        data in the same unit only.
+
         An 8-bit image v becomes x = (v + u)/128 − 1 with uniform dequantisation noise u in [0, 1)^N (`dequantize`).
         Then E_u[−log2 p(v + u)] ≥ −log2 P(v) (Jensen), and the change of variables from v + u to x adds log2(128) for
         each value. With Gaussian noise instead of u, the figure is the density of noisy images on the 256-level scale,
         comparable between models of one noise level only.
 
         Args:
-            x: (B, in_channels, H, W) images that are already dequantised, as in `log_prob`.
+            x: (B, in_channels, H, W) images that are already dequantised, or (B, T, D) sequences, as in `log_prob`.
             y: Labels as in `forward`.
 
         Returns:
@@ -367,38 +389,14 @@ class TarFlowDensity(nn.Module):
             BackendError: As in `log_prob`.
         """
         values = math.prod(self.config.data_shape)
-        return -self.log_prob(x, y) / (values * math.log(2)) + math.log2(128)
+        bits = -self.log_prob(x, y) / (values * math.log(2))
+        return bits if self.raw else bits + math.log2(128)
 
 
 def check_model(model: object, *, values: bool = True) -> TarFlowDensity:
     """Returns the model. Raises ArgumentError unless it is a TarFlow; values: whether its weights have to have any."""
     if not isinstance(model, TarFlowDensity):
-        raise ArgumentError("model", "a TarFlow", model.__name__ if isinstance(model, type) else type(model).__name__)
+        raise ArgumentError("model", "a TarFlow", kind_of(model))
     if values:
         check_weights(model)
     return model
-
-
-def dequantize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """x = (v + u)/128 − 1, u uniform in [0, 1): 8-bit images become fp32 in [-1, 1).
-
-    u has 16 bits, so that v + u is exact in fp32 and ⌊128 (x + 1)⌋ gives v back.
-
-    Args:
-        images: A uint8 tensor of any shape, v.
-        generator: A torch.Generator for u on the device of `images`; by default torch's own.
-
-    Returns:
-        x, fp32 of the same shape, on the same device.
-
-    Raises:
-        ArgumentError: `images` is no dense uint8 tensor, or `generator` is no torch.Generator.
-    """
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        got = short(images.dtype) if isinstance(images, Tensor) else type(images).__name__
-        raise ArgumentError("images", "a uint8 tensor", got)
-    check_dense("images", images)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ArgumentError("generator", "a torch.Generator", type(generator).__name__)
-    u = torch.randint(2**16, images.shape, generator=generator, device=images.device)
-    return (images + u.to(torch.float32) / 2**16) / 128 - 1

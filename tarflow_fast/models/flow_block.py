@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import Flag, Labels, Number
+from ..checks import Flag, Labels, Number, check_count
 from ..dtypes import residual_dtype
 from ..engine.shape import BlockShape
 from ..engine.weights import BlockWeights, LayerWeights
@@ -260,10 +260,12 @@ class FlowBlock(_Closed):
 
         x: (B, T, D) and pos_embed: (T, C), both as `permutation` gives them. i: the token before the one that is
         transformed. y: (B,) int64, negative for no class, or None. attn_temp: what the attention logits are divided by.
-        which_cache: "cond" or "uncond". Raises ArgumentError for another cache, or without `set_sample_mode(True)`.
+        which_cache: "cond" or "uncond". Raises ArgumentError for another cache or token, or without
+        `set_sample_mode(True)`.
         """
         if self._steps is None or which_cache not in self._steps:
             raise ArgumentError("which_cache", "'cond' or 'uncond', after set_sample_mode(True)", repr(which_cache))
+        i = check_count("i", i, 0, self.shape.tokens - 1)
         dtype = self.proj_in.weight.dtype
         stream = residual_dtype(dtype)
         h = self.proj_in(x[:, i : i + 1].to(dtype)).to(stream) + pos_embed[i : i + 1]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .. import host_ops
 from ..checks import Flag, Labels, Number, batch_labels, check_choice, check_tensor, check_weights
+from ..devices import check_device
 from ..engine import Guidance
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError
 from ..flow import Flow, Stage
 from ..sampling import Sampler
 from ..scalars import check_flag, plain
@@ -27,6 +28,7 @@ from .differentiable import differentiable_reverse
 from .flow_block import Attention, FlowBlock, unknown_arithmetic
 from .gs_jacobi import check_iterations
 from .snapshot import Snapshot
+from .weight_laws import check_finite, check_masks, check_names, check_prior, is_mask
 
 
 class TarFlow(TarFlowDensity):
@@ -40,7 +42,9 @@ class TarFlow(TarFlowDensity):
         config: The `TarFlowConfig` with the sizes of the model.
         metadata: A dict of what a checkpoint knows besides weights: "noise_std" (float, σ of the noise in training),
             "noise_type" ("gaussian" or "uniform"), "class_names" (a list of names in the order of the classes),
-            "values" ("raw" if the model learnt data that are no pictures).
+            "values" ("raw" if the model learnt data that are no pictures), "sampling" (how `tarflow-fast sample` draws
+            from the model unless told otherwise, a dict of arguments of `Sampler.sample`: "guidance", "guide_what",
+            "attn_temp", "annealed_guidance", "denoise", "denoise_scale").
         origin: Where `load` found the model, else None.
         blocks: The K flow blocks, an nn.ModuleList in the order in which data go through them.
         var: (T, D), a buffer: the variance of the prior, a normal distribution of the latents.
@@ -61,14 +65,16 @@ class TarFlow(TarFlowDensity):
             A `Flow`: the blocks in order, the prior, and how tokens become data.
 
         Raises:
-            ArgumentError: The weights are not plain floats with values, or `check` found the model to compute another
-                thing.
+            ArgumentError: The weights are not plain floats with values, an argument has the wrong type or range, or
+                `check` found the model to compute another thing.
+            BackendError: The device cannot be had.
             CheckpointError: The weights are not those of a TarFlow of these sizes, or not finite.
         """
         check_weights(self)
+        check, own_reverse = check_flag("check", check), check_flag("own_reverse", own_reverse)
+        device = self.device if device is None else check_device(device)
         if check:
             _check_methods(self, reverse=not own_reverse)
-        device = self.device if device is None else torch.device(device)
         model = _plain(self, device)
         if check and _changed(self):
             check_agreement(self, model)
@@ -143,7 +149,6 @@ class TarFlow(TarFlowDensity):
             UserWarning: `num_GS_list` asks for iterations; the result is the inverse itself all the same.
         """
         check_iterations({name: value for name, value in iterations.items() if value is not None}, len(self.blocks))
-        check_weights(self)
         if isinstance(x, Tensor) and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, *self.parameters()))):
             expected = "latents and weights outside of torch.func's transforms; differentiable=True serves autograd"
             raise ArgumentError("x", expected, "some that a transform follows")
@@ -151,9 +156,10 @@ class TarFlow(TarFlowDensity):
             return self._differentiable_reverse(
                 x, y, guidance, guide_what, attn_temp, annealed_guidance, return_sequence, return_log_det, on_nonfinite
             )
-        kind = self.device.type
+        flow = self.flow(own_reverse=True)
+        kind = flow.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return Sampler(self.flow(own_reverse=True), dtype=dtype, solver="sequential").reverse(
+        return Sampler(flow, dtype=dtype, solver="sequential", probe="never").reverse(
             x,
             y,
             guidance,
@@ -183,7 +189,7 @@ class TarFlow(TarFlowDensity):
         names = self.metadata.get("class_names")
         labels = batch_labels(y, x.shape[0], self.config.num_classes, self.device, class_names=names)
         classifier_free = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
-        sampler = Sampler(self.flow(own_reverse=True), solver="sequential")
+        sampler = Sampler(self.flow(own_reverse=True), solver="sequential", probe="never")
         tokens, log_det = differentiable_reverse(self, x.to(self.device), labels, classifier_free, sampler)
         if on_nonfinite == "raise" and not host_ops.all_finite(tokens[-1].detach()):
             sampler.reverse(x.detach(), labels, plain(guidance), guide_what, plain(attn_temp), annealed_guidance)
@@ -230,7 +236,11 @@ def _plain(model: TarFlow, device: torch.device) -> TarFlow:
     with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is made in
         weights = {key: _lasting(value.detach().to(device)) for key, value in model.state_dict().items()}
         weights["var"] = weights["var"].clone()  # no engine packs it, and training changes it
-    _check_values(plain_model, weights)
+    check_names(weights, {key: blank.shape for key, blank in plain_model.state_dict().items()})
+    check_masks(weights, model.config.num_patches, weights.__getitem__)
+    for key in filter(lambda key: not is_mask(key), weights):
+        check_finite(key, weights[key])
+    check_prior(weights["var"])
     plain_model.requires_grad_(False).load_state_dict(weights, assign=True)
     plain_model.metadata = copy.deepcopy(model.metadata)
     return plain_model
@@ -239,21 +249,3 @@ def _plain(model: TarFlow, device: torch.device) -> TarFlow:
 def _lasting(x: Tensor) -> Tensor:
     """Returns x, as a copy if it was made in inference mode: autograd takes no such tensor."""
     return x.clone() if x.is_inference() else x
-
-
-def _check_values(model: TarFlow, weights: dict[str, Tensor]) -> None:
-    """Raises CheckpointError for weights that no TarFlow of these sizes has."""
-    expected = model.state_dict()
-    foreign = sorted(expected.keys() ^ weights.keys())
-    if foreign:
-        raise CheckpointError(f"not a TarFlow of these sizes: {', '.join(foreign[:3])} is missing or unknown")
-    for key, value in weights.items():
-        if value.shape != expected[key].shape:
-            raise CheckpointError(f"{key}: expected shape {tuple(expected[key].shape)}, got {tuple(value.shape)}")
-        if key.endswith(".attn_mask"):  # attention here looks at no other mask
-            if not torch.equal(value != 0, torch.ones_like(value, dtype=torch.bool).tril()):
-                raise CheckpointError(f"{key}: expected the causal mask, of shape {tuple(value.shape)}, got another")
-        elif not host_ops.all_finite(value):
-            raise CheckpointError(f"{key}: expected finite weights, got infinities or NaNs")
-    if not (weights["var"] > 0).all():
-        raise CheckpointError("var: expected positive variances, got some <= 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,3 +97,11 @@ def invert(
         solutions=solutions,
         error=worst,
     )
+
+
+def joined(parts: Sequence[Inverse], device: torch.device, sequence: bool, log_det: bool) -> Any:
+    """Returns the batches of a call of `reverse` as its result, on this device."""
+    images: Any = torch.cat([part.data for part in parts]).to(device)
+    if sequence:
+        images = [torch.cat(piece).to(device) for piece in zip(*(part.sequence for part in parts), strict=True)]
+    return (images, torch.cat([part.log_det for part in parts]).to(device)) if log_det else images

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import host_ops
+from ..checks import kind_of
+from ..errors import ArgumentError
 from ..solvers import Solution
 
 
@@ -97,7 +99,12 @@ class Report:
 
         Args:
             other: The report of the other images.
+
+        Raises:
+            ArgumentError: It is no `Report`.
         """
+        if not isinstance(other, Report):
+            raise ArgumentError("other", "a Report", kind_of(other))
         if other.backend != self.backend:  # several backends have run, each with its reason
             served = dict(zip(self.backend.split(", "), self.backend_reason.split("; "), strict=True))
             for name, why in zip(other.backend.split(", "), other.backend_reason.split("; "), strict=True):
@@ -149,7 +156,10 @@ class Samples:
 
         Args:
             n: The number of images of all parts together, >= 1.
-            parts: The parts, in order.
+            parts: The parts, in order, at least one.
+
+        Raises:
+            ArgumentError: There are none.
         """
         whole, done = None, 0
         for part in parts:
@@ -161,7 +171,8 @@ class Samples:
             for target, values in zip(whole._tensors(), part._tensors(), strict=True):
                 host_ops.put_rows(target, rows, values.cpu())
             done = rows.stop
-        assert whole is not None
+        if whole is None:
+            raise ArgumentError("parts", "at least one", "none")
         return whole
 
     def _room_for(self, n: int) -> Samples:

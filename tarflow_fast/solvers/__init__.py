@@ -14,7 +14,7 @@ from .adaptive import adaptive
 from .auto import Auto, CostTable
 from .costs import Costs
 from .pass_estimate import PassEstimate
-from .plan import SolverPlan
+from .plan import SolverPlan, check_plan
 from .sequential import sequential
 from .solution import Solution, Solver
 from .trail import errors
@@ -82,6 +82,7 @@ __all__ = [
     "Solver",
     "SolverPlan",
     "adaptive",
+    "check_plan",
     "errors",
     "make_solvers",
     "sequential",

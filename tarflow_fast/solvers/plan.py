@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..checks import check_dense
+from ..checks import check_dense, kind_of
+from ..engine.shape import BlockShape
 from ..errors import ArgumentError, CheckpointError
 from ..files import check_path, replacing
 from .pass_estimate import PassEstimate
@@ -182,3 +183,13 @@ class SolverPlan:
         if not alike or any(tensor.dtype != torch.float32 for tensor in tensors):
             raise CheckpointError(f"{path}: not a solver plan (its tensors do not belong together)")
         return plan
+
+
+def check_plan(plan: object, shapes: Sequence[BlockShape]) -> SolverPlan:
+    """Returns the plan. Raises ArgumentError if it is no plan of a model whose blocks have these shapes."""
+    if not isinstance(plan, SolverPlan):
+        raise ArgumentError("plan", "a SolverPlan", kind_of(plan))
+    sizes = {(shape.tokens, shape.token_dim) for shape in shapes}
+    if len(sizes) > 1:
+        raise ArgumentError("plan", "None for a model whose blocks have different numbers of tokens", "a SolverPlan")
+    return plan.check((len(shapes), *sizes.pop()))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data import ImageData
 from ..errors import ArgumentError
+from ..models.pixels import dequantized, scaled
 from .config import TrainConfig
 
 
@@ -27,10 +28,10 @@ def add_noise(v: Tensor, noise_type: str, noise_std: float, noise: Tensor) -> Te
     Returns x, fp32.
     """
     if noise_type == "uniform":
-        return (v + noise) / 128 - 1
+        return dequantized(v.to(torch.float32), noise)
     if v.is_floating_point():
         return v + noise_std * noise
-    return v.to(torch.float32) / 127.5 - 1 + noise_std * noise
+    return scaled(v.to(torch.float32)) + noise_std * noise
 
 
 class Batches:
@@ -46,7 +47,7 @@ class Batches:
     def __init__(self, data: ImageData, config: TrainConfig, device: torch.device, rank: int, world: int):
         self.size = config.batch_size_for(len(data), world)
         if self.size > len(data):
-            raise ArgumentError("batch_size", f"at most {len(data)}, the number of images", self.size)
+            raise ArgumentError("batch_size", f"at most {len(data)}, the number of {data.kind}", self.size)
         if self.size % world:
             raise ArgumentError("batch_size", f"a multiple of the {world} processes", self.size)
         if data.images.is_floating_point() and config.noise_type == "uniform":

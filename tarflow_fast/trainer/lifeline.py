@@ -12,6 +12,7 @@ import secrets
 import selectors
 import socket
 import threading
+import time
 from typing import Any
 
 KEY = "tarflow_fast/lifeline"  # the store has "port token" under it
@@ -102,7 +103,7 @@ class Lifeline:
             self._server.setblocking(False)
             with contextlib.suppress(OSError):  # accept fails when there are no more
                 while True:
-                    self._peers.append(_Peer(self._server.accept()[0], None))
+                    self._accept(self._server)
             self._server.close()
         for peer in self._peers:
             peer.part()
@@ -110,9 +111,16 @@ class Lifeline:
         self._selector.close()
 
     def _add(self, peer: _Peer) -> _Peer:
-        self._peers.append(peer)
+        """Takes up a connection; one that is made after the run was lost hears of it at once."""
         self._selector.register(peer.connection, selectors.EVENT_READ, peer)
+        with self._lock:
+            self._peers.append(peer)
+            if self._lost.is_set():
+                peer.send(LOST + self.reason)
         return peer
+
+    def _accept(self, server: socket.socket) -> None:
+        self._add(_Peer(server.accept()[0], None))
 
     def _drop(self, peer: _Peer) -> None:
         self._peers.remove(peer)
@@ -132,19 +140,25 @@ class Lifeline:
             self._wake.send(b"x")  # the thread has to watch the time now
 
     def _watch(self) -> None:
-        while not self._lost.is_set():
-            for key, _ in self._selector.select():
+        """Serves the connections until `close`, or ends the process when its grace after a loss is over."""
+        end: float | None = None
+        while True:
+            if end is None and self._lost.is_set():
+                end = time.monotonic() + GRACE_SECONDS
+            ready = self._selector.select(None if end is None else max(0.0, end - time.monotonic()))
+            for key, _ in ready:
                 if key.fileobj is self._waker:
+                    self._waker.recv(MOST_BYTES)
                     if self._closed.is_set():
                         return
                 elif key.fileobj is self._server:
                     with contextlib.suppress(OSError):
-                        self._add(_Peer(self._server.accept()[0], None))
+                        self._accept(self._server)
                 else:
                     self._receive(key.data)
-        if not self._closed.wait(GRACE_SECONDS):
-            os.write(2, f"Error: {self.reason}\n".encode(errors="replace"))
-            os._exit(1)
+            if end is not None and time.monotonic() >= end:
+                os.write(2, f"Error: {self.reason}\n".encode(errors="replace"))
+                os._exit(1)
 
     def _receive(self, peer: _Peer) -> None:
         try:

@@ -38,6 +38,6 @@ def check_fits(config: TarFlowConfig, rows: int, device: torch.device) -> None:
         )
     if weights + rows * image > free:
         raise OutOfMemoryError(
-            f"a step of {rows:,} images takes at least {(weights + rows * image) / GB:,.1f} GB; {device} has "
+            f"a step of {rows:,} {config.kind} takes at least {(weights + rows * image) / GB:,.1f} GB; {device} has "
             f"{free / GB:.1f} GB free, enough for batches of less than {max(1, (free - weights) // image):,}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
 import time
@@ -18,10 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..backend import check_compile
-from ..checkpoints.checkpoint import load, save
-from ..data import ImageData, matched, renamed
-from ..devices import own_defaults
+from ..data import ImageData, renamed
+from ..devices import own_defaults, torch_threads
 from ..errors import (
     ArgumentError,
     CheckpointError,
@@ -31,27 +28,21 @@ from ..errors import (
     TrainingDiverged,
     TrainingStopped,
 )
-from ..evaluation import Noise, bits_per_dim
-from ..images import save_grid
-from ..models.config import TarFlowConfig
 from ..models.tarflow import TarFlow
-from ..sampling.sampler import Sampler
 from .batches import Batches
-from .config import DEFAULT_BATCH, NETWORK, TrainConfig
+from .config import DEFAULT_BATCH, TrainConfig
 from .folder import locked
 from .limits import check_fits
 from .metrics import MetricsLog
+from .outputs import MODEL, SAMPLES, draw_grid, held_out_bits, is_written, write_model
 from .processes import Processes, processes
 from .progress import Progress, progress_kind
-from .shared import load_once
+from .refusals import check_grid, check_options, resumes
+from .run_data import DataReader, model_config, run_metadata
 from .start import Init, Start, given_options, read_init, sizes_of, with_classes_of
 from .state import CHECKPOINT, SUMS, TrainState, begun_with
 
-MODEL = "model.safetensors"
-OURS = (CHECKPOINT, MODEL, "train.csv", "eval.csv")
-UNCONDITIONAL_COLUMNS = 8
 MOST_STEPS = 10**10  # at a thousandth of a second each they take months
-MOST_PIXELS = 10**9  # a grid of samples has no more
 
 
 def train(
@@ -98,7 +89,7 @@ def train(
         raise ArgumentError("init", "None, as resume is given", repr(init))
     with (
         processes(config.device) as group,
-        _threads(config.threads),
+        torch_threads(config.threads),
         locked(config.out) if group.first else nullcontext(False) as killed,
     ):
         run = _Run(config, group, resume, init, kind, group.any(killed))
@@ -108,7 +99,7 @@ def train(
             if isinstance(error, TarFlowError) or not _is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
-                f"a step of {run.batches.size} images does not fit in the memory of {group.device}; "
+                f"a step of {run.batches.size} {run.batches.data.kind} does not fit in the memory of {group.device}; "
                 "lower batch_size, or train a smaller model"
             ) from error
         finally:
@@ -117,40 +108,6 @@ def train(
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Makes torch compute with so many threads while the block runs; None leaves their number as it is."""
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def model_config(config: TrainConfig, data: ImageData) -> TarFlowConfig:
-    """Returns the sizes of the model that learns these data."""
-    network: dict[str, Any] = {name: getattr(config, name) for name in NETWORK}
-    network["num_classes"] = data.num_classes if config.conditional else 0
-    if data.sequences:
-        return TarFlowConfig.for_tokens(*data.images.shape[1:], **network)
-    channels, height, width = data.images.shape[1:]
-    return TarFlowConfig(channels, (height, width), config.patch_size, **network)
-
-
-def run_metadata(config: TrainConfig, data: ImageData) -> dict[str, Any]:
-    """Returns what the model's file records besides weights."""
-    metadata: dict[str, Any] = {"noise_type": config.noise_type}
-    if config.noise_type == "gaussian":
-        metadata["noise_std"] = config.noise_std
-    if data.images.is_floating_point():
-        metadata["values"] = "raw"
-    if config.conditional and data.names:
-        metadata["class_names"] = list(data.names)
-    return metadata
 
 
 @contextmanager
@@ -176,16 +133,16 @@ class _Run:
         self, config: TrainConfig, group: Processes, resume: bool, init: Init | None, progress: str, killed: bool
     ):
         self.out = Path(config.out)
-        resume = self._resumes(resume, killed)
+        resume = resumes(self.out, resume, killed)
         start = None if init is None else read_init(init, given_options(config))
         source = None if start is None else start.model
         if source is not None:
             config = replace(config, **sizes_of(source, given_options(config)))
         self.config, self.group = config, group
-        self.bar = group.first and progress == "bar"  # whether one shows while data is read
-        self._check_options(math.ceil((config.batch_size or 1) / group.world), source)
+        check_options(config, group.device, math.ceil((config.batch_size or 1) / group.world), source)
 
-        own = self._named(lambda: self._load(config.data, "train"))
+        reader = DataReader(config, group, group.first and progress == "bar")
+        own = reader.read(config.data, "train")
         if own.sequences:
             config.check_for_sequences()
         data = own if config.class_names is None else renamed(own, config.class_names)
@@ -196,17 +153,18 @@ class _Run:
             data = with_classes_of(begun[0].num_classes, begun[1], data)
             own = own if own.numbers is None else replace(data, class_names=None)  # the numbers are the model's labels
         sizes = model_config(config, data) if begun is None else begun[0]
-        if tuple(data.images.shape[1:]) != sizes.data_shape:
-            raise ArgumentError("init", f"a model of images of shape {tuple(data.images.shape[1:])}", sizes.data_shape)
-        config = self.config = self._with_batch_size(len(data))
+        shape = tuple(data.images.shape[1:])
+        if shape != sizes.data_shape:
+            raise ArgumentError("init", f"a model of {data.kind} of shape {shape}", sizes.data_shape)
+        config = self.config = self._with_batch_size(data)
         self.batches = Batches(data, config, group.device, group.rank, group.world)
         check_fits(sizes, self.batches.size // group.world, group.device)
         self.steps = config.epochs * self.batches.steps_per_epoch
         if self.steps > MOST_STEPS:
             most = MOST_STEPS // self.batches.steps_per_epoch
             raise ArgumentError("epochs", f"at most {most}, which are {MOST_STEPS:,} steps", config.epochs)
-        self.held_out = self._named(lambda: self._load_held_out(data, own))
-        self._check_grid(sizes)
+        self.held_out = reader.read_held_out(data, own)
+        check_grid(config, sizes)
         with own_defaults():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
@@ -236,77 +194,22 @@ class _Run:
         group.wait()  # nobody writes before everybody has checked
         self.log = MetricsLog(self.out, self.state.step, config.tensorboard) if group.first else None
         if group.first and config.sample_every:
-            self._samples.mkdir(exist_ok=True)
-        self.progress = Progress(progress if group.first else "none", self.state.step, self.steps, self.batches.size)
+            (self.out / SAMPLES).mkdir(exist_ok=True)
+        shown = progress if group.first else "none"
+        self.progress = Progress(shown, self.state.step, self.steps, self.batches.size, data.kind)
         if group.first:
             self._say_where_it_starts(resume, start)
             self._write_first(resume)
 
-    @property
-    def _samples(self) -> Path:
-        return self.out / "samples"
-
-    def _resumes(self, resume: bool, killed: bool) -> bool:
-        """Returns whether the run goes on from a checkpoint. Raises ArgumentError for a folder that it cannot have."""
-        if resume and (self.out / CHECKPOINT).is_file():
-            return True
-        if resume and not killed:
-            raise ArgumentError("resume", f"a checkpoint {self.out / CHECKPOINT}", "none")
-        for name in OURS:
-            if os.path.lexists(self.out / name):
-                without = (
-                    "a checkpoint, or resume=True" if name == CHECKPOINT else f"{name}, which the run would replace"
-                )
-                raise ArgumentError("out", f"a folder without {without}", repr(str(self.out)))
-        return False
-
-    def _with_batch_size(self, images: int) -> TrainConfig:
+    def _with_batch_size(self, data: ImageData) -> TrainConfig:
         """Returns the configuration with its batch size, which a warning tells where it is not the usual default."""
         config, world = self.config, self.group.world
-        size = config.batch_size_for(images, world)
+        size = config.batch_size_for(len(data), world)
         if config.batch_size is None and size != DEFAULT_BATCH and self.group.first:
             among = f" and {world} processes" if world > 1 else ""
-            said = f"for {images} images{among} batch_size={size} is taken, not {DEFAULT_BATCH}"
+            said = f"for {len(data)} {data.kind}{among} batch_size={size} is taken, not {DEFAULT_BATCH}"
             warnings.warn(said, TarFlowWarning, stacklevel=4)
         return replace(config, batch_size=size)
-
-    def _check_options(self, rows: int, source: TarFlow | None) -> None:
-        """Raises an error for options that cannot be, as far as that can be told before data is read."""
-        config = self.config
-        check_compile(config.compile, self.group.device)
-        if config.eval_data is not None and not os.path.exists(config.eval_data):
-            raise ArgumentError("eval_data", "a file or folder that is there", repr(config.eval_data))
-        if config.sample_guidance and not config.conditional:
-            raise ArgumentError("sample_guidance", "0, as the model is unconditional", config.sample_guidance)
-        if os.path.lexists(self._samples) and not self._samples.is_dir() and config.sample_every:
-            raise ArgumentError("out", "a folder whose samples is a folder", repr(config.out))
-        if source is not None:
-            check_fits(source.config, rows, self.group.device)
-        elif config.img_size is not None:
-            sizes = {name: getattr(config, name) for name in ("in_channels", "img_size", "patch_size", *NETWORK)}
-            check_fits(TarFlowConfig(**sizes), rows, self.group.device)
-
-    def _check_grid(self, sizes: TarFlowConfig) -> None:
-        if not self.config.sample_every:
-            return
-        if sizes.in_channels not in (1, 3):
-            raise ArgumentError(
-                "sample_every", f"0, as {sizes.in_channels} channels make no picture", self.config.sample_every
-            )
-        row = (sizes.num_classes or UNCONDITIONAL_COLUMNS) * math.prod(sizes.image_size)
-        if row * self.config.sample_rows > MOST_PIXELS:
-            most = f"at most {MOST_PIXELS // row} (a picture of {MOST_PIXELS:,} pixels)"
-            raise ArgumentError("sample_rows", most, self.config.sample_rows)
-
-    @staticmethod
-    def _named(read: Callable[[], Any]) -> Any:
-        """Returns what `read` returns; its errors have the names of the run's options."""
-        try:
-            return read()
-        except ArgumentError as error:
-            if error.argument == "size":
-                raise ArgumentError("img_size", error.expected, error.got) from error
-            raise
 
     def _say_where_it_starts(self, resumed: bool, start: Start | None) -> None:
         if not self.progress.shown:
@@ -323,48 +226,8 @@ class _Run:
         """Writes what a run has before its first step and has to have at the end: a checkpoint and its model."""
         if not resumed:
             self._save()
-        elif not self._model_is_written():
-            self._save_model()
-
-    def _model_is_written(self) -> bool:
-        """Returns whether the model's file has the model of the checkpoint: a run may be killed between the two."""
-        try:
-            found, model = load(self.out / MODEL), self.state.average
-        except (TarFlowError, OSError):
-            return False
-        weights = model.state_dict()
-        same = all(torch.equal(value, weights[key].cpu()) for key, value in found.state_dict().items())
-        return same and (found.config, found.metadata) == (model.config, model.metadata)
-
-    def _load(self, path: str, split: str) -> ImageData:
-        config = self.config
-        return load_once(
-            self.group,
-            path,
-            cache=config.cache,
-            split=split,
-            size=config.img_size,
-            channels=config.in_channels,
-            layout=config.layout,
-            values=config.values,
-            progress=self.bar,
-        )
-
-    def _load_held_out(self, data: ImageData, own: ImageData) -> ImageData | None:
-        """Returns the held-out images with the model's labels, or None. own: the data with its own class names."""
-        if self.config.eval_data is None:
-            return None
-        held_out = self._load(self.config.eval_data, "test")
-        wanted, got = tuple(data.images.shape[1:]), tuple(held_out.images.shape[1:])
-        if got != wanted:
-            raise ArgumentError("eval_data", f"images of shape {wanted}", got)
-        if held_out.images.dtype != data.images.dtype:
-            raise ArgumentError("eval_data", f"images of {data.images.dtype}", held_out.images.dtype)
-        if self.config.conditional:
-            if held_out.labels is None:
-                raise ArgumentError("eval_data", f"labels of {data.num_classes} classes", "none")
-            held_out = matched(held_out, data.names, data.num_classes, "eval_data", own.names or ())
-        return held_out.spread(self.config.eval_images)
+        elif not is_written(self.state.average, self.out / MODEL):
+            write_model(self.state.average, self.out / MODEL)
 
     def go(self) -> TarFlow:
         state, config = self.state, self.config
@@ -460,40 +323,23 @@ class _Run:
             self.log.sync()  # the checkpoint takes these rows for written
         self.state.average.metadata["steps"] = self.state.step
         self.state.save(self.out / CHECKPOINT, self.config, self.fingerprint)
-        self._save_model()
-
-    def _save_model(self) -> None:
-        save(self.state.average, self.out / MODEL)
-        with (self.out / MODEL).open("rb+") as file:
-            os.fsync(file.fileno())
+        write_model(self.state.average, self.out / MODEL)
 
     def _evaluate(self, held_out: ImageData) -> None:
-        """Writes bits/dim of held-out images under the averaged model, in fp32, by the same noise at every call."""
-        model = self.state.average
-        noise = Noise.of(model, seed=self.config.seed)
+        """Writes bits/dim of held-out data under the averaged model, or says why there are none."""
+        step = self.state.step
         try:
-            found = bits_per_dim(model, held_out, noise=noise)
-        except TarFlowError as error:  # early on a density may be infinite or NaN
-            self.progress.say(f"step {self.state.step}: no bits/dim of held-out images: {error}")
+            bits = held_out_bits(self.state.average, held_out, self.config.seed)
+        except TarFlowError as error:
+            self.progress.say(f"step {step}: no bits/dim of held-out {held_out.kind}: {error}")
             return
         if self.log is not None:
-            self.log.write("eval", self.state.step, {"epoch": self._epoch(), "bits_per_dim": found.mean})
+            self.log.write("eval", step, {"epoch": self._epoch(), "bits_per_dim": bits})
 
     def _sample(self) -> None:
-        """Writes a grid of the averaged model's samples, a class a column, from the same noise at every call."""
-        model, config = self.state.average, self.config
-        classes = model.config.num_classes
-        columns = classes or UNCONDITIONAL_COLUMNS
-        path = self._samples / f"step_{self.state.step:07d}.png"
+        """Writes a grid of the averaged model's samples, or says why there is none."""
+        step = self.state.step
         try:
-            samples = Sampler(model, solver="sequential").sample(
-                columns * config.sample_rows,
-                list(range(classes)) if classes else None,
-                seed=config.seed,
-                guidance=config.sample_guidance if classes else 0.0,  # guidance is towards a class
-                denoise=config.noise_type == "gaussian",
-                on_nonfinite="redraw",
-            )
-            save_grid(samples.images, path, columns)
-        except TarFlowError as error:  # early on images may not be finite; they may be too many for the memory
-            self.progress.say(f"step {self.state.step}: no grid of samples: {error}")
+            draw_grid(self.state.average, self.config, self.out / SAMPLES / f"step_{step:07d}.png")
+        except TarFlowError as error:
+            self.progress.say(f"step {step}: no grid of samples: {error}")

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..devices import check_device, pick_device
 from ..errors import ArgumentError, BackendError, ProcessLost, TrainingStopped
 from .lifeline import Lifeline
 
@@ -56,27 +57,23 @@ class Processes:
             self.any(False)
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Returns the device of that name: for "auto" a GPU where there is one, else the CPU; for "cuda" the GPU of this
-    process. Raises ArgumentError for a device that cannot be had."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ArgumentError("device", "'auto', 'cpu' or 'cuda'", repr(name)) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ArgumentError("device", "'auto', 'cpu' or 'cuda'", repr(name))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device", "a device of this machine", "'cuda', but torch sees no GPU")
-    return torch.device("cuda", local_rank) if name == "cuda" else device
-
-
 def _environment_count(name: str, default: int, low: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) < low:
         raise ArgumentError(name, f"an integer >= {low} in the environment", repr(text))
     return int(text)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    """Returns the device of that name: for "auto" a GPU where there is one, else the CPU; of GPUs that of this process.
+
+    Raises ArgumentError for a device that cannot be had.
+    """
+    try:
+        device = pick_device(None if name == "auto" else name, ("cuda", "cpu"))
+        return check_device(f"cuda:{local_rank}") if device.type == "cuda" and name in ("auto", "cuda") else device
+    except BackendError as error:
+        raise ArgumentError("device", "a device of this machine", f"{name!r} ({error})") from error
 
 
 @contextmanager
@@ -87,7 +84,7 @@ def processes(device: str) -> Iterator[Processes]:
     in a collective, by a line on standard error and exit code 1.
     """
     world = _environment_count("WORLD_SIZE", 1, 1)
-    picked = pick_device(device, _environment_count("LOCAL_RANK", 0, 0))
+    picked = _device(device, _environment_count("LOCAL_RANK", 0, 0))
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if world == 1:

@@ -27,14 +27,14 @@ class Progress:
     """A `Progress` shows how far a run is.
 
     kind: one of KINDS. done: the number of steps that are behind when it starts. steps: the number of all steps.
-    batch_size: the number of images in a step.
+    batch_size: the number of images in a step. unit: what the data are called.
     """
 
-    def __init__(self, kind: str, done: int, steps: int, batch_size: int):
+    def __init__(self, kind: str, done: int, steps: int, batch_size: int, unit: str):
         self.shown = kind != "none"
         self._lines = kind == "lines"
         self._bar = tqdm(total=steps, initial=done, disable=kind != "bar", unit="step", dynamic_ncols=True)
-        self._steps, self._batch_size = steps, batch_size
+        self._steps, self._batch_size, self._unit = steps, batch_size, unit
         self._started = self._last = (time.perf_counter(), done)
 
     def __enter__(self) -> Progress:
@@ -58,10 +58,8 @@ class Progress:
             self._last = now
             left = timedelta(seconds=round((self._steps - step) / rate))
             shown = "  ".join(f"{name}={value}" for name, value in values.items())
-            images = since_last * self._batch_size
-            print(
-                f"step {step}/{self._steps}  {shown}  {images:.4g} images/s  {left} left", file=sys.stderr, flush=True
-            )
+            speed = f"{since_last * self._batch_size:.4g} {self._unit}/s"
+            print(f"step {step}/{self._steps}  {shown}  {speed}  {left} left", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """Shows a line of its own."""

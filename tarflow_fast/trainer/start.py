@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import load
+from ..checkpoints import load
 from ..data import ImageData
 from ..data.values import PICTURE_CHANNELS
 from ..errors import ArgumentError

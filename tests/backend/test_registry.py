@@ -11,13 +11,15 @@ import pytest
 import torch
 from cases import KERNEL_DEVICE, random_latents, random_model
 from engines import CPU
+from gates import Told, pretend_probed, proven
 
 from tarflow_fast import Sampler
 from tarflow_fast.backend import make_engines, registry
 from tarflow_fast.backend.pytorch.engine import TorchEngine
 from tarflow_fast.devices import triton_missing
-from tarflow_fast.engine import Condition, probe
+from tarflow_fast.engine import Condition
 from tarflow_fast.engine.backend import Backend, Request
+from tarflow_fast.errors import ArgumentError
 from tarflow_fast.sampling import sampler
 
 REQUEST = Request(torch.device("cuda", 0))
@@ -33,20 +35,34 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **missing: str | None) -> None:
     monkeypatch.setattr(registry, "backend_named", named)
 
 
-def test_none_but_proven_engines_serve_a_gpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_it_is_torch_and_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cuda=None, triton=None)
-    assert registry.PROVEN_ON_GPU == ("torch",)
-    only = ("torch", "the best that has been measured on a GPU; backend='triton' and 'cuda' have not")
-    assert registry.choose_backend("auto", REQUEST) == only
-    monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cuda"))
-    several = ("auto", "the quickest of torch, cuda, measured for each size of batch")
+    several = ("auto", "the quickest of torch, cuda, triton that is proven, for each size of batch")
     assert registry.choose_backend("auto", REQUEST) == several
-    pretend(monkeypatch, cuda="not built")
-    assert registry.choose_backend("auto", REQUEST) == ("torch", "not built")
+    pretend(monkeypatch, cuda="not built", triton="not installed")
+    only = "the best available on cuda that needs no probe; 'cuda': not built; 'triton': not installed"
+    assert registry.choose_backend("auto", REQUEST) == ("torch", only)
     assert registry.choose_backend("auto", Request(CPU, torch.float64))[0] == "torch"
 
 
-def test_one_engine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_cannot_even_be_asked_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the library that it needs is broken: its import raises, and torch goes on serving."""
+
+    def broken(request: Request) -> str | None:
+        raise ImportError("libtriton.so: undefined symbol\nmore")
+
+    plain = registry.backend_named
+    monkeypatch.setattr(
+        registry,
+        "backend_named",
+        lambda name: replace(plain(name), missing=broken) if name in ("triton", "cuda") else plain(name),
+    )
+    name, why = registry.choose_backend("auto", REQUEST)
+    assert name == "torch"
+    assert why.endswith("'triton': it cannot be asked, as it raises ImportError: libtriton.so: undefined symbol")
+
+
+def test_one_engine_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     monkeypatch.setattr(sampler, "choose_backend", lambda *request: registry.choose_backend("auto", REQUEST))
     made = Sampler(model, solver="sequential")
@@ -55,13 +71,18 @@ def test_one_engine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.sample(1).report.setup_seconds == 0
 
 
+def test_auto_needs_a_gate() -> None:
+    with pytest.raises(ArgumentError, match=r"^gate: expected what tells which backends are proven"):
+        make_engines("auto", [], REQUEST)
+
+
 @pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
 def test_triton_engines_share_a_pool_that_goes_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "triton"))
-    monkeypatch.setattr(probe, "seconds", lambda engine, run: 1.0 if hasattr(engine, "pool") else 2.0)
+    pretend_probed(monkeypatch, "triton")
+    gate = Told(triton=proven("triton", 0.5))
     model = random_model(img_size=4)
     weights = [model.block_weights(k) for k in range(2)]
-    engines: Any = make_engines("auto", weights, Request(KERNEL_DEVICE, torch.float32, False))
+    engines: Any = make_engines("auto", weights, Request(KERNEL_DEVICE, torch.float32, False), gate)
     z = random_latents(model, 2).to(KERNEL_DEVICE)
     states = [engine.begin(z, Condition()) for engine in engines]
     first, second = (engine._engines["triton"] for engine in engines)

@@ -20,9 +20,8 @@ import tarflow_fast
 from bench.common import harness, machine, record
 from bench.common import suite as common
 from bench.common.harness import Rounds
-from bench.suites.auto import cases as auto_cases
-from bench.suites.auto.cases import BOUND, MOST_RUNS, Candidate, Problem, costs_of, judge, measure, settle, try_windows
-from bench.suites.auto.suite import SUITE
+from bench.suites import auto as auto_cases
+from bench.suites.auto import BOUND, MOST_RUNS, SUITE, Candidate, Problem, costs_of, judge, measure, settle, try_windows
 from tarflow_fast import solvers
 from tarflow_fast.engine import BlockEngine, BlockState
 from tarflow_fast.solvers import Costs, Solution, adaptive, sequential

@@ -110,7 +110,7 @@ def test_nothing_is_left_out_of_passes_after_a_variant(log: list[int], monkeypat
         states.append(begin(engine, *arguments))
         return states[-1]
 
-    def interrupted(passes: dict[str, Callable[[], object]], rounds: Rounds) -> Any:
+    def interrupted(rounds: Rounds, passes: dict[str, Callable[[], object]]) -> Any:
         monkeypatch.setattr(CudaEngine, "reverse", lambda *arguments: 1 / 0)
         for name, run in passes.items():
             with pytest.raises(ZeroDivisionError):
@@ -119,7 +119,7 @@ def test_nothing_is_left_out_of_passes_after_a_variant(log: list[int], monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CudaEngine, "begin", kept)
-    monkeypatch.setattr(inside, "_warm", interrupted)
+    monkeypatch.setattr(Rounds, "warm", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measured(Case.parse("afhq:1:unguided").made_dry())
     assert log[0] == 0

@@ -26,9 +26,12 @@ def usage(
     return ptx + "".join(head.format(code) + " Common:\n  GLOBAL:0\n" + function + numbers for code in codes)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, text: str, *more: str) -> Result:
+def run(
+    monkeypatch: pytest.MonkeyPatch, text: str, *more: str, found: dict[tuple[int, str], tuple[str, ...]] | None = None
+) -> Result:
     monkeypatch.setattr(cuda, "module_path", lambda: "_cuda.so")
     monkeypatch.setattr(suite, "resource_usage", lambda path: text)
+    monkeypatch.setattr(suite, "cuda_findings", lambda path: found or {})
     return bench("kernels", "--only", "cuda", *more)
 
 
@@ -83,7 +86,18 @@ def test_a_spill_fails(monkeypatch: pytest.MonkeyPatch, spill: dict[str, int]) -
     result = run(monkeypatch, usage("80", "90a", **spill))
     assert result.exit_code == 1
     assert result.output.count("FAULT: spills 200 bytes") == 2
-    assert "2 kernels spill or do not fit" in result.output
+    assert "2 kernels spill, do not fit or break a rule" in result.output
+
+
+def test_a_broken_rule_fails_unless_it_is_kept_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = "_ZN7tarflow11pass_kernelI13__nv_bfloat16Li8ELi8EEEvNS_6ParamsE"
+    found = {(90, kernel): ("narrow store: four", "plain load: LDG.E at 0x10")}
+    result = run(monkeypatch, usage("80", "90a"), found=found)
+    assert result.exit_code == 1
+    assert "FAULT: plain load: LDG.E at 0x10\n    later: narrow store: four\n" in result.output
+    assert result.output.count("FAULT") == 1
+    late = {(90, kernel): ("narrow store: four",)}
+    assert run(monkeypatch, usage("80", "90a"), found=late).exit_code == 0
 
 
 def test_static_memory_beyond_the_limit_fails(monkeypatch: pytest.MonkeyPatch) -> None:

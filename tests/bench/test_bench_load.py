@@ -25,8 +25,7 @@ from bench.common.harness import Rounds
 from bench.suites.load import busy
 from bench.suites.load import suite as load
 from bench.suites.load.busy import busy_processes, fair_slowdown, spin
-from bench.suites.load.suite import SUITE
-from bench.suites.load.tasks import TASKS, Inputs
+from bench.suites.load.suite import SUITE, TASKS, Inputs
 from tarflow_fast.backend.cpu.engine import cpu_missing
 
 PATIENCE = 20  # seconds, on a machine that is busy otherwise

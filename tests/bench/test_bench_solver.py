@@ -21,10 +21,19 @@ from torch import Tensor
 import tarflow_fast
 from bench.common import machine, record
 from bench.common.harness import Rounds
-from bench.suites.solver import cases as solver_cases
+from bench.suites.solver import suite as solver_cases
 from bench.suites.solver.baselines import CLAMP, gs_jacobi, jacobi, windows
-from bench.suites.solver.cases import BOUND, Problem, candidates, check, examine, jacobi_errors, measure, problems
-from bench.suites.solver.suite import SUITE
+from bench.suites.solver.suite import (
+    BOUND,
+    SUITE,
+    Problem,
+    candidates,
+    check,
+    examine,
+    jacobi_errors,
+    measure,
+    problems,
+)
 from tarflow_fast.backend import make_engines
 from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
 from tarflow_fast.engine.backend import Request

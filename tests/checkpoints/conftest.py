@@ -1,4 +1,4 @@
-"""A server in the place of the Hugging Face Hub."""
+"""Tests of checkpoints have a server in the place of the Hugging Face Hub."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tolerances import GOLDEN, assert_close
 
 from tarflow_fast.adapters import accelerate
-from tarflow_fast.checkpoints.checkpoint import load, save
+from tarflow_fast.checkpoints import load, save
 from tarflow_fast.errors import ArgumentError, CheckpointError, TarFlowWarning
 from tarflow_fast.models.config import TarFlowConfig
 from tarflow_fast.models.tarflow import TarFlow
@@ -192,7 +192,7 @@ BROKEN = {
     "shape": (put(BLOCK + "attention.qkv.bias", torch.ones(7)), "expected shape .192,., got .7,."),
     "vector": (put("blocks.0.proj_in.weight", torch.ones(7)), "expected two dimensions"),
     "rows": (put("blocks.0.proj_out.weight", torch.ones(7, 64)), "expected 4 or 8 rows"),
-    "tokens": (put("blocks.0.pos_embed", torch.ones(15, 64)), "square number of tokens"),
+    "tokens": (put("blocks.0.pos_embed", torch.ones(15, 64)), "15 tokens make no square; give img_size$"),
     "integer": (put("blocks.0.proj_in.bias", torch.ones(64, dtype=torch.int64)), "floating-point weights"),
     "nan": (put("blocks.0.proj_in.bias", torch.full((64,), torch.nan)), "finite weights"),
     "inf": (put("var", torch.full((16, 4), torch.inf)), "finite weights"),

@@ -6,6 +6,7 @@ import argparse
 import sys
 import types
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +164,8 @@ def test_what_is_no_tarflow_says_what_was_found_in_one_line(tmp_path: Path) -> N
         ),
         "whole module": (
             model(),
-            r"whole module, tarflow_fast.models.tarflow.TarFlow, .* torch.save\(model.state_dict\(\), ",
+            r"whole module, tarflow_fast.models.tarflow.TarFlow, .* not run: load it by torch.load\(…, weights_only="
+            r"False\) in the version of tarflow_fast that wrote it, and save model by tarflow_fast.save\(model, ",
         ),
         "whole module inside": (
             {"model": Wrapper(), "epoch": 1},
@@ -181,6 +183,30 @@ def test_what_is_no_tarflow_says_what_was_found_in_one_line(tmp_path: Path) -> N
         text = str(caught.value)
         assert text.isprintable(), name
         assert len(text) < 700, name
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_whole_objects_of_another_version_are_said_to_be_that(tmp_path: Path, inside: bool) -> None:
+    """Modules have moved since. None of their names is imported."""
+    for made, kind, name in (
+        (model(), "module", "models.tarflow.TarFlow"),
+        (tff.Sampler(model()), "sampler", "sampling.sampler.Sampler"),
+    ):
+        torch.save({"it": made} if inside else made, tmp_path / "now.pth")
+        there, _, member = name.rpartition(".")
+        gone = there[:-1] + "x"
+        with zipfile.ZipFile(tmp_path / "now.pth") as now, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+            for entry in now.infolist():
+                old.writestr(entry.filename, now.read(entry).replace(f"fast.{there}".encode(), f"fast.{gone}".encode()))
+        with pytest.raises(CheckpointError) as caught:
+            tff.load(tmp_path / "old.pth")
+        text = str(caught.value)
+        start = "its it is a" if inside else "a"
+        assert f"{start} whole {kind}, tarflow_fast.{gone}.{member}, pickled with its code, which is not run: " in text
+        assert f"wrote it (this one, {tff.__version__}, has no module tarflow_fast.{gone}), and save " in text
+        assert text.endswith(" by tarflow_fast.save(model, 'model.safetensors')")
+        with pytest.raises(CheckpointError, match="that wrote it, and save"):
+            tff.load(tmp_path / "now.pth")
 
 
 def test_classes_that_are_not_there_do_not_matter(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line in a folder of its own."""
+"""Tests of the command line run it in a folder of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tarflow_fast.cli import main
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`tarflow-fast sample` in a folder with a model of three classes and a latent one."""
+    """Runs `tarflow-fast sample` in a folder with a model of three classes and a latent one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TARFLOW_FAST_TRACEBACK", raising=False)
     model = random_model(num_classes=3, img_size=4)

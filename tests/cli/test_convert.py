@@ -57,6 +57,24 @@ class TestConvert:
         assert metadata["class_names"] == ["Käfer", "b, the second", "c"]
         assert metadata["noise_std"] == NOISE
 
+    def test_defaults_of_sampling(self, run: Run) -> None:
+        options = ("--default-guidance", 2, "--default-denoise", "--default-attn-temp", 1.5)
+        text = run("convert", "m.safetensors", "n.safetensors", *options).stdout
+        assert "sampling: guidance = 2.0, attn_temp = 1.5, denoise = True\n" in text
+        run("convert", "n.safetensors", "n.safetensors", "--default-guidance", 3, "-q")  # the others stay
+        wanted = {"guidance": 3.0, "attn_temp": 1.5, "denoise": True}
+        model = tff.load("n.safetensors")
+        assert model.metadata["sampling"] == wanted
+        assert "guidance = 3.0" in run("info", "n.safetensors").stdout
+        assert json.loads(run("info", "n.safetensors", "--json").stdout)["model"]["metadata"]["sampling"] == wanted
+        card = tff.model_card(model)
+        assert "| sampled by default with | guidance = 3.0, attn_temp = 1.5, denoise = True |" in card
+        assert ".sample(16, labels=[0, 1], denoise=True, guidance=3.0, attn_temp=1.5, seed=0)" in card
+        run("convert", "n.safetensors", "n.pth")
+        assert "--default-denoise needs --noise-std" in (
+            run("convert", "n.pth", "o.safetensors", "--default-denoise", code=2).stderr
+        )
+
     def test_json_and_quiet(self, run: Run) -> None:
         facts = json.loads(run("convert", "m.safetensors", "n.safetensors", "--json").stdout)
         assert facts["bytes"] == Path("n.safetensors").stat().st_size
@@ -71,6 +89,8 @@ class TestConvert:
             (("m.safetensors", "none/a.pth"), 2, "TARGET"),
             (("m.safetensors", "a.pth", "--noise-std", 1), 2, "weights alone"),
             (("m.safetensors", "a.pth", "--class-names", "a,b,c"), 2, "weights alone"),
+            (("m.safetensors", "a.pth", "--default-guidance", 1), 2, "weights alone"),
+            (("m.safetensors", "a.safetensors", "--default-guidance", -1), 2, "--default-guidance"),
             (("m.safetensors", "a.safetensors", "--class-names", "a,b"), 2, "expected 3 names, got 2"),
             (("m.safetensors", "a.safetensors", "--class-names", "@none.txt"), 1, "none.txt: No such file"),
             (("m.safetensors", "a.safetensors", "--patch-size", 3), 2, "--patch-size: "),

@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tarflow_fast as tff
-from tarflow_fast.checkpoints.checkpoint import HEADER
+from tarflow_fast.checkpoints.settings import HEADER
 from tarflow_fast.cli import main
 from tarflow_fast.cli.options import Option
 from tarflow_fast.limits import MOST_NUMBER
@@ -114,6 +114,7 @@ WORDS: dict[str, list[str]] = {
     "--patch-size": SIZES,
     "--threads": ["1", "2", "0", "20000", "x"],  # those that are taken go to torch, for the whole process
     "--backend": ["auto", "cpu", "torch", "x", ""],
+    "--probe": ["now", "never", "x"],
     "--solver": ["auto", "sequential", "adaptive", "x"],
     "--device": ["auto", "cpu", "cuda:99", "meta", "x", "", "\udcff"],
     "--scale": [*INTS, "100000", "65536"],

@@ -128,7 +128,7 @@ def test_a_disk_that_is_full(run: Run, size: int) -> None:
 KILLED = """if True:
     import os, random, signal, sys, time
     from tarflow_fast.cli import main
-    import tarflow_fast.checkpoints.checkpoint, tarflow_fast.images, tarflow_fast.sampling.sampler
+    import tarflow_fast.checkpoints, tarflow_fast.images, tarflow_fast.sampling.sampler
 
     def start(line):
         child = os.fork()
@@ -149,21 +149,25 @@ KILLED = """if True:
         return found
 
     line, moments = sys.argv[2:], int(sys.argv[1])
-    started = time.monotonic()
-    assert os.waitpid(start(line), 0)[1] == 0
-    seconds, wanted, killed = time.monotonic() - started, contents(), 0
+    def whole():
+        started = time.monotonic()
+        assert os.waitpid(start(line), 0)[1] == 0
+        return time.monotonic() - started
+
+    seconds = min(whole(), whole())  # the first run is slower than those that follow
+    wanted, killed = contents(), 0
     random.seed(0)
     for i in range(moments):
         for name in ("g.png", "s.npz", "m.gif"):
             if i % 2:
                 os.unlink(name)
         child = start(line)
-        time.sleep(random.uniform(0.1, 1) * seconds)
+        time.sleep(random.uniform(0.1, 0.9) * seconds)
         os.kill(child, signal.SIGKILL)
         killed += os.waitpid(child, 0)[1] == signal.SIGKILL
         for name, content in contents().items():
             assert "/.tarflow-" in name or content == wanted[name], name
-        assert os.waitpid(start(line), 0)[1] == 0
+        seconds = min(seconds, whole())  # a kill must come before the end, however quick the machine is now
         assert contents() == wanted, sorted(contents())
     print(killed, seconds)
 """

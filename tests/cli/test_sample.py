@@ -105,6 +105,7 @@ class TestSample:
                 {"backend": "torch", "solver": "sequential"},
             ),
             (("--compile",), {"compile": True}),
+            (("--probe", "never"), {"probe": "never"}),
             (("--backend", "cpu", "--threads", 2), {"backend": "cpu", "threads": 2}),
         ],
     )
@@ -121,6 +122,7 @@ class TestSample:
         monkeypatch.setattr("tarflow_fast.sampling.sampler.Sampler", Spy)
         run("sample", "-m", "m.safetensors", "-n", 1, *options)
         default = {"backend": "auto", "solver": "auto", "dtype": None, "compile": False, "threads": None}
+        default["probe"] = "background"
         assert {name: seen[name] for name in default} == {**default, **made}
         assert seen["device"] == torch.device("cpu")
 
@@ -254,7 +256,7 @@ class TestSample:
         assert message in run("sample", *options, code=1).stderr
 
     def test_a_batch_that_does_not_fit(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tarflow_fast.sampling.sampler.free_memory", lambda device: 2**16)
+        monkeypatch.setattr("tarflow_fast.sampling.memory.free_memory", lambda device: 2**16)
         assert "--batch-size: " in run("sample", "-m", "m.safetensors", "--batch-size", 20, code=1).stderr
 
     def test_outputs_are_checked_before_anything_else(self, run: Run) -> None:
@@ -263,16 +265,32 @@ class TestSample:
     def test_options_of_a_file_need_a_file(self, run: Run) -> None:
         assert "--patch-size goes with --model" in run("sample", "--patch-size", 2, code=2).stderr
 
-    def test_without_a_model_the_shipped_one_is_drawn_from(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tarflow_fast.checkpoints.checkpoint.load_pretrained", lambda: tff.load("m.safetensors"))
-        monkeypatch.setattr("tarflow_fast.cli.sample.SHIPPED", {"guidance": 1.5, "attn_temp": 2.0})
-        facts = json.loads(run("sample", "-n", 1, "--json").stdout)
-        assert (facts["guidance"], facts["attn_temp"], facts["denoise"]) == (1.5, 2.0, True)
-        facts = json.loads(run("sample", "-n", 1, "--json", "--guidance", 0.5, "--attn-temp", 3).stdout)
-        assert (facts["guidance"], facts["attn_temp"]) == (0.5, 3.0)
-        facts = json.loads(run("sample", "-n", 1, "--json", "--guidance", 0).stdout)
-        assert facts["guidance"] == 0
-        assert "attn_temp" not in facts
+    def test_what_the_model_records_is_the_default(self, run: Run) -> None:
+        model = tff.load("m.safetensors")
+        model.metadata["sampling"] = {"guidance": 1.5, "attn_temp": 2.0, "denoise": False}
+        tff.save(model, "own.safetensors")
+
+        def facts(*options: object) -> dict[str, Any]:
+            found: dict[str, Any] = json.loads(
+                run("sample", "-m", "own.safetensors", "-n", 1, "--json", *options).stdout
+            )
+            return found
+
+        found = facts()
+        assert (found["guidance"], found["attn_temp"], found["denoise"]) == (1.5, 2.0, False)
+        found = facts("--guidance", 0.5, "--attn-temp", 3, "--denoise")
+        assert (found["guidance"], found["attn_temp"], found["denoise"]) == (0.5, 3.0, True)
+        found = facts("--guidance", 0)
+        assert found["guidance"] == 0
+        assert "attn_temp" not in found
+        assert facts("--labels", "none")["guidance"] == 0
+
+    def test_the_shipped_model_records_how_it_is_drawn_from(self, run: Run) -> None:
+        facts = json.loads(run("sample", "-n", 2, "--json").stdout)
+        assert (facts["guidance"], facts["denoise"]) == (1.0, True)
+        images = tff.Sampler(tff.load_pretrained()).sample(2, [0, 1], guidance=1.0, denoise=True).images
+        tff.save_grid(images, "wanted.png", columns=2, scale=3)
+        assert np.abs(picture("samples.png").astype(int) - picture("wanted.png").astype(int)).max() <= 1
 
     def test_the_shipped_model(self, run: Run) -> None:
         result = run("sample", "-n", 2, "--scale", 1)

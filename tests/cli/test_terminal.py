@@ -151,8 +151,8 @@ def test_an_interrupt_within_exec_ends_with_its_exit_code(evil: Path) -> None:
     program = """if True:
         import signal, sys
         from tarflow_fast.cli import main
-        from tarflow_fast.cli import sample
-        sample.pick_device = lambda name: exec("signal.raise_signal(signal.SIGINT)", {"signal": signal})
+        from tarflow_fast import devices
+        devices.pick_device = lambda name: exec("signal.raise_signal(signal.SIGINT)", {"signal": signal})
         main(["sample"])
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

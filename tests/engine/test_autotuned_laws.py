@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import engine_laws
+import engines
 import pytest
 import torch
 from cases import random_latents, random_model
 from engines import GUIDED, NATIVE, engine_of
+from gates import Told, pretend_probed, proven
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import GOLDEN
 
 from tarflow_fast import Sampler
-from tarflow_fast.backend import registry
-from tarflow_fast.engine import BlockState, Condition, Guidance, probe
+from tarflow_fast.backend import make_engines
+from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.engine.autotune import AutotunedEngine
 from tarflow_fast.sampling import sampler
 
 
+def serve(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let backend="auto" be of two engines that are to be had here, of which this one is the quickest."""
+    pretend_probed(monkeypatch, "cpu")
+    gate = Told(cpu=proven("cpu", 2.0 if backend == "torch" else 0.5))
+    monkeypatch.setattr(engines, "make_engines", functools.partial(make_engines, gate=gate))
+    monkeypatch.setattr(sampler, "Prober", lambda *model: gate)
+    monkeypatch.setattr(sampler, "choose_backend", lambda *request: ("auto", "the quickest of several"))
+
+
 @pytest.fixture(params=["torch", NATIVE])
 def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """backend="auto" of engines that are to be had here, of which this one is the quickest."""
-    monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-    monkeypatch.setattr(probe, "seconds", lambda engine, run: 1.0 if quick(engine) == request.param else 2.0)
+    serve(request.param, monkeypatch)
     return str(request.param)
-
-
-def quick(engine: Any) -> str:
-    return {"TorchEngine": "torch", "CpuEngine": "cpu"}[type(engine).__name__]
 
 
 LAWS = {
@@ -67,8 +72,7 @@ def test_laws_of_engines(served: str, law: str) -> None:
 @given(data=st.data())
 def test_laws_of_windows_and_parts(backend: str, law: Any, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-        patch.setattr(probe, "seconds", lambda engine, run: 1.0 if quick(engine) == backend else 2.0)
+        serve(backend, patch)
         law("auto", torch.float32, GOLDEN, GUIDED, data)
 
 
@@ -76,10 +80,11 @@ def test_laws_of_windows_and_parts(backend: str, law: Any, data: st.DataObject) 
 
 
 @pytest.mark.parametrize("solver", ["sequential", "adaptive"])
+@pytest.mark.parametrize("served", ["torch", NATIVE])
 def test_results_are_those_of_the_engine_that_serves(monkeypatch: pytest.MonkeyPatch, served: str, solver: str) -> None:
     model = random_model(5, num_classes=2)
     wanted = Sampler(model, backend=served, solver=solver)
-    monkeypatch.setattr(sampler, "choose_backend", lambda *request: ("auto", "the quickest of several"))
+    serve(served, monkeypatch)
     auto = Sampler(model, solver=solver)
     assert (auto.backend, auto.backend_reason) == ("auto", "the quickest of several")
     for guidance in (0.0, 1.5):
@@ -88,34 +93,18 @@ def test_results_are_those_of_the_engine_that_serves(monkeypatch: pytest.MonkeyP
         assert guidance or torch.equal(found.log_prob, alone.log_prob)  # type: ignore[arg-type]
         assert found.report.backend == served
         other, guided = "cpu" if served == "torch" else "torch", ", guided" if guidance else ""
-        why = f"the quickest of torch, cpu: 2.0x {other} at batch 3{guided}"
-        assert found.report.backend_reason == why
-        assert found.report.setup_seconds > 0
-    again = auto.sample(5, [0, 1, -1], batch_size=3)
-    assert again.report.setup_seconds == 0
+        assert found.report.backend_reason == f"the quickest that is proven: 2.0x {other} at batch 3{guided}"
     z = random_latents(model, 2)
     assert torch.equal(auto.reverse(z), wanted.reverse(z))
 
 
 @pytest.mark.skipif(bool(NATIVE.marks[0].args[0]), reason="of two engines")
 def test_the_report_names_every_engine_that_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(engine: Any, run: Callable[[], None]) -> float:
-        run()
-        return {"torch": 1.0, "cpu": 0.3 * batch[0]}[quick(engine)]
-
-    batch = [0]
-    begin = AutotunedEngine.begin
-
-    def beginning(self: AutotunedEngine, z: torch.Tensor, *arguments: Any, **named: Any) -> BlockState:
-        batch[0] = z.shape[0]
-        return begin(self, z, *arguments, **named)
-
-    monkeypatch.setattr(registry, "PROVEN_ON_GPU", ("torch", "cpu"))
-    monkeypatch.setattr(probe, "seconds", told)
-    monkeypatch.setattr(AutotunedEngine, "begin", beginning)
-    monkeypatch.setattr(sampler, "choose_backend", lambda *request: ("auto", "the quickest of several"))
+    serve("cpu", monkeypatch)
+    gate = Told(cpu=lambda size: proven("cpu", 0.3 * size.batch))
+    monkeypatch.setattr(sampler, "Prober", lambda *model: gate)
     report = Sampler(random_model()).sample(10, batch_size=4).report
     assert report.backend == "torch, cpu"
     assert report.backend_reason == (
-        "the quickest of torch, cpu: 1.2x cpu at batch 4; the quickest of torch, cpu: 1.7x torch at batch 2"
+        "the quickest that is proven: 1.2x cpu at batch 4; the quickest that is proven: 1.7x torch at batch 2"
     )

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
 
 
 def record(model: Any, batch: int, num_classes: int, reverse: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Inputs, and what the published model makes of them."""
+    """Returns inputs, and what the published model makes of them."""
     generator = torch.Generator().manual_seed(seed)
     T, D = model.var.shape
     image = model.unpatchify(torch.randn(batch, T, D, generator=generator))

@@ -191,7 +191,7 @@ class TestOperator:
     @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
     def test_compiled(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """One graph, forward and backward, at two batch sizes."""
-        monkeypatch.setattr(ops, "fused", lambda x: True)
+        monkeypatch.setattr(ops, "fused", lambda x, nvp: True)
         torch.compiler.reset()
 
         def f(out: Tensor, x: Tensor, nvp: bool, flip: bool) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,7 @@ class TestInTheModel:
 
         def run(fused: bool) -> list[Tensor]:
             tokens: list[torch.Size] = []
-            monkeypatch.setattr(ops, "fused", lambda x: tokens.append(x.shape) or fused)
+            monkeypatch.setattr(ops, "fused", lambda x, nvp: tokens.append(x.shape) or fused)
             images = x.to(KERNEL_DEVICE).requires_grad_()
             model.zero_grad()
             z, outputs, log_det = model(images)
@@ -252,7 +252,7 @@ class TestInTheModel:
         x = random_images(model, 2).to(KERNEL_DEVICE)
         results = []
         for fused in (True, False):
-            monkeypatch.setattr(ops, "fused", lambda x, fused=fused: fused)
+            monkeypatch.setattr(ops, "fused", lambda x, nvp, fused=fused: fused)
             with torch.autocast(KERNEL_DEVICE.type, dtype=dtype):
                 z, _, log_det = model(x)
             assert z.dtype == log_det.dtype == torch.float32
@@ -260,14 +260,19 @@ class TestInTheModel:
         for got, wanted in zip(*results, strict=True):
             assert_close(got, wanted, error_budget(wanted, wanted, dtype))
 
+    @pytest.mark.parametrize("proven", [True, False])
     @pytest.mark.parametrize("triton", [True, False])
-    def test_where_it_is_used(self, triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        """On a GPU in fp32, if there is Triton; never in the interpreter unless a test says so."""
+    def test_where_it_is_used(self, triton: bool, proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a GPU that has proven it, in fp32, if there is Triton; never in the interpreter unless a test says so."""
+        asked: list[Any] = []
         monkeypatch.setattr(ops, "HAS_TRITON", triton)
+        monkeypatch.setattr(ops, "density_proven", lambda *block: asked.append(block) or proven)
         with FakeTensorMode():  # needs no GPU
             for device in ("cpu", "cuda"):
-                assert ops.fused(torch.empty(1, device=device)) == (device == "cuda" and triton)
-                assert not ops.fused(torch.empty(1, device=device, dtype=torch.float64))
+                wanted = device == "cuda" and triton and proven
+                assert ops.fused(torch.empty(2, 3, 4, device=device), True) == wanted
+                assert not ops.fused(torch.empty(2, 3, 4, device=device, dtype=torch.float64), True)
+        assert asked == ([(torch.device("cuda", 0), 3, 4, True)] if triton else [])
 
     def test_the_model_needs_no_triton(self) -> None:
         """It is not imported on the CPU, and may be missing."""

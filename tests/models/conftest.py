@@ -1,4 +1,4 @@
-"""Memory full of NaN for the density pass in C++."""
+"""The density pass in C++ is tested on memory full of NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tarflow_fast.models import cpu_density as module
 
 @pytest.fixture
 def poisoned_density(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the density pass in C++ is to fill is full of NaN."""
+    """Fills with NaN what the density pass in C++ is to fill."""
 
     def full(like: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **options: like(*args, **options).fill_(torch.nan)

@@ -18,7 +18,7 @@ from tolerances import SAME_F32, assert_close, error_budget, max_error
 from torch import Tensor, nn
 
 from tarflow_fast import reference
-from tarflow_fast.checkpoints.checkpoint import load_pretrained
+from tarflow_fast.checkpoints import load_pretrained
 from tarflow_fast.errors import BackendError
 from tarflow_fast.models import cpu_density as module
 from tarflow_fast.models.cpu_density import CpuDensity, cpu_density

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tarflow_fast import reference
 from tarflow_fast.errors import ArgumentError
-from tarflow_fast.models.density import dequantize
+from tarflow_fast.models import dequantize
 from tarflow_fast.models.tarflow import TarFlow
 
 STORED = [case for case in GOLDEN if case.weights_seed is None]

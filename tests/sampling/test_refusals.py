@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tarflow_fast.backend import backends
 from tarflow_fast.errors import ArgumentError, BackendError, NonFiniteError
+from tarflow_fast.models import tarflow
 from tarflow_fast.sampling.sampler import Sampler
 
 golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -53,6 +54,18 @@ def test_compile_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BackendError, match=r"compiler; install g\+\+"):
         Sampler(random_model(), compile=True)
+
+
+def test_weights_are_checked_once_when_a_sampler_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for name in ("check_weights", "check_masks", "check_prior"):
+        known = getattr(tarflow, name)
+        monkeypatch.setattr(tarflow, name, lambda *given, n=name, f=known: (seen.append(n), f(*given))[1])
+    Sampler(random_model())
+    assert seen == ["check_weights", "check_masks", "check_prior"]
+    seen.clear()
+    random_model().reverse(torch.zeros(1, 16, 4))
+    assert seen == ["check_weights", "check_masks", "check_prior"]
 
 
 def test_sampler_takes_only_a_model() -> None:

@@ -15,7 +15,7 @@ from tolerances import BATCH, GOLDEN, INVERSE_F64, assert_close
 
 from tarflow_fast import reference
 from tarflow_fast.errors import ArgumentError, OutOfMemoryError
-from tarflow_fast.sampling import sampler
+from tarflow_fast.sampling import memory
 from tarflow_fast.sampling.noise import latent_noise
 from tarflow_fast.sampling.sampler import Sampler
 
@@ -213,14 +213,14 @@ def test_large_requests_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = s.sample(7).images
     z = random_latents(model, 7)
     wanted_reverse = s.reverse(z)
-    room = int(3.5 * s.engines[0].bytes_per_sample(False) / sampler.MEMORY_SHARE)
-    monkeypatch.setattr(sampler, "free_memory", lambda device: room)
+    room = int(3.5 * s.engines[0].bytes_per_sample(False) / memory.MEMORY_SHARE)
+    monkeypatch.setattr(memory, "free_memory", lambda device: room)
     out = s.sample(7)
     assert out.report.batch_size == 3
     assert_close(out.images, wanted, BATCH)
     assert_close(s.reverse(z), wanted_reverse, BATCH)
     with pytest.raises(OutOfMemoryError, match=r"7 samples need .* 3 would fit"):
         s.sample(7, batch_size=7)
-    monkeypatch.setattr(sampler, "free_memory", lambda device: 0)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     with pytest.raises(OutOfMemoryError, match="0 would fit"):
         s.sample(1)

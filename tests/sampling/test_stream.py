@@ -10,7 +10,7 @@ from cases import random_model
 from tolerances import BATCH, assert_close
 
 from tarflow_fast.errors import ArgumentError, NonFiniteError, OutOfMemoryError
-from tarflow_fast.sampling import sampler as sampler_module
+from tarflow_fast.sampling import memory
 from tarflow_fast.sampling.report import Samples
 from tarflow_fast.sampling.sampler import Sampler
 
@@ -67,7 +67,7 @@ def test_what_was_drawn_before_a_failure_has_come(monkeypatch: pytest.MonkeyPatc
 def test_memory_that_cannot_hold_the_images_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemoryError, match=r"^n: .*stream\(\) holds one batch"):
         SAMPLER.sample(10**15)
-    monkeypatch.setattr(sampler_module, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**20)
     with pytest.raises(OutOfMemoryError, match=r"^n: "):
         SAMPLER.sample(20_000)
     with pytest.raises(OutOfMemoryError, match=r"^n: "):

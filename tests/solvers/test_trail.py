@@ -11,7 +11,7 @@ import torch
 from cases import random_model
 from torch import Tensor
 
-from tarflow_fast import Sampler, load_pretrained
+from tarflow_fast import Sampler, TarFlow, TarFlowConfig, load_pretrained
 from tarflow_fast.backend.cpu.engine import cpu_missing
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.engine.contract import Moved
@@ -158,7 +158,8 @@ def test_a_block_whose_tokens_did_not_move_passes_errors_on() -> None:
 def test_the_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads, shown = [], Trail.shown
     monkeypatch.setattr(Trail, "shown", lambda trail, x: reads.append(1) or shown(trail, x))
-    Sampler(load_pretrained(), backend="torch", solver="adaptive").sample(2, 0)
+    model = TarFlow.from_config(TarFlowConfig(1, 8, 2, 32, 4, 1, head_dim=16))
+    Sampler(model, backend="torch", solver="adaptive").sample(2)
     assert len(reads) == 4  # blocks, none of which went on with less
 
 

@@ -1,4 +1,4 @@
-"""Data that the trainer's tests share."""
+"""The trainer's tests share these data."""
 
 from __future__ import annotations
 

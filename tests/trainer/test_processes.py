@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,38 +271,63 @@ def test_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert children[1].text == "Error: rank 0 of this run is gone\n"
 
 
-def lifelines(world: int) -> list[Lifeline]:
+@contextlib.contextmanager
+def lifelines(world: int) -> Iterator[list[Lifeline]]:
+    """Yields lifelines that are closed whatever happens: one left open would end this process after its grace."""
     store = dist.HashStore()
-    return [Lifeline(store, rank, world, "127.0.0.1") for rank in range(world)]
+    with contextlib.ExitStack() as stack:
+        lines = []
+        for rank in range(world):
+            lines.append(Lifeline(store, rank, world, "127.0.0.1"))
+            stack.callback(lambda line=lines[-1]: None if line._closed.is_set() else line.close())
+        yield lines
 
 
 def test_lifelines_close_in_any_order() -> None:
     for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
-        lines = lifelines(3)
-        for rank in order:
-            assert lines[rank].reason == ""
-            lines[rank].close()
+        with lifelines(3) as lines:
+            for rank in order:
+                assert lines[rank].reason == ""
+                lines[rank].close()
 
 
 def test_failure_reaches_everybody() -> None:
     for failing in range(3):
-        lines = lifelines(3)
-        lines[failing].fail("a reason\nof two lines")
+        with lifelines(3) as lines:
+            lines[failing].fail("a reason\nof two lines")
+            for line in lines:
+                assert line.wait(SOON) == f"rank {failing} ended: a reason of two lines"
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_failure_reaches_those_that_were_not_accepted_yet(monkeypatch: pytest.MonkeyPatch, closes: bool) -> None:
+    """Rank 0 fails while the connections of the others wait; it may even close before its thread has seen them."""
+    accept, watch = threading.Event(), Lifeline._watch
+
+    def watch_later(line: Lifeline) -> None:
+        if line.rank == 0:
+            accept.wait()
+        watch(line)
+
+    monkeypatch.setattr(Lifeline, "_watch", watch_later)
+    with lifelines(3) as lines:
+        lines[0].fail("a reason")
+        if closes:
+            lines[0]._closed.set()
+        accept.set()
+        if closes:
+            lines[0].close()
         for line in lines:
-            assert line.wait(10) == f"rank {failing} ended: a reason of two lines"
-        for line in lines:
-            line.close()
+            assert line.wait(SOON) == "rank 0 ended: a reason"
 
 
 def test_strangers_on_the_line_change_nothing() -> None:
-    lines = lifelines(2)
-    assert lines[0]._server is not None
-    for words in (b"lost all\n", b"hello 0 1\nlost all\nbye\nbye\n", b"x" * 10_000, b""):
-        with socket.create_connection(("127.0.0.1", lines[0]._server.getsockname()[1])) as stranger:
-            stranger.sendall(words)
-    assert lines[0].wait(0.1) == lines[1].wait(0.1) == ""
-    for line in lines:
-        line.close()
+    with lifelines(2) as lines:
+        assert lines[0]._server is not None
+        for words in (b"lost all\n", b"hello 0 1\nlost all\nbye\nbye\n", b"x" * 10_000, b""):
+            with socket.create_connection(("127.0.0.1", lines[0]._server.getsockname()[1])) as stranger:
+                stranger.sendall(words)
+        assert lines[0].wait(0.1) == lines[1].wait(0.1) == ""
 
 
 @pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "-1")])

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import tiny, write_pictures
 
 import tarflow_fast as tff
 from tarflow_fast.errors import ArgumentError, DataError
-from tarflow_fast.trainer import train
+from tarflow_fast.trainer import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,16 @@ def test_batches_that_no_machine_holds(data: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("tarflow_fast.trainer.limits.free_memory", lambda device: 3_000_000)
     with pytest.raises(tff.OutOfMemoryError, match=r"a step of 64 images .* batches of less than \d+"):
         train(tiny(data, tmp_path / "run", batch_size=64), progress=False)
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "mps"])
+def test_devices_that_no_run_trains_on(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tarflow_fast.devices.device_missing", lambda kind: None)
+    with pytest.raises(ArgumentError, match=r"^device: expected "):
+        train(TrainConfig("none", str(tmp_path / "run"), device=device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_on_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"device: expected a device of this machine, got .*CUDA"):
+        train(TrainConfig("none", str(tmp_path / "run"), device="cuda"))

@@ -279,7 +279,7 @@ def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """The rate is that since the last line, the time left goes by all steps of this process."""
     clock = iter([0.0, 10.0, 30.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    progress = Progress("lines", 100, 1000, 16)
+    progress = Progress("lines", 100, 1000, 16, "images")
     progress.row(200, {})
     progress.row(300, {})
     first, second = capsys.readouterr().err.splitlines()

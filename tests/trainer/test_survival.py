@@ -287,7 +287,7 @@ def test_training_goes_on_without_a_density(
     def fail(*_: Any, **__: Any) -> None:
         raise tff.TarFlowError("the density of image 3 is not finite")
 
-    monkeypatch.setattr("tarflow_fast.trainer.loop.bits_per_dim", fail)
+    monkeypatch.setattr("tarflow_fast.trainer.outputs.bits_per_dim", fail)
     train(tiny(data, tmp_path, eval_data=data), progress=False)
     assert "step 12: no bits/dim of held-out images: the density of image 3" in capfd.readouterr().err
     assert not (tmp_path / "eval.csv").exists()

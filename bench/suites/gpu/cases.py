@@ -10,31 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_fast import TarFlow, TarFlowConfig
+from tarflow_fast import Sampler, TarFlow, TarFlowConfig
 
+from ...common import models
 from ...common.harness import Candidate
-from ...common.ml_tarflow import MlTarflow
-from ...common.models import DRY_MODELS, MODELS, labels, latents, one_block, random_model, sequential_reverse
+from ...common.ml_tarflow import MlTarflow, autocast
+from ...common.models import DRY_MODELS, MODELS, one_block, random_model
 from ...common.roofline import Work, density_work, inverse_work
 
 DTYPE = torch.bfloat16
 GUIDANCE = 2.0
 BASELINE = "ml-tarflow bf16 autocast"
-TORCH, TRITON, COMPILED, CUDA = "torch", "triton", "torch compiled", "cuda"  # samplers
+TORCH, TRITON, COMPILED, CUDA = "torch", "triton", models.COMPILED, "cuda"  # samplers
 BACKEND = "triton"
 """The backend of the candidate TRITON."""
 DENSITY = "tarflow_fast bf16"
 SIZES = {name: one_block(MODELS[name]) for name in ("afhq", "imagenet")}
 DRY_BATCH = 3
-# fmt: off
 CASES = (  # the most important first
-    "afhq:16:guided", "afhq:1:guided", "imagenet:16:guided", "imagenet:1:guided", "afhq:128:guided",
-    "afhq:16:unguided", "afhq:1:unguided", "imagenet:16:unguided", "imagenet:1:unguided",
-    "afhq:16:forward+backward", "imagenet:256:unguided",
-    "afhq:4:guided", "afhq:4:unguided", "imagenet:4:guided", "imagenet:4:unguided",
-    "afhq:16:forward", "imagenet:16:forward", "imagenet:16:forward+backward", "afhq:128:unguided",
+    *(f"{model}:{batch}:guided" for model in SIZES for batch in (16, 1)),
+    "afhq:128:guided",
+    *(f"{model}:{batch}:unguided" for model in SIZES for batch in (16, 1)),
+    "afhq:16:forward+backward",
+    "imagenet:256:unguided",
+    *(f"{model}:4:{what}" for model in SIZES for what in ("guided", "unguided")),
+    "afhq:16:forward",
+    "imagenet:16:forward",
+    "imagenet:16:forward+backward",
+    "afhq:128:unguided",
 )
-# fmt: on
 PASSES = ("guided", "unguided", "forward", "forward+backward")
 
 
@@ -50,7 +54,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """MODEL:BATCH:PASS. Raises ValueError."""
+        """Returns the case that is written MODEL:BATCH:PASS. Raises ValueError."""
         model, batch, what = (*text.split(":", 2), "", "")[:3]
         if model not in SIZES or what not in PASSES or not batch.isdecimal() or int(batch) < 1:
             known = f"MODEL one of {', '.join(SIZES)}; PASS of {', '.join(PASSES)}"
@@ -92,58 +96,42 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case, device: torch.device, seed: int) -> Inputs:
-        model, sizes = random_model(case.sizes, seed), case.sizes
-        return cls(model, latents(sizes, case.batch, seed, device), labels(sizes, case.batch, device))
-
-
-def _autocast(run: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    def under_autocast(*arguments: Any, **options: Any) -> Tensor:
-        with torch.autocast(device.type, dtype=DTYPE):
-            return run(*arguments, **options)
-
-    return under_autocast
-
-
-def _short(sizes: TarFlowConfig) -> TarFlowConfig:
-    """The same model on images of 2×2 tokens: a pass has the same kernels and is over at once."""
-    height, width = sizes.patch_shape
-    return replace(sizes, img_size=(2 * height, 2 * width))
+        return cls(random_model(case.sizes, seed), *models.inputs(case.sizes, case.batch, seed, device))
 
 
 def exact_images(case: Case, inputs: Inputs, device: torch.device) -> Tensor:
-    """Images in fp32 by the torch backend, for which a block is a second of work even where ml-tarflow takes minutes.
-    That this is not the torch backend checking itself is the baseline's part: it has to agree with these too."""
-    reverse = sequential_reverse(inputs.model, backend="torch", device=device, dtype=torch.float32)
-    return reverse(inputs.z, inputs.y, case.guidance)
+    """Returns images in fp32 by the torch backend, for which a block is a second of work where ml-tarflow takes
+    minutes. That this is no check of the torch backend by itself is the baseline's part: it has to agree as well."""
+    sampler = Sampler(inputs.model, solver="sequential", backend="torch", device=device, dtype=torch.float32)
+    return sampler.reverse(inputs.z, inputs.y, case.guidance)
 
 
 def samplers(
     case: Case, inputs: Inputs, ml_tarflow: MlTarflow, device: torch.device, *, compiled: bool, cuda: bool
 ) -> dict[str, Candidate]:
-    """The baseline first; compiled, cuda: whether these take part."""
+    """Returns the candidates of a sampling case, the baseline first. compiled, cuda: whether these take part."""
+    ours = {TORCH: "torch", TRITON: BACKEND, COMPILED: "torch", CUDA: "cuda"}
+    # cuda is the last: a kernel that goes wrong can leave a process without a GPU
+    ours = {name: backend for name, backend in ours.items() if {COMPILED: compiled, CUDA: cuda}.get(name, True)}
+
+    def of(model: TarFlow) -> dict[str, Candidate]:
+        arguments = (inputs.z[:, : model.config.num_patches], inputs.y, case.guidance)
+        dtypes: dict[str, Any] = {"dtype": DTYPE, "their_dtype": DTYPE}
+        return models.samplers(BASELINE, ml_tarflow, ours, model, arguments, device=device, **dtypes)
 
     def theirs() -> Callable[[], Tensor]:
-        def reverse(model: TarFlow) -> Callable[[], Tensor]:
-            z = inputs.z[:, : model.config.num_patches]
-            return functools.partial(_autocast(ml_tarflow.reverse(model, device), device), z, inputs.y, case.guidance)
+        """Returns the baseline after it has been run on images of 2×2 tokens, with the same kernels and soon over."""
+        height, width = case.sizes.patch_shape
+        short = random_model(replace(case.sizes, img_size=(2 * height, 2 * width)), 0)
+        of(short)[BASELINE]()()
+        return of(inputs.model)[BASELINE]()
 
-        reverse(random_model(_short(case.sizes), 0))()
-        return reverse(inputs.model)
-
-    def ours(backend: str, compile: bool = False) -> Callable[[], Tensor]:
-        reverse = sequential_reverse(inputs.model, backend=backend, device=device, dtype=DTYPE, compile=compile)
-        return functools.partial(reverse, inputs.z, inputs.y, case.guidance)
-
-    found: dict[str, Candidate] = {BASELINE: theirs, TORCH: lambda: ours("torch"), TRITON: lambda: ours(BACKEND)}
-    if compiled:
-        found[COMPILED] = lambda: ours("torch", compile=True)
-    if cuda:  # last: a kernel that goes wrong can leave a process without a GPU
-        found[CUDA] = lambda: ours("cuda")
-    return found
+    return {**of(inputs.model), BASELINE: theirs}
 
 
 def density_pass(model: Any, images: Tensor, y: Tensor | None, *, backward: bool) -> Tensor:
-    """(1,) the loss of images, or (2,) with the norm of its gradient over all parameters. model: ours or theirs."""
+    """Returns (1,) the loss of images, or (2,) with the norm of its gradient over all parameters. model: of ours or
+    theirs."""
     with torch.set_grad_enabled(backward):
         z, _, log_dets = model(images, y)
         loss = model.get_loss(z, log_dets)
@@ -158,17 +146,17 @@ def density_pass(model: Any, images: Tensor, y: Tensor | None, *, backward: bool
 def densities(
     case: Case, inputs: Inputs, ml_tarflow: MlTarflow, device: torch.device
 ) -> tuple[Tensor, dict[str, Candidate]]:
-    """The exact result, of our model in fp32, and the candidates: theirs under autocast, ours with bf16 weights."""
-    images = inputs.model.unpatchify(inputs.z)
+    """Returns the exact result, of our model in fp32, and the candidates: theirs under autocast, ours in bf16."""
+    weights, images = inputs.model.state_dict(), inputs.model.unpatchify(inputs.z)
     loss = functools.partial(density_pass, images=images, y=inputs.y, backward=case.direction != "forward")
 
     def ours(dtype: torch.dtype) -> Callable[[], Tensor]:
         model = random_model(case.sizes, 0)
-        model.load_state_dict(inputs.model.state_dict())
+        model.load_state_dict(weights)
         return functools.partial(loss, model.to(device, dtype))
 
     def theirs() -> Callable[[], Tensor]:
-        model = ml_tarflow.model(case.sizes, inputs.model.state_dict()).to(device)
-        return functools.partial(_autocast(loss, device), model)
+        model = ml_tarflow.model(case.sizes, weights).to(device)
+        return functools.partial(autocast(loss, device, DTYPE), model)
 
     return ours(torch.float32)(), {BASELINE: theirs, DENSITY: functools.partial(ours, DTYPE)}

@@ -3,6 +3,7 @@ small run of the CUDA kernel, by itself and under compute-sanitizer. `python -m 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -10,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +24,7 @@ from tarflow_fast.solvers.trail import Trail
 
 from ...common.machine import ROOT
 from ...common.models import SANITIZED as SIZES
-from ...common.models import labels, latents, random_model
+from ...common.models import inputs, random_model
 
 # Whose tests run on a GPU where there is one.
 KERNELS = ("norm_linear", "cached_attention", "affine_step", "affine_density", "fixed_point_update")
@@ -45,50 +47,65 @@ BATCHES = (2, 32)  # guided: one tile of 8 rows, and as many as a launch takes
 WINDOW = 3  # tokens of a sample
 
 
-def _run(command: tuple[str, ...], seconds: float) -> tuple[int | None, str]:
-    """The exit code, None if it was stopped after so many seconds, and the output without paths of this machine."""
-    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **how)
-    try:
-        output, code = process.communicate(timeout=seconds)[0], process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # what a tool watches is its child
-        output, code = f"{process.communicate()[0]}\nstopped after {seconds:.0f} s", None
-    return code, output.replace(f"{ROOT}/", "")
+class Done(NamedTuple):
+    """code: None if the run was stopped. output: without paths of this machine."""
+
+    code: int | None
+    output: str
+    seconds: float
+
+    @property
+    def tail(self) -> list[str]:
+        return self.output.splitlines()[-TAIL:]
+
+
+def _run_all(commands: Mapping[str, tuple[str, ...]], seconds: float) -> dict[str, Done]:
+    """Runs commands all at once, and stops each after so many seconds."""
+
+    def run(command: tuple[str, ...]) -> Done:
+        started = time.monotonic()
+        how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **how)
+        try:
+            output, code = process.communicate(timeout=seconds)[0], process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what a tool watches is its child
+            output, code = f"{process.communicate()[0]}\nstopped after {seconds:.0f} s", None
+        return Done(code, output.replace(f"{ROOT}/", ""), time.monotonic() - started)
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return dict(zip(commands, pool.map(run, commands.values()), strict=True))
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
-    """{passed, failed, seconds, ok, tail} of pytest over FILES, a process for each file, all at once: most of the time
-    kernels are being compiled. They are stopped after `seconds`, which is no success.
+    """Returns {passed, failed, seconds, ok, tail} of pytest over FILES, a process for each file, all at once: most of
+    the time kernels are being compiled. They are stopped after `seconds`, which is no success.
 
-    failed: tests that failed or could not be set up. tail: the last lines of each file's run that went wrong, None if
-    all is well.
+    failed: tests that failed or could not be set up. tail: the last lines of each file's run that went wrong, or None.
     """
-    started, passed, failed, tail = time.monotonic(), 0, 0, []
-    with ThreadPoolExecutor(len(FILES)) as pool:
-        runs = list(pool.map(lambda file: _run((*PYTEST, file), seconds), FILES))
-    for code, output in runs:
-        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", output)}
-        passed, failed = passed + counts.get("passed", 0), failed + counts.get("failed", 0) + counts.get("error", 0)
-        skipped = code == 5 and " skipped" in output  # all of the file, as of an engine that was not built
-        tail += [] if code == 0 or skipped else output.splitlines()[-TAIL:]
-    taken = time.monotonic() - started
-    return {"passed": passed, "failed": failed, "seconds": taken, "ok": not tail, "tail": tail or None}
+    done = _run_all({file: (*PYTEST, file) for file in FILES}, seconds).values()
+    counts = {"passed": 0, "failed": 0, "error": 0}
+    for number, word in re.findall(r"(\d+) (passed|failed|error)", "".join(run.output for run in done)):
+        counts[word] += int(number)
+    # pytest ends with 5 where a file is skipped as a whole, as of an engine that was not built
+    wrong = [run for run in done if run.code != 0 and not (run.code == 5 and " skipped" in run.output)]
+    tail = [line for run in wrong for line in run.tail]
+    found: dict[str, Any] = {"passed": counts["passed"], "failed": counts["failed"] + counts["error"]}
+    return {**found, "seconds": max(run.seconds for run in done), "ok": not tail, "tail": tail or None}
 
 
 def find_sanitizer() -> str | None:
-    """Where compute-sanitizer is: on the PATH, or in a CUDA toolkit, that of the nvcc on the PATH, of CUDA_HOME, or
-    TOOLKIT."""
+    """Returns where compute-sanitizer is: on the PATH, or in a CUDA toolkit, that of the nvcc on the PATH, of
+    CUDA_HOME, or TOOLKIT."""
     nvcc = shutil.which("nvcc")
     folders = [] if nvcc is None else [Path(nvcc).resolve().parent]
     folders += [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), TOOLKIT) if home]
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, folders)])
-    return shutil.which("compute-sanitizer", path=path)
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]))
 
 
 def run_sanitizer(seconds: float) -> dict[str, Any]:
-    """{ok, reason, runs}: the small run in a process of its own, by itself and under each tool, all at once; each is
-    stopped after `seconds`, which is no success.
+    """Returns {ok, reason, runs}: the small run in a process of its own, by itself and under each tool, all at once;
+    each is stopped after `seconds`, which is no success.
 
     runs: [{name, outcome, seconds, tail}]; outcome: "ok", "findings" of a tool, "failed" or "stopped"; tail: the last
     lines of the output, None if ok. reason: why there is no run under the tools, or None.
@@ -99,32 +116,24 @@ def run_sanitizer(seconds: float) -> dict[str, Any]:
         # Only the kernel is watched, not torch's; backtraces of the host would be paths of this machine.
         options = ("--kernel-regex", "kns=pass_kernel", "--show-backtrace", "no", "--error-exitcode", str(FOUND))
         commands |= {tool: (sanitizer, "--tool", tool, *options, *COMMAND) for tool in TOOLS}
-
-    def run(name: str) -> dict[str, Any]:
-        started = time.monotonic()
-        code, output = _run(commands[name], seconds)
-        outcome = {0: "ok", FOUND: "findings", None: "stopped"}.get(code, "failed")
-        tail = None if outcome == "ok" else output.splitlines()[-TAIL:]
-        return {"name": name, "outcome": outcome, "seconds": time.monotonic() - started, "tail": tail}
-
-    with ThreadPoolExecutor(len(commands)) as pool:
-        runs = list(pool.map(run, commands))
+    runs: list[dict[str, Any]] = []
+    for name, done in _run_all(commands, seconds).items():
+        outcome = {0: "ok", FOUND: "findings", None: "stopped"}.get(done.code, "failed")
+        tail = None if outcome == "ok" else done.tail
+        runs.append({"name": name, "outcome": outcome, "seconds": done.seconds, "tail": tail})
     reason = "compute-sanitizer not found" if sanitizer is None else None
     return {"ok": all(run["outcome"] == "ok" for run in runs), "reason": reason, "runs": runs}
 
 
 def small_run(device: torch.device) -> None:
-    """All of the kernel's modes, each twice, for few and many rows. Raises RuntimeError unless all is finite and the
-    second time gives the same bits."""
-    for name, sizes in SIZES.items():
-        weights = random_model(sizes, 0).block_weights(0)
-        for dtype in (torch.float32, torch.bfloat16):
-            engine = CudaEngine(weights, device=device, dtype=dtype)
-            for batch in BATCHES:
-                condition, z = Condition(labels(sizes, batch, device), Guidance(2.0)), latents(sizes, batch, 0, device)
-                first, second = (_images(engine, z, condition) for _ in range(2))
-                if not torch.isfinite(first).all() or not torch.equal(first, second):
-                    raise RuntimeError(f"{name}, {dtype}, batch {batch}: not finite, or not the same bits twice")
+    """Runs all of the kernel's modes, each twice, for few and many rows. Raises RuntimeError unless all is finite and
+    the second time gives the same bits."""
+    for (name, sizes), dtype, batch in itertools.product(SIZES.items(), (torch.float32, torch.bfloat16), BATCHES):
+        engine = CudaEngine(random_model(sizes, 0).block_weights(0), device=device, dtype=dtype)
+        z, y = inputs(sizes, batch, 0, device)
+        first, second = (_images(engine, z, Condition(y, Guidance(2.0))) for _ in range(2))
+        if not torch.isfinite(first).all() or not torch.equal(first, second):
+            raise RuntimeError(f"{name}, {dtype}, batch {batch}: not finite, or not the same bits twice")
 
 
 def _images(engine: CudaEngine, z: torch.Tensor, condition: Condition) -> torch.Tensor:

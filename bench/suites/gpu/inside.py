@@ -21,7 +21,7 @@ from tarflow_fast.backend.triton.engine import TritonEngine
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.kernels.launch import dependent_launch, launch_dependents, wait
 
-from ...common.harness import Rounds, timed
+from ...common.harness import Rounds, beyond, timed
 from .cases import DTYPE, Case, Inputs
 
 PHASES = ("embed", "qkv", "attention", "proj", "fc1", "fc2", "proj_out")  # `Phase` in csrc/cuda/params.h, in its order
@@ -44,72 +44,63 @@ def _chain(pdl: bool) -> None:
         _empty_kernel[(1,)](PDL=pdl, num_warps=1, **options)
 
 
-def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `run`, which is run once before: that compiles what has to be."""
+def graph_of(*runs: Callable[[], object]) -> Callable[[], None]:
+    """Returns what replays a CUDA graph of the runs, which are done once before: that compiles what has to be."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()
+        for run in runs:
+            run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph
+        for run in runs:
+            run()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
-def _warm(runs: dict[str, Callable[[], object]], rounds: Rounds) -> dict[str, list[float]]:
-    for run in runs.values():
-        run()
-    return rounds.alternate(runs)
+def _each(name: str, samples: Sequence[float], of: int, **more: Any) -> dict[str, Any]:
+    """Returns the times of one of so many that a sample is of."""
+    each: dict[str, Any] = timed(name, [sample / of for sample in samples], **more)
+    return each
 
 
 def measure_launches(rounds: Rounds) -> list[dict[str, Any]]:
-    """Seconds of one launch that does nothing but wait for the one before it, the least that a step of a chain can
-    take: in a CUDA graph without and, where there is such a thing, with PDL. Without a GPU in the interpreter."""
-    if rounds.device.type != "cuda":
-        chains: dict[str, Callable[[], object]] = {"interpreter": functools.partial(_chain, False)}
-    else:
-        kinds = (("graph", False), ("graph + PDL", True))[: 1 + dependent_launch(rounds.device)]
-        chains = {name: graph_of(functools.partial(_chain, pdl)).replay for name, pdl in kinds}
-    found = _warm(chains, rounds)
-    return [timed(name, [sample / LAUNCHES for sample in samples]) for name, samples in found.items()]
+    """Returns the seconds of one launch that does nothing but wait for the one before it, the least that a step of a
+    chain can take: in a CUDA graph without and, where there is such a thing, with PDL; or else in the interpreter."""
+    chains: dict[str, Callable[[], object]] = {"interpreter": functools.partial(_chain, False)}
+    if rounds.device.type == "cuda":
+        chains = {"graph": graph_of(chains["interpreter"])}
+        if dependent_launch(rounds.device):
+            chains["graph + PDL"] = graph_of(functools.partial(_chain, True))
+    return [_each(name, samples, LAUNCHES) for name, samples in rounds.warm(chains).items()]
 
 
 def _sweep(device: torch.device) -> Callable[[], object]:
-    """Reads twice as much as the L2 cache holds, so that what is read next comes from memory."""
+    """Returns what reads twice as much as the L2 cache holds, so that what is read next comes from memory."""
     rows = 2 * torch.cuda.get_device_properties(device).L2_cache_size // 4096
     matrix, sums = torch.ones(rows, 1024, device=device), torch.empty(rows, device=device)
     return lambda: torch.sum(matrix, dim=1, out=sums)
 
 
 def operation_samples(group: Sequence[Callable[[], object]], rounds: Rounds) -> list[float]:
-    """Seconds of one launch of an operation whose weights and cache lie in memory.
+    """Returns the seconds of one launch of an operation whose weights and cache lie in memory, or of a call on a CPU.
 
     The layers in turn are not enough for that: the qkv weights of eight layers fit in an H200's L2 cache. So each
     launch comes after a sweep through that cache, in one CUDA graph, and a graph of as many sweeps alone is taken off.
-    Without a GPU: of a call.
     """
     if rounds.device.type != "cuda":
-        found = _warm({"all": lambda: [run() for run in group]}, rounds)
-        return [sample / len(group) for sample in found["all"]]
+        return [sample / len(group) for sample in rounds.warm({"all": lambda: [run() for run in group]})["all"]]
     sweep, runs = _sweep(rounds.device), list(group) * math.ceil(OPERATIONS / len(group))
-
-    def with_sweeps() -> None:
-        for run in runs:
-            sweep()
-            run()
-
-    def sweeps() -> None:
-        for _ in runs:
-            sweep()
-
-    found = _warm({"both": graph_of(with_sweeps).replay, "sweeps": graph_of(sweeps).replay}, rounds)
+    both = graph_of(*(step for run in runs for step in (sweep, run)))
+    found = rounds.warm({"both": both, "sweeps": graph_of(*[sweep] * len(runs))})
     return [(a - b) / len(runs) for a, b in zip(found["both"], found["sweeps"], strict=True)]
 
 
 def measure_operations(operations: Sequence[Operation], rounds: Rounds) -> list[dict[str, Any]]:
-    """One entry for each name: times of one launch, and "bytes" and "bytes_per_second" of its mean traffic."""
+    """Returns an entry for each name: times of one launch, and "bytes" and "bytes_per_second" of its mean traffic."""
     groups: dict[str, list[Operation]] = {}
     for operation in operations:
         groups.setdefault(operation[0], []).append(operation)
@@ -122,20 +113,27 @@ def measure_operations(operations: Sequence[Operation], rounds: Rounds) -> list[
 
 
 def block_engine(inputs: Inputs, device: torch.device, **options: Any) -> Any:
-    """The Triton engine of the model's only block."""
+    """Returns the Triton engine of the model's only block."""
     return TritonEngine(inputs.model.block_weights(0), device=device, dtype=DTYPE, **options)
 
 
+def _reversed(engine: Any, case: Case, inputs: Inputs) -> Any:
+    """Returns the state after a whole pass."""
+    state = engine.begin(inputs.z, Condition(inputs.y, Guidance(case.guidance)))
+    engine.reverse(state)
+    return state
+
+
 def _wrong(name: str, x: Tensor, inputs: Inputs, exact: Tensor, tolerance: float) -> list[str]:
-    """What is wrong with an engine's images, or nothing."""
-    error = float((inputs.model.unpatchify(x) - exact).abs().max())
-    return [] if error <= tolerance else [f"{name}: differs by {error:.1e}, more than {tolerance:.1e}"]  # so for NaN
+    """Returns what is wrong with an engine's images, or nothing."""
+    reason = beyond(float((inputs.model.unpatchify(x) - exact).abs().max()), tolerance)
+    return [] if reason is None else [f"{name}: {reason}"]
 
 
 def measure_engine(
     case: Case, inputs: Inputs, exact: Tensor, tolerance: float, rounds: Rounds
 ) -> dict[str, Any] | None:
-    """A sampling cell's "engine": the time of each kernel, launches per token, and a step with and without PDL.
+    """Returns a sampling cell's "engine": the time of each kernel, launches per token, and a step with and without PDL.
 
     The engine offers itself for this by two members, and without these there is None: `launches_per_token`, a number,
     and `operations(state)`, a list of (name, run, bytes): `run` launches that operation once, on the current stream, at
@@ -143,34 +141,30 @@ def measure_engine(
     listed once for each, under one name. "steps": seconds of a step, a block's pass over T − 1, for PDL on and off
     where the device has it; of engines whose images were within the tolerance first. "failed": those that were not.
     """
-    engine = block_engine(inputs, rounds.device)
+    engine, tokens = block_engine(inputs, rounds.device), case.sizes.num_patches - 1
     if not hasattr(engine, "operations"):
         return None
-    condition, tokens = Condition(inputs.y, Guidance(case.guidance)), case.sizes.num_patches - 1
-    state = engine.begin(inputs.z, condition)
-    engine.reverse(state)
+    operations = engine.operations(_reversed(engine, case, inputs))
     found: dict[str, Any] = {
         "launches_per_token": engine.launches_per_token,
-        "operations": measure_operations(engine.operations(state), rounds.share(0.5)),
+        "operations": measure_operations(operations, rounds.share(0.5)),
         "bytes_per_step": case.work.bytes / tokens,
         "failed": [],
     }
     passes: dict[str, Callable[[], object]] = {}
     for name, pdl in (("PDL", True), ("no PDL", False))[not dependent_launch(rounds.device) :]:
         engine = block_engine(inputs, rounds.device, pdl=pdl)
-        state = engine.begin(inputs.z, condition)
-        engine.reverse(state)
+        state = _reversed(engine, case, inputs)
         wrong = _wrong(name, state.x, inputs, exact, tolerance)
         found["failed"] += wrong
         passes |= {} if wrong else {name: functools.partial(engine.reverse, state)}
     samples = rounds.share(0.5).alternate(passes)
-    found["steps"] = [timed(name, [sample / tokens for sample in taken]) for name, taken in samples.items()]
-    return found
+    return {**found, "steps": [_each(name, taken, tokens) for name, taken in samples.items()]}
 
 
 def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, rounds: Rounds) -> dict[str, Any]:
-    """A sampling cell's "cuda": a step (a block's pass over T − 1), what each phase of it takes, and what is left
-    without any: barriers and weights.
+    """Returns a sampling cell's "cuda": a step (a block's pass over T − 1), what each phase of it takes, and what is
+    left without any: barriers and weights.
 
     The kernel is one launch, so a phase is measured by leaving it out. Its weights are fetched all the same, so what is
     saved is the phase's own work and what of the fetching it does not hide. A pass that leaves something out computes
@@ -181,11 +175,10 @@ def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, ro
     by round; "barriers": seconds of a step without any. "failed": why these three are missing, if the images of a whole
     pass were not within the tolerance first.
     """
-    guidance, tokens = Guidance(case.guidance), case.sizes.num_patches - 1
-    launches = math.ceil((2 if guidance.active else 1) * case.batch / MOST_ROWS)
+    tokens, rows = case.sizes.num_patches - 1, (2 if case.guidance else 1) * case.batch
+    launches = math.ceil(rows / MOST_ROWS)
     engine = CudaEngine(inputs.model.block_weights(0), device=rounds.device, dtype=DTYPE)
-    state = engine.begin(inputs.z, Condition(inputs.y, guidance))
-    engine.reverse(state)
+    state = _reversed(engine, case, inputs)
     found: dict[str, Any] = {
         "launches_per_pass": launches,
         "barriers_per_token": launches * (5 * case.sizes.layers_per_block + 2),
@@ -200,8 +193,7 @@ def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, ro
             engine.reverse(state)
 
     skipped = {"step": 0, **{name: 1 << bit for bit, name in enumerate(PHASES)}, "barriers": ALL}
-    samples = _warm({name: functools.partial(without, phases) for name, phases in skipped.items()}, rounds)
-    steps = {name: [sample / tokens for sample in taken] for name, taken in samples.items()}
-    saved = {name: [whole - rest for whole, rest in zip(steps["step"], steps[name], strict=True)] for name in PHASES}
-    found |= {name: timed(name, steps[name]) for name in ("step", "barriers")}
-    return found | {"phases": [timed(name, each) for name, each in saved.items()]}
+    samples = rounds.warm({name: functools.partial(without, phases) for name, phases in skipped.items()})
+    saved = {name: [a - b for a, b in zip(samples["step"], samples[name], strict=True)] for name in PHASES}
+    found |= {name: _each(name, samples[name], tokens) for name in ("step", "barriers")}
+    return found | {"phases": [_each(name, each, tokens) for name, each in saved.items()]}

@@ -2,123 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from ...common.harness import ratio
 from ...common.record import short, title, values
-from ...common.table import aligned, cells_table, micro
+from ...common.table import MICRO, cells_table, table
 from .cases import CUDA
 
-
-def _tests(record: Any) -> str:
-    tests = record["tests"]
-    if tests is None:
-        return "tests:   not run"
-    verdict = "" if tests["ok"] else "  FAILED"
-    return f"tests:   {tests['passed']} passed, {tests['failed']} failed in {tests['seconds']:.0f} s{verdict}"
-
-
-def _sanitizer(record: Any) -> list[str]:
-    if "sanitizer" not in record:  # of before the CUDA engine
-        return []
-    sanitizer = record["sanitizer"]
-    if sanitizer is None:
-        return ["sanitizer: not run"]
-    runs = [f"{run['name']} {run['outcome']} in {run['seconds']:.0f} s" for run in sanitizer["runs"]]
-    said = ", ".join(runs + ([] if sanitizer["reason"] is None else [sanitizer["reason"]]))
-    return [f"sanitizer: {said}{'' if sanitizer['ok'] else '  FAILED'}"]
+OPERATIONS = f"{MICRO} | MB: {{megabytes:.3f}} | GB/s: {{gigabytes:.1f}} | of limit: {{of_limit:.1%}}"
+PHASES = f"{MICRO} | of step: {{of_step:.1%}}"
+MEMORY = (
+    "step µs: {us[median]:.2f} | weights µs: {weights[0]:.2f} | of that: {weights[1]:.2f}x | "
+    "all bytes µs: {bytes[0]:.2f} | of that: {bytes[1]:.2f}x"
+)
 
 
-def _launches(record: Any) -> list[str]:
-    head = ["empty dependent launch", "µs", "p20-p80"]
-    return aligned([head, *([entry["name"], *micro(entry)] for entry in record["launches"])], 1)
+def _checks(record: Any) -> list[str]:
+    """What the tests and the sanitizer said; records of before the CUDA engine have no sanitizer."""
+    tests, sanitizer = record["tests"], record.get("sanitizer")
+    lines = ["tests:   not run"]
+    if tests is not None:
+        said = f"{tests['passed']} passed, {tests['failed']} failed in {tests['seconds']:.0f} s"
+        lines = [f"tests:   {said}{'' if tests['ok'] else '  FAILED'}"]
+    if sanitizer is not None:
+        runs = [f"{run['name']} {run['outcome']} in {run['seconds']:.0f} s" for run in sanitizer["runs"]]
+        said = ", ".join(runs + ([] if sanitizer["reason"] is None else [sanitizer["reason"]]))
+        lines.append(f"sanitizer: {said}{'' if sanitizer['ok'] else '  FAILED'}")
+    elif "sanitizer" in record:
+        lines.append("sanitizer: not run")
+    return lines
 
 
-def _first_runs(record: Any) -> Iterator[str]:
+def _first_runs(cells: list[Any]) -> list[str]:
     """How long it takes until a candidate is ready and has run once: packing, compiling and tuning."""
-    yield "first run, with all that is made for it, in seconds:"
-    for cell in record["cells"]:
-        runs = ", ".join(f"{run['name']} {run['first_seconds']:.1f}" for run in cell["runs"])
-        yield f"  {' '.join(values(cell))}: {runs or '-'}"
-
-
-def _engine(cell: Any, bandwidth: float) -> list[str]:
-    engine, moved = cell["engine"], cell["engine"]["bytes_per_step"]
-    parts = [(part["name"], part, part["bytes"], part["bytes_per_second"]) for part in engine["operations"]]
-    parts += [(f"step, {part['name']}", part, moved, moved / part["median"]) for part in engine["steps"]]
-    rows = [["", "µs", "p20-p80", "MB", "GB/s", "of limit"]]
-    for name, part, size, rate in parts:
-        share = f"{100 * rate / bandwidth:.1f}%"
-        rows.append([name, *micro(part), f"{size / 1e6:.3f}", f"{rate / 1e9:.1f}", share])
-    head = f"kernels of {title(cell['label'])}; {short(engine['launches_per_token'])} launches a token"
-    return [head, *aligned(rows, 1), *(f"FAILED step, {reason}" for reason in engine["failed"])]
+    runs = [", ".join(f"{run['name']} {run['first_seconds']:.1f}" for run in cell["runs"]) for cell in cells]
+    lines = [f"  {values(cell, ' ')}: {said or '-'}" for cell, said in zip(cells, runs, strict=True)]
+    return ["first run, with all that is made for it, in seconds:", *lines]
 
 
 def comparison(record: Any, bandwidth: float) -> list[str]:
-    """How many times as fast as each other candidate the CUDA engine is, round by round, and its step beside the time
-    that memory takes; empty if the engine has not run. bandwidth: measured, in bytes per second."""
-    rows = []
+    """Returns how many times as fast as each other candidate the CUDA engine is, round by round, and its step beside
+    what memory takes for the block's weights and for all bytes, and how many times that the step is; nothing if the
+    engine has not run. bandwidth: measured, in bytes per second."""
     cells = [cell for cell in record["cells"] if any(run["name"] == CUDA for run in cell["runs"])]
     others = dict.fromkeys(run["name"] for cell in cells for run in cell["runs"] if run["name"] != CUDA)
+    rows = []
     for cell in cells:
-        samples = {run["name"]: run["seconds"] for run in cell["runs"]}
-        medians = [ratio(samples[name], samples[CUDA])["median"] if name in samples else None for name in others]
-        ratios = ["-" if median is None else f"{median:.2f}x" for median in medians]
-        rows.append([" ".join(values(cell)), *ratios, *_beside_memory(cell, bandwidth)])
-    if not rows:
-        return []
-    memory = ["step µs", "weights µs", "of that", "all bytes µs", "of that"]
-    return ["the CUDA engine: times as fast as", *aligned([["", *others, *memory], *rows], 1)]
+        samples, cuda = {run["name"]: run["seconds"] for run in cell["runs"]}, cell.get("cuda") or {}
+        times = {name: f"{ratio(samples[name], samples[CUDA])['median']:.2f}x" for name in others if name in samples}
+        row: dict[str, Any] = {**times, "cell": values(cell, " "), **cuda.get("step", {})}
+        if "step" in cuda:
+            for name, moved in (("weights", cell["work"]["weight_bytes"]), ("bytes", cuda["bytes_per_step"])):
+                row[name] = (1e6 * moved / bandwidth, row["median"] * bandwidth / moved)
+        rows.append(row)
+    columns = " | ".join([": {cell}", *(f"{name}: {{{name}}}" for name in others), MEMORY])
+    return ["the CUDA engine: times as fast as", *table(columns, rows)] if rows else []
 
 
-def _beside_memory(cell: Any, bandwidth: float) -> list[str]:
-    """A step; what memory takes for the block's weights and for all bytes, and how many times that the step is."""
-    step = ((cell.get("cuda") or {}).get("step") or {}).get("median")
-    if step is None:
-        return ["-"] * 5
-    found = [f"{1e6 * step:.2f}"]
-    for moved in (cell["work"]["weight_bytes"], cell["cuda"]["bytes_per_step"]):
-        least = moved / bandwidth
-        found += [f"{1e6 * least:.2f}", f"{step / least:.2f}x"]
-    return found
+def _engine(cell: Any, bandwidth: float) -> list[str]:
+    """What each kernel of the Triton engine takes, and its step with and without PDL."""
+    engine, moved = cell["engine"], cell["engine"]["bytes_per_step"]
+    steps = [{**step, "name": f"step, {step['name']}", "bytes": moved} for step in engine["steps"]]
+    parts = [{**part, "bytes_per_second": part["bytes"] / part["median"]} for part in [*engine["operations"], *steps]]
+    figures = [{"megabytes": part["bytes"] / 1e6, "of_limit": part["bytes_per_second"] / bandwidth} for part in parts]
+    rows = [{**part, **more} for part, more in zip(parts, figures, strict=True)]
+    head = f"kernels of {title(cell['label'])}; {short(engine['launches_per_token'])} launches a token"
+    return [head, *table(OPERATIONS, rows), *(f"FAILED step, {reason}" for reason in engine["failed"])]
 
 
 def inside(cell: Any) -> list[str]:
-    """What each phase of the CUDA engine's step takes, in a cell with "cuda"."""
+    """Returns what each phase of the CUDA engine's step takes, in a cell with "cuda"."""
     cuda = cell["cuda"]
     counts = f"{cuda['barriers_per_token']} barriers a token, {cuda['launches_per_pass']} launches a pass"
     head = f"inside the CUDA engine of {title(cell['label'])}; {counts}"
     if cuda["failed"]:
         return [head, *(f"FAILED {reason}" for reason in cuda["failed"])]
-    whole, barriers = cuda["step"], cuda["barriers"]
-    parts = [("step", whole), *((f"{phase['name']}, saved without it", phase) for phase in cuda["phases"])]
-    rows = [["", "µs", "p20-p80", "of step"]]
-    for name, part in [*parts, ("step of barriers and weights alone", barriers)]:
-        rows.append([name, *micro(part), f"{100 * part['median'] / whole['median']:.1f}%"])
-    each = 1e6 * barriers["median"] / cuda["barriers_per_token"]
-    rows.append(["the same for each barrier", f"{each:.2f}", "", ""])
-    return [head, *aligned(rows, 1)]
+    parts = [{**cuda["step"], "name": "step"}]
+    parts += [{**phase, "name": f"{phase['name']}, saved without it"} for phase in cuda["phases"]]
+    parts += [{**cuda["barriers"], "name": "step of barriers and weights alone"}]
+    rows = [{**part, "of_step": part["median"] / cuda["step"]["median"]} for part in parts]
+    each = {"name": "the same for each barrier", "median": cuda["barriers"]["median"] / cuda["barriers_per_token"]}
+    return [head, *table(PHASES, [*rows, each], missing="")]
 
 
 def lines(record: Any) -> list[str]:
-    found = [*cells_table(record), "", _tests(record), *_sanitizer(record)]
+    """Returns the whole table."""
+    cells, bandwidth = record["cells"], record["limits"]["copy_bandwidth"][0]["bytes_per_second"]
+    found = [*cells_table(record), "", *_checks(record)]
     found += [f"{entry['name']}:    left out: {entry['reason']}" for entry in record.get("left_out", [])]
-    found += [*(f"FAILED {failure}" for failure in record["failures"]), "", *_launches(record)]
-    found += ["", *_first_runs(record)]
-    bandwidth = record["limits"]["copy_bandwidth"][0]["bytes_per_second"]
-    compared = comparison(record, bandwidth)
-    found += ["", *compared] if compared else []
-    for cell in record["cells"]:
-        if cell.get("engine"):
-            found += ["", *_engine(cell, bandwidth)]
-        if cell.get("cuda"):
-            found += ["", *inside(cell)]
-    return found
+    found += [f"FAILED {failure}" for failure in record["failures"]]
+    launches = table(f"empty dependent launch{MICRO}", record["launches"])
+    parts = [launches, _first_runs(cells), comparison(record, bandwidth)]
+    for cell in cells:
+        parts += [_engine(cell, bandwidth)] if cell.get("engine") else []
+        parts += [inside(cell)] if cell.get("cuda") else []
+    return [*found, *(line for part in parts if part for line in ("", *part))]
 
 
 def failures(record: Any) -> list[str]:
-    """What of the tests, of the sanitizer and inside the engines went wrong."""
+    """Returns what of the tests, of the sanitizer and inside the engines went wrong."""
     found = []
     if any((cell.get(part) or {}).get("failed") for cell in record["cells"] for part in ("engine", "cuda")):
         found.append("an engine's step went wrong and was not timed")

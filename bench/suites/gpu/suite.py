@@ -15,23 +15,10 @@ from tarflow_fast.devices import device_missing
 from ...common import limits, options
 from ...common.harness import Clock, Rounds, failed_check, in_a_line, measure_cell, unmeasured
 from ...common.ml_tarflow import MlTarflow
-from ...common.record import Cell, Limits, short
+from ...common.record import Cell, Limits, values
 from ...common.suite import Suite
-from . import checks, report
-from .cases import (
-    BACKEND,
-    BASELINE,
-    CASES,
-    COMPILED,
-    CUDA,
-    DTYPE,
-    TORCH,
-    Case,
-    Inputs,
-    densities,
-    exact_images,
-    samplers,
-)
+from . import cases, checks, report
+from .cases import BASELINE, COMPILED, CUDA, DTYPE, Case, Inputs, densities, exact_images, samplers
 
 T = TypeVar("T")
 TESTS_SHARE = 0.4  # of the budget, after which the tests are stopped
@@ -60,17 +47,8 @@ class Budget:
         self.longest[what] = max(seconds, self.longest.get(what, 0.0))
 
     def allows(self, what: str, share: float = 1.0) -> bool:
-        """Whether the longest of its kind would fit in this share of what is left (the first needs only a start)."""
+        """Tells whether the longest of its kind would fit in this share of what is left; the first needs no room."""
         return share * self.left() > self.longest.get(what, 0.0)
-
-
-def _without_cuda(device: torch.device, sanitizer: dict[str, Any] | None) -> str | None:
-    """Why the CUDA engine does not take part, or None. sanitizer: of the record. A kernel that hangs or writes where it
-    should not would cost the whole run: what a process of its own did not survive is not tried here."""
-    runs = [] if sanitizer is None else sanitizer["runs"]
-    if any(run["name"] == checks.PLAIN and run["outcome"] != "ok" for run in runs):
-        return "a small run of it went wrong, see the sanitizer's"
-    return cuda_missing(device, DTYPE)
 
 
 def _cases(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> list[Case]:
@@ -81,16 +59,17 @@ def _cases(context: click.Context, parameter: click.Parameter, texts: tuple[str,
 
 
 def _device(dry: bool) -> torch.device:
-    """Where to measure. Raises click.ClickException where that cannot be had, with the mend."""
+    """Returns where to measure. Raises click.ClickException where that cannot be had, with the mend."""
     missing = device_missing("cuda")
     if missing is not None and not dry:
         raise click.ClickException(f"there is no GPU to measure: {missing}; --dry tries the suite itself on the CPU")
     from tarflow_fast.kernels.launch import interpreting
 
-    if dry != interpreting():
-        mend = "set TRITON_INTERPRET=1, which Triton reads when it is imported" if dry else "unset TRITON_INTERPRET"
-        where = "runs" if dry else "does not run"
-        raise click.ClickException(f"{'--dry' if dry else 'bench gpu'} {where} kernels in Triton's interpreter: {mend}")
+    if dry and not interpreting():
+        mend = "set TRITON_INTERPRET=1, which Triton reads when it is imported"
+        raise click.ClickException(f"--dry runs kernels in Triton's interpreter: {mend}")
+    if interpreting() and not dry:
+        raise click.ClickException("bench gpu does not run kernels in Triton's interpreter: unset TRITON_INTERPRET")
     return torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
 
 
@@ -123,36 +102,46 @@ class GpuSuite(Suite[Case]):
     name = "gpu"
     baseline = BASELINE
     options = (
-        options.checkout(),
+        options.CHECKOUT,
         options.option(
-            *("--cell", "cases"), multiple=True, default=CASES, show_default="all below",
-            callback=_cases, metavar="MODEL:BATCH:PASS", help=CELL,
+            "--cell",
+            "cases",
+            multiple=True,
+            default=cases.CASES,
+            show_default="all below",
+            callback=_cases,
+            metavar="MODEL:BATCH:PASS",
+            help=CELL,
         ),
         options.option("--skip-tests", is_flag=True, help="Run neither the GPU's tests nor the sanitizer first."),
         options.option("--dry", is_flag=True, help=DRY),
         *options.of_every_suite("gpu", 540.0, BUDGET),
-    )  # fmt: skip
+    )
 
     def prepare(self) -> None:
         chosen = self.chosen
         self.device = _device(chosen.dry)
         self.ml_tarflow, self.budget = MlTarflow.load(chosen.checkout), Budget(chosen.budget)
+        self.without_cuda = cuda_missing(self.device, DTYPE)  # why the CUDA engine does not take part
         self.tests = self.sanitizer = None
         if not chosen.skip_tests:
             self.tests = checks.run_tests(TESTS_SHARE * chosen.budget)
-        if not (chosen.dry or chosen.skip_tests) and cuda_missing(self.device, DTYPE) is None:
+        if not (chosen.dry or chosen.skip_tests) and self.without_cuda is None:
             self.sanitizer = checks.run_sanitizer(SANITIZER_SHARE * chosen.budget)
-        self.without_cuda = _without_cuda(self.device, self.sanitizer)
+            # A kernel that hangs or writes where it should not would cost the whole run: what a process of its own did
+            # not survive is not tried here.
+            if any(run["name"] == checks.PLAIN and run["outcome"] != "ok" for run in self.sanitizer["runs"]):
+                self.without_cuda = "a small run of it went wrong, see the sanitizer's"
         self.compiled: set[str] = set()  # models that the compiled torch backend has been measured on
         self.noted: list[str] = []  # the record's "failures"
         self.left = len(chosen.cases)  # cases
 
     def settings(self) -> dict[str, Any]:
         found = {"device": self.device.type, "dry": self.chosen.dry, "dtype": str(DTYPE).removeprefix("torch.")}
-        return {**found, "backend": BACKEND, "solver": "sequential"}
+        return {**found, "backend": cases.BACKEND, "solver": "sequential"}
 
     def parts(self) -> dict[str, Any]:
-        """The checks before, empty launches, and the candidates that take no part at all. Sampling cells have
+        """Returns the checks before, empty launches, and the candidates that take no part at all. Sampling cells have
         "engine" (`inside.measure_engine`) and "cuda" (`inside.measure_cuda`) or None."""
         from . import inside  # it needs Triton: see `_device`
 
@@ -173,32 +162,31 @@ class GpuSuite(Suite[Case]):
         return None if self.budget.allows(case.kind) else "budget"
 
     def guard(self, what: str, run: Callable[[], T]) -> T | None:
-        """What `run` returns. A failure is noted instead: it must not cost the rest of the run, whose minutes on a GPU
-        are dear."""
+        """Returns what `run` returns. A failure is noted instead: it must not cost the rest of the run, whose minutes
+        on a GPU are dear."""
         try:
             return run()
         except Exception as error:
             self.noted.append(f"{what}: {in_a_line(error)}")
             return None
 
-    def measure(self, case: Case) -> Cell:
-        started = time.monotonic()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the next case has other sizes
-        what = self._density if case.kind == "density" else self._sampling
-        label, seed = " ".join(map(short, case.label.values())), self.chosen.seed
-        cell = self.guard(label, lambda: what(case, Inputs.of(case, self.device, seed)))
-        cell = cell or unmeasured(case, failed_check("see the failures below"))
-        compiling = sum(run["first_seconds"] for run in cell["runs"] if run["name"] == COMPILED)
-        self.budget.note(COMPILED, compiling)
-        self.budget.note(case.kind, time.monotonic() - started - compiling)
-        return cell
-
     @property
     def rounds(self) -> Rounds:
         """For one case: an equal part of what is left."""
         seconds = max(0.0, self.budget.left()) / (self.left + 1)
         return Rounds(self.chosen.repeat, seconds, self.device)
+
+    def measure(self, case: Case) -> Cell:
+        started = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next case has other sizes
+        what = self._density if case.kind == "density" else self._sampling
+        cell = unmeasured(case, failed_check("see the failures below"))
+        cell = self.guard(values(cell, " "), lambda: what(case, Inputs.of(case, self.device, self.chosen.seed))) or cell
+        compiling = sum(run["first_seconds"] for run in cell["runs"] if run["name"] == COMPILED)
+        self.budget.note(COMPILED, compiling)
+        self.budget.note(case.kind, time.monotonic() - started - compiling)
+        return cell
 
     def _cell(self, case: Case, candidates: Any, rounds: Rounds, **how: Any) -> Any:
         return measure_cell(case, candidates, rounds, all_or_none=False, baseline_share=BASELINE_SHARE, **how)
@@ -215,7 +203,7 @@ class GpuSuite(Suite[Case]):
         self.compiled.add(case.config)
         part = {"compiled": why is None, "cuda": self.without_cuda is None}
         candidates = samplers(case, inputs, self.ml_tarflow, self.device, **part)
-        how: dict[str, Any] = {"exact": exact, "yardstick": (TORCH, DTYPE), "slack": SLACK}
+        how: dict[str, Any] = {"exact": exact, "yardstick": (cases.TORCH, DTYPE), "slack": SLACK}
         cell = self._cell(case, candidates, self.rounds.share(1 - 2 * INSIDE_SHARE), **how)
         if why is not None:
             cell["left_out"].append({"name": COMPILED, "reason": why})
@@ -226,7 +214,7 @@ class GpuSuite(Suite[Case]):
         return cell
 
     def _density(self, case: Case, inputs: Inputs) -> Any:
-        """The cell of a density case, whose results are taken in units of the exact ones."""
+        """Returns the cell of a density case, whose results are taken in units of the exact ones."""
         assert self.ml_tarflow is not None
         exact, candidates = densities(case, inputs, self.ml_tarflow, self.device)
         how: dict[str, Any] = {"view": lambda result: result / exact, "tolerance": DENSITY_TOLERANCE}

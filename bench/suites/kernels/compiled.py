@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass
 
 from ...common.models import MODELS
+from .linted import faults
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes for one program, by architecture
 REGISTERS = 65536  # of a multiprocessor
@@ -15,8 +16,8 @@ SIZES = {name: MODELS[name] for name in NAMES}  # of the models whose kernels ar
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers are those of a thread. stack is the bytes of spilled ones, of which may_spill are no fault. shared is
-    the bytes for one program, which has so many warps."""
+    """A compiled kernel uses registers of a thread, bytes of a stack for those spilled, of which may_spill are no
+    fault, and bytes of shared memory for one program of so many warps. findings: those of `lint.py`."""
 
     kernel: str
     architecture: int
@@ -26,6 +27,7 @@ class Compiled:
     stack: int
     shared: int
     may_spill: int = 0
+    findings: tuple[str, ...] = ()
 
     @property
     def fault(self) -> str | None:
@@ -36,11 +38,11 @@ class Compiled:
             return f"wants {registers} registers, there are {REGISTERS}"
         if self.shared > SHARED_LIMIT[self.architecture]:
             return f"wants {self.shared} bytes of shared memory, there are {SHARED_LIMIT[self.architecture]}"
-        return None
+        return next(iter(faults(self.findings)), None)
 
 
 def resource_usage(path: str) -> str:
-    """What `cuobjdump`, which comes with Triton, says of a compiled file."""
+    """Returns what `cuobjdump`, which comes with Triton, says of a compiled file."""
     import triton
 
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]

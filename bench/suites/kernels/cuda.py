@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from types import MappingProxyType
 
 import torch
 
@@ -24,14 +26,18 @@ RESERVED = {80: 0, 90: 1024, 100: 1024}  # shared memory that cuobjdump counts, 
 
 
 def module_path() -> str | None:
-    """Where the compiled module is, or None where it was not built."""
+    """Returns where the compiled module is, or None where it was not built."""
     found = find_spec("tarflow_fast._cuda")
     return None if found is None else found.origin
 
 
-def survey(usage: str, architectures: Collection[int]) -> Iterator[Compiled]:
-    """usage: of the module, as cuobjdump prints it. Raises BackendError if a model's launch does not fit an
-    architecture."""
+Findings = Mapping[tuple[int, str], tuple[str, ...]]
+NO_FINDINGS: Findings = MappingProxyType({})
+
+
+def survey(usage: str, architectures: Collection[int], findings: Findings = NO_FINDINGS) -> Iterator[Compiled]:
+    """Yields what each instance uses. usage: of the module, as cuobjdump prints it. findings: see
+    `linted.cuda_findings`. Raises BackendError if a model's launch does not fit an architecture."""
     architecture, kernel = 0, ""
     for line in usage.splitlines():
         if found := re.match(r"arch = sm_(\d+)", line):
@@ -39,7 +45,8 @@ def survey(usage: str, architectures: Collection[int]) -> Iterator[Compiled]:
         elif found := re.match(r" Function (\w+):", line):
             kernel = found[1]
         elif "REG:" in line and architecture in architectures:
-            yield _row(architecture, kernel, {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", line)})
+            row = _row(architecture, kernel, {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", line)})
+            yield replace(row, findings=findings.get((architecture, kernel), ()))
 
 
 def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
@@ -61,7 +68,7 @@ def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
 
 
 def dynamic_bytes(model: str, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
-    """The bytes of shared memory that a launch of this instance asks for."""
+    """Returns the bytes of shared memory that a launch of this instance asks for."""
     shape, limit = SIZES[model].block_shape, SHARED_LIMIT[architecture]
     jobs, blocks = _division(model, architecture)
     sizes = {"rows": rows, "most_rows": rows, "warps": warps, "jobs": jobs, "blocks": blocks, "shared_bytes": limit}
@@ -70,7 +77,7 @@ def dynamic_bytes(model: str, dtype: torch.dtype, rows: int, warps: int, archite
 
 @cache
 def _division(model: str, architecture: int) -> tuple[int, int]:
-    """The most that a block fetches, and how many blocks there are."""
+    """Returns the most that a block fetches, and how many blocks there are."""
     shape = SIZES[model].block_shape
     sizes, blocks = linear_sizes(shape), grid_blocks(shape, MULTIPROCESSORS[architecture])
     return fetches(sizes, share(sizes, blocks), slot_inputs(shape)).shape[1], blocks

@@ -9,8 +9,9 @@ import click
 
 from ...common import options
 from ...common.suite import Suite
-from . import cuda
+from . import cuda, linted
 from .compiled import Compiled, resource_usage
+from .linted import cuda_findings
 
 ARCHITECTURES = ("80", "90", "100")
 EVERY = "All shapes and all tiles that there are to choose from: some 20 minutes."
@@ -19,21 +20,22 @@ EVERY = "All shapes and all tiles that there are to choose from: some 20 minutes
 def kernels(architectures: tuple[str, ...], only: str | None, every: bool) -> None:
     """Compile the Triton kernels as the engine would, and look into the CUDA engine's as built, without a GPU.
 
-    Prints registers, spilled bytes and shared memory of each. Exit code 1 if a kernel spills, or wants more registers
-    or shared memory than the architecture has. Triton's by default for typical shapes, in the tiles of first choice;
-    CUDA's with the shared memory that the most demanding of the bench's models asks for.
+    Prints registers, spilled bytes and shared memory of each. Exit code 1 if a kernel spills, wants more registers or
+    shared memory than the architecture has, or breaks a rule of `lint.py`. Triton's by default for typical shapes, in
+    the tiles of first choice; CUDA's with the shared memory that the most demanding of the bench's models asks for.
     """
     faults = 0
     click.echo(f"{'kernel':<28}{'sm':>4}{'registers':>11}{'spilled':>9}{'shared':>9}  tile")
     for row in _rows(only, list(map(int, architectures)), every):
         mark = "" if row.fault is None else f"  FAULT: {row.fault}"
+        mark += "".join(f"\n    later: {each}" for each in row.findings if each not in linted.faults(row.findings))
         faults += row.fault is not None
         click.echo(
             f"{row.kernel:<28}{row.architecture:>4}{row.registers:>11}{row.stack:>9}{row.shared:>9}  "
             f"{row.tile} warps={row.warps}{mark}"
         )
     if faults:
-        raise click.ClickException(f"{faults} kernels spill or do not fit")
+        raise click.ClickException(f"{faults} kernels spill, do not fit or break a rule")
 
 
 def _rows(only: str | None, architectures: list[int], every: bool) -> Iterator[Compiled]:
@@ -52,14 +54,14 @@ def _rows(only: str | None, architectures: list[int], every: bool) -> Iterator[C
             return
         if path is None:
             raise click.ClickException("the CUDA engine was not built here; csrc/README.md says when it is")
-        rows = list(cuda.survey(resource_usage(path), architectures))
+        rows = list(cuda.survey(resource_usage(path), architectures, cuda_findings(path)))
         for absent in sorted(set(architectures) - {row.architecture for row in rows}):
             click.echo(f"CUDA: not built for {absent}")
         yield from rows
 
 
 class KernelsSuite(Suite[None]):
-    """Kernels are compiled and looked at; nothing is timed, and no record is left."""
+    """Kernels are compiled and looked at here; nothing is timed, and no record is left."""
 
     name = "kernels"
 

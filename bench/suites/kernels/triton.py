@@ -27,6 +27,7 @@ from tarflow_fast.kernels.affine_density import density_backward, density_forwar
 from tarflow_fast.kernels.launch import Launch, recording
 
 from .compiled import SIZES, Compiled, resource_usage
+from .linted import triton_findings
 
 FIRST_WITH_PDL = 90
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
@@ -34,7 +35,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 @dataclass(frozen=True)
 class Case:
-    """What an engine is asked for: a model's block, so many images and tokens at once."""
+    """A case is what an engine is asked for: a model's block, so many images and tokens at once."""
 
     model: str
     batch: int
@@ -43,7 +44,7 @@ class Case:
     dtype: torch.dtype
 
     def launches(self, every: bool, pdl: bool) -> list[Launch]:
-        """The launches of one pass; every: under all tiles to choose from, not those of first choice alone."""
+        """Returns the launches of one pass; every: under all tiles to choose from, not those of first choice alone."""
         config = SIZES[self.model]
         with torch.device("meta"):
             weights = TarFlow.from_config(config).block_weights(0)
@@ -54,7 +55,7 @@ class Case:
 
 
 def density_launches() -> list[Launch]:
-    """The launches of the density pass of every model, there and back, in weights of either precision."""
+    """Returns the launches of the density pass of every model, there and back, in weights of either precision."""
     with recording() as launches:
         for config, dtype in itertools.product(SIZES.values(), (HALF, FULL)):
             sizes = (2, config.num_patches, config.token_dim)
@@ -84,7 +85,8 @@ WHOLE = [
 
 
 def source(launch: Launch) -> ASTSource:
-    """What Triton's own launch would make of these arguments: a size of 1 is compiled in, and a divisibility by 16."""
+    """Returns what Triton's own launch would make of these arguments: a size of 1 is compiled in, and a divisibility by
+    16."""
     signature: dict[str, str] = {}
     constants: dict[str, object] = dict(launch.constants)
     attributes: dict[tuple[int, ...], Any] = {}
@@ -109,6 +111,7 @@ def compile_for(launch: Launch, architecture: int) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = resource_usage(file.name)
+        findings = triton_findings(file.name, kernel.asm["ptx"], launch.pdl)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     numbers = {name: value for name, value in launch.constants.items() if isinstance(value, (int, str))}
     tile = " ".join(f"{name}={value}" for name, value in numbers.items() if name not in ("EPS", "PDL", "PREFETCH"))
@@ -120,11 +123,12 @@ def compile_for(launch: Launch, architecture: int) -> Compiled:
         found["REG"],
         found["STACK"] + found["LOCAL"],
         kernel.metadata.shared,
+        findings=findings,
     )
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """One of each that compile to the same."""
+    """Returns one of each that compile to the same."""
     found: dict[str, Launch] = {}
     for launch in launches:
         types = [

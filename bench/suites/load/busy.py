@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 from tarflow_fast import TarFlowError
+
+from ...common.harness import wall
 
 # The loop ends with the process that started it, however that ends: nobody else holds the other end of its standard
 # input, which the system then closes. Ctrl-C, which reaches the loop too, ends it without a traceback.
@@ -33,28 +35,22 @@ _CALIBRATION = 200_000  # iterations whose time gives the rate of `spin`
 
 
 @contextmanager
-def _loop() -> Iterator[subprocess.Popen[bytes]]:
-    # In this session: on Linux the processes of another one are a scheduling group with a share of its own.
-    command = [sys.executable, "-I", "-S", "-c", _LOOP]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-@contextmanager
 def busy_processes(count: int) -> Iterator[list[int]]:
     """`count` processes, each of one thread that never waits, spin while the context lasts; yields their numbers.
 
     All of them spin when it is entered, and none is left when it is gone, be it by an exception, Ctrl-C or the end of
     this process. Raises TarFlowError where a process cannot be started.
     """
+    # They stay in this session: on Linux the processes of another are a scheduling group with a share of its own.
+    command = [sys.executable, "-I", "-S", "-c", _LOOP]
     with ExitStack() as stack:
-        processes = [stack.enter_context(_loop()) for _ in range(count)]
+        processes: list[subprocess.Popen[bytes]] = []
+        for _ in range(count):
+            process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            processes.append(process)
         for process in processes:
-            assert process.stdout is not None
-            if process.stdout.read(1) != b"x":
+            if process.stdout is None or process.stdout.read(1) != b"x":
                 raise TarFlowError("a process that was to keep a core busy has ended")
         if count:
             time.sleep(SETTLE)
@@ -62,7 +58,7 @@ def busy_processes(count: int) -> Iterator[list[int]]:
 
 
 def fair_slowdown(threads: int, busy: int, cores: int) -> float:
-    """max(1, (t + n) / c): how many times as long t <= c threads take beside n busy processes on c cores.
+    """Returns max(1, (t + n) / c): how many times as long t <= c threads take beside n busy processes on c cores.
 
     On a quiet machine each of the t threads has a core. Beside n threads that never wait, t + n share c cores, and a
     fair scheduler gives each of them the part min(1, c / (t + n)) of a core. A task whose threads all work all the time
@@ -74,26 +70,13 @@ def fair_slowdown(threads: int, busy: int, cores: int) -> float:
 
 
 def spin(threads: int, iterations: int) -> None:
-    """The yardstick: so many threads work side by side without the GIL, without memory, and never wait for each other.
-
-    Returns when the last of them has made `iterations` rounds of a hash.
-    """
-
-    def work() -> None:
-        hashlib.pbkdf2_hmac("sha256", b"yardstick", b"", iterations)
-
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    """Makes so many rounds of a hash in each thread, the yardstick: the threads work side by side without the GIL,
+    without memory, and never wait for each other."""
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(threads):
+            pool.submit(hashlib.pbkdf2_hmac, "sha256", b"yardstick", b"", iterations)
 
 
 def spin_rate() -> float:
-    """Iterations that one thread of `spin` makes in a second: the best of three."""
-    times = []
-    for _ in range(3):
-        before = time.perf_counter()
-        spin(1, _CALIBRATION)
-        times.append(time.perf_counter() - before)
-    return _CALIBRATION / min(times)
+    """Returns the rounds that one thread of `spin` makes in a second: the best of three."""
+    return _CALIBRATION / min(wall(lambda: spin(1, _CALIBRATION)) for _ in range(3))

@@ -13,20 +13,35 @@ from typing import Any
 
 import click
 
+from tarflow_fast.devices import torch_threads
+
 from ...common import harness, options, plot
 from ...common.harness import Rounds
-from ...common.machine import CPU, cores, torch_threads
+from ...common.machine import CPU, cores
 from ...common.models import DENSITIES
 from ...common.record import Cell, counted, hardware
 from ...common.suite import Suite
-from ...common.table import aligned, row
+from ...common.table import table
 from .busy import busy_processes, fair_slowdown, spin, spin_rate
 from .tasks import TASKS, Inputs, Run
 
 TARGET = 1.5  # times the fair share, at most
 SAMPLE = 0.2  # seconds that a sample takes at least on a quiet machine: many turns of the scheduler
 DENSITY_HELP = "Backend of denoising and densities that the library is called with; the commands choose their own."
-BUSY: dict[str, Any] = {"metavar": "N", "show_default": "as many as there are cores"}
+BUSY_HELP = "The number of busy processes."
+COLUMNS = (
+    "task: {task} | threads: {threads} | quiet: {quiet} | busy: {busy[median]:.4g} | n: {n} | "
+    "slowdown: {slowdown[median]:.2f} | p20-p80: {slowdown[p20]:.2f}-{slowdown[p80]:.2f} | fair: {share:.2f} | "
+    "spin: {spin[median]:.2f} | / fair: {over_fair:.2f} | / spin: {over_spin[median]:.2f} | max error: {error}"
+)
+LEGEND = """\
+quiet, busy: seconds of one call, medians. slowdown: busy / quiet, round by round. fair: max(1, (t + n)/c) of t threads
+beside n busy processes on c cores. spin: slowdown of as many threads that never wait for each other, measured in the
+same rounds. / fair, / spin: slowdown over these two. max error: between quiet and busy results."""
+MARKS = (  # a run, how far beside its number of threads it is drawn, and how
+    ("spin busy", 0.06, "#2f9457", "^", "threads that never wait"),
+    ("busy", -0.06, "#1f6fb4", "o", "the task"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,20 +56,9 @@ class Case:
         return dict(vars(self))
 
 
-def beside(busy: int, run: Callable[[], object]) -> float:
-    """The seconds of `run` beside so many busy processes, which start before it and end after it."""
-    with busy_processes(busy):
-        return harness.wall(run)
-
-
-def repeated(run: Callable[[], object], calls: int) -> None:
-    for _ in range(calls):
-        run()
-
-
 def load_runs(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """The "runs" of a cell, from seconds of one call by "quiet", "busy", "spin quiet", "spin busy". The busy ones have
-    a "slowdown" in place of a "ratio": busy / quiet, round by round."""
+    """Returns the "runs" of a cell, from seconds of one call by "quiet", "busy", "spin quiet", "spin busy". The busy
+    ones have a "slowdown" in place of a "ratio": busy / quiet, round by round."""
     runs = [harness.timed(name, seconds) for name, seconds in samples.items()]
     for run in runs:
         if run["name"].endswith("busy"):
@@ -63,7 +67,7 @@ def load_runs(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def measure(run: Run, threads: int, tolerance: float, busy: int, available: int, rate: float, rounds: Rounds) -> Any:
-    """A cell without its label. available: cores. rate: see `spin_rate`. rounds: their times are those of `beside`, as
+    """Returns a cell without its label. available: cores. rate: see `spin_rate`. rounds: timed by `own_time`, as
     starting the processes is no part of a task.
 
     fair: `busy.fair_slowdown`; over_fair: the median slowdown over that; over_spin: its spread over the yardstick's,
@@ -71,9 +75,18 @@ def measure(run: Run, threads: int, tolerance: float, busy: int, available: int,
     same turns of the scheduler.
     """
 
+    def beside(count: int, task: Callable[[], Any]) -> float:
+        """Returns the seconds of a task beside so many busy processes."""
+        with busy_processes(count):
+            return harness.wall(task)
+
     def loaded() -> Any:
         with busy_processes(busy):
             return run()
+
+    def repeated() -> None:
+        for _ in range(calls):
+            run()
 
     _, check = harness.admit_all({"quiet": lambda: run, "busy": lambda: loaded}, tolerance=tolerance)
     cell: dict[str, Any] = {"check": check, "fair": fair_slowdown(threads, busy, available), "runs": []}
@@ -81,16 +94,14 @@ def measure(run: Run, threads: int, tolerance: float, busy: int, available: int,
         return cell
     once = harness.wall(run)
     calls = math.ceil(SAMPLE / once)
-    candidates = {
-        "": functools.partial(repeated, run, calls),
-        "spin ": functools.partial(spin, threads, math.ceil(rate * calls * once)),
-    }
-    timed = {
-        f"{name}{state}": functools.partial(beside, count, candidate)
-        for state, count in (("quiet", 0), ("busy", busy))
-        for name, candidate in candidates.items()
-    }
-    samples = rounds.alternate(timed)
+    yardstick = functools.partial(spin, threads, math.ceil(rate * calls * once))
+    samples = rounds.alternate(
+        {
+            f"{name}{state}": functools.partial(beside, count, task)
+            for state, count in (("quiet", 0), ("busy", busy))
+            for name, task in (("", repeated), ("spin ", yardstick))
+        }
+    )
     cell["runs"] = load_runs({name: [each / calls for each in seconds] for name, seconds in samples.items()})
     slowdown, spun = (run["slowdown"] for run in cell["runs"] if "slowdown" in run)
     cell["over_fair"] = slowdown["median"] / cell["fair"]
@@ -99,37 +110,17 @@ def measure(run: Run, threads: int, tolerance: float, busy: int, available: int,
 
 
 def own_time(run: Callable[[], Any]) -> float:
-    """The seconds that `run` says itself."""
+    """Returns the seconds that `run` says itself."""
     return float(run())
 
 
-COLUMNS = {
-    "task": "{task}", "threads": "{threads}", "quiet": "{quiet:.4g}", "busy": "{busy:.4g}", "n": "{n}",
-    "slowdown": "{median:.2f}", "p20-p80": "{p20:.2f}-{p80:.2f}", "fair": "{fair:.2f}", "spin": "{spin:.2f}",
-    "/ fair": "{over_fair:.2f}", "/ spin": "{over_spin[median]:.2f}", "max error": "{max_error:.1e}",
-}  # fmt: skip
-LEGEND = """\
-quiet, busy: seconds of one call, medians. slowdown: busy / quiet, round by round. fair: max(1, (t + n)/c) of t threads
-beside n busy processes on c cores. spin: slowdown of as many threads that never wait for each other, measured in the
-same rounds. / fair, / spin: slowdown over these two. max error: between quiet and busy results."""
-MARKS = (  # a run, how far beside its number of threads it is drawn, and how
-    ("spin busy", 0.06, "#2f9457", "^", "threads that never wait"),
-    ("busy", -0.06, "#1f6fb4", "o", "the task"),
-)
-
-
-def _row(cell: Any) -> list[str]:
-    head = {**cell["label"], "max_error": cell["check"]["max_error"]}
+def _row(cell: Any) -> dict[str, Any]:
+    row = {**cell, **cell["label"], "max_error": cell["check"]["max_error"], "quiet": "FAILED"}
     if not cell["runs"]:
-        return row({**COLUMNS, "quiet": "FAILED", "fair": "-"}, head)
-    runs = {run["name"]: run for run in cell["runs"]}
-    medians = {"quiet": runs["quiet"]["median"], "busy": runs["busy"]["median"], "n": len(runs["busy"]["seconds"])}
-    spin = runs["spin busy"]["slowdown"]["median"]
-    return row(COLUMNS, {**cell, **head, **medians, **runs["busy"]["slowdown"], "spin": spin})
-
-
-def _named(cell: Cell) -> str:
-    return f"{cell['label']['task']} on {counted(cell['label']['threads'], 'thread')}"
+        return row
+    quiet, _, busy, spun = cell["runs"]
+    row |= {"quiet": f"{quiet['median']:.4g}", "busy": busy, "n": len(busy["seconds"]), "share": cell["fair"]}
+    return row | {"slowdown": busy["slowdown"], "spin": spun["slowdown"]}
 
 
 def _machine(settings: dict[str, Any]) -> str:
@@ -163,12 +154,12 @@ class Load(Suite[Case]):
     name = "load"
     baseline = "quiet"
     options = (
-        options.model(),
+        options.option("--model", "path", help=f"{options.MODEL_HELP}.", **options.MODEL),
         options.several("--task", "tasks", type=TASKS, default=tuple(TASKS), help="Tasks to be run"),
-        options.option("--batch", type=click.IntRange(1), default=80, help="The number of images of each task."),
+        options.count("--batch", "The number of images of each task.", default=80),
         options.option("--density", type=click.Choice(DENSITIES), default="auto", help=DENSITY_HELP),
-        options.option("--busy", type=click.IntRange(1), help="The number of busy processes.", **BUSY),
-        options.every_threads(),
+        options.count("--busy", BUSY_HELP, metavar="N", show_default="as many as there are cores"),
+        options.EVERY_THREADS,
         *options.of_every_suite("load", 120.0),
     )
 
@@ -196,28 +187,28 @@ class Load(Suite[Case]):
             how = (task.tolerance, self.chosen.busy, cores(), self.rate)
             return {"label": case.label, **measure(run, case.threads, *how, rounds)}
 
+    def called(self, cell: Cell) -> str:
+        return f"{cell['label']['task']} on {counted(cell['label']['threads'], 'thread')}"
+
     def lines(self, record: Any) -> list[str]:
         settings, cells = record["settings"], record["cells"]
-        timed = [cell for cell in cells if cell["runs"]]
-        missed = [
-            f"{_named(cell)} ({cell['over_fair']:.2f})" for cell in timed if cell["over_fair"] > settings["target"]
-        ]
-        verdict = f"target: at most {settings['target']:g} times the fair share, "
-        verdict += f"missed by {', '.join(missed)}" if missed else "met by all that was timed"
+        over = [(cell, cell["over_fair"]) for cell in cells if cell["runs"]]
+        missed = ", ".join(f"{self.called(cell)} ({times:.2f})" for cell, times in over if times > settings["target"])
+        verdict = f"missed by {missed}" if missed else "met by all that was timed"
         return [
             f"model:   {settings['model']}, batch {settings['batch']}, {settings['dtype']}, "
             f"density {settings['density']}; OMP_WAIT_POLICY {settings['omp_wait_policy'] or 'not set'}",
             f"load:    {_machine(settings)}; load average before that {record['machine']['load_average']}",
             "",
-            *aligned([list(COLUMNS), *map(_row, cells)], 1),
+            *table(COLUMNS, map(_row, cells)),
             "",
             *LEGEND.splitlines(),
-            verdict,
-            *(f"FAILED {_named(cell)}: {cell['check']['reason']}" for cell in cells if not cell["check"]["passed"]),
+            f"target: at most {settings['target']:g} times the fair share, {verdict}",
+            *self.failed(record),
         ]
 
     def figure(self, record: Any) -> plot.Figure:
-        """A panel for each task: slowdown by number of threads, points at the medians and lines from p20 to p80."""
+        """Returns a panel for each task: the slowdown by number of threads, with lines from p20 to p80."""
         settings, target = record["settings"], record["settings"]["target"]
         tasks = list(dict.fromkeys(cell["label"]["task"] for cell in record["cells"]))
         figure, panels = plot.grid(len(tasks), 3, (3.4, 3.0), (0.8, 1.3))
@@ -225,25 +216,22 @@ class Load(Suite[Case]):
         for axes, task in zip(panels, tasks, strict=True):
             cells = [cell for cell in record["cells"] if cell["label"]["task"] == task]
             counts, fair = [cell["label"]["threads"] for cell in cells], [cell["fair"] for cell in cells]
+            allowed = [target * each for each in fair]
             (handles["fair share"],) = axes.plot(counts, fair, "-_", color=plot.GREY, zorder=1)
             (handles[f"target, {target:g} times that"],) = axes.plot(
-                counts, [target * each for each in fair], "--_", color=plot.RED, linewidth=1, zorder=1
+                counts, allowed, "--_", color=plot.RED, linewidth=1, zorder=1
             )
             for name, offset, colour, marker, label in MARKS:
-                for cell in cells:
-                    for run in cell["runs"]:
-                        if run["name"] == name:
-                            place, slowdown = cell["label"]["threads"] + offset, run["slowdown"]
-                            axes.vlines(place, slowdown["p20"], slowdown["p80"], color=colour, zorder=2)
-                            (handles[label],) = axes.plot(place, slowdown["median"], marker, color=colour, zorder=3)
-            for cell in cells:
+                for threads, cell in zip(counts, cells, strict=True):
+                    for run in (run for run in cell["runs"] if run["name"] == name):
+                        handles[label] = plot.point(axes, threads + offset, run["slowdown"], colour, marker)
+            for threads, cell in zip(counts, cells, strict=True):
                 if not cell["runs"]:
-                    axes.annotate(plot.FAILED, (cell["label"]["threads"], 0), ha="center", color=plot.RED)
+                    plot.say_failed(axes, threads)
             axes.set_title(task, fontsize=11)
             axes.set_xlim(min(counts) - 0.5, max(counts) + 0.5)
             axes.set_ylim(bottom=0)
             plot.whole_numbers(axes)
-            plot.plain(axes)
         figure.supylabel("times as long as on the quiet machine", fontsize=10)
         plot.legend(figure, handles, 2)
         how = f"batch {settings['batch']}; torch {record['machine']['torch']}; median, line from p20 to p80"

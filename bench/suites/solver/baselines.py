@@ -6,6 +6,8 @@ knows which tokens are final, and neither states a residual: that of a `Solution
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from tarflow_fast.engine import BlockEngine, BlockState
@@ -15,12 +17,16 @@ from tarflow_fast.solvers import Solution
 CLAMP = 3.0  # what GS-Jacobi holds values to, so that its guesses cannot overflow
 
 
+def _ignored(tokens: int) -> None:
+    """Takes the place of a progress that nobody follows."""
+
+
 @torch.no_grad()
 def jacobi(engine: BlockEngine, state: BlockState, progress: Progress | None = None, *, threshold: float) -> Solution:
-    """x ← F(x) for all tokens at once, until no value of the whole batch moves by `threshold` or more.
+    """Iterates x ← F(x) for all tokens at once, until no value of the whole batch moves by `threshold` or more.
 
-    The stopping rule of selective Jacobi decoding (SeJD, arXiv 2505.24791), whose threshold is 0.5; in every block,
-    also where SeJD would choose the sequential pass. threshold: 0 gives T − 1 passes, and so the sequential result.
+    This is the stopping rule of selective Jacobi decoding (SeJD, arXiv 2505.24791), whose threshold is 0.5; in every
+    block, also where SeJD would choose the sequential pass. 0 gives T − 1 passes, and so the sequential result.
     """
     B, T, _ = state.x.shape
     passes, moving = 0, True
@@ -28,8 +34,7 @@ def jacobi(engine: BlockEngine, state: BlockState, progress: Progress | None = N
         moved = engine.fixed_point(state, 1, T)
         passes += 1
         moving = not float(moved.change.max()) < threshold  # NaN moves
-        if progress is not None:
-            progress(1 if moving and passes < T - 1 else T - passes)
+        (progress or _ignored)(1 if moving and passes < T - 1 else T - passes)
     return Solution(passes, B * passes * (T - 1), 0, state.x.new_full((B,), torch.nan), T - 1)
 
 
@@ -43,12 +48,12 @@ def gs_jacobi(
     passes: int,
     clamp: float = CLAMP,
 ) -> Solution:
-    """Windows of equal length one after the other (Gauss-Seidel), each iterated `passes` times (Jacobi).
+    """Solves windows of equal length one after the other (Gauss-Seidel), each by so many `passes` (Jacobi).
 
-    GS-Jacobi of arXiv 2505.12849, where both numbers are chosen by hand for a model's blocks. A window is iterated no
-    more often than it has tokens, which is exact. The first pass of a window evaluates the window before it again, so
-    that what follows sees keys and values of its last iterate. clamp: values are held to ±clamp after every pass; a
-    block with larger ones is then solved to another result.
+    This is GS-Jacobi of arXiv 2505.12849, where both numbers are chosen by hand for a model's blocks. A window is
+    iterated no more often than it has tokens, which is exact. The first pass of a window evaluates the window before it
+    again, so that what follows sees keys and values of its last iterate. clamp: values are held to ±clamp after every
+    pass; a block with larger ones is then solved to another result.
     """
     B, T, _ = state.x.shape
     taken = evaluations = 0
@@ -62,14 +67,12 @@ def gs_jacobi(
             state.x[:, first:start] = settled
             state.x[:, start:stop].clamp_(-clamp, clamp)
             taken, evaluations = taken + 1, evaluations + B * (stop - first)
-            if progress is not None:
-                progress(stop - start if number == count - 1 else 0)
+            (progress or _ignored)(stop - start if number == count - 1 else 0)
         before = start
     return Solution(taken, evaluations, 0, state.x.new_full((B,), torch.nan), -(-T // segments))
 
 
 def windows(tokens: int, segments: int) -> list[tuple[int, int]]:
-    """[start, stop) of each: 0 … tokens−1 in `segments` parts of equal length, or nearly; token 0 is given."""
+    """Returns [start, stop) of each window: 0 … tokens−1 in equal parts, or nearly; token 0 is given."""
     edges = [round(index * tokens / segments) for index in range(segments + 1)]
-    pairs = [(max(edges[index], 1), edges[index + 1]) for index in range(segments)]
-    return [(start, stop) for start, stop in pairs if start < stop]
+    return [(max(start, 1), stop) for start, stop in itertools.pairwise(edges) if max(start, 1) < stop]

@@ -1,4 +1,4 @@
-// The emulated runtime: device() and launch() of kernel.h.
+// The emulated runtime: probe(), device() and launch() of kernel.h. Every index is that of the one device.
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -28,12 +28,14 @@ void emulation::set_device(int multiprocessors, int64_t shared_bytes) {
   emulated = {multiprocessors, shared_bytes};
 }
 
-Device device() {
+void probe(int) {}
+
+Device device(int) {
   const std::lock_guard<std::mutex> lock(one_launch);
   return emulated;
 }
 
-void launch(const Instance& instance, const Params& params, int blocks, int64_t shared_bytes, uintptr_t) {
+void launch(const Instance& instance, const Params& params, int, int blocks, int64_t shared_bytes, uintptr_t) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (instance.warps < 1 || instance.warps > 32) throw std::runtime_error("launch: a block has 1 … 32 warps");
   if (blocks < 1 || blocks > emulated.multiprocessors || shared_bytes < 0 || shared_bytes > emulated.shared_bytes)

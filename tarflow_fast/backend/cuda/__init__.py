@@ -26,5 +26,12 @@ def _describe(device: torch.device) -> str:
 
 
 BACKEND = Backend(
-    "cuda", ("cuda",), _missing, _maker, _describe, unsupported=_unsupported, not_installed=native_missing
+    "cuda",
+    ("cuda",),
+    _missing,
+    _maker,
+    _describe,
+    unsupported=_unsupported,
+    not_installed=native_missing,
+    probed=True,
 )

@@ -6,6 +6,7 @@ divided among several launches. Weights and KV cache have the chosen dtype, and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,7 @@ from ...engine.contract import (
     check_plain,
     embedding_rows,
 )
+from ...engine.gpu import gpu_missing
 from ...engine.weights import BlockWeights
 from ...engine.windows import Bounds, check_part, check_window, check_windows
 from ...errors import ArgumentError, BackendError
@@ -36,7 +38,6 @@ from ...native import address
 from .pack import TILE, linear_sizes, pack
 from .plan import MOST_ROWS, TILE_ROWS, Plan, count_tiles, fetches, grid_blocks, make_plan, share, slot_inputs, whole
 
-CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
 WEIGHT_BUFFERS = ("weights", "hidden", "attended", "keys_values")  # these have the dtype of the weights
 INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # all others are fp32, see params.h
@@ -64,21 +65,35 @@ def native_missing() -> str | None:
     return None
 
 
+@functools.cache
+def probe_missing(native: ModuleType, index: int) -> str | None:
+    """Returns why kernels of this build cannot run on this device, and what would mend that, or None if they can.
+
+    The compiled module is asked, whose CUDA runtime is its own: the driver may serve torch's and be too old for it.
+    """
+    try:
+        native.probe(index=index)
+    except RuntimeError as error:
+        return f"{error}; backend='triton' and 'torch' do without it"
+    return None
+
+
 def cuda_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
     """Returns why this engine cannot serve such a request, and what would mend that, or None if it can."""
     missing = native_missing()
     if missing is not None:
         return missing
     native = load_native()
-    if device.type != native.device_type:
-        return f"the CUDA engine needs a CUDA device, and this is {device}; use device='cuda'"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0; use backend='torch'"
-    if dtype not in CUDA_DTYPES:
-        return f"the CUDA engine has no {short(dtype)}; use float32, bfloat16 or float16, or backend='torch'"
-    if compile:
-        return "torch.compile has nothing to compile in the CUDA engine; leave compile out, or use backend='torch'"
-    return None
+    missing = gpu_missing("the CUDA engine", device.type == native.device_type, device, dtype, compile)
+    return missing or probe_missing(native, _index(device))
+
+
+def _index(device: torch.device) -> int:
+    """Returns the number of a CUDA device; the emulated one is 0."""
+    index: int | None = device.index
+    if index is None:
+        return torch.cuda.current_device() if device.type == "cuda" else 0
+    return index
 
 
 def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:
@@ -124,9 +139,10 @@ class CudaEngine(EngineBase):
             raise BackendError(missing)
         self.shape, self.device, self.dtype = weights.shape, device, dtype
         self._native = load_native()
+        self._index = _index(device)
         self._dtype_name = str(dtype).removeprefix("torch.")
         with self._on_device():
-            multiprocessors, self._shared_bytes = self._native.device()
+            multiprocessors, self._shared_bytes = self._native.device(index=self._index)
             self.blocks = grid_blocks(self.shape, multiprocessors)
             sizes = linear_sizes(self.shape)
             work = share(sizes, self.blocks)
@@ -386,4 +402,10 @@ class CudaEngine(EngineBase):
         with self._on_device():
             workspace.barrier.zero_()
             stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
-            launch.run(self._dtype_name, self.blocks, shared_bytes, stream)
+            launch.run(
+                dtype=self._dtype_name,
+                index=self._index,
+                blocks=self.blocks,
+                shared_bytes=shared_bytes,
+                stream=stream,
+            )

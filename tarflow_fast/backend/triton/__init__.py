@@ -46,4 +46,13 @@ def _describe(device: torch.device) -> str:
     return f"Triton {version('triton')} on {torch.cuda.get_device_name(device)}"
 
 
-BACKEND = Backend("triton", ("cuda",), _missing, _maker, _describe)
+def _variants(request: Request) -> dict[str, Maker]:
+    """Returns engines without programmatic dependent launch, where the device has it."""
+    from .engine import TritonEngine, dependent_launch
+
+    if not dependent_launch(request.device):
+        return {}
+    return {"without PDL": lambda weights: TritonEngine(weights, device=request.device, dtype=request.dtype, pdl=False)}
+
+
+BACKEND = Backend("triton", ("cuda",), _missing, _maker, _describe, probed=True, variants=_variants)

@@ -20,17 +20,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ...checks import short
+from ...cache import CACHE_VARIABLE
 from ...engine.base import EngineBase
 from ...engine.contract import BlockState, Condition, Moved, Progress, embedding_rows
+from ...engine.gpu import gpu_missing
 from ...engine.weights import BlockWeights
 from ...engine.windows import Bounds, check_part, check_window
 from ...errors import ArgumentError, BackendError
 from ...kernels.affine import Rule
-from ...kernels.launch import DTYPES, Launch, can_launch, dependent_launch, interpreting, recording
+from ...kernels.launch import Launch, can_launch, dependent_launch, interpreting, recording
 from . import plan as triton_plan
 from .chain import END, LAYER, Chain, Operation
-from .graph import capture, timed
+from .graph import CaptureError, capture, timed
 from .plan import Candidates, PassShape, Plan
 from .workspace import Pool, Size, Window, Workspace, widened
 
@@ -40,15 +41,7 @@ MULTIPROCESSORS = 132  # assumed where there is no GPU
 
 def triton_missing(device: torch.device, dtype: torch.dtype = torch.float32, compile: bool = False) -> str | None:
     """Returns why this engine cannot serve such a request, and what would mend that, or None if it can."""
-    if not can_launch(device):
-        return f"Triton kernels need a CUDA device, and this is {device}; use device='cuda'"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0; use backend='torch'"
-    if dtype not in DTYPES:
-        return f"the Triton kernels have no {short(dtype)}; use float32, bfloat16 or float16, or backend='torch'"
-    if compile:
-        return "torch.compile has nothing to compile in the Triton engine; leave compile out, or use backend='torch'"
-    return None
+    return gpu_missing("the Triton engine", can_launch(device), device, dtype, compile)
 
 
 @contextmanager
@@ -102,6 +95,8 @@ class TritonEngine(EngineBase):
             if workspace.used is not None:
                 torch.cuda.current_stream().wait_event(workspace.used)
             self._window(workspace, 1)
+            for window in workspace.windows.values():  # a launch that was broken off leaves its counters as they were
+                window.scratch.arrived.zero_()
             workspace.z.copy_(z)
             workspace.scale.fill_(shape.head_dim**-0.5)
             if guidance.active:
@@ -196,17 +191,32 @@ class TritonEngine(EngineBase):
             run()
             return
         graphs = window.graphs.setdefault(self, {})
+        key = (key, self.pdl)
         started = time.perf_counter()
         if key not in graphs:
             run()
             graphs[key] = None
-        else:
-            if graphs[key] is None:
-                graphs[key] = capture(run)
-                self._seconds += time.perf_counter() - started
+        elif graphs[key] is not None:
             graphs[key].replay()
             return
+        else:
+            try:
+                graphs[key] = capture(run)
+            except CaptureError:
+                self._without_pdl()
+                self._play(window, key[0], run)
+                return
+            graphs[key].replay()
         self._seconds += time.perf_counter() - started
+
+    def _without_pdl(self) -> None:
+        """Goes on without dependent launch after a capture that failed: drivers before CUDA 12.3 cannot capture it.
+
+        It is called where that error is handled, and raises it again if launches were not dependent anyway.
+        """
+        if not self.pdl:
+            raise
+        self.pdl = self.chain.pdl = False
 
     def _window(self, workspace: Workspace, tokens: int) -> Window:
         return workspace.window(tokens, lambda: self._new_window(workspace, tokens))
@@ -289,7 +299,7 @@ class TritonEngine(EngineBase):
             "layers": self.shape.layers,
             "branches": workspace.size.branches,
             "precision": self.precision,
-            "pdl": self.pdl,
+            "pdl": dependent_launch(self.device),  # also of an engine without: with the same tiles it has the same bits
         }
         among = triton_plan.candidates(shape)
         found = triton_plan.read(shape, device)
@@ -313,13 +323,17 @@ class TritonEngine(EngineBase):
         with ThreadPoolExecutor() as workers, triton.AsyncCompileMode(workers, ignore_errors=True):
             for launch in kernels.values():
                 launch.compile()
-        plan = triton_plan.tune(among, seconds)
+        try:
+            plan = triton_plan.tune(among, seconds)
+        except CaptureError:
+            self._without_pdl()
+            return self._tuned(workspace, shape)
         try:
             triton_plan.write(shape, device, plan)
         except OSError as error:
             warnings.warn(
                 f"the choice of tiles could not be kept and will be made again by the next process: {error}; "
-                f"set {triton_plan.CACHE_VARIABLE} to a folder that can be written",
+                f"set {CACHE_VARIABLE} to a folder that can be written",
                 stacklevel=2,
             )
         self._seconds += time.perf_counter() - started

@@ -9,6 +9,11 @@ from statistics import median
 import torch
 from triton.runtime.errors import OutOfResources
 
+
+class CaptureError(RuntimeError):
+    """Launches could not be captured. Nothing was launched, and the device is as it was."""
+
+
 REPLAYS = 7  # the time is the median of so many replays
 
 
@@ -16,7 +21,7 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Returns a graph of what `run` launches on the current device, without executing it.
 
     Every kernel must have been launched before, because to load one is not allowed during capture, and no memory may be
-    allocated. Other threads may go on using the device.
+    allocated. Other threads may go on using the device. Raises CaptureError.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -29,6 +34,8 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
                 run()
             finally:
                 graph.capture_end()
+    except RuntimeError as error:
+        raise CaptureError(str(error)) from error
     finally:
         if collecting:
             gc.enable()

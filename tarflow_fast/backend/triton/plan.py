@@ -7,9 +7,6 @@ operation changed at a time. The choice is kept on disk, for each device, shape 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,14 +15,14 @@ from typing import Any
 import torch
 import triton
 
+from ...cache import cache_path, read_json, write_json
 from ...checks import short
 from ...errors import OutOfMemoryError
-from ...files import replacing
 from ...kernels import affine_step, cached_attention, fixed_point_update, norm_linear
 from ...kernels.launch import padded
 
-CACHE_VARIABLE = "TARFLOW_FAST_CACHE"
-FORMAT = 1  # version of the files on disk, raised whenever kernels or candidates change their meaning
+LEAST_SHARED = 99 * 1024  # bytes of shared memory that a program can have on any GPU, those of 8.6, 8.9 and 12.0
+FORMAT = 2  # version of the files on disk, raised whenever kernels or candidates change their meaning
 
 
 @dataclass(frozen=True)
@@ -138,6 +135,9 @@ def attention_tiles(shape: PassShape) -> list[cached_attention.Tile]:
         most = _power_of_two(min(4 * shape.multiprocessors / programs, shape.tokens / tokens, 32))
         for splits in sorted({most, max(most // 2, 1)}, reverse=True):
             tiles.append(Tile(window, tokens, splits, warps))
+        if shape.window == 1:  # a wider window's tiles are never timed
+            deeper = (Tile(window, tokens, most, warps, stages) for stages in (3, 4))
+            tiles += [tile for tile in deeper if tile.shared_bytes(shape.head_dim, shape.dtype) <= LEAST_SHARED]
     return tiles
 
 
@@ -207,18 +207,9 @@ def tune(among: Candidates, seconds: Callable[[Plan], float | None]) -> Plan:
     return best
 
 
-def cache_folder() -> Path:
-    """Returns $TARFLOW_FAST_CACHE, or else the folder tarflow_fast in $XDG_CACHE_HOME or ~/.cache."""
-    given = os.environ.get(CACHE_VARIABLE)
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tarflow_fast"
-
-
 def _path(shape: PassShape, device: dict[str, Any]) -> Path:
     """Returns the file of a choice. device: everything beside the shape that a choice depends on."""
-    key = json.dumps({"format": FORMAT, **asdict(shape), "dtype": short(shape.dtype), **device}, sort_keys=True)
-    return cache_folder() / "tiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    return cache_path("tiles", {"format": FORMAT, **asdict(shape), "dtype": short(shape.dtype), **device})
 
 
 def read(shape: PassShape, device: dict[str, Any]) -> Plan | None:
@@ -226,10 +217,9 @@ def read(shape: PassShape, device: dict[str, Any]) -> Plan | None:
 
     A file that cannot be understood counts as none, and will be replaced.
     """
-    path = _path(shape, device)
     try:
-        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8"))["plan"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Plan.from_dict(read_json(_path(shape, device))["plan"])
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -238,8 +228,5 @@ def write(shape: PassShape, device: dict[str, Any], plan: Plan) -> None:
 
     It is written all at once, so that another process never reads half of it. Raises OSError.
     """
-    path = _path(shape, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"shape": {**asdict(shape), "dtype": short(shape.dtype)}, "device": device, "plan": plan.to_dict()}
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_json(_path(shape, device), content)

@@ -12,7 +12,7 @@ from cpu_engines import SHAPES, Problem, engine_of, every_set, inverse
 from engines import GUIDED
 from tolerances import BF16_BIAS, BF16_BITS, BF16_IMAGE, error_budget, max_error
 
-from tarflow_fast.checkpoints.checkpoint import load_pretrained
+from tarflow_fast.checkpoints import load_pretrained
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.native import ISA_VARIABLE
 from tarflow_fast.sampling.sampler import Sampler

@@ -289,7 +289,7 @@ void run(const std::string& kernel, const std::map<std::string, int>& sizes, con
   TARFLOW_BUFFERS(TARFLOW_FIELD)
 #undef TARFLOW_FIELD
   const py::gil_scoped_release release;
-  launch({"", 0, warps, KERNELS.at(kernel)}, params, blocks, shared_bytes, 0);
+  launch({"", 0, warps, KERNELS.at(kernel)}, params, 0, blocks, shared_bytes, 0);
 }
 
 }  // namespace

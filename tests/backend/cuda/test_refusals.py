@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,88 @@ def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "install tarflow_fast again, with TARFLOW_FAST_CUDA=1 where the build sees no GPU" in status.reason
 
 
+class Built:
+    """A compiled module on a machine with a GPU, whose own CUDA runtime answers a probe."""
+
+    device_type = "cuda"
+
+    def __init__(self, says: str | None):
+        self.says, self.asked = says, []
+
+    def probe(self, index: int) -> None:
+        self.asked.append(index)
+        if self.says is not None:
+            raise RuntimeError(self.says)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 2)
+
+
+TOO_OLD = "the NVIDIA driver here serves CUDA 12.4, and the CUDA engine was built with CUDA 13.0; install another"
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("device", "index"), [("cuda:1", 1), ("cuda", 2)])
+def test_a_driver_that_is_too_old_for_the_module_is_said_before_any_work(
+    device: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module's CUDA runtime is its own, and a driver that serves torch's may be too old for it."""
+    native = Built(TOO_OLD)
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: native)
+    for _ in range(2):
+        assert cuda_missing(torch.device(device)) == f"{TOO_OLD}; backend='triton' and 'torch' do without it"
+    assert native.asked == [index]  # once, as it may take the driver a while
+    with pytest.raises(BackendError, match=r"^backend 'cuda' cannot be had: the NVIDIA driver here serves CUDA 12\.4"):
+        choose_backend("cuda", Request(torch.device(device), torch.float32, False))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_device_that_answers_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = Built(None)
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: native)
+    assert cuda_missing(torch.device("cuda", 3)) is None
+    assert native.asked == [3]
+
+
+@IN_EMULATION
+def test_every_call_of_the_module_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its runtime has a current device of its own, which torch does not set."""
+    native, told = cuda_engine.load_native(), []
+
+    class Told:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(native, name)
+
+        def probe(self, index: int) -> None:
+            told.append(index)
+
+        def device(self, index: int) -> Any:
+            told.append(index)
+            return native.device(index=index)
+
+        def Launch(self) -> Any:
+            launch = native.Launch()
+
+            class Recorded:
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(launch, name)
+
+                def run(self, **arguments: Any) -> None:
+                    told.append(arguments["index"])
+                    launch.run(**arguments)
+
+            return Recorded()
+
+    monkeypatch.setattr(cuda_engine, "load_native", Told)
+    monkeypatch.setattr(cuda_engine, "_index", lambda device: 5)
+    model = random_model(img_size=4)
+    inverse(engine_of(model), random_latents(model, 1), Condition())
+    assert told == [5, 5, 5]  # the probe, the engine, a launch
+
+
 def test_latents_of_another_shape_are_refused() -> None:
     engine = engine_of(random_model())
     with pytest.raises(ArgumentError, match=r"^z: expected shape \(B, 16, 4\), got \(2, 16, 5\)"):
@@ -117,3 +200,21 @@ def test_the_kernels_names_are_checked() -> None:
         launch.set_buffer("w", 0, 0)
     with pytest.raises(ValueError, match="1 to 64 positions"):
         launch.set_positions([])
+
+
+@IN_EMULATION
+def test_a_runtime_that_the_driver_does_not_serve_is_said_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine has a CUDA runtime of its own, which a driver that serves torch's may be too old for."""
+
+    def too_old() -> None:
+        raise RuntimeError("cudaGetDevice: cudaErrorInsufficientDriver: CUDA driver version is insufficient\nmore")
+
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: SimpleNamespace(device_type="cpu", device=too_old))
+    missing = cuda_missing(torch.device("cpu"))
+    assert missing == (
+        "the CUDA engine's own runtime cannot use cpu: cudaGetDevice: cudaErrorInsufficientDriver: CUDA driver version "
+        "is insufficient; update the driver, or install tarflow_fast again with a CUDA toolkit (nvcc) that is no newer "
+        "than the driver"
+    )

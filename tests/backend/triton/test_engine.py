@@ -92,6 +92,19 @@ def test_a_chain_of_split_tiles_makes_the_same_tokens(monkeypatch: pytest.Monkey
     assert_close(states[1].x, states[0].x, GOLDEN)
 
 
+def test_a_batch_begins_with_counters_that_are_zero() -> None:
+    """A split kernel that was broken off leaves some that are not, and every sum after it would lack parts."""
+    model = random_model(img_size=4)
+    engine, z = engine_of(model), random_latents(model, 2)
+    spent = engine.begin(z, Condition())
+    engine.fixed_point(spent, 1, 3)
+    for window in spent.cache.windows.values():
+        window.scratch.arrived.fill_(1)
+    state = engine.begin(z, Condition(), reuse=spent)
+    assert len(state.cache.windows) == 2
+    assert not any(window.scratch.arrived.any() for window in state.cache.windows.values())
+
+
 def test_scratch_memory_suffices_for_attention() -> None:
     size = Size(random_model().config.block_shape, torch.float32, KERNEL_DEVICE, 3, 2)
     tile = cached_attention.Tile(tokens=2, splits=8)
@@ -169,7 +182,7 @@ def test_a_part_knows_the_first_token_that_is_not_finite_if_it_reaches_the_end()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": torch.float64}, "the Triton kernels have no float64; use float32, bfloat16 or float16"),
+        ({"dtype": torch.float64}, "the Triton engine has no float64; use float32, bfloat16 or float16"),
         ({"compile": True}, "torch.compile has nothing to compile in the Triton engine"),
         ({"threads": 2}, "threads is for backend 'cpu', and this is 'triton'"),
     ],
@@ -182,7 +195,7 @@ def test_requests_that_cannot_be_met_say_why(options: dict[str, Any], message: s
 
 def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow_fast.kernels.launch.interpreting", lambda: False)
-    with pytest.raises(BackendError, match="backend 'triton' cannot be had: Triton kernels need a CUDA device"):
+    with pytest.raises(BackendError, match="backend 'triton' cannot be had: the Triton engine needs a CUDA device"):
         choose_backend("triton", Request(torch.device("cpu"), torch.float32, False))
 
 

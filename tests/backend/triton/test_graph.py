@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from cases import KERNEL_DEVICE, random_latents, random_model
 from tolerances import GOLDEN, assert_close
 from triton_engines import ON_GPU, TUNED, engine_of
 
+from tarflow_fast import cache
 from tarflow_fast.backend.triton import engine as triton_engine
 from tarflow_fast.backend.triton import plan as triton_plan
 from tarflow_fast.backend.triton.engine import TOKENS_PER_GRAPH
+from tarflow_fast.backend.triton.graph import CaptureError
 from tarflow_fast.engine import Condition, Guidance
 
 
@@ -78,6 +81,60 @@ def test_tokens_are_run_in_graphs_of_several(monkeypatch: pytest.MonkeyPatch) ->
     assert steps[3:] == seen[3:] == [TOKENS_PER_GRAPH, 2]
 
 
+@pytest.mark.parametrize("pdl", [True, False])
+def test_launches_that_cannot_be_captured_are_made_without_dependent_launch(
+    pdl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As drivers before CUDA 12.3 have it. Kernels without it are run once before they are captured, as others are."""
+    model = random_model(img_size=4)
+    engine = engine_of(model)
+    window = engine._window(engine.begin(random_latents(model, 1), Condition()).cache, 1)
+    engine.device, engine.pdl, engine.chain.pdl = torch.device("cuda"), pdl, pdl
+    log: list[str] = []
+
+    def capture(run: Any) -> Any:
+        if engine.chain.pdl or not pdl:
+            raise CaptureError("operation not permitted when stream is capturing")
+        log.append("capture")
+        return SimpleNamespace(replay=lambda: log.append("replay"))
+
+    def play() -> None:
+        engine._play(window, "a", lambda: log.append(f"run, pdl={engine.chain.pdl}"))
+
+    monkeypatch.setattr(triton_engine, "capture", capture)
+    play()
+    if not pdl:
+        with pytest.raises(CaptureError, match="not permitted"):
+            play()
+        return
+    for _ in range(3):
+        play()
+    assert log == ["run, pdl=True", "run, pdl=False", "capture", "replay", "replay"]
+    assert engine.pdl is False
+
+
+def test_tuning_goes_on_without_dependent_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "made up")
+    monkeypatch.setattr("tarflow_fast.kernels.launch.Launch.compile", lambda self: None)
+    model = random_model(img_size=4)
+    engine = engine_of(model)
+    state = engine.begin(random_latents(model, 1), Condition())
+    engine.pdl = engine.chain.pdl = True
+
+    def timed(run: Any, before: Any) -> float:
+        if engine.chain.pdl:
+            raise CaptureError("operation not permitted when stream is capturing")
+        return 1.0
+
+    monkeypatch.setattr(triton_engine, "timed", timed)
+    shape = engine._shape(state.cache.size, 1)
+    assert TUNED(engine, state.cache, shape) == triton_plan.first(triton_plan.candidates(shape))
+    assert engine.pdl is False
+    (file,) = (tmp_path / "tiles").iterdir()
+    assert '"pdl": false' in file.read_text()
+
+
 @ON_GPU
 def test_eager_steps_graphs_and_dependent_launch_agree() -> None:
     """Bit for bit: a first batch, run launch by launch, others from graphs, and one on another stream."""
@@ -113,7 +170,7 @@ def test_passes_of_a_window_are_graphs_too() -> None:
 
 @ON_GPU
 def test_tuning_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
     model = random_model(img_size=8, layers_per_block=2)
     engine = engine_of(model)
     state = engine.begin(random_latents(model, 2), Condition())

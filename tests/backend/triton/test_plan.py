@@ -12,7 +12,7 @@ import torch
 from cases import random_latents, random_model
 from triton_engines import SHAPE, TUNED, engine_of
 
-from tarflow_fast import OutOfMemoryError
+from tarflow_fast import OutOfMemoryError, cache
 from tarflow_fast.backend.triton import engine as triton_engine
 from tarflow_fast.backend.triton import plan as triton_plan
 from tarflow_fast.backend.triton.engine import TOKENS_PER_GRAPH
@@ -45,6 +45,16 @@ def test_candidates_are_tiles_that_the_kernels_take(shape: triton_plan.PassShape
                 assert tile.splits * tile.tokens <= shape.tokens
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}-{s.window}-{s.head_dim}")
+def test_attention_may_have_more_keys_under_way_where_they_fit_on_every_gpu(shape: triton_plan.PassShape) -> None:
+    tiles = triton_plan.attention_tiles(shape)
+    assert tiles[0].stages == 2
+    assert {tile.stages for tile in tiles} == ({2, 3, 4} if shape.window == 1 else {2})
+    assert all(tile.shared_bytes(shape.head_dim, shape.dtype) <= 99 * 1024 for tile in tiles)
+    wide = replace(shape, head_dim=256, dtype=torch.float32, window=1)
+    assert all(tile.shared_bytes(256, torch.float32) <= 99 * 1024 for tile in triton_plan.attention_tiles(wide))
+
+
 def test_tuning_finds_the_quickest_of_each() -> None:
     among = triton_plan.candidates(SHAPE)
     costs = {(name, tile): (7 * i) % 11 for name, tiles in among.items() for i, tile in enumerate(tiles)}
@@ -67,7 +77,7 @@ def test_tuning_finds_the_quickest_of_each() -> None:
 
 
 def test_a_choice_is_kept_for_its_device_and_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
     plan = triton_plan.Plan(**{name: tiles[-1] for name, tiles in triton_plan.candidates(SHAPE).items()})
     device = {"gpu": "NVIDIA H200"}
     assert triton_plan.read(SHAPE, device) is None
@@ -83,16 +93,16 @@ def test_a_choice_is_kept_for_its_device_and_shape(tmp_path: Path, monkeypatch: 
 
 
 def test_the_folder_of_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(triton_plan.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv(cache.CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert triton_plan.cache_folder() == tmp_path / "tarflow_fast"
+    assert cache.cache_folder() == tmp_path / "tarflow_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert triton_plan.cache_folder() == Path.home() / ".cache" / "tarflow_fast"
+    assert cache.cache_folder() == Path.home() / ".cache" / "tarflow_fast"
 
 
 def test_tuning_a_step_compiles_measures_and_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the clock of a GPU, and for its name."""
-    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "made up")
     monkeypatch.setattr("tarflow_fast.kernels.launch.Launch.compile", lambda self: compiled.append(self))
     monkeypatch.setattr(triton_engine, "timed", lambda run, before: timings.append(before()) or 1.0 / len(timings))
@@ -113,7 +123,7 @@ def test_tuning_a_step_compiles_measures_and_keeps(tmp_path: Path, monkeypatch: 
     assert TUNED(engine, state.cache, shape) == plan
     assert not timings  # from disk
     monkeypatch.setattr(triton_plan, "read", lambda shape, device: None)
-    monkeypatch.setenv(triton_plan.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="the choice of tiles could not be kept"):
         TUNED(engine, state.cache, shape)

@@ -139,3 +139,17 @@ def test_a_workspace_outlives_inference_mode_and_other_defaults() -> None:
     engine.reverse(state)
     engine.fixed_point(state, 1, 3)
     assert_close(state.x, found[0], GOLDEN)
+
+
+def test_counters_of_a_launch_that_was_broken_off_are_forgotten() -> None:
+    """Programs that share a tile count themselves, and an error may have ended a launch after some had come."""
+    model = random_model(img_size=4)
+    engine, z = engine_of(model), random_latents(model, 2).to(KERNEL_DEVICE)
+    state = engine.begin(z, Condition())
+    engine.reverse(state)
+    engine.fixed_point(state, 1, 3)
+    for window in state.cache.windows.values():
+        window.scratch.arrived.fill_(1)
+    again = engine.begin(z, Condition(), reuse=state)
+    assert set(again.cache.windows) == {1, 2}
+    assert not any(window.scratch.arrived.any() for window in again.cache.windows.values())
