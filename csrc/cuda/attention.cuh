@@ -131,7 +131,7 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
     float sum[V] = {}, most = LOWEST, weights = 0;
 #pragma unroll 1
     for (int first = part.first; first < part.last; first += stride * KEYS_IN_FLIGHT) {
-      Round<T, V> now;  // not carried from round to round: that would take a register for each 16-bit element
+      Round<T, V> now = {};
       read(now, first);
       sync_warp();
       float logit[KEYS_IN_FLIGHT];
@@ -245,6 +245,7 @@ DEVICE Vector<T, V> attended(const Params& p, const Rows& rows, int row, int cha
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       of[i] = {{LOWEST, 0.0f}};
+      sum[i] = {};
       if (begin + i >= parts) continue;
       sum[i] = load_vector<V>(partials, (first + begin + i) * d + channel % d);
       of[i] = load_vector<2>(partials, of_first + 2 * (begin + i));

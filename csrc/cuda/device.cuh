@@ -41,9 +41,37 @@ DEVICE void section(Section) {}
 DEVICE void section(Phase, Section) {}
 DEVICE void instructions(int) {}
 
+// One half of a word of 32 bits.
+template <class T>
+struct Half {
+  unsigned& word;
+  int shift;
+
+  DEVICE operator T() const {
+    const auto bits = static_cast<unsigned short>(word >> shift);
+    return *reinterpret_cast<const T*>(&bits);
+  }
+  DEVICE void operator=(T value) {
+    word = (word & 0xffff0000u >> shift) | static_cast<unsigned>(*reinterpret_cast<unsigned short*>(&value)) << shift;
+  }
+  DEVICE void operator=(const Half& other) { *this = static_cast<T>(other); }
+};
+
+// Elements of 16 bits, two in a word: where the compiler sees them one by one, each takes a register of its own from
+// its load on.
+template <class T, int N>
+struct Halves {
+  unsigned words[N / 2];
+
+  DEVICE Half<T> operator[](int i) { return {words[i / 2], i % 2 * 16}; }
+  DEVICE T operator[](int i) const { return Half<T>{const_cast<unsigned&>(words[i / 2]), i % 2 * 16}; }
+};
+
+// A vector that is loaded on a condition is first set to zero. PTX has no values that are undefined: what was not loaded
+// would be what the turn before left, and keep its registers through the whole token loop.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
-  T at[N];
+  std::conditional_t<sizeof(T) == 2 && N % 2 == 0, Halves<T, N>, T[N]> at;
 };
 
 // A number on its way: the code that holds it as this type, or as a Vector, need not wait for it before its first use.
@@ -237,6 +265,9 @@ DEVICE fp16 from_float<fp16>(float value) {
 DEVICE float to_float(float value) { return value; }
 DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
 DEVICE float to_float(fp16 value) { return __half2float(value); }
+DEVICE float to_float(const Half<bf16>& value) {
+  return __uint_as_float(value.shift ? value.word & 0xffff0000u : value.word << 16);
+}
 
 // sums += A B on tensor cores, by a whole warp, with A 16 × 16, B 16 × 8 and sums 16 × 8. With g = lane / 4 and
 // t = lane % 4, the operands of a lane are
@@ -244,20 +275,20 @@ DEVICE float to_float(fp16 value) { return __half2float(value); }
 // b: B[2t, 2t+1][g], B[2t+8, 2t+9][g]; sums: [g][2t, 2t+1], [g+8][2t, 2t+1].
 DEVICE void multiply_tiles(float (&sums)[4], const Vector<bf16, 8>& a, const Vector<bf16, 2>& b0,
                            const Vector<bf16, 2>& b1) {
-  const unsigned* A = reinterpret_cast<const unsigned*>(&a);
+  const auto& A = a.at.words;
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(*reinterpret_cast<const unsigned*>(&b0)),
-        "r"(*reinterpret_cast<const unsigned*>(&b1)));
+      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(b0.at.words[0]),
+        "r"(b1.at.words[0]));
 }
 DEVICE void multiply_tiles(float (&sums)[4], const Vector<fp16, 8>& a, const Vector<fp16, 2>& b0,
                            const Vector<fp16, 2>& b1) {
-  const unsigned* A = reinterpret_cast<const unsigned*>(&a);
+  const auto& A = a.at.words;
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(*reinterpret_cast<const unsigned*>(&b0)),
-                 "r"(*reinterpret_cast<const unsigned*>(&b1)));
+               : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(b0.at.words[0]),
+                 "r"(b1.at.words[0]));
 }
 
 }  // namespace tarflow

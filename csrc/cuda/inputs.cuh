@@ -28,6 +28,7 @@ DEVICE void stage_rows(Global<From> from, int width, int first, int count, int k
     for (int u = 0; u < AT_ONCE; u++) {
       rows[u] = row;
       columns[u] = column * V;
+      values[u] = {};
       if (row < count) values[u] = load_vector<V>(from, static_cast<int64_t>(first + row) * width + k0 + column * V);
       row += step_rows;
       column += step;

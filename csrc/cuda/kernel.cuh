@@ -29,6 +29,7 @@ struct Pass {
   Grid grid;
   Shared<int> work;
   Scratch<T> scratch;
+  Shared<float> parts;   // of the attention, or what a parallel pass found; in the place of `scratch`
   Shared<float> biases;  // of all tiles of this block: no load of them is to wait behind the weights
   Ring<T, WARPS> ring;
   int tile = 0;  // the number of this block's next tile since the token's first one
@@ -115,12 +116,12 @@ struct Pass {
   DEVICE void attention(int layer) {
     section(ATTEND);
     if constexpr (WINDOWS)
-      if (p.tiles) return attend_windows<T, WARPS>(p, rows, layer, scratch.sums);
+      if (p.tiles) return attend_windows<T, WARPS>(p, rows, layer, parts);
     constexpr int V = 16 / sizeof(T);
     if (p.head_dim % V == 0)
-      attend<T, V, WARPS>(p, rows, layer, scratch.sums);
+      attend<T, V, WARPS>(p, rows, layer, parts);
     else
-      attend<T, 1, WARPS>(p, rows, layer, scratch.sums);
+      attend<T, 1, WARPS>(p, rows, layer, parts);
   }
 
   DEVICE void phase_of(Phase phase, int layer, bool begin) {
@@ -182,7 +183,7 @@ struct Pass {
       passes++;
       section(PHASES, UPDATE);
       if (p.mode == FRONTIER) {
-        advance<WARPS>(p, rows, scratch.sums);
+        advance<WARPS>(p, rows, parts);
         barrier(PHASES, 0);
       } else if (p.mode == FIXED_POINT || rows.next + 2 >= p.stop) {
         update<WARPS>(p, rows);
@@ -206,23 +207,24 @@ DEVICE void find_tiles(const Params& p, Shared<int> tiles) {
   }
 }
 
-// Shared memory has tokens of the positions, and their tiles; work and jobs of this block; sums, or what attention needs; X; and the
-// ring, as plan.py counts.
+// Shared memory has tokens of the positions, and their tiles; work and jobs of this block; biases; sums and X, or what
+// attention needs; and the ring, as plan.py counts.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   constexpr int POSITIONS = 8 * MOST_ROWS + 16;  // bytes of tokens and tiles
   const int layers = 4 * p.layers + 2, tables = divide_up(POSITIONS + 8 * (layers + p.most_jobs), 16) * 16;
-  const int work_bytes = tables + 4 * TILE * p.most_tiles;
+  const int work_bytes = tables + 4 * TILE * p.bias_tiles;
   const Shared<int> tokens = shared<int>(0, MOST_ROWS), tiles = shared<int>(4 * MOST_ROWS, MOST_ROWS + 1);
   const Shared<int> work = shared<int>(POSITIONS, 2 * layers);
   const Shared<int> jobs = shared<int>(POSITIONS + 8 * layers, 2 * p.most_jobs);
-  const Shared<float> biases = shared<float>(tables, p.most_tiles * TILE);
-  const int products = NT * WARPS * 128, alone = divide_up(WARPS * (p.head_dim + 2), 4) * 4;
-  const int together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0, parts = alone > together ? alone : together;
-  const int sums = products > parts ? products : parts, stride = p.staged_k + 8;
+  const Shared<float> biases = shared<float>(tables, p.bias_tiles * TILE);
+  const int sums = NT * WARPS * 128, stride = p.staged_k + 8;
+  const int product_bytes = 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
+  const int alone = divide_up(WARPS * (p.head_dim + 2), 4) * 4, together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0;
+  const int needed = 4 * (alone > together ? alone : together);
+  const int shared_bytes = product_bytes > needed ? product_bytes : needed, ring = work_bytes + shared_bytes;
   const Scratch<T> scratch{shared<T>(work_bytes + 4 * sums, p.staged_rows * stride), stride,
                            shared<float>(work_bytes, sums)};
-  const int ring = work_bytes + 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
   for (int i = thread(); i < p.positions; i += WARPS * 32) store(tokens, i, p.token[i]);
   if (thread() == 0 && p.tiles) find_tiles(p, tiles);
   for (int i = thread(); i < 2 * layers; i += WARPS * 32)
@@ -232,7 +234,7 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   // Rows that no token fills are multiplied too, and columns beyond a layer's own.
   for (int i = thread(); i < p.staged_rows * stride; i += WARPS * 32) store(scratch.staged, i, from_float<T>(0.0f));
   sync_block();
-  for (int i = 0, tile = 0; i < layers; i++) {
+  for (int i = 0, tile = 0; i < layers && p.bias_tiles; i++) {
     const int first = linear_at(p, i).biases + load(work, 2 * i) * TILE, count = load(work, 2 * i + 1);
     for (int j = thread(); j < count * TILE; j += WARPS * 32)
       store(biases, tile * TILE + j, constant(Global<const float>(p.biases), first + j));
@@ -244,6 +246,7 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
                           Grid(p),
                           work,
                           scratch,
+                          shared<float>(work_bytes, shared_bytes / 4),
                           biases,
                           {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
   pass.run();

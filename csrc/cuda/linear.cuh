@@ -59,14 +59,14 @@ DEVICE void multiply(float (&sums)[CHAINS<NT> * NT][4], Shared<T> slots, int slo
   constexpr int STEP = 2 * WARPS;
   int k = thread() / 32;
   if constexpr (NT == 8) {  // two sets of operands would not fit in registers
-    Operands<NT, T> now;
+    Operands<NT, T> now = {};
 #pragma unroll 1
     for (; k < k_tiles; k += STEP) {
       read(now, k);
       add(now, k);
     }
   } else {
-    Operands<NT, T> now, next;
+    Operands<NT, T> now = {}, next = {};
     if (k < k_tiles) read(now, k);
 #pragma unroll 1
     for (; k < k_tiles; k += 2 * STEP) {
@@ -105,8 +105,8 @@ DEVICE void multiply_plain(float (&sums)[CHAINS<NT> * NT][4], Shared<float> slot
 
 // Computes a layer. stage(first, count, k0, k), called by all threads, puts columns [k0, k0 + k) of rows [first, first
 // + count) of X into scratch.staged, from row 0 and column 0 on. before(n, row) loads what finish needs, long before
-// finish(n, row, y, loaded) takes an output, on the same thread. biases: (·, 16), of all tiles of this block from this
-// layer's first one on.
+// finish(n, row, y, loaded) takes an output, on the same thread. biases: (bias_tiles, 16), of all tiles of this block,
+// with those of this layer from first_bias on.
 template <int NT, int WARPS, class T, class Stage, class Before, class Finish>
 DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS>& ring, Shared<int> work,
                    const Scratch<T>& scratch, Shared<float> biases, int first_bias, Stage stage, Before before,
@@ -117,7 +117,11 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
   const int lane = thread() % 32, warp = thread() / 32, m = thread() % TILE, own_row = thread() / TILE;
   int staged_k = -1, staged_group = -1;
   for (int tile = first_tile; tile < first_tile + tiles; tile++) {
-    const Loaded<float> bias = load(biases, (first_bias + tile - first_tile) * TILE + m);
+    Loaded<float> bias;
+    if (p.bias_tiles)
+      bias = load(biases, (first_bias + tile - first_tile) * TILE + m);
+    else
+      bias = constant(Global<const float>(p.biases), layer.biases + tile * TILE + m);
     Loaded<float> loaded[EACH] = {};
 #pragma unroll
     for (int j = 0; j < EACH; j++) {

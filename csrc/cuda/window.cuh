@@ -174,8 +174,11 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
         }
       }
 #pragma unroll
-      for (int n = 0; n < COLUMNS; n++)
-        multiply_tiles(sum[n], shares, Vector<T, 2>{v[0].at[n], v[1].at[n]}, Vector<T, 2>{v[2].at[n], v[3].at[n]});
+      for (int n = 0; n < COLUMNS; n++) {
+        Vector<T, 2> b[2];
+        for (int i = 0; i < 4; i++) b[i / 2].at[i % 2] = v[i].at[n];
+        multiply_tiles(sum[n], shares, b[0], b[1]);
+      }
     }
     section(MERGE);
 #pragma unroll

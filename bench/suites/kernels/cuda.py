@@ -70,14 +70,15 @@ def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
 def dynamic_bytes(model: str, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
     """Returns the bytes of shared memory that a launch of this instance asks for."""
     shape, limit = SIZES[model].block_shape, SHARED_LIMIT[architecture]
-    jobs, blocks = _division(model, architecture)
-    sizes = {"rows": rows, "most_rows": rows, "warps": warps, "jobs": jobs, "blocks": blocks, "shared_bytes": limit}
+    sizes = {"rows": rows, "most_rows": rows, "warps": warps, "shared_bytes": limit, **_division(model, architecture)}
     return make_plan(shape, dtype, **sizes).shared_bytes
 
 
 @cache
-def _division(model: str, architecture: int) -> tuple[int, int]:
-    """Returns the most that a block fetches, and how many blocks there are."""
+def _division(model: str, architecture: int) -> dict[str, int]:
+    """Returns the most that a block fetches, the most tiles that it has, and how many blocks there are."""
     shape = SIZES[model].block_shape
     sizes, blocks = linear_sizes(shape), grid_blocks(shape, MULTIPROCESSORS[architecture])
-    return fetches(sizes, share(sizes, blocks), slot_inputs(shape)).shape[1], blocks
+    work = share(sizes, blocks)
+    jobs = fetches(sizes, work, slot_inputs(shape)).shape[1]
+    return {"jobs": jobs, "block_tiles": int(work[:, :, 1].sum(0).max()), "blocks": blocks}

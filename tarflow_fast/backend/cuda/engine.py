@@ -36,7 +36,19 @@ from ...engine.windows import Bounds, check_part, check_window, check_windows
 from ...errors import ArgumentError, BackendError
 from ...native import address
 from .pack import TILE, linear_sizes, pack
-from .plan import MOST_ROWS, TILE_ROWS, Plan, count_tiles, fetches, grid_blocks, make_plan, share, slot_inputs, whole
+from .plan import (
+    MOST_ROWS,
+    TILE_ROWS,
+    Plan,
+    attends_together,
+    count_tiles,
+    fetches,
+    grid_blocks,
+    make_plan,
+    share,
+    slot_inputs,
+    whole,
+)
 
 SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
 WEIGHT_BUFFERS = ("weights", "hidden", "attended", "keys_values")  # these have the dtype of the weights
@@ -154,8 +166,11 @@ class CudaEngine(EngineBase):
         self._plans: dict[tuple[int, int, int], Plan] = {}
         # The most parts of the attention in any launch. Planning them all also shows that each fits in shared memory.
         alone = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1))
-        tiled = max(n * TILE_ROWS * self.plan(n * TILE_ROWS, n).splits for n in range(1, MOST_ROWS // TILE_ROWS + 1))
-        self._most_parts = max(alone, tiled) * self.shape.heads
+        together = 0
+        if attends_together(self.shape, dtype):  # in tiles that are half full at least
+            rows_of = {tiles: min(tiles * TILE_ROWS, MOST_ROWS) for tiles in range(1, 2 * MOST_ROWS // TILE_ROWS + 1)}
+            together = max(rows * self.plan(rows, tiles).splits for tiles, rows in rows_of.items())
+        self._most_parts = max(alone, together) * self.shape.heads
 
     def plan(self, rows: int, tiles: int = 0, branches: int = 1) -> Plan:
         """Returns how a launch of so many rows is divided.
@@ -362,7 +377,6 @@ class CudaEngine(EngineBase):
             "guide_a": guidance.active and "a" in guidance.what,
             "guide_b": guidance.active and "b" in guidance.what,
             "most_jobs": self._jobs.shape[1],
-            "most_tiles": self._block_tiles,
         }
         for name, value in sizes.items():
             launch.set_size(name, int(value))

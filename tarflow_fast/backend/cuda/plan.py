@@ -20,7 +20,7 @@ from .pack import TILE, LinearSize, linear_sizes
 
 MOST_ROWS = 64  # rows that one launch evaluates at once
 MOST_SLOTS = 8  # slots of the ring of weights
-GOOD_SLOTS = 3  # enough slots for weights to arrive during several phases
+GOOD_SLOTS = 4  # enough slots for weights to arrive during several phases
 LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
 MERGED_ROWS = 4  # rows whose parts of the attention each block adds up for itself; those of more take a step
@@ -41,6 +41,7 @@ class Plan:
     staged_rows: int
     staged_k: int
     tiles: int
+    bias_tiles: int
     merges: bool
     splits: int
     least_keys: int
@@ -115,13 +116,18 @@ def choose_splits(pairs: int, tokens: int, blocks: int) -> int:
     return min(range(1, MOST_SPLITS + 1), key=cost)
 
 
+def attends_together(shape: BlockShape, dtype: torch.dtype) -> bool:
+    """Returns whether rows of a sample can share its keys and values on tensor cores (`window.cuh`)."""
+    return shape.head_dim == WINDOW_HEAD and dtype.itemsize == 2
+
+
 def count_tiles(shape: BlockShape, dtype: torch.dtype, samples: Sequence[int], branches: int) -> int:
     """Returns the number of tiles of a parallel pass, runs of at most 16 positions of one sample, or 0 where each row
     attends alone: where heads are not those that tiles are for, or tiles would be more than half empty.
 
     samples: the sample of each position.
     """
-    if shape.head_dim != WINDOW_HEAD or dtype.itemsize != 2 or len(samples) * branches <= 8:
+    if not attends_together(shape, dtype) or len(samples) * branches <= 8:
         return 0
     tiles = sum(-(-len(list(run)) // TILE_ROWS) for _, run in groupby(samples))
     return tiles if len(samples) >= tiles * TILE_ROWS // 2 else 0
@@ -152,25 +158,31 @@ def make_plan(
     slot_k, size = slot_inputs(shape), dtype.itemsize
     layers = 4 * shape.layers + 2
     together = warps * TILE_ROWS * WINDOW_ROW if tiles else 0
-    sums = max(most_rows // 8 * warps * 128, whole(warps * (shape.head_dim + 2), 4), together)
-    fixed = whole(8 * MOST_ROWS + 16 + 8 * (layers + jobs), 16) + 4 * TILE * block_tiles + 4 * sums
+    parts = max(whole(warps * (shape.head_dim + 2), 4), together)
+    tables = whole(8 * MOST_ROWS + 16 + 8 * (layers + jobs), 16)
+    slot = slot_k * TILE * size
 
-    def slots(staged_rows: int, staged_k: int) -> int:
-        return (shared_bytes - fixed - staged_rows * (staged_k + 8) * size) // (slot_k * TILE * size)
+    def taken(staged_rows: int, staged_k: int, bias_tiles: int) -> int:
+        """Returns the bytes of all but the ring. The attention's parts lie where a product has its sums and inputs."""
+        product = 4 * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
+        return tables + 4 * TILE * bias_tiles + max(product, 4 * parts)
 
-    # All inputs of fc2 for all rows; or those of a slot; or those for some rows.
+    # All inputs of fc2 for all rows; or those of a slot; or those for some rows. Biases are left out before any of these.
     wide = max(slot_k, whole(shape.hidden, slot_k))
-    choices = [(whole(rows, 8), wide), *((n, slot_k) for n in range(whole(rows, 8), 0, -8))]
-    staged_rows, staged_k = next((choice for choice in choices if slots(*choice) >= GOOD_SLOTS), (8, slot_k))
-    count = min(slots(staged_rows, staged_k), MOST_SLOTS)
+    inputs = [(whole(rows, 8), wide), *((n, slot_k) for n in range(whole(rows, 8), 0, -8))]
+    choices = [(*of, biases) for of in inputs for biases in (block_tiles, 0)]
+    least = (8, slot_k, 0)
+    choice = next((each for each in choices if shared_bytes - taken(*each) >= GOOD_SLOTS * slot), least)
+    count = min((shared_bytes - taken(*choice)) // slot, MOST_SLOTS)
     if count < 1:
-        needed = fixed + 8 * (slot_k + 8) * size + slot_k * TILE * size
+        needed = taken(*least) + slot
         raise BackendError(
             f"the CUDA kernel needs {needed} bytes of shared memory for a model of {shape.channels} channels in "
             f"{str(dtype).removeprefix('torch.')}, and a block has {shared_bytes} here; use bfloat16, or "
             "backend='triton'"
         )
-    used = fixed + staged_rows * (staged_k + 8) * size + count * slot_k * TILE * size
     splits = choose_splits((tiles * branches or rows) * shape.heads, shape.tokens, blocks)
     merges = splits > 1 and rows > MERGED_ROWS
-    return Plan(count, slot_k, staged_rows, staged_k, tiles, merges, splits, LEAST_KEYS, used)
+    staged_rows, staged_k, bias_tiles = choice
+    used = taken(*choice) + count * slot
+    return Plan(count, slot_k, staged_rows, staged_k, tiles, bias_tiles, merges, splits, LEAST_KEYS, used)
