@@ -15,6 +15,9 @@ namespace tarflow {
 constexpr int KEYS_IN_FLIGHT = 4;  // keys that each group of lanes has under way
 constexpr float LOWEST = -INFINITY;
 
+// Returns the floats that a warp leaves to its block: a sum for each channel, the maximum and the weight.
+DEVICE int part_floats(int head_dim) { return divide_up(head_dim, 4) * 4 + 4; }
+
 // Returns the factor by which a sum under the maximum m counts under the higher one M. An empty sum has m = −∞ and is
 // 0.
 DEVICE float rescale(float m, float M) { return m == LOWEST ? 0.0f : exp2f(m - M); }
@@ -96,8 +99,8 @@ DEVICE void store_attended(const Params& p, int row, int channel, const float (&
   store_vector(Global<T>(p.attended), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
 }
 
-// Attends with this block's parts. V: elements of a key that a lane takes, which divide head_dim. memory: (WARPS, d +
-// 2).
+// Attends with this block's parts. V: elements of a key that a lane takes, which divide head_dim. memory: (WARPS,
+// part_floats(d)).
 template <class T, int V, int WARPS>
 DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> memory) {
   const Global<T> cache(p.keys_values);
@@ -185,31 +188,35 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
     }
     if (again) sync_block();  // the part before has been read
     again = true;
-    const int own = warp * (d + 2);
-    if (inside && lane < width)
-      for (int i = 0; i < V; i++) store(memory, own + channel + i, sum[i]);
-    if (lane == 0) {
-      store(memory, own + d, most);
-      store(memory, own + d + 1, weights);
+    const int size = part_floats(d), own = warp * size, of_block = size - 4;
+    if (inside && lane < width) {
+      constexpr int STEP = Query<V>::STEP;
+#pragma unroll
+      for (int i = 0; i < V; i += STEP) {
+        Vector<float, STEP> some;
+        for (int j = 0; j < STEP; j++) some.at[j] = sum[i + j];
+        store_vector(memory, own + channel + i, some);
+      }
     }
+    if (lane == 0) store_vector(memory, own + of_block, Vector<float, 2>{most, weights});
     sync_block();
 #pragma unroll 1
     for (int c = thread(); c < d; c += WARPS * 32) {  // merges the block's warps
-      Loaded<float> of[WARPS], heavy[WARPS], sums[WARPS];
+      Vector<float, 2> of[WARPS];
+      Loaded<float> sums[WARPS];
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
-        of[w] = load(memory, w * (d + 2) + d);
-        heavy[w] = load(memory, w * (d + 2) + d + 1);
-        sums[w] = load(memory, w * (d + 2) + c);
+        of[w] = load_vector<2>(memory, w * size + of_block);
+        sums[w] = load(memory, w * size + c);
       }
       float M = LOWEST, total = 0, y[1] = {0};
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) M = fmaxf(M, of[w]);
+      for (int w = 0; w < WARPS; w++) M = fmaxf(M, of[w].at[0]);
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
-        const float share = rescale(of[w], M);
+        const float share = rescale(of[w].at[0], M);
         instructions(6);
-        total += share * heavy[w];
+        total += share * of[w].at[1];
         y[0] += share * sums[w];
       }
       if (p.splits == 1) {

@@ -163,9 +163,15 @@ DEVICE void store_vector(T* to, const Vector<T, N>& value) {
   if constexpr (bytes == 8) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(&value);
   if constexpr (bytes == 16) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&value);
 }
+// 16 bytes are asked for in assembly, as the compiler may take a vector apart that it has seen in parts.
 template <int N, class T>
 DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
-  store_vector(to.data + i, value);
+  if constexpr (N * sizeof(T) < 16) return store_vector(to.data + i, value);
+  const auto& words = reinterpret_cast<const unsigned(&)[4]>(value);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to.data + i))),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 template <int N, class T>
 DEVICE void store_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {

@@ -211,16 +211,16 @@ DEVICE void find_tiles(const Params& p, Shared<int> tiles) {
 // attention needs; and the ring, as plan.py counts.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
-  constexpr int POSITIONS = 8 * MOST_ROWS + 16;  // bytes of tokens and tiles
-  const int layers = 4 * p.layers + 2, tables = divide_up(POSITIONS + 8 * (layers + p.most_jobs), 16) * 16;
+  const int positions = divide_up(4 * (MOST_ROWS + p.tiles + 1), 16) * 16;  // bytes of tokens and tiles
+  const int layers = 4 * p.layers + 2, tables = divide_up(positions + 8 * (layers + p.most_jobs), 16) * 16;
   const int work_bytes = tables + 4 * TILE * p.bias_tiles;
-  const Shared<int> tokens = shared<int>(0, MOST_ROWS), tiles = shared<int>(4 * MOST_ROWS, MOST_ROWS + 1);
-  const Shared<int> work = shared<int>(POSITIONS, 2 * layers);
-  const Shared<int> jobs = shared<int>(POSITIONS + 8 * layers, 2 * p.most_jobs);
+  const Shared<int> tokens = shared<int>(0, MOST_ROWS), tiles = shared<int>(4 * MOST_ROWS, p.tiles + 1);
+  const Shared<int> work = shared<int>(positions, 2 * layers);
+  const Shared<int> jobs = shared<int>(positions + 8 * layers, 2 * p.most_jobs);
   const Shared<float> biases = shared<float>(tables, p.bias_tiles * TILE);
   const int sums = NT * WARPS * 128, stride = p.staged_k + 8;
   const int product_bytes = 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
-  const int alone = divide_up(WARPS * (p.head_dim + 2), 4) * 4, together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0;
+  const int alone = WARPS * part_floats(p.head_dim), together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0;
   const int needed = 4 * (alone > together ? alone : together);
   const int shared_bytes = product_bytes > needed ? product_bytes : needed, ring = work_bytes + shared_bytes;
   const Scratch<T> scratch{shared<T>(work_bytes + 4 * sums, p.staged_rows * stride), stride,

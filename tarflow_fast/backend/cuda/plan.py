@@ -158,8 +158,8 @@ def make_plan(
     slot_k, size = slot_inputs(shape), dtype.itemsize
     layers = 4 * shape.layers + 2
     together = warps * TILE_ROWS * WINDOW_ROW if tiles else 0
-    parts = max(whole(warps * (shape.head_dim + 2), 4), together)
-    tables = whole(8 * MOST_ROWS + 16 + 8 * (layers + jobs), 16)
+    parts = max(warps * (whole(shape.head_dim, 4) + 4), together)
+    tables = whole(whole(4 * (MOST_ROWS + tiles + 1), 16) + 8 * (layers + jobs), 16)
     slot = slot_k * TILE * size
 
     def taken(staged_rows: int, staged_k: int, bias_tiles: int) -> int:
