@@ -132,10 +132,13 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
     query.load_from(p, part, channel, inside);
     const Loaded<float> scale = constant(Global<const float>(p.scale), rows.branch(part.row));
     float sum[V] = {}, most = LOWEST, weights = 0;
+    Round<T, V> next = {};
+    read(next, part.first);
 #pragma unroll 1
     for (int first = part.first; first < part.last; first += stride * KEYS_IN_FLIGHT) {
-      Round<T, V> now = {};
-      read(now, first);
+      const Round<T, V> now = next;
+      next = {};
+      read(next, first + stride * KEYS_IN_FLIGHT);
       sync_warp();
       float logit[KEYS_IN_FLIGHT];
 #pragma unroll
