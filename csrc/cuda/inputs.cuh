@@ -44,14 +44,15 @@ DEVICE void stage_rows(Global<From> from, int width, int first, int count, int k
   }
 }
 
-// (h − mean) / std for rows [first, first + count). A warp takes ROWS rows at a time, as far as registers allow.
-template <int WARPS, int ROWS, class T>
-DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, int count) {
+// (h − mean) / std for rows [0, count) after row `first`, of which this warp takes `from` and every `stride`-th after it,
+// ROWS at a time as far as registers allow. put(row, k, vector) stores 4 elements.
+template <int ROWS, class T, class Put>
+DEVICE void normalise(const Params& p, int first, int count, int from, int stride, Put put) {
   constexpr int KEPT = 6, STEP = 128;
   const Global<float> h(p.h);
   const int width = whole_tiles(p.channels), lane = thread() % 32;
 #pragma unroll 1
-  for (int begin = thread() / 32; begin < count; begin += WARPS * ROWS) {
+  for (int begin = from; begin < count; begin += stride * ROWS) {
     const auto read = [&](int row, int k) {
       Vector<float, 4> v{};
       if (k < width && row < count) v = load_vector<4>(h, static_cast<int64_t>(first + row) * width + k);
@@ -62,14 +63,14 @@ DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, 
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
       for (int j = 0; j < KEPT; j++)
-        if (j * STEP < width) kept[r][j] = read(begin + r * WARPS, j * STEP + lane * 4);
+        if (j * STEP < width) kept[r][j] = read(begin + r * stride, j * STEP + lane * 4);
     sync_warp();
     const auto each = [&](int r, auto take) {
 #pragma unroll
       for (int j = 0; j < KEPT; j++)
         if (j * STEP < width) take(j * STEP + lane * 4, kept[r][j]);
 #pragma unroll 1
-      for (int k = KEPT * STEP; k < width; k += STEP) take(k + lane * 4, read(begin + r * WARPS, k + lane * 4));
+      for (int k = KEPT * STEP; k < width; k += STEP) take(k + lane * 4, read(begin + r * stride, k + lane * 4));
     };
     float mean[ROWS], scale[ROWS];
 #pragma unroll
@@ -99,11 +100,30 @@ DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, 
       each(r, [&](int k, const Vector<float, 4>& v) {
         Vector<T, 4> y;
         for (int i = 0; i < 4; i++) y.at[i] = from_float<T>(k + i < p.channels ? (v.at[i] - mean[r]) * by : 0.0f);
-        const int row = begin + r * WARPS;
-        if (k < width && row < count) store_vector(scratch.staged, row * scratch.stride + k, y);
+        const int row = begin + r * stride;
+        if (k < width && row < count) put(row, k, y);
       });
     }
   }
+}
+
+// The same, which each block makes of all rows that it multiplies.
+template <int WARPS, int ROWS, class T>
+DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, int count) {
+  normalise<ROWS, T>(p, first, count, thread() / 32, WARPS, [&](int row, int k, const Vector<T, 4>& y) {
+    store_vector(scratch.staged, row * scratch.stride + k, y);
+  });
+}
+
+// The same, once for all blocks, which divide the rows among them: many rows are then read in half the bytes.
+template <int WARPS, class T>
+DEVICE void keep_norms(const Params& p, const Rows& rows) {
+  const Global<T> norms(p.norms);
+  const int width = whole_tiles(p.channels);
+  normalise<1, T>(p, 0, rows.count(), block() + thread() / 32 * blocks(), WARPS * blocks(),
+                  [&](int row, int k, const Vector<T, 4>& y) {
+    store_vector(norms, static_cast<int64_t>(row) * width + k, y);
+  });
 }
 
 // The residual stream h itself.
@@ -118,13 +138,12 @@ DEVICE void stage_stream(const Params& p, const Scratch<T>& scratch, int first, 
   });
 }
 
-// Columns [k0, k0 + k) of the attended values or of the hidden layer, which are in the weights' type already.
+// Columns [k0, k0 + k) of a buffer that is in the weights' type already, and has so many columns.
 template <int WARPS, class T>
-DEVICE void stage_ready(const Params& p, const Scratch<T>& scratch, int first, int count, bool attended, int k0,
+DEVICE void stage_ready(const Buffer& buffer, int columns, const Scratch<T>& scratch, int first, int count, int k0,
                         int k) {
   constexpr int V = 16 / sizeof(T);
-  const Global<T> from(attended ? p.attended : p.hidden);
-  const int columns = attended ? p.channels : p.hidden_dim;
+  const Global<T> from(buffer);
   stage_rows<WARPS, V>(from, whole_tiles(columns), first, count, k0, k, [&](int row, int column, Vector<T, V> v) {
     if (k0 + column + V > columns)  // beyond the columns nobody has written
       for (int i = 0; i < V; i++)

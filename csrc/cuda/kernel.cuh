@@ -43,12 +43,14 @@ struct Pass {
         return stage_tokens<WARPS>(p, rows, scratch, first, count, begin, keeps);
       }
       case PROJ:
-        if (p.splits == 1 || p.merges) return stage_ready<WARPS, T>(p, scratch, first, count, true, k0, k);
+        if (p.splits == 1 || p.merges) return stage_ready<WARPS>(p.attended, p.channels, scratch, first, count, k0, k);
         return p.head_dim % 4 == 0 ? stage_attended<WARPS, 4>(p, rows, scratch, first, count)
                                    : stage_attended<WARPS, 1>(p, rows, scratch, first, count);
-      case FC2: return stage_ready<WARPS, T>(p, scratch, first, count, false, k0, k);
+      case FC2: return stage_ready<WARPS>(p.hidden, p.hidden_dim, scratch, first, count, k0, k);
       case PROJ_OUT: return stage_stream<WARPS>(p, scratch, first, count);
-      default: return stage_normed < WARPS, NT == 1 || NT == 8 ? 1 : 2 > (p, scratch, first, count);
+      default:
+        if (p.normed) return stage_ready<WARPS>(p.norms, p.channels, scratch, first, count, k0, k);
+        return stage_normed<WARPS, NT == 1 ? 1 : 2>(p, scratch, first, count);
     }
   }
 
@@ -165,6 +167,11 @@ struct Pass {
           merge<T, 4, WARPS>(p, rows);
         else
           merge<T, 1, WARPS>(p, rows);
+        barrier(phase, layer);
+      }
+      if (p.normed && (phase == EMBED || phase == PROJ || (phase == FC2 && layer + 1 < p.layers))) {
+        section(STAGING);
+        keep_norms<WARPS, T>(p, rows);
         barrier(phase, layer);
       }
       if (phase == PROJ_OUT) break;

@@ -65,7 +65,6 @@ def test_limits_of_an_architecture() -> None:
     fits = Compiled("k", 80, "", warps=8, registers=255, stack=0, shared=SHARED_LIMIT[80])
     assert fits.fault is None
     assert replace(fits, stack=8).fault == "spills 8 bytes"
-    assert replace(fits, stack=8, may_spill=8).fault is None
     assert replace(fits, warps=9, registers=224).fault is None
     assert replace(fits, warps=9, registers=225).fault == "wants 66816 registers, there are 65536"  # 232 a thread
     assert "bytes of shared memory, there are 166912" in str(replace(fits, shared=fits.shared + 1).fault)

@@ -16,8 +16,8 @@ SIZES = {name: MODELS[name] for name in NAMES}  # of the models whose kernels ar
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel uses registers of a thread, bytes of a stack for those spilled, of which may_spill are no
-    fault, and bytes of shared memory for one program of so many warps. findings: those of `lint.py`."""
+    """A compiled kernel uses registers of a thread, bytes of a stack for those spilled, and bytes of shared memory for one
+    program of so many warps. findings: those of `lint.py`."""
 
     kernel: str
     architecture: int
@@ -26,12 +26,11 @@ class Compiled:
     registers: int
     stack: int
     shared: int
-    may_spill: int = 0
     findings: tuple[str, ...] = ()
 
     @property
     def fault(self) -> str | None:
-        if self.stack > self.may_spill:
+        if self.stack > 0:
             return f"spills {self.stack} bytes"
         registers = -(-self.registers // 8) * 8 * 32 * self.warps  # a thread is given eight at a time
         if registers > REGISTERS:

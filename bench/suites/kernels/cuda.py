@@ -21,7 +21,6 @@ from .compiled import SHARED_LIMIT, SIZES, Compiled
 
 DTYPES = {"f": torch.float32, "6__half": torch.float16, "13__nv_bfloat16": torch.bfloat16}  # as C++ mangles them
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-MAY_SPILL = 128  # bytes a thread, of the widest instances: what stays the same through all phases
 RESERVED = {80: 0, 90: 1024, 100: 1024}  # shared memory that cuobjdump counts, and SHARED_LIMIT does not
 
 
@@ -63,7 +62,6 @@ def _row(architecture: int, kernel: str, used: dict[str, int]) -> Compiled:
         used["REG"],
         used["STACK"] + used["LOCAL"],
         used["SHARED"] - RESERVED[architecture] + dynamic,
-        MAY_SPILL,
     )
 
 

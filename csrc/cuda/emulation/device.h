@@ -145,9 +145,15 @@ template <class T>
 void set_ready(Loaded<T>& value) {
   set_ready(value.value);
 }
+template <class T, int N>
+void await_value(const Vector<T, N>& value) {
+  await(value.at.ready);
+}
 #else
 template <class Value>
 void set_ready(Value&) {}
+template <class Value>
+void await_value(const Value&) {}
 #endif
 
 // Returns elements [i, i + N) as a Value of their whole size.
@@ -204,11 +210,13 @@ DEVICE void store(Shared<T> to, int i, typename Given<T>::Type value) {
 
 template <int N, class T>
 DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
+  emulation::await_value(value);
   emulation::write<N>(to, i, value);
 }
 
 template <int N, class T>
 DEVICE void store_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {
+  emulation::await_value(value);
   emulation::write<N>(to, i, value);
 }
 

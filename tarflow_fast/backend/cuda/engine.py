@@ -51,7 +51,7 @@ from .plan import (
 )
 
 SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
-WEIGHT_BUFFERS = ("weights", "hidden", "attended", "keys_values")  # these have the dtype of the weights
+WEIGHT_BUFFERS = ("weights", "hidden", "attended", "norms", "keys_values")  # these have the dtype of the weights
 INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # all others are fp32, see params.h
 Positions = list[tuple[int, int, int]]  # for each row of a branch: sample, token to evaluate, column of `Moved`
 
@@ -349,6 +349,7 @@ class CudaEngine(EngineBase):
                 "partials": empty(self._most_parts * (d + 2) + 1),
                 "hidden": empty(MOST_ROWS, whole(shape.hidden, TILE), dtype=self.dtype),
                 "attended": empty(MOST_ROWS, C, dtype=self.dtype),
+                "norms": empty(MOST_ROWS, C, dtype=self.dtype),
                 "parameters": empty(MOST_ROWS, out),
                 "barrier": torch.zeros(1, dtype=torch.int32, device=self.device),
                 "class_rows": classes,

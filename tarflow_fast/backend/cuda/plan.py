@@ -24,6 +24,7 @@ GOOD_SLOTS = 4  # enough slots for weights to arrive during several phases
 LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
 MERGED_ROWS = 4  # rows whose parts of the attention each block adds up for itself; those of more take a step
+NORMED_ROWS = 16  # rows that each block normalises for itself; those of more take a step
 TILE_ROWS = 16  # positions of a sample that attend together, see window.cuh
 WINDOW_HEAD, WINDOW_ROW = 64, 68  # the head_dim that this is for, and what a row takes of shared memory, in floats
 PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys
@@ -43,6 +44,7 @@ class Plan:
     tiles: int
     bias_tiles: int
     merges: bool
+    normed: bool
     splits: int
     least_keys: int
     shared_bytes: int
@@ -182,7 +184,17 @@ def make_plan(
             "backend='triton'"
         )
     splits = choose_splits((tiles * branches or rows) * shape.heads, shape.tokens, blocks)
-    merges = splits > 1 and rows > MERGED_ROWS
     staged_rows, staged_k, bias_tiles = choice
-    used = taken(*choice) + count * slot
-    return Plan(count, slot_k, staged_rows, staged_k, tiles, bias_tiles, merges, splits, LEAST_KEYS, used)
+    return Plan(
+        slots=count,
+        slot_k=slot_k,
+        staged_rows=staged_rows,
+        staged_k=staged_k,
+        tiles=tiles,
+        bias_tiles=bias_tiles,
+        merges=splits > 1 and rows > MERGED_ROWS,
+        normed=rows > NORMED_ROWS,
+        splits=splits,
+        least_keys=LEAST_KEYS,
+        shared_bytes=taken(*choice) + count * slot,
+    )

@@ -57,6 +57,11 @@ def test_loads_that_wait_for_each_other_take_a_latency_each() -> None:
     assert together < 8 * 3 * ISSUE
 
 
+def test_a_vector_is_waited_for_where_it_is_stored() -> None:
+    """Also one of which no element is looked at."""
+    assert cycles("moves", 9) - cycles("moves", 1) == pytest.approx(8 * (DRAM + 2 * ISSUE), rel=0.05)
+
+
 def test_a_load_may_sink_to_its_first_use_unless_it_is_held() -> None:
     """As a compiler may move it; sync_warp is there to hold it."""
     alone = cycles("loads", 1, mode=1, sinks=1)

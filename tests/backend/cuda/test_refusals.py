@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,21 +199,3 @@ def test_the_kernels_names_are_checked() -> None:
         launch.set_buffer("w", 0, 0)
     with pytest.raises(ValueError, match="1 to 64 positions"):
         launch.set_positions([])
-
-
-@IN_EMULATION
-def test_a_runtime_that_the_driver_does_not_serve_is_said_before_anything_is_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The engine has a CUDA runtime of its own, which a driver that serves torch's may be too old for."""
-
-    def too_old() -> None:
-        raise RuntimeError("cudaGetDevice: cudaErrorInsufficientDriver: CUDA driver version is insufficient\nmore")
-
-    monkeypatch.setattr(cuda_engine, "load_native", lambda: SimpleNamespace(device_type="cpu", device=too_old))
-    missing = cuda_missing(torch.device("cpu"))
-    assert missing == (
-        "the CUDA engine's own runtime cannot use cpu: cudaGetDevice: cudaErrorInsufficientDriver: CUDA driver version "
-        "is insufficient; update the driver, or install tarflow_fast again with a CUDA toolkit (nvcc) that is no newer "
-        "than the driver"
-    )

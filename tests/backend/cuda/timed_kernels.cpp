@@ -34,6 +34,13 @@ void loads(CONSTANT_PARAMS p) {
   if (sum < 0) store(Global<float>(p.z), 0, sum);
 }
 
+// Vectors that are stored as they were loaded.
+void moves(CONSTANT_PARAMS p) {
+  const Global<float> x(p.x);
+  const auto memory = shared<float>(0, 4 * 32);
+  for (int i = 0; i < p.start; i++) store_vector(memory, 4 * thread(), load_vector<4>(x, i * SECTOR));
+}
+
 void constants(CONSTANT_PARAMS p) {
   const Global<const float> x(p.x);
   float sum = 0;
@@ -81,7 +88,7 @@ void barriers(CONSTANT_PARAMS p) {
   }
 }
 
-const std::map<std::string, Kernel> KERNELS{{"loads", loads},       {"constants", constants}, {"in_shared", in_shared},
+const std::map<std::string, Kernel> KERNELS{{"loads", loads},       {"moves", moves},         {"constants", constants}, {"in_shared", in_shared},
                                             {"stream", stream},     {"products", products},   {"barriers", barriers}};
 
 void run(const std::string& kernel, const std::map<std::string, int>& sizes, const py::dict& buffers, int blocks,
