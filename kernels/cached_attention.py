@@ -146,7 +146,8 @@ def _many_queries(
         v = tl.load(values + place, mask=inside, other=0.0)
         # A later token of the window may be infinite or NaN. Its weight is 0 for the earlier queries, but 0 · NaN is
         # NaN. So such values are left out of the product, and the weights of queries that do see them become NaN.
-        bad = tl.sum(tl.where(v - v == 0, 0, 1), 1) > 0
+        wide = v.to(tl.float32)  # the interpreter keeps bfloat16 as integers
+        bad = tl.sum(tl.where(wide - wide == 0, 0, 1), 1) > 0
         v = tl.where(bad[:, None], 0.0, v).to(v.dtype)
         logit = dot(q, tl.trans(k), tl.zeros((BLOCK_W, BLOCK_T), tl.float32), PRECISION) * (scale * LOG2_E)
         logit = tl.where(bad[None, :], float("nan"), logit)

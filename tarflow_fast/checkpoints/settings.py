@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ..checks import GUIDE_WHAT, check_choice, check_number
 from ..errors import ArgumentError, CheckpointError
-from ..limits import MOST_ATTN_TEMP, MOST_GUIDANCE, MOST_SCALE
 from ..models.config import TarFlowConfig
-from ..scalars import check_flag
+from ..sampling.rule import CHECKS
 from .pickles import Foreign
 
 HEADER = "tarflow_fast"  # this entry of a safetensors file's metadata is ours: JSON of {"config": …, "metadata": …}
 NOISE_TYPES = ("gaussian", "uniform")
-# These of `Sampler.sample`'s arguments may have defaults of a model's own, metadata["sampling"], each with its check.
-SAMPLING: dict[str, Callable[[str, Any], object]] = {
-    "guidance": functools.partial(check_number, low=0, high=MOST_GUIDANCE),
-    "guide_what": functools.partial(check_choice, choices=GUIDE_WHAT),
-    "attn_temp": functools.partial(check_number, low=0, high=MOST_ATTN_TEMP, open_low=True),
-    "annealed_guidance": check_flag,
-    "denoise": check_flag,
-    "denoise_scale": functools.partial(check_number, low=0, high=MOST_SCALE),
-}
 # Training scripts keep their settings under these names, ours and Lightning's among them.
 _PLACES = ("config", "hyper_parameters", "model_config", "hparams", "args", "cfg", "params", "settings", "metadata")
 _ALIASES = {"channel_size": "in_channels", "head_channels": "head_dim"}  # ml-tarflow's names come first here
@@ -54,11 +42,11 @@ def _check_sampling(sampling: Any, noisy: bool) -> None:
 
     noisy: whether the noise is recorded that denoising takes off.
     """
-    if not isinstance(sampling, Mapping) or not sampling.keys() <= SAMPLING.keys():
-        raise CheckpointError(f"sampling: expected values of {', '.join(SAMPLING)}, got {_cut(sampling)}")
+    if not isinstance(sampling, Mapping) or not sampling.keys() <= CHECKS.keys():
+        raise CheckpointError(f"sampling: expected values of {', '.join(CHECKS)}, got {_cut(sampling)}")
     for name, value in sampling.items():
         try:
-            SAMPLING[name](name, value)
+            CHECKS[name](name, value)
         except ArgumentError as error:
             raise CheckpointError(f"sampling: {name}: expected {error.expected}, got {_cut(value)}") from error
     if sampling.get("denoise") and not noisy:

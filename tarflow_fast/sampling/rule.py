@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import check_choice, check_number
+from ..checks import GUIDE_WHAT, check_choice, check_number
 from ..engine import Guidance
 from ..errors import ArgumentError
 from ..flow import Flow
 from ..limits import MOST_ATTN_TEMP, MOST_GUIDANCE, MOST_NOISE_STD, MOST_SCALE
 from ..scalars import check_flag, plain
 from .noise import resolve_noise_std
+
+# A model may have its own defaults of these arguments of `Sampler.sample`, metadata["sampling"]; each has its check.
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "guidance": functools.partial(check_number, low=0, high=MOST_GUIDANCE),
+    "guide_what": functools.partial(check_choice, choices=GUIDE_WHAT),
+    "attn_temp": functools.partial(check_number, low=0, high=MOST_ATTN_TEMP, open_low=True),
+    "annealed_guidance": check_flag,
+    "denoise": check_flag,
+    "denoise_scale": functools.partial(check_number, low=0, high=MOST_SCALE),
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,10 @@ class Rule:
         or range, and for one that would have no effect.
         """
         classifier_free = Guidance(plain(guidance), guide_what, plain(attn_temp), plain(annealed_guidance))
-        check_number("guidance", guidance, 0, MOST_GUIDANCE)
-        check_number("attn_temp", attn_temp, 0, MOST_ATTN_TEMP, open_low=True)
+        for name, value in {"guidance": guidance, "attn_temp": attn_temp}.items():
+            CHECKS[name](name, value)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "redraw"))
-        scale = check_number("denoise_scale", denoise_scale, 0, MOST_SCALE)
+        scale = CHECKS["denoise_scale"]("denoise_scale", denoise_scale)
         trajectory, denoise, sigma = check_flag("trajectory", trajectory), check_flag("denoise", denoise), 0.0
         if denoise:
             if flow.denoise is None:

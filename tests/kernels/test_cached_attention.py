@@ -71,6 +71,20 @@ def test_half_precision(dtype: torch.dtype, tile: Tile, window: int) -> None:
     assert max_error(run(given, 20, window, tile), wanted) <= error_budget(plain, wanted, dtype)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [WINDOW, Tile(16, 16, splits=2)], ids=str)
+def test_a_bad_token_spoils_those_from_it_on(tile: Tile, dtype: torch.dtype, bad: float) -> None:
+    """Queries before the token whose value is not finite give the same bits as without it."""
+    given = operands(2, 2, 40, 32, 30, 8, dtype)
+    wanted = run(given, 30, 8, tile).reshape(2, 8, -1)
+    given["values"][0, :, 33, 5] = bad
+    found = run(given, 30, 8, tile).reshape(2, 8, -1)
+    assert torch.equal(found[0, :3], wanted[0, :3])
+    assert torch.equal(found[1], wanted[1])
+    assert not found[0, 3:].isfinite().any()
+
+
 @pytest.mark.parametrize("tile", [DECODE, Tile(tokens=4, splits=3), WINDOW], ids=str)
 def test_logits_of_any_size(tile: Tile) -> None:
     """A softmax is of differences: logits beyond e^88, all negative or all positive, overflow nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from dataclasses import replace
 from typing import Any
 
 import fake_device
@@ -29,8 +30,13 @@ SMALL = {"img_size": 6, "num_classes": 2, "channels": 16, "head_dim": 8}
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes are made in this process."""
-    monkeypatch.setattr(prober, "probe", probe_here)
+    """Probes are made in this process, and "quick" is the quickest however busy the machine is."""
+
+    def probed(*job: Any) -> Verdict:
+        verdict = probe_here(*job)
+        return replace(verdict, seconds={name: 0.5 if name == "quick" else 1.0 for name in verdict.seconds})
+
+    monkeypatch.setattr(prober, "probe", probed)
 
 
 def until_probed() -> None:
@@ -51,13 +57,16 @@ def test_torch_serves_until_the_verdict_is_in(registered: list[Any], remarks: Re
     assert first.report.backend_reason == "all that is proven at batch 3; 'quick' being probed"
     until_probed()
     second = sampler.sample(3, [0, 1], seed=5)
-    assert second.report.backend == "quick"
+    (seconds,) = (verdict.seconds for verdict in prober._known.values())
+    assert seconds.keys() == {"torch", "quick"}
+    quickest = min(seconds, key=seconds.__getitem__)  # on a busy machine it may be either
+    assert second.report.backend == quickest
     assert second.report.backend_reason.startswith("the quickest that is proven: ")
     assert_close(second.images, first.images, GOLDEN)
     assert [message.split()[1] for message in remarks.messages] == ["'torch'", "'quick'"]
     remarks.clear()
     later = Sampler(model, solver="sequential", probe="never")
-    assert later.sample(4, seed=5).report.backend == "quick"
+    assert later.sample(4, seed=5).report.backend == quickest
     assert remarks.messages == []
 
 
