@@ -167,11 +167,11 @@ DEVICE void store_vector(T* to, const Vector<T, N>& value) {
 template <int N, class T>
 DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
   if constexpr (N * sizeof(T) < 16) return store_vector(to.data + i, value);
-  const auto& words = reinterpret_cast<const unsigned(&)[4]>(value);
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(to.data + i))),
-               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
+  const auto& words = reinterpret_cast<const unsigned (&)[4]>(value);
+  asm volatile(
+      "st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to.data + i))),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
 }
 template <int N, class T>
 DEVICE void store_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {
@@ -285,16 +285,14 @@ DEVICE void multiply_tiles(float (&sums)[4], const Vector<bf16, 8>& a, const Vec
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(b0.at.words[0]),
-        "r"(b1.at.words[0]));
+      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(b0.at.words[0]), "r"(b1.at.words[0]));
 }
 DEVICE void multiply_tiles(float (&sums)[4], const Vector<fp16, 8>& a, const Vector<fp16, 2>& b0,
                            const Vector<fp16, 2>& b1) {
   const auto& A = a.at.words;
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(b0.at.words[0]),
-                 "r"(b1.at.words[0]));
+               : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(b0.at.words[0]), "r"(b1.at.words[0]));
 }
 
 }  // namespace tarflow

@@ -44,8 +44,8 @@ DEVICE void stage_rows(Global<From> from, int width, int first, int count, int k
   }
 }
 
-// (h − mean) / std for rows [0, count) after row `first`, of which this warp takes `from` and every `stride`-th after it,
-// ROWS at a time as far as registers allow. put(row, k, vector) stores 4 elements.
+// (h − mean) / std for `count` rows from row `first` on, of which this warp takes `from` and every `stride`-th after it,
+// ROWS at a time, as far as registers allow. put(row, k, vector) stores 4 elements.
 template <int ROWS, class T, class Put>
 DEVICE void normalise(const Params& p, int first, int count, int from, int stride, Put put) {
   constexpr int KEPT = 6, STEP = 128;
@@ -120,10 +120,9 @@ template <int WARPS, class T>
 DEVICE void keep_norms(const Params& p, const Rows& rows) {
   const Global<T> norms(p.norms);
   const int width = whole_tiles(p.channels);
-  normalise<1, T>(p, 0, rows.count(), block() + thread() / 32 * blocks(), WARPS * blocks(),
-                  [&](int row, int k, const Vector<T, 4>& y) {
-    store_vector(norms, static_cast<int64_t>(row) * width + k, y);
-  });
+  normalise<1, T>(
+      p, 0, rows.count(), block() + thread() / 32 * blocks(), WARPS * blocks(),
+      [&](int row, int k, const Vector<T, 4>& y) { store_vector(norms, static_cast<int64_t>(row) * width + k, y); });
 }
 
 // The residual stream h itself.

@@ -2,8 +2,9 @@
 //
 //   for each token:  proj_in | LayerNorm, qkv | attention | proj, + | LayerNorm, fc1, GELU | fc2, + | … | proj_out
 //
-// where | is a barrier: 5 L + 2 a token. The affine update of a token is part of the next token's proj_in. Every output
-// has one block that computes it, so nothing is added atomically and a pass gives the same bits each time.
+// where | is a barrier: 5 L + 2 a token, and where LayerNorm or the sum of the attention's parts is a step of its own,
+// up to 8 L + 2. The affine update of a token is part of the next token's proj_in. Every output has one block that
+// computes it, so nothing is added atomically and a pass gives the same bits each time.
 #pragma once
 
 #include "frontier.cuh"
@@ -23,6 +24,7 @@ namespace tarflow {
 template <class T, int NT, int WARPS>
 struct Pass {
   static constexpr bool WINDOWS = sizeof(T) == 2 && NT > 1;  // whether rows can attend together
+  static constexpr bool NORMS = NT > 2;                      // whether LayerNorm is a step of its own
 
   const Params& p;
   Rows rows;
@@ -49,8 +51,10 @@ struct Pass {
       case FC2: return stage_ready<WARPS>(p.hidden, p.hidden_dim, scratch, first, count, k0, k);
       case PROJ_OUT: return stage_stream<WARPS>(p, scratch, first, count);
       default:
-        if (p.normed) return stage_ready<WARPS>(p.norms, p.channels, scratch, first, count, k0, k);
-        return stage_normed<WARPS, NT == 1 ? 1 : 2>(p, scratch, first, count);
+        if constexpr (NORMS)
+          return stage_ready<WARPS>(p.norms, p.channels, scratch, first, count, k0, k);
+        else
+          return stage_normed<WARPS, NT>(p, scratch, first, count);
     }
   }
 
@@ -169,11 +173,12 @@ struct Pass {
           merge<T, 1, WARPS>(p, rows);
         barrier(phase, layer);
       }
-      if (p.normed && (phase == EMBED || phase == PROJ || (phase == FC2 && layer + 1 < p.layers))) {
-        section(STAGING);
-        keep_norms<WARPS, T>(p, rows);
-        barrier(phase, layer);
-      }
+      if constexpr (NORMS)
+        if (phase == EMBED || phase == PROJ || (phase == FC2 && layer + 1 < p.layers)) {
+          section(STAGING);
+          keep_norms<WARPS, T>(p, rows);
+          barrier(phase, layer);
+        }
       if (phase == PROJ_OUT) break;
       if (phase == FC2) layer++;
       phase = phase == FC2 ? (layer < p.layers ? QKV : PROJ_OUT) : static_cast<Phase>(phase + 1);
@@ -248,14 +253,10 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
     tile += count;
   }
   sync_block();
-  Pass<T, NT, WARPS> pass{p,
-                          {p, tokens, tiles, p.start - 1},
-                          Grid(p),
-                          work,
-                          scratch,
-                          shared<float>(work_bytes, shared_bytes / 4),
-                          biases,
-                          {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
+  Pass<T, NT, WARPS> pass{p,       {p, tokens, tiles, p.start - 1},
+                          Grid(p), work,
+                          scratch, shared<float>(work_bytes, shared_bytes / 4),
+                          biases,  {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
   pass.run();
 }
 

@@ -40,14 +40,14 @@ enum Section : int { OTHER, STAGING, MULTIPLY, SUMS, EPILOGUE, ATTEND, MERGE, FE
 // The plan has slots, those of the ring; slot_k, the inputs that a slot holds for 16 outputs; staged_rows, the rows of
 // a product's input that are in shared memory at once, a multiple of 8, and staged_k their columns; tiles, the tiles of
 // up to 16 positions of one sample each whose rows attend together (see window.cuh), or 0 where each row attends alone;
-// merges, whether the attention's parts are added up in a step of their own; normed, whether LayerNorm is one; splits, the blocks that share the keys of a row
+// merges, whether the attention's parts are added up in a step of their own; splits, the blocks that share the keys of a row
 // and head; least_keys, the keys that each of these takes at least; most_jobs, the most jobs of any block for a token;
 // and bias_tiles, the most tiles of any block, whose biases are in shared memory, or 0 where they are not.
 // clang-format off
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(hidden_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
   X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(skip_phases) X(window) X(max_passes) X(slots) X(slot_k)             \
-  X(staged_rows) X(staged_k) X(tiles) X(merges) X(normed) X(splits) X(least_keys) X(most_jobs) X(bias_tiles)
+  X(staged_rows) X(staged_k) X(tiles) X(merges) X(splits) X(least_keys) X(most_jobs) X(bias_tiles)
 // clang-format on
 
 // The buffers, which are fp32 unless another type is given. "type" is that of weights and cache. C', F', O', D' are C,

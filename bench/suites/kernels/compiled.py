@@ -16,8 +16,8 @@ SIZES = {name: MODELS[name] for name in NAMES}  # of the models whose kernels ar
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel uses registers of a thread, bytes of a stack for those spilled, and bytes of shared memory for one
-    program of so many warps. findings: those of `lint.py`."""
+    """A compiled kernel uses registers of a thread, bytes of a stack for those spilled, and bytes of shared memory for
+    one program of so many warps. findings: those of `lint.py`."""
 
     kernel: str
     architecture: int

@@ -83,8 +83,8 @@ void prefetch(uintptr_t sector) {
 // Returns when `bytes` of a sector have come to the running thread's multiprocessor.
 Ready fetch(uintptr_t sector, double now, bool cached) {
   Thread& thread = *here;
-  Asked& asked = device_.asked[static_cast<size_t>(warp_of(thread)) * WARP_SECTORS +
-                               (sector * 0x9e3779b97f4a7c15 >> 55)];
+  Asked& asked =
+      device_.asked[static_cast<size_t>(warp_of(thread)) * WARP_SECTORS + (sector * 0x9e3779b97f4a7c15 >> 55)];
   if (asked.sector == sector && std::abs(asked.at - now) < TOGETHER) return asked.ready;
   Totals& totals = device_.totals[thread.time.cell];
   Ready ready;
@@ -341,7 +341,8 @@ EXPORT int tarflow_set_gpu(const char* name, double value) {
   if (!std::strcmp(name, #field)) return gpu.field = value, 1;
   TARFLOW_FIELD(clock)
   TARFLOW_FIELD(dram)
-  TARFLOW_FIELD(l2) TARFLOW_FIELD(l2_bytes) TARFLOW_FIELD(fence)
+  TARFLOW_FIELD(l2)
+  TARFLOW_FIELD(l2_bytes) TARFLOW_FIELD(fence)
 #undef TARFLOW_FIELD
       return 0;
 }

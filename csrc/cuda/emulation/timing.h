@@ -32,8 +32,7 @@ struct Thread;
 // The parameters of a GPU, in cycles and bytes a cycle. Where a source is a paper, its table's figure is for the H100.
 struct Gpu {
   double clock = 1.83e9;  // Hz. NVIDIA, H100 whitepaper: 989.4 TFLOP/s dense bf16 = 132 · 4096 FLOP a cycle · clock
-  double dram =
-      4.3e12;   // bytes/s, what copies attain: 4.3e12 on an H200, 3.0e12 on an H100 (/work's DESIGN, section 7)
+  double dram = 4.3e12;  // bytes/s: 90 % of the data sheets' 4.8e12 of an H200; 3.0e12 of an H100's 3.35e12 (assumed)
   double l2 = 5.6e12;  // bytes/s. Chips and Cheese, "Nvidia's H100: Funny L2, and Tons of Bandwidth", 2023: 5.5 … 7e12
   double l2_bytes = 50e6 * 0.8;  // the whitepaper's 50 MB, less what hashing into two partitions loses (assumed)
   double port = 64;  // bytes a cycle from L2 to a multiprocessor (CUDA profiler's l1tex peak, since Volta)

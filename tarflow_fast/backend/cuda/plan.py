@@ -24,7 +24,6 @@ GOOD_SLOTS = 4  # enough slots for weights to arrive during several phases
 LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
 MERGED_ROWS = 4  # rows whose parts of the attention each block adds up for itself; those of more take a step
-NORMED_ROWS = 16  # rows that each block normalises for itself; those of more take a step
 TILE_ROWS = 16  # positions of a sample that attend together, see window.cuh
 WINDOW_HEAD, WINDOW_ROW = 64, 68  # the head_dim that this is for, and what a row takes of shared memory, in floats
 PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys
@@ -44,7 +43,6 @@ class Plan:
     tiles: int
     bias_tiles: int
     merges: bool
-    normed: bool
     splits: int
     least_keys: int
     shared_bytes: int
@@ -169,7 +167,7 @@ def make_plan(
         product = 4 * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
         return tables + 4 * TILE * bias_tiles + max(product, 4 * parts)
 
-    # All inputs of fc2 for all rows; or those of a slot; or those for some rows. Biases are left out before any of these.
+    # All inputs of fc2 for all rows; or those of a slot; or those for some rows. Biases go before any of these does.
     wide = max(slot_k, whole(shape.hidden, slot_k))
     inputs = [(whole(rows, 8), wide), *((n, slot_k) for n in range(whole(rows, 8), 0, -8))]
     choices = [(*of, biases) for of in inputs for biases in (block_tiles, 0)]
@@ -193,7 +191,6 @@ def make_plan(
         tiles=tiles,
         bias_tiles=bias_tiles,
         merges=splits > 1 and rows > MERGED_ROWS,
-        normed=rows > NORMED_ROWS,
         splits=splits,
         least_keys=LEAST_KEYS,
         shared_bytes=taken(*choice) + count * slot,

@@ -97,7 +97,8 @@ def test_products_wait_for_their_sums() -> None:
 
 def test_a_barrier_costs_a_fence_and_waits_for_the_last_block() -> None:
     def each(mode: int = 0, **gpu: float) -> float:
-        return (cycles("barriers", 6, blocks=3, mode=mode, **gpu) - cycles("barriers", 2, blocks=3, mode=mode, **gpu)) / 4
+        few, many = (cycles("barriers", count, blocks=3, mode=mode, **gpu) for count in (2, 6))
+        return (many - few) / 4
 
     assert each(fence=2 * FENCE) - each() == pytest.approx(FENCE, rel=0.01)
     assert FENCE + L2 < each() < FENCE + 4 * L2

@@ -88,8 +88,9 @@ void barriers(CONSTANT_PARAMS p) {
   }
 }
 
-const std::map<std::string, Kernel> KERNELS{{"loads", loads},       {"moves", moves},         {"constants", constants}, {"in_shared", in_shared},
-                                            {"stream", stream},     {"products", products},   {"barriers", barriers}};
+const std::map<std::string, Kernel> KERNELS{{"loads", loads},         {"moves", moves},   {"constants", constants},
+                                            {"in_shared", in_shared}, {"stream", stream}, {"products", products},
+                                            {"barriers", barriers}};
 
 void run(const std::string& kernel, const std::map<std::string, int>& sizes, const py::dict& buffers, int blocks,
          int warps) {
