@@ -35,7 +35,7 @@ def poisoned(engine: BlockEngine, z: Tensor, condition: Condition) -> BlockState
     state.x[:, 1:] = torch.nan
     state.token_log_det[:, 1:] = torch.nan
     for holder in (state.cache, *getattr(state.cache, "windows", {}).values()):
-        for name in ("keys_values", "x", "token_log_det", "h", "queries", "attended", "hidden", "parameters"):
+        for name in ("keys_values", "x", "token_log_det", "h", "queries", "attended", "norms", "hidden", "parameters"):
             if isinstance(getattr(holder, name, None), Tensor):
                 getattr(holder, name).fill_(torch.nan)
     return state

@@ -85,7 +85,6 @@ class KernelsSuite(Suite):
         surveys["cuda"] = lambda: _cuda(architectures, only == "cuda")
         for row in (row for name, survey in surveys.items() if only in (None, name) for row in survey()):
             mark = "" if row.fault is None else f"  FAULT: {row.fault}"
-            mark += "".join(f"\n    later: {each}" for each in row.later)
             faults += row.fault is not None
             numbers = (row.architecture, row.registers, row.stack, row.shared)
             click.echo(ROW.format(row.kernel, *numbers, f"{row.tile} warps={row.warps}{mark}"))

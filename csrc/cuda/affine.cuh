@@ -11,26 +11,48 @@ struct Parameters {
   float xa, xb;
 };
 
-// Returns value d of the guided parameters after a position's token. guidance: g after that token.
-DEVICE Parameters parameters_at(const Params& p, int position, int token, int d) {
-  const Global<float> parameters(p.parameters);
-  const int stride = whole_tiles(p.out_dim);
-  const int64_t at = static_cast<int64_t>(position) * stride + d;
-  const int64_t shift = p.affine ? p.token_dim : 0;
-  Parameters y{p.affine ? load(parameters, at) : 0.0f, load(parameters, at + shift)};
-  if (p.branches == 2) {
-    const int64_t unguided = at + static_cast<int64_t>(p.positions) * stride;
-    const float g = constant(Global<const float>(p.guidance), token);
-    if (p.affine && p.guide_a) y.xa += g * (y.xa - load(parameters, unguided));
-    if (p.guide_b) y.xb += g * (y.xb - load(parameters, unguided + shift));
-  }
-  return y;
-}
+constexpr int TOKEN_AT_ONCE = 6;  // the values of a token that a lane has under way: a patch of 8 × 8 × 3 is one round
 
-// Returns the sum over the lanes of a warp.
+// Value d of the parameters after a position's token, on its way, in both branches.
+struct LoadedParameters {
+  Loaded<float> xa = {}, xb = {}, unguided_xa = {}, unguided_xb = {};
+
+  DEVICE void load_from(const Params& p, int position, int d) {
+    const Global<float> parameters(p.parameters);
+    const int stride = whole_tiles(p.out_dim);
+    const int64_t at = static_cast<int64_t>(position) * stride + d,
+                  unguided = at + static_cast<int64_t>(p.positions) * stride;
+    const int64_t shift = p.affine ? p.token_dim : 0;
+    if (p.affine) xa = load(parameters, at);
+    xb = load(parameters, at + shift);
+    if (p.branches == 2 && p.affine && p.guide_a) unguided_xa = load(parameters, unguided);
+    if (p.branches == 2 && p.guide_b) unguided_xb = load(parameters, unguided + shift);
+  }
+  // g: of the guidance after that token, 0 without.
+  DEVICE Parameters guided(const Params& p, float g) const {
+    Parameters y{p.affine ? static_cast<float>(xa) : 0.0f, xb};
+    if (p.branches == 2 && p.affine && p.guide_a) y.xa += g * (y.xa - unguided_xa);
+    if (p.branches == 2 && p.guide_b) y.xb += g * (y.xb - unguided_xb);
+    return y;
+  }
+};
+
+// Replaces each value by its sum over the lanes of a warp.
+template <int N>
+DEVICE void sum_lanes(float (&values)[N]) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    Loaded<float> others[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) others[i] = shuffle_xor(values[i], mask);
+#pragma unroll
+    for (int i = 0; i < N; i++) values[i] += others[i];
+  }
+}
 DEVICE float sum_lanes(float value) {
-  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
+  float values[1] = {value};
+  sum_lanes<1>(values);
+  return values[0];
 }
 
 // Returns the larger, or NaN if one is NaN.
@@ -41,20 +63,44 @@ DEVICE float largest_lane(float value) {
   return value;
 }
 
-// Makes token `token` + 1 of a position, by a warp. take(d, x, xa) gets each value, on one lane. Returns the log-det.
-template <class Take>
-DEVICE float next_token(const Params& p, const Rows& rows, int position, int token, Take take) {
+// Makes token `token` + 1 of a position, by a warp. before(d) loads what take(d, x, xa, loaded) needs besides each value,
+// on one lane. Returns the log-det.
+template <class Before, class Take>
+DEVICE float next_token(const Params& p, const Rows& rows, int position, int token, Before before, Take take) {
   const Global<const float> z(p.z);
   const int64_t at = rows.place(position, token + 1) * p.token_dim;
+  Loaded<float> g = {};
+  if (p.branches == 2) g = constant(Global<const float>(p.guidance), token);
   float log_det = 0;
 #pragma unroll 1
-  for (int d = thread() % 32; d < p.token_dim; d += 32) {
-    const Parameters y = parameters_at(p, position, token, d);
-    take(d, constant(z, at + d) * expf(y.xa) + y.xb, y.xa);
-    log_det += y.xa;
+  for (int begin = thread() % 32; begin < p.token_dim; begin += 32 * TOKEN_AT_ONCE) {
+    LoadedParameters parameters[TOKEN_AT_ONCE];
+    Loaded<float> latent[TOKEN_AT_ONCE] = {}, loaded[TOKEN_AT_ONCE] = {};
+#pragma unroll
+    for (int u = 0; u < TOKEN_AT_ONCE; u++) {
+      const int d = begin + u * 32;
+      if (d >= p.token_dim) continue;
+      parameters[u].load_from(p, position, d);
+      latent[u] = constant(z, at + d);
+      loaded[u] = before(d);
+    }
+#pragma unroll
+    for (int u = 0; u < TOKEN_AT_ONCE; u++) {
+      const int d = begin + u * 32;
+      if (d >= p.token_dim) continue;
+      const Parameters y = parameters[u].guided(p, g);
+      instructions(20);
+      take(d, latent[u] * expf(y.xa) + y.xb, y.xa, loaded[u]);
+      log_det += y.xa;
+    }
   }
   return sum_lanes(log_det);
 }
+
+// What `before` of next_token is where nothing else is needed.
+struct Nothing {
+  DEVICE Loaded<float> operator()(int) const { return {}; }
+};
 
 // How far a token moves, and its residual: max_d |new x − old x| and max_d |new x − old x| · exp(−xa). A warp computes
 // them, and each lane has a part until `largest_lane`.
@@ -77,8 +123,11 @@ DEVICE void update(const Params& p, const Rows& rows) {
     const int token = rows.token_at(i);
     const int64_t place = rows.place(i, token + 1);
     Moved moved;
-    const float log_det = next_token(p, rows, i, token, [&](int d, float value, float xa) {
-      if (p.mode == FIXED_POINT) moved.take(load(x, place * p.token_dim + d), value, xa);
+    const auto before = [&](int d) {
+      return p.mode == FIXED_POINT ? load(x, place * p.token_dim + d) : Loaded<float>{};
+    };
+    const float log_det = next_token(p, rows, i, token, before, [&](int d, float value, float xa, float old) {
+      if (p.mode == FIXED_POINT) moved.take(old, value, xa);
       store(x, place * p.token_dim + d, value);
     });
     const float change = largest_lane(moved.change), residual = largest_lane(moved.residual);

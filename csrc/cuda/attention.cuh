@@ -1,8 +1,11 @@
-// The attention of one query to the tokens up to its own, softmax(q kᵀ · scale) v, in two parts.
+// The attention of one query to the tokens up to its own, softmax(q kᵀ · scale) v.
 //
-// `attend` splits the keys of a row and head among as many blocks as are worth it, each of which leaves an unnormalised
-// sum of values with the maximum of its logits and the sum of its weights. In a block, groups of lanes take a key each,
-// 16 bytes a lane. `attended` adds up the parts, for the product that follows. All of it is fp32.
+// `attend` takes the keys of a row and head, or of a window's rows and a head (see window.cuh), split among as many
+// blocks as are worth it. Where there is one split it leaves the attended values; else each block leaves an unnormalised
+// sum of values with the maximum of its logits and the sum of its weights, and `attended` adds up the parts: for the
+// product that follows, or once and for all in a step of its own (`merge`), if the plan says so.
+//
+// In a block, groups of lanes take a key each, 16 bytes a lane. All of it is fp32.
 #pragma once
 
 #include "rows.cuh"
@@ -11,6 +14,9 @@ namespace tarflow {
 
 constexpr int KEYS_IN_FLIGHT = 4;  // keys that each group of lanes has under way
 constexpr float LOWEST = -INFINITY;
+
+// Returns the floats that a warp leaves to its block: a sum for each channel, the maximum and the weight.
+DEVICE int part_floats(int head_dim) { return divide_up(head_dim, 4) * 4 + 4; }
 
 // Returns the factor by which a sum under the maximum m counts under the higher one M. An empty sum has m = −∞ and is
 // 0.
@@ -31,6 +37,7 @@ struct Part {
     const int keys = rows.token(row) + 1, each = split_keys(p, keys);
     first = split * each < keys ? split * each : keys;
     last = first + each < keys ? first + each : keys;
+    instructions(120);  // the divisions
   }
   DEVICE int64_t index(const Params& p) const {
     return (static_cast<int64_t>(row) * p.heads + head) * p.splits + split;
@@ -42,70 +49,119 @@ DEVICE int64_t statistics(const Params& p, const Rows& rows) {
   return (static_cast<int64_t>(rows.count()) * p.heads * p.splits * p.head_dim + 1) / 2 * 2;
 }
 
-// Asks for the keys and values before this token's while other blocks still compute this token's.
+// Asks for the keys and values of a part before they are needed.
 template <class T, int WARPS>
-DEVICE void prefetch_keys(const Params& p, const Rows& rows, int layer) {
-  if (block() >= rows.count() * p.heads * p.splits) return;
-  const Part part(p, rows, block());
+DEVICE void prefetch_part(const Params& p, const Rows& rows, int layer, const Part& part) {
   const Global<T> cache(p.keys_values);
+  const int64_t keys = rows.cached(layer, 0, part.row, part.head), values = rows.cached(layer, 1, part.row, part.head);
 #pragma unroll 1
-  for (int i = thread(); i < 2 * (part.last - part.first); i += WARPS * 32)
-    prefetch(cache, rows.cached(layer, i % 2, part.row, part.head) + (part.first + i / 2) * p.head_dim);
-}
-
-template <int V, class T>
-DEVICE void read_query(float (&q)[V], const Params& p, const Rows& rows, const Part& part, int channel, bool inside) {
-  const Global<float> queries(p.queries);
-  const int64_t at = static_cast<int64_t>(part.row) * whole_tiles(p.channels) + part.head * p.head_dim + channel;
-  const float scale = constant(Global<const float>(p.scale), rows.branch(part.row));
-  constexpr int step = V < 4 ? V : 4;
-#pragma unroll
-  for (int i = 0; i < V; i += step) {
-    Vector<float, step> values{};
-    if (inside) values = load_vector<step>(queries, at + i);
-    for (int j = 0; j < step; j++) q[i + j] = values.at[j] * scale;
+  for (int key = part.first + thread(); key < part.last; key += WARPS * 32) {
+    prefetch(cache, keys + static_cast<int64_t>(key) * p.head_dim);
+    prefetch(cache, values + static_cast<int64_t>(key) * p.head_dim);
   }
 }
 
-// Attends with this block's parts. V: elements of a key that a lane takes, which divide head_dim. memory: (WARPS, d +
-// 2).
+// Asks for the keys and values before this token's while other blocks still compute this token's.
+template <class T, int WARPS>
+DEVICE void prefetch_keys(const Params& p, const Rows& rows, int layer) {
+  if (block() < rows.count() * p.heads * p.splits) prefetch_part<T, WARPS>(p, rows, layer, Part(p, rows, block()));
+}
+
+// Some channels of a query, on their way.
+template <int V>
+struct Query {
+  static constexpr int STEP = V < 4 ? V : 4;
+  Vector<float, STEP> values[V / STEP];
+
+  DEVICE void load_from(const Params& p, const Part& part, int channel, bool inside) {
+    const Global<float> queries(p.queries);
+    const int64_t at = static_cast<int64_t>(part.row) * whole_tiles(p.channels) + part.head * p.head_dim + channel;
+#pragma unroll
+    for (int i = 0; i < V / STEP; i++) {
+      values[i] = {};
+      if (inside) values[i] = load_vector<STEP>(queries, at + i * STEP);
+    }
+  }
+  DEVICE float at(int i) const { return values[i / STEP].at[i % STEP]; }
+};
+
+// A round of keys and values, on their way.
+template <class T, int V>
+struct Round {
+  Vector<T, V> k[KEYS_IN_FLIGHT], v[KEYS_IN_FLIGHT];
+};
+
+// Stores what a row has attended to, of which there is one part: channels of one head, unnormalised.
+template <class T, int N>
+DEVICE void store_attended(const Params& p, int row, int channel, const float (&sum)[N], float weights) {
+  Vector<T, N> y;
+  for (int i = 0; i < N; i++) y.at[i] = from_float<T>(weights > 0 || weights != weights ? sum[i] / weights : 0.0f);
+  store_vector(Global<T>(p.attended), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
+}
+
+// Attends with this block's parts. V: elements of a key that a lane takes, which divide head_dim. memory: (WARPS,
+// part_floats(d)).
 template <class T, int V, int WARPS>
 DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> memory) {
   const Global<T> cache(p.keys_values);
   const Global<float> partials(p.partials);
-  const int warp = thread() / 32, lane = thread() % 32, d = p.head_dim;
+  const int warp = thread() / 32, lane = thread() % 32, d = p.head_dim, parts = rows.count() * p.heads * p.splits;
   int width = 1;  // lanes that share a key
   while (width * V < d) width *= 2;
   const int channel = lane % width * V, side = 32 / width, stride = WARPS * side;
   const bool inside = channel < d;
   bool again = false;
-  for (int index = block(); index < rows.count() * p.heads * p.splits; index += blocks()) {
+  for (int index = block(); index < parts; index += blocks()) {
     const Part part(p, rows, index);
     if (part.first == part.last) continue;
+    if (index + blocks() < parts) prefetch_part<T, WARPS>(p, rows, layer, Part(p, rows, index + blocks()));
     const int64_t keys = rows.cached(layer, 0, part.row, part.head) + channel;
     const int64_t values = rows.cached(layer, 1, part.row, part.head) + channel;
-    float q[V], sum[V] = {}, most = LOWEST, weights = 0;
-    read_query<V, T>(q, p, rows, part, channel, inside);
+    const int own_key = warp * side + lane / width;
+    const auto read = [&](Round<T, V>& round, int first) {
+#pragma unroll
+      for (int u = 0; u < KEYS_IN_FLIGHT; u++) {
+        const int key = first + u * stride + own_key;
+        if (inside && key < part.last) {
+          round.k[u] = load_vector<V>(cache, keys + static_cast<int64_t>(key) * d);
+          round.v[u] = load_vector<V>(cache, values + static_cast<int64_t>(key) * d);
+        }
+      }
+    };
+    Query<V> query;
+    query.load_from(p, part, channel, inside);
+    const Loaded<float> scale = constant(Global<const float>(p.scale), rows.branch(part.row));
+    float sum[V] = {}, most = LOWEST, weights = 0;
+    Round<T, V> next = {};
+    read(next, part.first);
+#pragma unroll 1
     for (int first = part.first; first < part.last; first += stride * KEYS_IN_FLIGHT) {
-      Vector<T, V> k[KEYS_IN_FLIGHT], v[KEYS_IN_FLIGHT];
+      const Round<T, V> now = next;
+      next = {};
+      read(next, first + stride * KEYS_IN_FLIGHT);
+      sync_warp();
       float logit[KEYS_IN_FLIGHT];
 #pragma unroll
       for (int u = 0; u < KEYS_IN_FLIGHT; u++) {
-        const int key = first + u * stride + warp * side + lane / width;
+        const int key = first + u * stride + own_key;
+        logit[u] = 0;
         if (inside && key < part.last) {
-          k[u] = load_vector<V>(cache, keys + static_cast<int64_t>(key) * d);
-          v[u] = load_vector<V>(cache, values + static_cast<int64_t>(key) * d);
+          instructions(2 * V);
+          for (int i = 0; i < V; i++) logit[u] += query.at(i) * to_float(now.k[u].at[i]);
         }
+        logit[u] *= scale;
+      }
+      for (int mask = 1; mask < width; mask *= 2) {
+        Loaded<float> other[KEYS_IN_FLIGHT];
+#pragma unroll
+        for (int u = 0; u < KEYS_IN_FLIGHT; u++) other[u] = shuffle_xor(logit[u], mask);
+#pragma unroll
+        for (int u = 0; u < KEYS_IN_FLIGHT; u++) logit[u] += other[u];
       }
       float higher = most;
 #pragma unroll
       for (int u = 0; u < KEYS_IN_FLIGHT; u++) {
-        const int key = first + u * stride + warp * side + lane / width;
-        logit[u] = 0;
-        if (inside && key < part.last)
-          for (int i = 0; i < V; i++) logit[u] += q[i] * to_float(k[u].at[i]);
-        for (int mask = 1; mask < width; mask *= 2) logit[u] += shuffle_xor(logit[u], mask);
-        if (key >= part.last) logit[u] = LOWEST;
+        if (first + u * stride + own_key >= part.last) logit[u] = LOWEST;
         higher = fmaxf(higher, logit[u]);
       }
       const float kept = rescale(most, higher);
@@ -116,53 +172,82 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
       for (int u = 0; u < KEYS_IN_FLIGHT; u++) {
         const float weight = rescale(logit[u], most);
         weights += weight;
+        instructions(2 * V + 6);
         if (inside && logit[u] != LOWEST)
-          for (int i = 0; i < V; i++) sum[i] += weight * to_float(v[u].at[i]);
+          for (int i = 0; i < V; i++) sum[i] += weight * to_float(now.v[u].at[i]);
       }
     }
+    section(MERGE);
     for (int mask = width; mask < 32; mask *= 2) {  // merges the warp's groups
-      const float other = shuffle_xor(most, mask), M = fmaxf(most, other);
-      const float mine = rescale(most, M), theirs = rescale(other, M);
-      weights = weights * mine + shuffle_xor(weights, mask) * theirs;
-      for (int i = 0; i < V; i++) sum[i] = sum[i] * mine + shuffle_xor(sum[i], mask) * theirs;
+      const Loaded<float> other = shuffle_xor(most, mask), heavier = shuffle_xor(weights, mask);
+      Loaded<float> others[V];
+#pragma unroll
+      for (int i = 0; i < V; i++) others[i] = shuffle_xor(sum[i], mask);
+      const float M = fmaxf(most, other), mine = rescale(most, M), theirs = rescale(other, M);
+      weights = weights * mine + heavier * theirs;
+#pragma unroll
+      for (int i = 0; i < V; i++) sum[i] = sum[i] * mine + others[i] * theirs;
       most = M;
     }
     if (again) sync_block();  // the part before has been read
     again = true;
-    const int own = warp * (d + 2);
-    if (inside && lane < width)
-      for (int i = 0; i < V; i++) store(memory, own + channel + i, sum[i]);
-    if (lane == 0) {
-      store(memory, own + d, most);
-      store(memory, own + d + 1, weights);
-    }
-    sync_block();
-    for (int c = thread(); c < d; c += WARPS * 32) {  // merges the block's warps
-      float M = LOWEST, total = 0, y = 0;
-      for (int w = 0; w < WARPS; w++) M = fmaxf(M, load(memory, w * (d + 2) + d));
-      for (int w = 0; w < WARPS; w++) {
-        const float share = rescale(load(memory, w * (d + 2) + d), M);
-        total += share * load(memory, w * (d + 2) + d + 1);
-        y += share * load(memory, w * (d + 2) + c);
+    const int size = part_floats(d), own = warp * size, of_block = size - 4;
+    if (inside && lane < width) {
+      constexpr int STEP = Query<V>::STEP;
+#pragma unroll
+      for (int i = 0; i < V; i += STEP) {
+        Vector<float, STEP> some;
+        for (int j = 0; j < STEP; j++) some.at[j] = sum[i + j];
+        store_vector(memory, own + channel + i, some);
       }
-      store(partials, part.index(p) * d + c, y);
+    }
+    if (lane == 0) store_vector(memory, own + of_block, Vector<float, 2>{most, weights});
+    sync_block();
+#pragma unroll 1
+    for (int c = thread(); c < d; c += WARPS * 32) {  // merges the block's warps
+      Vector<float, 2> of[WARPS];
+      Loaded<float> sums[WARPS];
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        of[w] = load_vector<2>(memory, w * size + of_block);
+        sums[w] = load(memory, w * size + c);
+      }
+      float M = LOWEST, total = 0, y[1] = {0};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) M = fmaxf(M, of[w].at[0]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const float share = rescale(of[w].at[0], M);
+        instructions(6);
+        total += share * of[w].at[1];
+        y[0] += share * sums[w];
+      }
+      if (p.splits == 1) {
+        store_attended<T, 1>(p, part.row, part.head * d + c, y, total);
+        continue;
+      }
+      store(partials, part.index(p) * d + c, y[0]);
       if (c > 0) continue;
       store(partials, statistics(p, rows) + 2 * part.index(p), M);
       store(partials, statistics(p, rows) + 2 * part.index(p) + 1, total);
     }
+    section(ATTEND);
   }
 }
 
 // Returns channels [channel, channel + V), all of one head, of what a row has attended to.
-template <int V>
-DEVICE Vector<float, V> attended(const Params& p, const Rows& rows, int row, int channel) {
+template <int V, class T>
+DEVICE Vector<T, V> attended(const Params& p, const Rows& rows, int row, int channel) {
   constexpr int AT_ONCE = 8;
   const Global<float> partials(p.partials);
-  const int d = p.head_dim, keys = rows.token(row) + 1, parts = divide_up(keys, split_keys(p, keys));
+  const int d = p.head_dim, keys = rows.token(row) + 1,
+            parts = keys == 0 ? 0
+                    : p.tiles ? p.splits
+                              : divide_up(keys, split_keys(p, keys));
   const int64_t first = (static_cast<int64_t>(row) * p.heads + channel / d) * p.splits;
   const int64_t of_first = statistics(p, rows) + 2 * first;
-  Vector<float, V> y{};
-  float most = LOWEST, weights = 0;
+  float y[V] = {}, most = LOWEST, weights = 0;
+#pragma unroll 1
   for (int begin = 0; begin < parts; begin += AT_ONCE) {
     Vector<float, V> sum[AT_ONCE];
     Vector<float, 2> of[AT_ONCE];
@@ -170,6 +255,7 @@ DEVICE Vector<float, V> attended(const Params& p, const Rows& rows, int row, int
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       of[i] = {{LOWEST, 0.0f}};
+      sum[i] = {};
       if (begin + i >= parts) continue;
       sum[i] = load_vector<V>(partials, (first + begin + i) * d + channel % d);
       of[i] = load_vector<2>(partials, of_first + 2 * (begin + i));
@@ -179,18 +265,32 @@ DEVICE Vector<float, V> attended(const Params& p, const Rows& rows, int row, int
     const float kept = rescale(most, higher);
     most = higher;
     weights *= kept;
-    for (int j = 0; j < V; j++) y.at[j] *= kept;
+    for (int j = 0; j < V; j++) y[j] *= kept;
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       if (begin + i >= parts) continue;
       const float share = rescale(of[i].at[0], most);
+      instructions(2 * V + 6);
       weights += share * of[i].at[1];
-      for (int j = 0; j < V; j++) y.at[j] += share * sum[i].at[j];
+      for (int j = 0; j < V; j++) y[j] += share * sum[i].at[j];
     }
   }
-  if (parts > 0)
-    for (int j = 0; j < V; j++) y.at[j] /= weights;
-  return y;
+  Vector<T, V> result;
+  for (int j = 0; j < V; j++) result.at[j] = from_float<T>(parts > 0 ? y[j] / weights : 0.0f);
+  return result;
+}
+
+// Adds up the parts of all rows, once for all blocks, which divide rows and channels among them.
+template <class T, int V, int WARPS>
+DEVICE void merge(const Params& p, const Rows& rows) {
+  const int width = whole_tiles(p.channels), vectors = p.channels / V;
+#pragma unroll 1
+  for (int i = block() * WARPS * 32 + thread(); i < rows.count() * vectors; i += blocks() * WARPS * 32) {
+    const int row = i / vectors, channel = (i - row * vectors) * V;
+    instructions(60);
+    store_vector(Global<T>(p.attended), static_cast<int64_t>(row) * width + channel,
+                 attended<V, T>(p, rows, row, channel));
+  }
 }
 
 }  // namespace tarflow

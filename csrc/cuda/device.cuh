@@ -31,13 +31,52 @@ DEVICE int blocks() { return gridDim.x; }
 
 DEVICE void sync_block() { __syncthreads(); }
 
-// Returns the value of the lane whose number differs by `mask`. Every lane of the warp takes part.
-DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+// Lets no lane go on before all have come, and no load move to the other side: ptxas would move loads down to their
+// first uses, of which each then waits for the one before it. Every lane of the warp takes part.
+DEVICE void sync_warp() { __syncwarp(); }
 
+// These tell the emulation's model of time (emulation/timing.h) where a thread is, and how many instructions it runs
+// besides those of this file. They are nothing on a GPU.
+DEVICE void section(Section) {}
+DEVICE void section(Phase, Section) {}
+DEVICE void instructions(int) {}
+
+// One half of a word of 32 bits.
+template <class T>
+struct Half {
+  unsigned& word;
+  int shift;
+
+  DEVICE operator T() const {
+    const auto bits = static_cast<unsigned short>(word >> shift);
+    return *reinterpret_cast<const T*>(&bits);
+  }
+  DEVICE void operator=(T value) {
+    word = (word & 0xffff0000u >> shift) | static_cast<unsigned>(*reinterpret_cast<unsigned short*>(&value)) << shift;
+  }
+  DEVICE void operator=(const Half& other) { *this = static_cast<T>(other); }
+};
+
+// Elements of 16 bits, two in a word: where the compiler sees them one by one, each takes a register of its own from
+// its load on.
+template <class T, int N>
+struct Halves {
+  unsigned words[N / 2];
+
+  DEVICE Half<T> operator[](int i) { return {words[i / 2], i % 2 * 16}; }
+  DEVICE T operator[](int i) const { return Half<T>{const_cast<unsigned&>(words[i / 2]), i % 2 * 16}; }
+};
+
+// A vector that is loaded on a condition is first set to zero. PTX has no values that are undefined: what was not loaded
+// would be what the turn before left, and keep its registers through the whole token loop.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
-  T at[N];
+  std::conditional_t<sizeof(T) == 2 && N % 2 == 0, Halves<T, N>, T[N]> at;
 };
+
+// A number on its way: the code that holds it as this type, or as a Vector, need not wait for it before its first use.
+template <class T>
+using Loaded = T;
 
 template <class T>
 struct Global {
@@ -49,6 +88,9 @@ template <class T>
 struct Shared {
   T* data;
 };
+
+// Returns the value of the lane whose number differs by `mask`. Every lane of the warp takes part.
+DEVICE Loaded<float> shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // Returns `count` elements of the block's dynamic shared memory, from this byte on, a multiple of 16.
 template <class T>
@@ -111,9 +153,48 @@ DEVICE void store(Shared<T> to, int i, T value) {
   to.data[i] = value;
 }
 
+// The whole vector in one store, which a copy of a struct of small elements is not. 4, 8 or 16 bytes.
+template <int N, class T>
+DEVICE void store_vector(T* to, const Vector<T, N>& value) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  static_assert(bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16);
+  if constexpr (bytes == 2) *to = value.at[0];
+  if constexpr (bytes == 4) *reinterpret_cast<unsigned*>(to) = *reinterpret_cast<const unsigned*>(&value);
+  if constexpr (bytes == 8) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(&value);
+  if constexpr (bytes == 16) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&value);
+}
+// 16 bytes are asked for in assembly, as the compiler may take a vector apart that it has seen in parts.
 template <int N, class T>
 DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
-  *reinterpret_cast<Vector<T, N>*>(to.data + i) = value;
+  if constexpr (N * sizeof(T) < 16) return store_vector(to.data + i, value);
+  const auto& words = reinterpret_cast<const unsigned (&)[4]>(value);
+  asm volatile(
+      "st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to.data + i))),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+template <int N, class T>
+DEVICE void store_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {
+  store_vector(to.data + i, value);
+}
+
+// Reads N matrices of 8 × 8 by a whole warp: a lane gets row lane / 4, columns 2 (lane % 4) and the one after it, of
+// each. i: the first element of row lane % 8 of matrix lane / 8 % N, a multiple of 8.
+template <int N, class T>
+DEVICE void load_matrices(Vector<T, 2> (&to)[N], Shared<T> from, int i) {
+  static_assert(sizeof(T) == 2 && (N == 2 || N == 4));
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(from.data + i));
+  unsigned* at = reinterpret_cast<unsigned*>(to);
+  if constexpr (N == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(at[0]), "=r"(at[1])
+                 : "r"(address)
+                 : "memory");
+  if constexpr (N == 4)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(at[0]), "=r"(at[1]), "=r"(at[2]), "=r"(at[3])
+                 : "r"(address)
+                 : "memory");
 }
 
 // Asks for the line of an element to be brought into the cache that all multiprocessors share. This is a hint.
@@ -190,6 +271,9 @@ DEVICE fp16 from_float<fp16>(float value) {
 DEVICE float to_float(float value) { return value; }
 DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
 DEVICE float to_float(fp16 value) { return __half2float(value); }
+DEVICE float to_float(const Half<bf16>& value) {
+  return __uint_as_float(value.shift ? value.word & 0xffff0000u : value.word << 16);
+}
 
 // sums += A B on tensor cores, by a whole warp, with A 16 × 16, B 16 × 8 and sums 16 × 8. With g = lane / 4 and
 // t = lane % 4, the operands of a lane are
@@ -197,20 +281,18 @@ DEVICE float to_float(fp16 value) { return __half2float(value); }
 // b: B[2t, 2t+1][g], B[2t+8, 2t+9][g]; sums: [g][2t, 2t+1], [g+8][2t, 2t+1].
 DEVICE void multiply_tiles(float (&sums)[4], const Vector<bf16, 8>& a, const Vector<bf16, 2>& b0,
                            const Vector<bf16, 2>& b1) {
-  const unsigned* A = reinterpret_cast<const unsigned*>(&a);
+  const auto& A = a.at.words;
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(*reinterpret_cast<const unsigned*>(&b0)),
-        "r"(*reinterpret_cast<const unsigned*>(&b1)));
+      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(b0.at.words[0]), "r"(b1.at.words[0]));
 }
 DEVICE void multiply_tiles(float (&sums)[4], const Vector<fp16, 8>& a, const Vector<fp16, 2>& b0,
                            const Vector<fp16, 2>& b1) {
-  const unsigned* A = reinterpret_cast<const unsigned*>(&a);
+  const auto& A = a.at.words;
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(*reinterpret_cast<const unsigned*>(&b0)),
-                 "r"(*reinterpret_cast<const unsigned*>(&b1)));
+               : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(b0.at.words[0]), "r"(b1.at.words[0]));
 }
 
 }  // namespace tarflow

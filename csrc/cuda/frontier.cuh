@@ -28,13 +28,16 @@ DEVICE bool look(const Params& p, const Rows& rows) {
 
 // The findings of a pass for each token of a sample's window.
 struct Found {
-  Shared<float> memory;  // 4 W floats
+  Shared<float> memory;  // 5 W + 1 floats
   int W;
 
   DEVICE float change(int j) const { return load(memory, j); }
   DEVICE float residual(int j) const { return load(memory, W + j); }
   DEVICE bool bad(int j) const { return load(memory, 2 * W + j) > 0; }
   DEVICE float size(int j) const { return larger(load(memory, 3 * W + j), 1.0f); }  // the guess's size, at least 1
+  // How far token j had moved in the pass before; −1 is the token before the window.
+  DEVICE float before(int j) const { return load(memory, 4 * W + 1 + j); }
+  DEVICE void keep_before(int j, float moved) const { store(memory, 4 * W + 1 + j, moved); }
   DEVICE void keep(int j, const Moved& moved, float bad, float size) const {
     store(memory, j, moved.change);
     store(memory, W + j, moved.residual);
@@ -43,32 +46,39 @@ struct Found {
   }
 };
 
-// Does `Trail.record` for a sample, by one thread. The constants are those of tarflow_fast/solvers/trail.py.
+// Does `Trail.record` for a sample, by a block, whose threads take a token each. The constants are those of
+// tarflow_fast/solvers/trail.py.
+template <int WARPS>
 DEVICE void record(const Params& p, int sample, int front, int width, int kept, const Found& found) {
   constexpr float NEAR = 0.5f, FORGET = 0.9f;
   const Global<float> trail(p.trail);
   const int64_t plane = static_cast<int64_t>(p.samples) * p.tokens;
   const int64_t first = static_cast<int64_t>(sample) * p.tokens + front;
-  float reach = larger(load(trail, first - 1), 0.0f), size = 1;
-#pragma unroll 1
-  for (int j = 0; j < width; j++) {
-    const int64_t moved = first + j, sensitivity = moved + plane, defect = sensitivity + plane, scale = defect + plane;
-    const float before = load(trail, moved), change = found.change(j), residual = found.residual(j);
-    const bool finite = !found.bad(j);
-    size = larger(size, found.size(j));
-    if (finite && before >= 0 && before < INFINITY && reach > p.rounding * size && reach <= NEAR * size) {
-      const float shown = larger(change - p.rounding * found.size(j), 0.0f) / reach;
-      store(trail, sensitivity, larger(shown, FORGET * load(trail, sensitivity)));
-    }
-    if (finite && residual > 0 && residual < INFINITY)
-      store(trail, scale, larger(change / residual, FORGET * load(trail, scale)));
-    store(trail, defect, j < kept ? change : 0.0f);
-    store(trail, moved, j < kept ? 0.0f : finite ? change : INFINITY);
-    reach = larger(reach, before);
+  const int j = thread();
+  for (int i = thread(); i <= width; i += WARPS * 32) found.keep_before(i - 1, load(trail, first + i - 1));
+  sync_block();
+  if (j >= width) return;
+  const int64_t moved = first + j, sensitivity = moved + plane, defect = sensitivity + plane, scale = defect + plane;
+  const Loaded<float> shown_before = load(trail, sensitivity), scale_before = load(trail, scale);
+  float reach = 0, size = 1;
+#pragma unroll 4
+  for (int i = 0; i <= j; i++) {
+    reach = larger(reach, found.before(i - 1));
+    size = larger(size, found.size(i));
   }
+  const float before = found.before(j), change = found.change(j), residual = found.residual(j);
+  const bool finite = !found.bad(j);
+  if (finite && before >= 0 && before < INFINITY && reach > p.rounding * size && reach <= NEAR * size) {
+    const float shown = larger(change - p.rounding * found.size(j), 0.0f) / reach;
+    store(trail, sensitivity, larger(shown, FORGET * shown_before));
+  }
+  if (finite && residual > 0 && residual < INFINITY)
+    store(trail, scale, larger(change / residual, FORGET * scale_before));
+  store(trail, defect, j < kept ? change : 0.0f);
+  store(trail, moved, j < kept ? 0.0f : finite ? change : INFINITY);
 }
 
-// Makes final what a pass allows. A block takes a sample. memory: 4 W floats.
+// Makes final what a pass allows. A block takes a sample. memory: 5 W + 1 floats.
 template <int WARPS>
 DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
   const Global<float> x(p.x), guess(p.guess), log_dets(p.log_det), residuals(p.residual);
@@ -86,10 +96,11 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
       const int64_t place = rows.place(begin, front + j);
       Moved moved;
       float bad = 0, size = 0;
-      const float log_det = next_token(p, rows, begin + j, front + j - 1, [&](int d, float value, float xa) {
-        const float before = load(x, place * D + d);
-        moved.take(before, value, xa);
-        size = larger(size, fabsf(before));
+      const auto before = [&](int d) { return load(x, place * D + d); };
+      const float log_det =
+          next_token(p, rows, begin + j, front + j - 1, before, [&](int, float value, float xa, float old) {
+        moved.take(old, value, xa);
+        size = larger(size, fabsf(old));
         if (!(fabsf(value) < INFINITY)) bad = 1;
       });
       moved = {largest_lane(moved.change), largest_lane(moved.residual)};
@@ -113,8 +124,9 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
     for (int j = kept + warp; j < width; j += WARPS) {
       const int64_t place = rows.place(begin, front + j);
       const bool back = j > kept && found.bad(j);
-      next_token(p, rows, begin + j, front + j - 1, [&](int d, float value, float) {
-        if (!failed || j == kept) store(x, place * D + d, back ? load(guess, place * D + d) : value);
+      const auto before = [&](int d) { return back ? load(guess, place * D + d) : Loaded<float>{}; };
+      next_token(p, rows, begin + j, front + j - 1, before, [&](int d, float value, float, float start) {
+        if (!failed || j == kept) store(x, place * D + d, back ? start : value);
       });
     }
     if (failed) {
@@ -122,8 +134,8 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
       const int count = (p.tokens - front - kept - 1) * D;
       for (int i = thread(); i < count; i += WARPS * 32) store(x, first + i, NAN);
     }
+    record<WARPS>(p, sample, front, width, kept, found);
     if (thread() > 0) continue;
-    record(p, sample, front, width, kept, found);
     store(reached, sample, failed ? p.tokens : kept < width ? front + kept + 1 : front + width);
     store(evaluations, sample, load(evaluations, sample) + width);
     store(residuals, sample, larger(load(residuals, sample), residual));

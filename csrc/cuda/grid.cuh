@@ -14,7 +14,9 @@ class Grid {
   DEVICE void sync(Meanwhile meanwhile) {
     sync_block();
     if (thread() == 0) signal(counter_);
+    section(FETCH);
     meanwhile();
+    section(BARRIER);
     passed_ += blocks();
     if (thread() == 0) await(counter_, passed_);
     sync_block();

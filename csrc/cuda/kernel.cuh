@@ -2,14 +2,16 @@
 //
 //   for each token:  proj_in | LayerNorm, qkv | attention | proj, + | LayerNorm, fc1, GELU | fc2, + | … | proj_out
 //
-// where | is a barrier: 5 L + 2 a token. The affine update of a token is part of the next token's proj_in. Every output
-// has one block that computes it, so nothing is added atomically and a pass gives the same bits each time.
+// where | is a barrier: 5 L + 2 a token, and where LayerNorm or the sum of the attention's parts is a step of its own,
+// up to 8 L + 2. The affine update of a token is part of the next token's proj_in. Every output has one block that
+// computes it, so nothing is added atomically and a pass gives the same bits each time.
 #pragma once
 
 #include "frontier.cuh"
 #include "grid.cuh"
 #include "inputs.cuh"
 #include "kernel.h"
+#include "window.cuh"
 
 #ifndef TARFLOW_WARPS
 #define TARFLOW_WARPS 8
@@ -21,12 +23,18 @@ namespace tarflow {
 // multiprocessor's instruction cache several times over.
 template <class T, int NT, int WARPS>
 struct Pass {
+  static constexpr bool WINDOWS = sizeof(T) == 2 && NT > 1;  // whether rows can attend together
+  static constexpr bool NORMS = NT > 2;                      // whether LayerNorm is a step of its own
+
   const Params& p;
   Rows rows;
   Grid grid;
   Shared<int> work;
   Scratch<T> scratch;
+  Shared<float> parts;   // of the attention, or what a parallel pass found; in the place of `scratch`
+  Shared<float> biases;  // of all tiles of this block: no load of them is to wait behind the weights
   Ring<T, WARPS> ring;
+  int tile = 0;  // the number of this block's next tile since the token's first one
 
   // Stages the input of a phase's product. begin: the first token of a pass is there; the others follow from
   // parameters.
@@ -37,53 +45,72 @@ struct Pass {
         return stage_tokens<WARPS>(p, rows, scratch, first, count, begin, keeps);
       }
       case PROJ:
+        if (p.splits == 1 || p.merges) return stage_ready<WARPS>(p.attended, p.channels, scratch, first, count, k0, k);
         return p.head_dim % 4 == 0 ? stage_attended<WARPS, 4>(p, rows, scratch, first, count)
                                    : stage_attended<WARPS, 1>(p, rows, scratch, first, count);
-      case FC2: return stage_hidden<WARPS>(p, scratch, first, count, k0, k);
+      case FC2: return stage_ready<WARPS>(p.hidden, p.hidden_dim, scratch, first, count, k0, k);
       case PROJ_OUT: return stage_stream<WARPS>(p, scratch, first, count);
-      default: return stage_normed<WARPS>(p, scratch, first, count);
+      default:
+        if constexpr (NORMS)
+          return stage_ready<WARPS>(p.norms, p.channels, scratch, first, count, k0, k);
+        else
+          return stage_normed<WARPS, NT>(p, scratch, first, count);
+    }
+  }
+
+  // Loads what `finish` needs besides output n of a row.
+  DEVICE Loaded<float> before(Phase phase, int n, int row) {
+    switch (phase) {
+      case EMBED: {
+        const int token = rows.token_at(row) < 0 ? 0 : rows.token_at(row);
+        if (n >= p.channels) return {};
+        return constant(Global<const float>(p.position), static_cast<int64_t>(token) * p.channels + n);
+      }
+      case PROJ:
+      case FC2: return load(Global<float>(p.h), static_cast<int64_t>(row) * whole_tiles(p.channels) + n);
+      default: return {};
     }
   }
 
   // Does with output n of a row what its phase does.
-  DEVICE void finish(Phase phase, int layer, int n, int row, float y) {
+  DEVICE void finish(Phase phase, int layer, int n, int row, float y, float loaded) {
     switch (phase) {
-      case EMBED: return embedded(n, row, y);
+      case EMBED: return embedded(n, row, y + loaded);
       case QKV: return queried(layer, n, row, y);
       case FC1: {
+        instructions(30);
         const float gelu = 0.5f * y * (1 + erff(y * 0.70710678f));
         return store(Global<T>(p.hidden), static_cast<int64_t>(row) * whole_tiles(p.hidden_dim) + n,
                      from_float<T>(gelu));
       }
       case PROJ_OUT:
         return store(Global<float>(p.parameters), static_cast<int64_t>(row) * whole_tiles(p.out_dim) + n, y);
-      default: {  // h += y, as one thread takes each element
-        const Global<float> h(p.h);
-        const int64_t at = static_cast<int64_t>(row) * whole_tiles(p.channels) + n;
-        store(h, at, load(h, at) + y);
-      }
+      default:  // h += y, as one thread takes each element
+        return store(Global<float>(p.h), static_cast<int64_t>(row) * whole_tiles(p.channels) + n, loaded + y);
     }
   }
 
   // h = proj_in(x) + position + class, in each branch
   DEVICE void embedded(int n, int i, float y) {
     const Global<float> h(p.h);
-    const Global<const float> position(p.position), classes(p.class_rows);
-    const bool inside = n < p.channels;
-    const int token = rows.token_at(i) < 0 ? 0 : rows.token_at(i);
-    if (inside) y += constant(position, static_cast<int64_t>(token) * p.channels + n);
-    for (int row = i; row < rows.count(); row += p.positions) {
-      float value = y;
-      if (inside && p.class_rows.count)
-        value += constant(classes, static_cast<int64_t>(rows.cache_row(row)) * p.channels + n);
-      store(h, static_cast<int64_t>(row) * whole_tiles(p.channels) + n, value);
-    }
+    const Global<const float> classes(p.class_rows);
+    const bool has_class = n < p.channels && p.class_rows.count;
+    Loaded<float> of_class[2] = {};
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+      if (b < p.branches && has_class)
+        of_class[b] = constant(classes, static_cast<int64_t>(rows.cache_row(i + b * p.positions)) * p.channels + n);
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+      if (b < p.branches)
+        store(h, static_cast<int64_t>(i + b * p.positions) * whole_tiles(p.channels) + n, y + of_class[b]);
   }
 
   // Stores queries, and puts keys and values into the cache.
   DEVICE void queried(int layer, int n, int row, float y) {
     const Global<T> cache(p.keys_values);
     const int which = n / p.channels, channel = n % p.channels;
+    instructions(60);
     if (which == 0) {
       store(Global<float>(p.queries), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
     } else if (which < 3 && rows.token(row) >= 0) {
@@ -93,30 +120,40 @@ struct Pass {
   }
 
   DEVICE void attention(int layer) {
+    section(ATTEND);
+    if constexpr (WINDOWS)
+      if (p.tiles) return attend_windows<T, WARPS>(p, rows, layer, parts);
     constexpr int V = 16 / sizeof(T);
     if (p.head_dim % V == 0)
-      attend<T, V, WARPS>(p, rows, layer, scratch.sums);
+      attend<T, V, WARPS>(p, rows, layer, parts);
     else
-      attend<T, 1, WARPS>(p, rows, layer, scratch.sums);
+      attend<T, 1, WARPS>(p, rows, layer, parts);
   }
 
   DEVICE void phase_of(Phase phase, int layer, bool begin) {
     const bool skipped = p.skip_phases >> phase & 1;
+    section(phase, OTHER);
     if (phase == ATTENTION) {
       if (!skipped) attention(layer);
       return;
     }
     const Linear of = linear_of(p, phase, layer);
+    const int first = phase == EMBED ? 0 : tile;
+    tile = first + load(work, 2 * of.index + 1);
     if (skipped) return skip(p, of, ring, work);
-    linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch,
+    linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch, biases, first,
                       [&](int first, int count, int k0, int k) { stage(phase, begin, first, count, k0, k); },
-                      [&](int n, int row, float y) { finish(phase, layer, n, row, y); });
+                      [&](int n, int row) { return before(phase, n, row); },
+                      [&](int n, int row, float y, float loaded) { finish(phase, layer, n, row, y, loaded); });
   }
 
   DEVICE void barrier(Phase phase, int layer) {
     grid.sync([&] {
       ring.fill();
-      if (phase == QKV) prefetch_keys<T, WARPS>(p, rows, layer);
+      if (phase != QKV) return;
+      if constexpr (WINDOWS)
+        if (p.tiles) return prefetch_window<T, WARPS>(p, rows, layer);
+      prefetch_keys<T, WARPS>(p, rows, layer);
     });
   }
 
@@ -128,6 +165,20 @@ struct Pass {
     while (true) {
       phase_of(phase, layer, begin);
       barrier(phase, layer);
+      if (phase == ATTENTION && p.merges) {
+        section(MERGE);
+        if (p.head_dim % 4 == 0)
+          merge<T, 4, WARPS>(p, rows);
+        else
+          merge<T, 1, WARPS>(p, rows);
+        barrier(phase, layer);
+      }
+      if constexpr (NORMS)
+        if (phase == EMBED || phase == PROJ || (phase == FC2 && layer + 1 < p.layers)) {
+          section(STAGING);
+          keep_norms<WARPS, T>(p, rows);
+          barrier(phase, layer);
+        }
       if (phase == PROJ_OUT) break;
       if (phase == FC2) layer++;
       phase = phase == FC2 ? (layer < p.layers ? QKV : PROJ_OUT) : static_cast<Phase>(phase + 1);
@@ -142,8 +193,9 @@ struct Pass {
       if (p.mode == FRONTIER && (passes == p.max_passes || !look<WARPS>(p, rows))) break;
       step(begin);
       passes++;
+      section(PHASES, UPDATE);
       if (p.mode == FRONTIER) {
-        advance<WARPS>(p, rows, scratch.sums);
+        advance<WARPS>(p, rows, parts);
         barrier(PHASES, 0);
       } else if (p.mode == FIXED_POINT || rows.next + 2 >= p.stop) {
         update<WARPS>(p, rows);
@@ -157,19 +209,36 @@ struct Pass {
   }
 };
 
-// Shared memory has tokens of the positions; work and jobs of this block; sums, or what attention needs; X; and the
-// ring, as plan.py counts.
+// Finds the tiles: runs of at most 16 positions of one sample.
+DEVICE void find_tiles(const Params& p, Shared<int> tiles) {
+  int count = 0, first = 0;
+  for (int i = 0; i <= p.positions; i++) {
+    if (i > 0 && i < p.positions && i - first < TILE && p.sample[i] == p.sample[first]) continue;
+    store(tiles, count++, i);
+    first = i;
+  }
+}
+
+// Shared memory has tokens of the positions, and their tiles; work and jobs of this block; biases; sums and X, or what
+// attention needs; and the ring, as plan.py counts.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
-  const int layers = 4 * p.layers + 2, work_bytes = divide_up(4 * MOST_ROWS + 8 * (layers + p.most_jobs), 16) * 16;
-  const Shared<int> tokens = shared<int>(0, MOST_ROWS), work = shared<int>(4 * MOST_ROWS, 2 * layers);
-  const Shared<int> jobs = shared<int>(4 * MOST_ROWS + 8 * layers, 2 * p.most_jobs);
-  const int products = NT * WARPS * 128, parts = divide_up(WARPS * (p.head_dim + 2), 4) * 4;
-  const int sums = products > parts ? products : parts, stride = p.slot_k + 8;
+  const int positions = divide_up(4 * (MOST_ROWS + p.tiles + 1), 16) * 16;  // bytes of tokens and tiles
+  const int layers = 4 * p.layers + 2, tables = divide_up(positions + 8 * (layers + p.most_jobs), 16) * 16;
+  const int work_bytes = tables + 4 * TILE * p.bias_tiles;
+  const Shared<int> tokens = shared<int>(0, MOST_ROWS), tiles = shared<int>(4 * MOST_ROWS, p.tiles + 1);
+  const Shared<int> work = shared<int>(positions, 2 * layers);
+  const Shared<int> jobs = shared<int>(positions + 8 * layers, 2 * p.most_jobs);
+  const Shared<float> biases = shared<float>(tables, p.bias_tiles * TILE);
+  const int sums = NT * WARPS * 128, stride = p.staged_k + 8;
+  const int product_bytes = 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
+  const int alone = WARPS * part_floats(p.head_dim), together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0;
+  const int needed = 4 * (alone > together ? alone : together);
+  const int shared_bytes = product_bytes > needed ? product_bytes : needed, ring = work_bytes + shared_bytes;
   const Scratch<T> scratch{shared<T>(work_bytes + 4 * sums, p.staged_rows * stride), stride,
                            shared<float>(work_bytes, sums)};
-  const int ring = work_bytes + 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
   for (int i = thread(); i < p.positions; i += WARPS * 32) store(tokens, i, p.token[i]);
+  if (thread() == 0 && p.tiles) find_tiles(p, tiles);
   for (int i = thread(); i < 2 * layers; i += WARPS * 32)
     store(work, i, constant(Global<const int>(p.work), (i / 2 * blocks() + block()) * 2 + i % 2));
   for (int i = thread(); i < 2 * p.most_jobs; i += WARPS * 32)
@@ -177,8 +246,17 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   // Rows that no token fills are multiplied too, and columns beyond a layer's own.
   for (int i = thread(); i < p.staged_rows * stride; i += WARPS * 32) store(scratch.staged, i, from_float<T>(0.0f));
   sync_block();
-  Pass<T, NT, WARPS> pass{
-      p, {p, tokens, p.start - 1}, Grid(p), work, scratch, {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
+  for (int i = 0, tile = 0; i < layers && p.bias_tiles; i++) {
+    const int first = linear_at(p, i).biases + load(work, 2 * i) * TILE, count = load(work, 2 * i + 1);
+    for (int j = thread(); j < count * TILE; j += WARPS * 32)
+      store(biases, tile * TILE + j, constant(Global<const float>(p.biases), first + j));
+    tile += count;
+  }
+  sync_block();
+  Pass<T, NT, WARPS> pass{p,       {p, tokens, tiles, p.start - 1},
+                          Grid(p), work,
+                          scratch, shared<float>(work_bytes, shared_bytes / 4),
+                          biases,  {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
   pass.run();
 }
 

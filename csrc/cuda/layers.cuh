@@ -27,4 +27,12 @@ DEVICE Linear linear_of(const Params& p, Phase phase, int layer) {
   }
 }
 
+// Returns the layer of a number among the packed ones.
+DEVICE Linear linear_at(const Params& p, int index) {
+  if (index == 0) return linear_of(p, EMBED, 0);
+  if (index == 4 * p.layers + 1) return linear_of(p, PROJ_OUT, 0);
+  const int which = (index - 1) % 4;
+  return linear_of(p, which == 0 ? QKV : which == 1 ? PROJ : which == 2 ? FC1 : FC2, (index - 1) / 4);
+}
+
 }  // namespace tarflow

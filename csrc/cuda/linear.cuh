@@ -18,27 +18,70 @@ struct Scratch {
   Shared<float> sums;
 };
 
-// sums += W X for one slot, by the k-tiles of this warp. The n-tiles [first, first + count) of rows are staged.
+// Few rows leave a tensor core waiting for its own sums, unless these are in two parts.
+template <int NT>
+constexpr int CHAINS = NT <= 2 ? 2 : 1;
+
+// What a warp multiplies for two of its k-tiles, k and k + WARPS: W, and X of each n-tile.
+template <int NT, class T>
+struct Operands {
+  Vector<T, 8> a[2];
+  Vector<T, 2> b[NT][4];
+};
+
+// sums += W X for one slot, by the k-tiles of this warp. The n-tiles [first, first + count) of rows are staged, from
+// column `column` of `staged` on.
 template <int NT, int WARPS, class T>
-DEVICE void multiply(float (&sums)[NT][4], Shared<T> slots, int slot, int k_tiles, const Scratch<T>& scratch, int first,
-                     int count) {
-  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-#pragma unroll 1
-  for (int k = thread() / 32; k < k_tiles; k += WARPS) {
-    const auto a = load_vector<8>(slots, slot + (k * 32 + lane) * 8);
+DEVICE void multiply(float (&sums)[CHAINS<NT> * NT][4], Shared<T> slots, int slot, int k_tiles,
+                     const Scratch<T>& scratch, int column, int first, int count) {
+  const int lane = thread() % 32, matrix = lane / 8;
+  const int at = lane % 8 * scratch.stride + column + matrix % 2 * 8;
+  const auto read = [&](Operands<NT, T>& to, int k) {
+    const bool both = k + WARPS < k_tiles;
+    to.a[0] = load_vector<8>(slots, slot + (k * 32 + lane) * 8);
+    if (both) to.a[1] = load_vector<8>(slots, slot + ((k + WARPS) * 32 + lane) * 8);
+    const int from = at + (both && matrix >= 2 ? k + WARPS : k) * TILE;
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      if (n < first || n >= first + count) continue;
-      const int at = ((n - first) * 8 + g) * scratch.stride + k * TILE + 2 * t;
-      multiply_tiles(sums[n], a, load_vector<2>(scratch.staged, at), load_vector<2>(scratch.staged, at + 8));
+    for (int n = 0; n < NT; n++)
+      if (n >= first && n < first + count)
+        load_matrices(to.b[n], scratch.staged, from + (n - first) * 8 * scratch.stride);
+  };
+  const auto add = [&](const Operands<NT, T>& of, int k) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (k + i * WARPS >= k_tiles) continue;
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+        if (n >= first && n < first + count)
+          multiply_tiles(sums[i % CHAINS<NT> * NT + n], of.a[i], of.b[n][2 * i], of.b[n][2 * i + 1]);
+    }
+  };
+  constexpr int STEP = 2 * WARPS;
+  int k = thread() / 32;
+  if constexpr (NT == 8) {  // two sets of operands would not fit in registers
+    Operands<NT, T> now = {};
+#pragma unroll 1
+    for (; k < k_tiles; k += STEP) {
+      read(now, k);
+      add(now, k);
+    }
+  } else {
+    Operands<NT, T> now = {}, next = {};
+    if (k < k_tiles) read(now, k);
+#pragma unroll 1
+    for (; k < k_tiles; k += 2 * STEP) {
+      if (k + STEP < k_tiles) read(next, k + STEP);
+      add(now, k);
+      if (k + 2 * STEP < k_tiles) read(now, k + 2 * STEP);
+      if (k + STEP < k_tiles) add(next, k + STEP);
     }
   }
 }
 
 // Does the same in fp32, by the same lanes. The slot holds tiles of 16 outputs × 16 inputs as they are.
 template <int NT, int WARPS>
-DEVICE void multiply(float (&sums)[NT][4], Shared<float> slots, int slot, int k_tiles, const Scratch<float>& scratch,
-                     int first, int count) {
+DEVICE void multiply_plain(float (&sums)[CHAINS<NT> * NT][4], Shared<float> slots, int slot, int k_tiles,
+                           const Scratch<float>& scratch, int column, int first, int count) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int k = thread() / 32; k < k_tiles; k += WARPS) {
@@ -46,7 +89,7 @@ DEVICE void multiply(float (&sums)[NT][4], Shared<float> slots, int slot, int k_
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       if (n < first || n >= first + count) continue;
-      const int b = ((n - first) * 8 + 2 * t) * scratch.stride + k * TILE;
+      const int b = ((n - first) * 8 + 2 * t) * scratch.stride + column + k * TILE;
 #pragma unroll
       for (int i = 0; i < TILE; i++) {
         const float high = load(slots, a + i), low = load(slots, a + 8 * TILE + i);
@@ -61,51 +104,93 @@ DEVICE void multiply(float (&sums)[NT][4], Shared<float> slots, int slot, int k_
 }
 
 // Computes a layer. stage(first, count, k0, k), called by all threads, puts columns [k0, k0 + k) of rows [first, first
-// + count) of X into scratch.staged, from row 0 and column 0 on. finish(n, row, y) takes an output, on one thread.
-template <int NT, int WARPS, class T, class Stage, class Finish>
+// + count) of X into scratch.staged, from row 0 and column 0 on. before(n, row) loads what finish needs, long before
+// finish(n, row, y, loaded) takes an output, on the same thread. biases: (bias_tiles, 16), of all tiles of this block,
+// with those of this layer from first_bias on.
+template <int NT, int WARPS, class T, class Stage, class Before, class Finish>
 DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS>& ring, Shared<int> work,
-                   const Scratch<T>& scratch, Stage stage, Finish finish) {
-  const Global<const float> biases(p.biases);
+                   const Scratch<T>& scratch, Shared<float> biases, int first_bias, Stage stage, Before before,
+                   Finish finish) {
+  constexpr int EACH = (NT * 8 * TILE + WARPS * 32 - 1) / (WARPS * 32);  // outputs of a tile that a thread finishes
   const int first_tile = load(work, 2 * layer.index), tiles = load(work, 2 * layer.index + 1);
-  const int groups = divide_up(rows, p.staged_rows), slot_tiles = p.slot_k / TILE;
-  int staged = -1;
+  const int groups = divide_up(rows, p.staged_rows), slot_tiles = p.slot_k / TILE, staged_tiles = p.staged_k / TILE;
+  const int lane = thread() % 32, warp = thread() / 32, m = thread() % TILE, own_row = thread() / TILE;
+  int staged_k = -1, staged_group = -1;
   for (int tile = first_tile; tile < first_tile + tiles; tile++) {
-    float sums[NT][4] = {};
+    Loaded<float> bias;
+    if (p.bias_tiles)
+      bias = load(biases, (first_bias + tile - first_tile) * TILE + m);
+    else
+      bias = constant(Global<const float>(p.biases), layer.biases + tile * TILE + m);
+    Loaded<float> loaded[EACH] = {};
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int row = own_row + j * WARPS * 2;
+      if (row < rows) loaded[j] = before(tile * TILE + m, row);
+    }
+    float sums[CHAINS<NT> * NT][4] = {};
+    int from_k = 0;  // the first k-tile that is staged together with k
     for (int k = 0; k < layer.k_tiles; k += slot_tiles) {
       const int k_tiles = layer.k_tiles - k < slot_tiles ? layer.k_tiles - k : slot_tiles;
+      if (k + k_tiles > from_k + staged_tiles) from_k = k;
       int slot = 0;
       for (int group = 0; group < groups; group++) {
         const int first = group * p.staged_rows;
         const int count = rows - first < p.staged_rows ? rows - first : p.staged_rows;
-        if (staged != k * groups + group) {
-          if (staged >= 0) {
+        if (staged_k != from_k || staged_group != group) {
+          if (staged_k >= 0) {
             sync_block();  // all warps have read what is staged
             ring.release(group > 0);
             ring.fill();
           }
-          stage(first, count, k * TILE, k_tiles * TILE);
-          staged = k * groups + group;
+          const int rest = layer.k_tiles - from_k;
+          section(STAGING);
+          stage(first, count, from_k * TILE, (rest < staged_tiles ? rest : staged_tiles) * TILE);
+          staged_k = from_k;
+          staged_group = group;
+        }
+        section(FETCH);
+        if (group == 0 && k > 0 && ring.empty()) {  // all that was fetched has been multiplied
+          sync_block();
+          ring.release();
+          ring.fill();
         }
         if (group == 0) slot = ring.take();
+        section(STAGING);
         sync_block();
-        multiply<NT, WARPS>(sums, ring.slots(), slot, k_tiles, scratch, first / 8, divide_up(count, 8));
+        section(MULTIPLY);
+        const int column = (k - from_k) * TILE, n_tiles = divide_up(count, 8);
+        if constexpr (sizeof(T) == 4)
+          multiply_plain<NT, WARPS>(sums, ring.slots(), slot, k_tiles, scratch, column, first / 8, n_tiles);
+        else
+          multiply<NT, WARPS>(sums, ring.slots(), slot, k_tiles, scratch, column, first / 8, n_tiles);
       }
     }
-    const int lane = thread() % 32, warp = thread() / 32;
+    section(SUMS);
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-      if (n * 8 < rows)
-        store_vector(scratch.sums, ((n * WARPS + warp) * 32 + lane) * 4,
-                     Vector<float, 4>{sums[n][0], sums[n][1], sums[n][2], sums[n][3]});
+    for (int n = 0; n < NT; n++) {
+      if (n * 8 >= rows) continue;
+      if constexpr (CHAINS<NT> == 2)
+        for (int i = 0; i < 4; i++) sums[n][i] += sums[NT + n][i];
+      store_vector(scratch.sums, ((n * WARPS + warp) * 32 + lane) * 4,
+                   Vector<float, 4>{sums[n][0], sums[n][1], sums[n][2], sums[n][3]});
+    }
     sync_block();
     ring.release();
-#pragma unroll 1
-    for (int i = thread(); i < rows * TILE; i += WARPS * 32) {
-      const int m = i % TILE, row = i / TILE, n = row % 8;
-      const int of_lane = (m % 8) * 4 + n / 2, of_sum = m / 8 * 2 + n % 2;
-      float y = constant(biases, layer.biases + tile * TILE + m);
-      for (int w = 0; w < WARPS; w++) y += load(scratch.sums, ((row / 8 * WARPS + w) * 32 + of_lane) * 4 + of_sum);
-      finish(tile * TILE + m, row, y);
+    section(EPILOGUE);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int row = own_row + j * WARPS * 2, n = row % 8;
+      if (row >= rows) continue;
+      const int of_lane = m % 8 * 4 + n / 2, of_sum = m / 8 * 2 + n % 2;
+      Loaded<float> parts[WARPS];
+#pragma unroll
+      for (int w = 0; w < WARPS; w++)
+        parts[w] = load(scratch.sums, ((row / 8 * WARPS + w) * 32 + of_lane) * 4 + of_sum);
+      float y = bias;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) y += parts[w];
+      finish(tile * TILE + m, row, y, loaded[j]);
     }
   }
 }

@@ -25,6 +25,9 @@ enum Mode : int {
 // The phases between two barriers are bits of `skip_phases`.
 enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 
+// The sections of a phase, by which the emulation's model of time (emulation/timing.h) tells what it found.
+enum Section : int { OTHER, STAGING, MULTIPLY, SUMS, EPILOGUE, ATTEND, MERGE, FETCH, UPDATE, BARRIER, SECTIONS };
+
 // The sizes, whose names are as in tarflow_fast/backend/cuda/plan.py and engine.py, which fill them in.
 //
 // The block has channels C, heads H, head_dim d, hidden_dim F of the MLP, tokens T, token_dim D, out_dim O (2D, or D if
@@ -35,14 +38,16 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 // measurements; and for FRONTIER max_passes and a window W, the tokens of a sample in a pass (P = W · samples of the
 // launch, sample after sample).
 // The plan has slots, those of the ring; slot_k, the inputs that a slot holds for 16 outputs; staged_rows, the rows of
-// a product's input that are in shared memory at once, a multiple of 8; splits, the blocks that share the keys of a row
-// and head; least_keys, the keys that each of these takes at least; and most_jobs, the most jobs of any block, see
-// `jobs`.
+// a product's input that are in shared memory at once, a multiple of 8, and staged_k their columns; tiles, the tiles of
+// up to 16 positions of one sample each whose rows attend together (see window.cuh), or 0 where each row attends alone;
+// merges, whether the attention's parts are added up in a step of their own; splits, the blocks that share the keys of a row
+// and head; least_keys, the keys that each of these takes at least; most_jobs, the most jobs of any block for a token;
+// and bias_tiles, the most tiles of any block, whose biases are in shared memory, or 0 where they are not.
 // clang-format off
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(hidden_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
   X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(skip_phases) X(window) X(max_passes) X(slots) X(slot_k)             \
-  X(staged_rows) X(splits) X(least_keys) X(most_jobs)
+  X(staged_rows) X(staged_k) X(tiles) X(merges) X(splits) X(least_keys) X(most_jobs) X(bias_tiles)
 // clang-format on
 
 // The buffers, which are fp32 unless another type is given. "type" is that of weights and cache. C', F', O', D' are C,
@@ -61,12 +66,12 @@ enum Phase : int { EMBED, QKV, ATTENTION, PROJ, FC1, FC2, PROJ_OUT, PHASES };
 //   reached, evaluations int32 (samples,), passes int32 (1,), trail (4, samples, T) or empty: for FRONTIER
 //   keys_values type (L, 2, branches · samples, H, T, d)
 //   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, then their maximum and weight
-//   hidden     type (R, F'); parameters (R, O')
+//   hidden     type (R, F'); attended, norms type (R, C'); parameters (R, O')
 //   barrier    uint32 (1,): 0 at launch
 // clang-format off
 #define TARFLOW_BUFFERS(X)                                                                                     \
   X(weights) X(biases) X(work) X(jobs) X(position) X(class_rows) X(guidance) X(scale) X(z) X(x) X(input) X(guess)      \
-  X(log_det) X(change) X(residual) X(reached) X(evaluations) X(passes) X(trail) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(parameters) X(barrier)
+  X(log_det) X(change) X(residual) X(reached) X(evaluations) X(passes) X(trail) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(attended) X(norms) X(parameters) X(barrier)
 // clang-format on
 
 struct Params {

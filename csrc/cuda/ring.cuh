@@ -18,22 +18,26 @@ class Ring {
 
   // Fetches into the slots that are free.
   DEVICE void fill() {
-    while (!idle_ && fetched_ - freed_ < static_cast<unsigned>(p_.slots)) fetch();
+    while (!idle_ && ahead_ + held_ < p_.slots) fetch();
   }
 
   // Returns the next slot's first element when this thread's part of it has come. After sync_block all of it can be
   // read.
   DEVICE int take() {
-    if (fetched_ == taken_) fill();
-    wait_copies(fetched_ - taken_ - 1);
-    taken_++;
+    if (ahead_ == 0) fill();
+    ahead_--;
+    held_++;
+    wait_copies(ahead_);
     const int slot = take_;
     take_ = following(take_);
     return slot;
   }
 
   // Frees the slots that were taken, but for the last `kept`. All warps must have read them.
-  DEVICE void release(int kept = 0) { freed_ = taken_ - kept; }
+  DEVICE void release(int kept = 0) { held_ = kept; }
+
+  // Whether nothing more has been fetched than was taken.
+  DEVICE bool empty() const { return ahead_ == 0; }
 
   DEVICE void drain() const { wait_copies(0); }
 
@@ -55,7 +59,7 @@ class Ring {
       copy_async(memory_, fill_ + i, weights, from + i);
     commit_copies();
     fill_ = following(fill_);
-    fetched_++;
+    ahead_++;
     job_++;
     if (job_ == p_.most_jobs || load(jobs_, 2 * job_ + 1) == 0) job_ = 0;
   }
@@ -63,10 +67,10 @@ class Ring {
   const Params& p_;
   Shared<T> memory_;
   Shared<int> jobs_;
-  bool idle_;  // whether this block has no tile of any layer
-  int job_ = 0;  // the job that is fetched next
+  bool idle_;                // whether this block has no tile of any layer
+  int job_ = 0;              // the job that is fetched next
   int fill_ = 0, take_ = 0;  // the first elements of the slots that are next
-  unsigned fetched_ = 0, taken_ = 0, freed_ = 0;  // numbers of slots since the launch
+  int ahead_ = 0, held_ = 0;       // the numbers of slots that were fetched and not taken, and taken and not freed
 };
 
 }  // namespace tarflow

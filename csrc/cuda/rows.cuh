@@ -11,6 +11,7 @@ namespace tarflow {
 struct Rows {
   const Params& p;
   Shared<int> tokens;  // the token of each position, except for SEQUENTIAL, where it is `next` for all
+  Shared<int> tiles;  // with `tiles`: the first position of each, and then the number of positions
   int next;
 
   DEVICE int count() const { return p.positions * p.branches; }

@@ -3,14 +3,13 @@
 A backend's `survey.py` yields a `Compiled` for each of its kernels and each architecture. `lint.py` has the rules.
 """
 
-from .compiled import REGISTERS, SHARED_LIMIT, Compiled, cuda_findings, faults, resource_usage, triton_findings
+from .compiled import REGISTERS, SHARED_LIMIT, Compiled, cuda_findings, resource_usage, triton_findings
 
 __all__ = [
     "REGISTERS",
     "SHARED_LIMIT",
     "Compiled",
     "cuda_findings",
-    "faults",
     "resource_usage",
     "triton_findings",
 ]

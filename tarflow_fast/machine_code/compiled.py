@@ -19,17 +19,14 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """The bytes of shared memory that one program can have, by architecture."""
 REGISTERS = 65536
 """The registers of a multiprocessor."""
-LATER = frozenset({"late load", "narrow store", "local memory"})
-"""The rules that some of the CUDA engine's kernels still break. A rule that is taken out of here is a fault."""
 
 
 @dataclass(frozen=True)
 class Compiled:
     """A compiled kernel.
 
-    registers: those of a thread. stack: the bytes of a thread's stack for registers that are spilled, of which
-    may_spill are no fault. shared: the bytes of shared memory for one program of so many warps. findings: what it
-    breaks of the rules.
+    registers: those of a thread. stack: the bytes of a thread's stack for registers that are spilled. shared: the bytes
+    of shared memory for one program of so many warps. findings: what it breaks of the rules.
     """
 
     kernel: str
@@ -39,25 +36,19 @@ class Compiled:
     registers: int
     stack: int
     shared: int
-    may_spill: int = 0
     findings: tuple[str, ...] = ()
 
     @property
     def fault(self) -> str | None:
         """Returns what is wrong with it, or None."""
-        if self.stack > self.may_spill:
+        if self.stack > 0:
             return f"spills {self.stack} bytes"
         registers = -(-self.registers // 8) * 8 * 32 * self.warps  # a thread is given eight at a time
         if registers > REGISTERS:
             return f"wants {registers} registers, there are {REGISTERS}"
         if self.shared > SHARED_LIMIT[self.architecture]:
             return f"wants {self.shared} bytes of shared memory, there are {SHARED_LIMIT[self.architecture]}"
-        return next(iter(faults(self.findings)), None)
-
-    @property
-    def later(self) -> list[str]:
-        """Returns the findings that are no faults yet."""
-        return [each for each in self.findings if each not in faults(self.findings)]
+        return "; ".join(self.findings) or None
 
 
 def cuobjdump(option: str, path: str) -> str:
@@ -105,8 +96,3 @@ def _broken(rules: Mapping[str, lint.Rule[Of]], code: Of) -> Iterator[str]:
         if findings:
             more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
             yield f"{name}: {findings[0]}{more}"
-
-
-def faults(findings: tuple[str, ...], later: frozenset[str] = LATER) -> list[str]:
-    """Returns the findings that are faults: those of rules that are not kept for later."""
-    return [each for each in findings if each.partition(":")[0] not in later]

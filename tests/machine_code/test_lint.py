@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tarflow_fast.machine_code import lint
-from tarflow_fast.machine_code.compiled import LATER, faults
 
 
 def sass(*lines: str) -> lint.Code:
@@ -276,10 +275,3 @@ def test_parts_of_other_programs_are_read_past_the_cache() -> None:
     (finding,) = lint.stale_parts(ptx(*MEETING, "ld.global.b32 { %r4 }, [ %rd3 + 0 ];"))
     assert "may not see the parts of other programs" in finding
     assert lint.stale_parts(ptx(*ARGUMENTS, "st.global.b32 [%rd5], %r1;", "ld.global.b32 %r4, [%rd3];")) == []
-
-
-def test_rules_for_later_do_not_fail() -> None:
-    findings = ("plain load: a", "narrow store: b")
-    assert faults(findings) == ["plain load: a"]
-    assert faults(findings, later=frozenset()) == list(findings)
-    assert set(lint.CUDA_SASS) >= LATER

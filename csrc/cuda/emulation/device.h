@@ -24,6 +24,52 @@ DEVICE int blocks() { return emulation::machine->blocks; }
 
 DEVICE void sync_block() { emulation::machine->sync_block(); }
 
+// It orders no memory here, so that nothing comes to lean on that.
+DEVICE void sync_warp() {
+  emulation::issue_sunk();
+  emulation::machine->meet("sync_warp", 0, nullptr, nullptr, [](emulation::Warp&) {});
+}
+
+DEVICE void section(Section section) { emulation::enter(-1, section); }
+DEVICE void section(Phase phase, Section section) { emulation::enter(phase, section); }
+DEVICE void instructions(int count) { emulation::instructions(count); }
+
+#ifdef TARFLOW_TIMED
+
+// The elements of a vector, which are waited for at their first use.
+template <class T, int N>
+struct Elements {
+  T values[N];
+  emulation::Ready ready = {};
+
+  T& operator[](int i) { return emulation::await(ready), values[i]; }
+  const T& operator[](int i) const { return emulation::await(ready), values[i]; }
+};
+
+template <class T, int N>
+struct Vector {
+  Elements<T, N> at;
+};
+
+// A number that was loaded, which is waited for where it becomes a T.
+template <class T>
+struct Loaded {
+  Vector<T, 1> value;
+  operator T() const { return value.at[0]; }
+};
+
+#else
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T at[N];
+};
+
+template <class T>
+using Loaded = T;
+
+#endif
+
 namespace emulation {
 
 inline void shuffle(Warp& warp) {
@@ -32,16 +78,23 @@ inline void shuffle(Warp& warp) {
 
 }  // namespace emulation
 
-DEVICE float shuffle_xor(float value, int mask) {
+DEVICE Loaded<float> shuffle_xor(float value, int mask) {
   if (mask < 0 || mask > 31) throw std::runtime_error("shuffle_xor by " + std::to_string(mask) + ": 0 … 31");
   float other;
+  emulation::await_sums(nullptr);
+  emulation::instructions(2);  // and what takes the result
   emulation::machine->meet("shuffle_xor", mask, &value, &other, emulation::shuffle);
+#ifdef TARFLOW_TIMED
+  return {{{{other}, {emulation::here->time.now + emulation::gpu.shuffle_latency, emulation::ON_SHARED}}}};
+#else
   return other;
+#endif
 }
 
-template <class T, int N>
-struct alignas(sizeof(T) * N) Vector {
-  T at[N];
+// The type of an argument that a template does not deduce from.
+template <class T>
+struct Given {
+  using Type = T;
 };
 
 template <class T>
@@ -83,29 +136,50 @@ View view(Shared<T> memory) {
   return {"shared memory", reinterpret_cast<unsigned char*>(memory.data), memory.count, sizeof(T), true};
 }
 
+#ifdef TARFLOW_TIMED
+template <class T, int N>
+void set_ready(Vector<T, N>& value) {
+  value.at.ready = here->time.ready;
+}
+template <class T>
+void set_ready(Loaded<T>& value) {
+  set_ready(value.value);
+}
+template <class T, int N>
+void await_value(const Vector<T, N>& value) {
+  await(value.at.ready);
+}
+#else
+template <class Value>
+void set_ready(Value&) {}
+template <class Value>
+void await_value(const Value&) {}
+#endif
+
 // Returns elements [i, i + N) as a Value of their whole size.
 template <class Value, int N, class Memory>
 Value read(Memory from, int64_t i, Use how) {
   Value value;
-  std::memcpy(&value, use(view(from), i, N, how), sizeof value);
+  std::memcpy(static_cast<void*>(&value), use(view(from), i, N, how), N * sizeof *from.data);
+  set_ready(value);
   return value;
 }
 
 template <int N, class Memory, class Value>
 void write(Memory to, int64_t i, const Value& value) {
-  std::memcpy(use(view(to), i, N, WRITE), &value, sizeof value);
+  std::memcpy(use(view(to), i, N, WRITE), &value, N * sizeof *to.data);
 }
 
 }  // namespace emulation
 
 template <class T>
-DEVICE T constant(Global<const T> from, int64_t i) {
-  return emulation::read<T, 1>(from, i, emulation::CONSTANT_READ);
+DEVICE Loaded<T> constant(Global<const T> from, int64_t i) {
+  return emulation::read<Loaded<T>, 1>(from, i, emulation::CONSTANT_READ);
 }
 
 template <class T>
-DEVICE std::remove_const_t<T> load(Global<T> from, int64_t i) {
-  return emulation::read<std::remove_const_t<T>, 1>(from, i, emulation::READ);
+DEVICE Loaded<T> load(Global<T> from, int64_t i) {
+  return emulation::read<Loaded<T>, 1>(from, i, emulation::READ);
 }
 
 template <int N, class T>
@@ -115,13 +189,13 @@ DEVICE Vector<T, N> load_vector(Global<T> from, int64_t i) {
 }
 
 template <class T>
-DEVICE void store(Global<T> to, int64_t i, T value) {
+DEVICE void store(Global<T> to, int64_t i, typename Given<T>::Type value) {
   emulation::write<1>(to, i, value);
 }
 
 template <class T>
-DEVICE T load(Shared<T> from, int i) {
-  return emulation::read<T, 1>(from, i, emulation::READ);
+DEVICE Loaded<T> load(Shared<T> from, int i) {
+  return emulation::read<Loaded<T>, 1>(from, i, emulation::READ);
 }
 
 template <int N, class T>
@@ -130,13 +204,41 @@ DEVICE Vector<T, N> load_vector(Shared<T> from, int i) {
 }
 
 template <class T>
-DEVICE void store(Shared<T> to, int i, T value) {
+DEVICE void store(Shared<T> to, int i, typename Given<T>::Type value) {
   emulation::write<1>(to, i, value);
 }
 
 template <int N, class T>
 DEVICE void store_vector(Shared<T> to, int i, const Vector<T, N>& value) {
+  emulation::await_value(value);
   emulation::write<N>(to, i, value);
+}
+
+template <int N, class T>
+DEVICE void store_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {
+  emulation::await_value(value);
+  emulation::write<N>(to, i, value);
+}
+
+namespace emulation {
+
+inline void exchange_rows(Warp& warp) {
+  for (int lane = 0; lane < 32; lane++)
+    for (int m = 0; m < warp.detail; m++)
+      static_cast<int*>(warp.taken[lane])[m] = *static_cast<const int*>(warp.given[m * 8 + lane / 4]);
+}
+
+}  // namespace emulation
+
+template <int N, class T>
+DEVICE void load_matrices(Vector<T, 2> (&to)[N], Shared<T> from, int i) {
+  static_assert(sizeof(T) == 2 && (N == 2 || N == 4));
+  if (i % 8) throw std::runtime_error("load_matrices: row at " + std::to_string(i) + ", not a multiple of 8");
+  int rows[4];
+  emulation::machine->meet("load_matrices", N, &i, rows, emulation::exchange_rows);
+  emulation::instructions(2);
+  for (int m = 0; m < N; m++)
+    to[m] = emulation::read<Vector<T, 2>, 2>(from, rows[m] + thread() % 4 * 2, emulation::MATRIX_READ);
 }
 
 template <class T>
@@ -146,7 +248,7 @@ DEVICE void prefetch(Global<T> from, int64_t i) {
 
 template <class T>
 DEVICE void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j) {
-  emulation::machine->copy({emulation::view(to), emulation::view(from), i, j});
+  emulation::machine->copy({emulation::view(to), emulation::view(from), i, j, {}});
 }
 
 DEVICE void commit_copies() { emulation::machine->commit_copies(); }
@@ -177,8 +279,15 @@ inline void multiply(Warp& warp) {
     for (int i = 0; i < 8; i++) a[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = tiles.a[i];
     for (int i = 0; i < 4; i++) b[2 * t + i % 2 + i / 2 * 8][g] = tiles.b[i];
   }
+#ifdef TARFLOW_TIMED
+  Thread* const first = here - here->index % 32;  // lane 0 of this warp
+  const double passed = tensor(*here->block, here->index / 32, here->time.now);
+#endif
   for (int lane = 0; lane < 32; lane++) {
     auto* sums = static_cast<float*>(warp.taken[lane]);
+#ifdef TARFLOW_TIMED
+    multiplied(first[lane], sums, passed + gpu.tensor_latency);
+#endif
     for (int i = 0; i < 4; i++)
       for (int k = 0; k < 16; k++) sums[i] += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
   }
@@ -189,6 +298,8 @@ void multiply_tiles(float (&sums)[4], const Vector<T, 8>& a, const Vector<T, 2>&
   Tiles tiles;
   for (int i = 0; i < 8; i++) tiles.a[i] = to_float(a.at[i]);
   for (int i = 0; i < 2; i++) tiles.b[i] = to_float(b0.at[i]), tiles.b[2 + i] = to_float(b1.at[i]);
+  instructions(1);
+  await_sums(sums);
   machine->meet("multiply_tiles", 0, &tiles, sums, multiply);
 }
 

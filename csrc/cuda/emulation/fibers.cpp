@@ -13,6 +13,7 @@ namespace tarflow::emulation {
 namespace {
 
 constexpr size_t STACK = 128 << 10, GUARD = 64 << 10;  // bytes; the guard is whole pages on every machine
+constexpr size_t GUARDED = 16 << 10;  // stacks that have a guard, which is a mapping: a process may have 65,530
 
 // Stacks outlive a launch, so that pages that were touched once need not be made again.
 class Stacks {
@@ -20,8 +21,10 @@ class Stacks {
   char* at(size_t i) {
     while (stacks_.size() <= i) {
       constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      const bool guarded = stacks_.size() < GUARDED;
       void* memory = mmap(nullptr, GUARD + STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
-      if (memory == MAP_FAILED || mprotect(memory, GUARD, PROT_NONE)) throw std::runtime_error("no memory for stacks");
+      if (memory == MAP_FAILED || (guarded && mprotect(memory, GUARD, PROT_NONE)))
+        throw std::runtime_error("no memory for stacks");
       stacks_.push_back(static_cast<char*>(memory) + GUARD);
     }
     return stacks_[i];
@@ -42,8 +45,13 @@ struct Fibers::Context {
   bool started = false;
 };
 
-Fibers::Fibers(int count, uint64_t seed, std::function<std::string()> stuck)
-    : count_(count), random_(seed), stuck_(std::move(stuck)), contexts_(new Context[count + 1]), current_(count) {
+Fibers::Fibers(int count, uint64_t seed, bool in_order, std::function<std::string()> stuck)
+    : count_(count),
+      in_order_(in_order),
+      random_(seed),
+      stuck_(std::move(stuck)),
+      contexts_(new Context[count + 1]),
+      current_(count) {
   contexts_[count].started = true;
   for (int i = 0; i < count; i++) prepare(contexts_[i].start, stacks.at(i));
 }
@@ -90,7 +98,7 @@ int Fibers::draw() {
   random_ += 0x9e3779b97f4a7c15;  // splitmix64
   uint64_t bits = (random_ ^ random_ >> 30) * 0xbf58476d1ce4e5b9;
   bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
-  std::swap(ready_[(bits >> 32) * ready_.size() >> 32], ready_.back());
+  if (!in_order_) std::swap(ready_[(bits >> 32) * ready_.size() >> 32], ready_.back());
   const int next = ready_.back();
   ready_.pop_back();
   return next;

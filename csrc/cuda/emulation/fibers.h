@@ -15,8 +15,8 @@ namespace tarflow::emulation {
 
 class Fibers {
  public:
-  // stuck() returns the error text when every fiber that has not ended is paused.
-  Fibers(int count, uint64_t seed, std::function<std::string()> stuck);
+  // in_order: the fiber that was woken last goes on, instead of any. stuck() returns the error text when every fiber that has not ended is paused.
+  Fibers(int count, uint64_t seed, bool in_order, std::function<std::string()> stuck);
   ~Fibers();
 
   // Runs body(0) … body(count − 1) to their ends. The first exception ends all and is thrown; then the objects on the
@@ -39,6 +39,7 @@ class Fibers {
   void switch_to(int fiber);
 
   const int count_;
+  const bool in_order_;
   uint64_t random_;
   const std::function<std::string()> stuck_;
   const std::function<void(int)>* body_ = nullptr;

@@ -23,8 +23,8 @@ void emulation::set_seed(uint64_t value) {
 
 void emulation::set_device(int multiprocessors, int64_t shared_bytes) {
   const std::lock_guard<std::mutex> lock(one_launch);
-  if (multiprocessors < 1 || multiprocessors > 128 || shared_bytes < 0 || shared_bytes > 1 << 20)
-    throw std::runtime_error("set_device: 1 … 128 multiprocessors, at most 1 MiB of shared memory");
+  if (multiprocessors < 1 || multiprocessors > 255 || shared_bytes < 0 || shared_bytes > 1 << 20)
+    throw std::runtime_error("set_device: 1 … 255 multiprocessors, at most 1 MiB of shared memory");
   emulated = {multiprocessors, shared_bytes};
 }
 

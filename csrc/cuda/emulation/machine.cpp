@@ -37,7 +37,7 @@ Machine::Machine(int blocks, int threads, int64_t shared_bytes, uint64_t seed)
       threads(threads),
       shared_bytes(shared_bytes),
       global_stamps(blocks),
-      fibers_(blocks * threads, seed, [this] { return stuck(); }),
+      fibers_(blocks * threads, seed, TIMED, [this] { return stuck(); }),
       block_(blocks),
       thread_(blocks * threads) {
   emulation::machine = this;
@@ -63,6 +63,7 @@ Machine::Machine(int blocks, int threads, int64_t shared_bytes, uint64_t seed)
 Machine::~Machine() { emulation::machine = nullptr; }
 
 void Machine::run(const std::function<void()>& kernel) {
+  begin_timing(blocks, threads);
   fibers_.run([&](int fiber) {
     Thread* me = here = &thread_[fiber];
     kernel();
@@ -71,6 +72,7 @@ void Machine::run(const std::function<void()>& kernel) {
                                std::to_string(me->index) + " has " + std::to_string(me->copies.size()) + " at its end");
     me->waits = "its end";
   });
+  end_timing(thread_);
 }
 
 void Machine::pause(const char* waits, int64_t detail) {
@@ -90,8 +92,10 @@ void Machine::yield() {
 
 void Machine::sync_block() {
   Block& block = *here->block;
+  issue_sunk();
   if (++block.arrived < threads) return pause("sync_block");
   block.arrived = 0;
+  together(&thread_[block.index * threads], threads, gpu.sync_latency, ON_SYNC);
   block.next_clock[block.index]++;
   block.clock = block.next_clock;
   const int first = block.index * threads;
@@ -101,11 +105,19 @@ void Machine::sync_block() {
 }
 
 Machine::Counter& Machine::counter(uint32_t* address) {
-  return counters_.try_emplace(address, Counter{*address, {Clock(blocks, 1)}}).first->second;
+  return counters_.try_emplace(address, Counter{*address, {Clock(blocks, 1)}, {}}).first->second;
 }
 
 void Machine::signal(uint32_t* address) {
-  auto& signalled = counter(address).signalled;
+  Counter& of = counter(address);
+  auto& signalled = of.signalled;
+#ifdef TARFLOW_TIMED
+  const double at = signal_time();
+  if (of.times.empty() || at >= of.times.back().first)
+    of.times.emplace_back(at, here->time.path);
+  else
+    of.times.push_back(of.times.back());
+#endif
   signalled.push_back(signalled.back());
   join(signalled.back(), here->block->clock);
   ++*address;
@@ -123,6 +135,9 @@ void Machine::await(uint32_t* address, uint32_t number) {
   // Only the first `number` signals count, not others that happen to have come as well.
   const auto signals = static_cast<int32_t>(number - of.initial);
   if (signals > 0) join(here->block->next_clock, of.signalled.at(signals));
+#ifdef TARFLOW_TIMED
+  if (signals > 0) await_signal(of.times.at(signals - 1).first, of.times.at(signals - 1).second);
+#endif
 }
 
 void Machine::meet(const char* call, int detail, const void* given, void* taken, void (*finish)(Warp&)) {
@@ -141,14 +156,16 @@ void Machine::meet(const char* call, int detail, const void* given, void* taken,
   warp.taken[lane] = taken;
   if (++warp.arrived < 32) return pause(call, detail);
   warp.arrived = 0;
+  together(&thread_[here->fiber - lane], 32, 0, ON_SYNC);
   finish(warp);
   for (int fiber = here->fiber - lane, l = 0; l < 32; l++)
     if (l != lane) fibers_.wake(fiber + l);
   yield();
 }
 
-void Machine::copy(const Coming& copy) {
+void Machine::copy(Coming copy) {
   use(copy.from, copy.j, 16 / copy.from.size, CONSTANT_READ);
+  copy.ready = here->time.ready;
   std::memset(use(copy.to, copy.i, 16 / copy.to.size, COPY), POISON, 16);
   here->copies.push_back(copy);
 }
@@ -164,6 +181,9 @@ void Machine::wait_copies(int pending) {
   while (static_cast<int>(here->groups.size()) > pending) {
     for (int i = 0; i < here->groups.front(); i++) {
       arrive(here->copies.front());
+#ifdef TARFLOW_TIMED
+      tarflow::emulation::await(here->copies.front().ready);
+#endif
       here->copies.pop_front();
     }
     here->groups.pop_front();

@@ -11,6 +11,7 @@
 
 #include "fibers.h"
 #include "memory.h"
+#include "timing.h"
 
 namespace tarflow::emulation {
 
@@ -35,6 +36,7 @@ struct Block {
 struct Coming {
   View to, from;
   int64_t i, j;
+  Ready ready;
 };
 
 struct Thread {
@@ -44,6 +46,7 @@ struct Thread {
   int64_t detail = 0;
   std::deque<Coming> copies;  // copies that have not come, the oldest first
   std::deque<int> groups;     // the number of copies in each group; the copies after them are in no group
+  Time time;                  // of the model of time
 };
 
 class Machine {
@@ -60,7 +63,7 @@ class Machine {
   // Every lane of a warp comes to the same call with the same detail; the last one calls finish(warp) for all.
   void meet(const char* call, int detail, const void* given, void* taken, void (*finish)(Warp&));
 
-  void copy(const Coming& copy);
+  void copy(Coming copy);
   void commit_copies();
   void wait_copies(int pending);
 
@@ -72,6 +75,8 @@ class Machine {
   struct Counter {
     uint32_t initial;
     std::vector<Clock> signalled;  // what came before the first so many signals, by their number
+    // Of the model of time: when the last of so many signals was there, and its path.
+    std::vector<std::pair<double, Path>> times;
   };
 
   Counter& counter(uint32_t* address);

@@ -36,10 +36,22 @@ from ...engine.windows import Bounds, check_part, check_window, check_windows
 from ...errors import ArgumentError, BackendError
 from ...native import address
 from .pack import TILE, linear_sizes, pack
-from .plan import MOST_ROWS, Plan, fetches, grid_blocks, make_plan, share, slot_inputs, whole
+from .plan import (
+    MOST_ROWS,
+    TILE_ROWS,
+    Plan,
+    attends_together,
+    count_tiles,
+    fetches,
+    grid_blocks,
+    make_plan,
+    share,
+    slot_inputs,
+    whole,
+)
 
 SEQUENTIAL, FIXED_POINT, FRONTIER = 0, 1, 2  # `Mode` in params.h
-WEIGHT_BUFFERS = ("weights", "hidden", "keys_values")  # these have the dtype of the weights
+WEIGHT_BUFFERS = ("weights", "hidden", "attended", "norms", "keys_values")  # these have the dtype of the weights
 INT32_BUFFERS = ("work", "jobs", "reached", "evaluations", "passes", "barrier")  # all others are fp32, see params.h
 PHASES = ("embed", "qkv", "attention", "proj", "fc1", "fc2", "proj_out")
 """The kernel's phases: `Phase` in params.h, in its order."""
@@ -148,34 +160,45 @@ class CudaEngine(EngineBase):
             self.blocks = grid_blocks(self.shape, multiprocessors)
             sizes = linear_sizes(self.shape)
             work = share(sizes, self.blocks)
-            self._work = work.to(device)
+            self._work, self._block_tiles = work.to(device), int(work[:, :, 1].sum(0).max())
             self._jobs = fetches(sizes, work, slot_inputs(self.shape)).to(device)
             self._weights, self._biases = pack(weights, device, dtype)
             self._position = self._fp32(weights.position)
             self._classes = None if weights.classes is None else self._fp32(weights.classes)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[tuple[int, int, int], Plan] = {}
         # The most parts of the attention in any launch. Planning them all also shows that each fits in shared memory.
-        self._most_parts = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1)) * self.shape.heads
+        alone = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1))
+        together = 0
+        if attends_together(self.shape, dtype):  # in tiles that are half full at least
+            rows_of = {tiles: min(tiles * TILE_ROWS, MOST_ROWS) for tiles in range(1, 2 * MOST_ROWS // TILE_ROWS + 1)}
+            together = max(rows * self.plan(rows, tiles).splits for tiles, rows in rows_of.items())
+        self._most_parts = max(alone, together) * self.shape.heads
 
-    def plan(self, rows: int) -> Plan:
+    def plan(self, rows: int, tiles: int = 0, branches: int = 1) -> Plan:
         """Returns how a launch of so many rows is divided.
 
         Raises BackendError where the model is too wide for the kernel.
+
+        rows: all rows. tiles: those of one branch in which rows attend together (see `count_tiles`). branches: 1 or 2.
         """
-        if rows not in self._plans:
+        key = (rows, tiles, branches)
+        if key not in self._plans:
             instances = self._native.instances()
             most_rows, warps = next((n, w) for name, n, w in instances if name == self._dtype_name and n >= rows)
-            self._plans[rows] = make_plan(
+            self._plans[key] = make_plan(
                 self.shape,
                 self.dtype,
                 rows=rows,
+                tiles=tiles,
+                branches=branches,
                 most_rows=most_rows,
                 warps=warps,
                 jobs=self._jobs.shape[1],
+                block_tiles=self._block_tiles,
                 blocks=self.blocks,
                 shared_bytes=self._shared_bytes,
             )
-        return self._plans[rows]
+        return self._plans[key]
 
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         z = self.latents(z, torch.float32)
@@ -348,6 +371,8 @@ class CudaEngine(EngineBase):
                 "queries": empty(MOST_ROWS, C),
                 "partials": empty(self._most_parts * (d + 2) + 1),
                 "hidden": empty(MOST_ROWS, whole(shape.hidden, TILE), dtype=self.dtype),
+                "attended": empty(MOST_ROWS, C, dtype=self.dtype),
+                "norms": empty(MOST_ROWS, C, dtype=self.dtype),
                 "parameters": empty(MOST_ROWS, out),
                 "barrier": torch.zeros(1, dtype=torch.int32, device=self.device),
                 "class_rows": classes,
@@ -400,7 +425,11 @@ class CudaEngine(EngineBase):
         check_plain(state)
         workspace: _Workspace = state.cache
         launch = workspace.launch
-        plan = self.plan(len(positions) * self.branches(state.condition))
+        branches = self.branches(state.condition)
+        tiles = 0
+        if sizes["mode"] != SEQUENTIAL:
+            tiles = count_tiles(self.shape, self.dtype, [sample for sample, _, _ in positions], branches)
+        plan = self.plan(len(positions) * branches, tiles, branches)
         geometry = asdict(plan)
         shared_bytes = geometry.pop("shared_bytes")
         for name, value in {**geometry, **sizes}.items():

@@ -7,7 +7,9 @@ all blocks fetch about as much.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ MOST_SLOTS = 8  # slots of the ring of weights
 GOOD_SLOTS = 4  # enough slots for weights to arrive during several phases
 LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
+MERGED_ROWS = 4  # rows whose parts of the attention each block adds up for itself; those of more take a step
+TILE_ROWS = 16  # positions of a sample that attend together, see window.cuh
+WINDOW_HEAD, WINDOW_ROW = 64, 68  # the head_dim that this is for, and what a row takes of shared memory, in floats
 PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys
 
 
@@ -34,6 +39,10 @@ class Plan:
     slots: int
     slot_k: int
     staged_rows: int
+    staged_k: int
+    tiles: int
+    bias_tiles: int
+    merges: bool
     splits: int
     least_keys: int
     shared_bytes: int
@@ -107,14 +116,34 @@ def choose_splits(pairs: int, tokens: int, blocks: int) -> int:
     return min(range(1, MOST_SPLITS + 1), key=cost)
 
 
+def attends_together(shape: BlockShape, dtype: torch.dtype) -> bool:
+    """Returns whether rows of a sample can share its keys and values on tensor cores (`window.cuh`)."""
+    return shape.head_dim == WINDOW_HEAD and dtype.itemsize == 2
+
+
+def count_tiles(shape: BlockShape, dtype: torch.dtype, samples: Sequence[int], branches: int) -> int:
+    """Returns the number of tiles of a parallel pass, runs of at most 16 positions of one sample, or 0 where each row
+    attends alone: where heads are not those that tiles are for, or tiles would be more than half empty.
+
+    samples: the sample of each position.
+    """
+    if not attends_together(shape, dtype) or len(samples) * branches <= 8:
+        return 0
+    tiles = sum(-(-len(list(run)) // TILE_ROWS) for _, run in groupby(samples))
+    return tiles if len(samples) >= tiles * TILE_ROWS // 2 else 0
+
+
 def make_plan(
     shape: BlockShape,
     dtype: torch.dtype,
     *,
     rows: int,
+    tiles: int = 0,
+    branches: int = 1,
     most_rows: int,
     warps: int,
     jobs: int,
+    block_tiles: int,
     blocks: int,
     shared_bytes: int,
 ) -> Plan:
@@ -122,27 +151,47 @@ def make_plan(
 
     Raises BackendError if the model is too wide for a block's shared memory.
 
-    rows: R. most_rows, warps: the rows and the warps of the kernel's instance. jobs: the most fetches of any block.
+    rows: R. tiles, branches: see `count_tiles`. most_rows, warps: the rows and the warps of the kernel's instance.
+    jobs, block_tiles: the most fetches and tiles of any block.
     blocks: the blocks of the grid. shared_bytes: the shared memory that a block can have, in bytes.
     """
     slot_k, size = slot_inputs(shape), dtype.itemsize
     layers = 4 * shape.layers + 2
-    sums = max(most_rows // 8 * warps * 128, whole(warps * (shape.head_dim + 2), 4))
-    fixed = whole(4 * MOST_ROWS + 8 * (layers + jobs), 16) + 4 * sums
+    together = warps * TILE_ROWS * WINDOW_ROW if tiles else 0
+    parts = max(warps * (whole(shape.head_dim, 4) + 4), together)
+    tables = whole(whole(4 * (MOST_ROWS + tiles + 1), 16) + 8 * (layers + jobs), 16)
+    slot = slot_k * TILE * size
 
-    def slots(staged_rows: int) -> int:
-        return (shared_bytes - fixed - staged_rows * (slot_k + 8) * size) // (slot_k * TILE * size)
+    def taken(staged_rows: int, staged_k: int, bias_tiles: int) -> int:
+        """Returns the bytes of all but the ring. The attention's parts lie where a product has its sums and inputs."""
+        product = 4 * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
+        return tables + 4 * TILE * bias_tiles + max(product, 4 * parts)
 
-    choices = range(whole(rows, 8), 0, -8)
-    staged_rows = next((n for n in choices if slots(n) >= GOOD_SLOTS), 8)
-    count = min(slots(staged_rows), MOST_SLOTS)
+    # All inputs of fc2 for all rows; or those of a slot; or those for some rows. Biases go before any of these does.
+    wide = max(slot_k, whole(shape.hidden, slot_k))
+    inputs = [(whole(rows, 8), wide), *((n, slot_k) for n in range(whole(rows, 8), 0, -8))]
+    choices = [(*of, biases) for of in inputs for biases in (block_tiles, 0)]
+    least = (8, slot_k, 0)
+    choice = next((each for each in choices if shared_bytes - taken(*each) >= GOOD_SLOTS * slot), least)
+    count = min((shared_bytes - taken(*choice)) // slot, MOST_SLOTS)
     if count < 1:
-        needed = fixed + 8 * (slot_k + 8) * size + slot_k * TILE * size
+        needed = taken(*least) + slot
         raise BackendError(
             f"the CUDA kernel needs {needed} bytes of shared memory for a model of {shape.channels} channels in "
             f"{str(dtype).removeprefix('torch.')}, and a block has {shared_bytes} here; use bfloat16, or "
             "backend='triton'"
         )
-    used = fixed + staged_rows * (slot_k + 8) * size + count * slot_k * TILE * size
-    splits = choose_splits(rows * shape.heads, shape.tokens, blocks)
-    return Plan(count, slot_k, staged_rows, splits, LEAST_KEYS, used)
+    splits = choose_splits((tiles * branches or rows) * shape.heads, shape.tokens, blocks)
+    staged_rows, staged_k, bias_tiles = choice
+    return Plan(
+        slots=count,
+        slot_k=slot_k,
+        staged_rows=staged_rows,
+        staged_k=staged_k,
+        tiles=tiles,
+        bias_tiles=bias_tiles,
+        merges=splits > 1 and rows > MERGED_ROWS,
+        splits=splits,
+        least_keys=LEAST_KEYS,
+        shared_bytes=taken(*choice) + count * slot,
+    )

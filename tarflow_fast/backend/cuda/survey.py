@@ -21,7 +21,6 @@ from .plan import fetches, grid_blocks, make_plan, share, slot_inputs
 
 DTYPES = {"f": torch.float32, "6__half": torch.float16, "13__nv_bfloat16": torch.bfloat16}  # as C++ mangles them
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-MAY_SPILL = 128  # bytes a thread, of the widest instances: what stays the same through all phases
 RESERVED = {80: 0, 90: 1024, 100: 1024}  # shared memory that cuobjdump counts, and SHARED_LIMIT does not
 Findings = Mapping[tuple[int, str], tuple[str, ...]]
 NO_FINDINGS: Findings = MappingProxyType({})
@@ -71,19 +70,19 @@ def _row(architecture: int, kernel: str, used: dict[str, int], shapes: Sequence[
         used["REG"],
         used["STACK"] + used["LOCAL"],
         used["SHARED"] - RESERVED[architecture] + dynamic,
-        MAY_SPILL,
     )
 
 
 def dynamic_bytes(shape: BlockShape, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
     """Returns the bytes of shared memory that a launch of this instance asks for."""
-    jobs, blocks = _division(shape, architecture)
-    sizes = {"rows": rows, "most_rows": rows, "warps": warps, "jobs": jobs, "blocks": blocks}
-    return make_plan(shape, dtype, **sizes, shared_bytes=SHARED_LIMIT[architecture]).shared_bytes
+    sizes = {"rows": rows, "most_rows": rows, "warps": warps, "shared_bytes": SHARED_LIMIT[architecture]}
+    return make_plan(shape, dtype, **sizes, **_division(shape, architecture)).shared_bytes
 
 
 @cache
-def _division(shape: BlockShape, architecture: int) -> tuple[int, int]:
-    """Returns the most that a block fetches, and how many blocks there are."""
+def _division(shape: BlockShape, architecture: int) -> dict[str, int]:
+    """Returns the most that a block fetches, the most tiles that it has, and how many blocks there are."""
     sizes, blocks = linear_sizes(shape), grid_blocks(shape, MULTIPROCESSORS[architecture])
-    return fetches(sizes, share(sizes, blocks), slot_inputs(shape)).shape[1], blocks
+    work = share(sizes, blocks)
+    jobs = fetches(sizes, work, slot_inputs(shape)).shape[1]
+    return {"jobs": jobs, "block_tiles": int(work[:, :, 1].sum(0).max()), "blocks": blocks}

@@ -37,20 +37,20 @@ MUTANTS = {  # file, text, instead, what is found
     ),
     "no sync after a copy": (
         "linear.cuh",
-        "        if (group == 0) slot = ring.take();\n        sync_block();",
+        "        if (group == 0) slot = ring.take();\n        section(STAGING);\n        sync_block();",
         "        if (group == 0) slot = ring.take();",
         "race on shared memory",
     ),
     "a copy not waited for": (
         "ring.cuh",
-        "wait_copies(fetched_ - taken_ - 1)",
-        "wait_copies(fetched_ - taken_)",
+        "wait_copies(ahead_)",
+        "wait_copies(ahead_ + 1)",
         "wait_copies|copy",
     ),
     "a slot too many": (
         "ring.cuh",
-        "fetched_ - freed_ < static_cast<unsigned>(p_.slots)",
-        "fetched_ - freed_ <= static_cast<unsigned>(p_.slots)",
+        "ahead_ + held_ < p_.slots",
+        "ahead_ + held_ <= p_.slots",
         "race on shared memory|copy",
     ),
     "another block's jobs": (

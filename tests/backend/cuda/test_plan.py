@@ -13,6 +13,7 @@ from tarflow_fast.backend.cuda.plan import (
     MOST_SLOTS,
     MOST_SPLITS,
     choose_splits,
+    count_tiles,
     fetches,
     grid_blocks,
     make_plan,
@@ -72,7 +73,15 @@ def test_blocks_fetch_about_as_much(shape: BlockShape, blocks: int) -> None:
 def test_a_plan_fits(dtype: torch.dtype, shared_bytes: int, rows: int) -> None:
     most_rows = next(n for n in (8, 16, 32, 64) if n >= rows)
     plan = make_plan(
-        AFHQ, dtype, rows=rows, most_rows=most_rows, warps=8, jobs=40, blocks=132, shared_bytes=shared_bytes
+        AFHQ,
+        dtype,
+        rows=rows,
+        most_rows=most_rows,
+        warps=8,
+        jobs=40,
+        block_tiles=40,
+        blocks=132,
+        shared_bytes=shared_bytes,
     )
     assert plan.shared_bytes <= shared_bytes
     assert 1 <= plan.slots <= MOST_SLOTS
@@ -86,10 +95,38 @@ def test_a_plan_fits(dtype: torch.dtype, shared_bytes: int, rows: int) -> None:
         assert plan.slots >= 4
 
 
+def test_rows_attend_together_in_tiles_of_one_sample() -> None:
+    """Up to 16 rows each; where tiles would be less than half full, or rows are few, each row attends by itself."""
+
+    def count(*runs: int, branches: int = 1, shape: BlockShape = AFHQ, dtype: torch.dtype = torch.bfloat16) -> int:
+        samples = [sample for sample, length in enumerate(runs) for _ in range(length)]
+        return count_tiles(shape, dtype, samples, branches)
+
+    assert [count(n) for n in (8, 9, 16, 17, 32, 33, 64)] == [0, 1, 1, 2, 2, 3, 4]
+    assert count(8, branches=2) == 1
+    assert [count(16, 16), count(9, 9), count(8, 8), count(7, 7), count(17, 1)] == [2, 2, 2, 0, 0]
+    assert count(32, dtype=torch.float16) == 2
+    assert count(32, dtype=torch.float32) == 0
+    assert count(32, shape=TarFlowConfig(3, 64, 8, 96, 1, 1, head_dim=48).block_shape) == 0
+
+
+def test_biases_and_parts_make_way_for_the_ring() -> None:
+    """At 64 rows of AFHQ's model, on an H200: biases are then read from memory, and the attention's parts lie where the
+    product has its sums and inputs."""
+    sizes = {"rows": 64, "most_rows": 64, "warps": 8, "jobs": 37, "block_tiles": 28, "blocks": 132}
+    alone, together = (make_plan(AFHQ, torch.bfloat16, tiles=n, shared_bytes=H200, **sizes) for n in (0, 4))
+    assert (alone.slots, alone.staged_rows, alone.bias_tiles) == (4, 64, 0)
+    assert together.shared_bytes - alone.shared_bytes == 4 * 4  # four tiles' first positions
+    roomy = make_plan(AFHQ, torch.bfloat16, shared_bytes=H200 + 4096, **sizes)
+    assert (roomy.slots, roomy.staged_rows, roomy.bias_tiles) == (4, 64, 28)
+
+
 def test_a_model_too_wide_is_refused() -> None:
     wide = TarFlowConfig(3, 64, 8, 8192, 1, 1).block_shape
     with pytest.raises(BackendError, match=r"needs \d+ bytes of shared memory for a model of 8192 channels in float32"):
-        make_plan(wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, blocks=132, shared_bytes=H200)
+        make_plan(
+            wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, block_tiles=10, blocks=132, shared_bytes=H200
+        )
 
 
 @given(pairs=st.integers(1, 1000), tokens=st.integers(1, 4096), blocks=st.integers(1, 200))

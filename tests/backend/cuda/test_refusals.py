@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -200,23 +199,3 @@ def test_the_kernels_names_are_checked() -> None:
         launch.set_buffer("w", 0, 0)
     with pytest.raises(ValueError, match="1 to 64 positions"):
         launch.set_positions([])
-
-
-@IN_EMULATION
-def test_a_runtime_that_the_driver_does_not_serve_is_said_before_anything_is_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The engine has a CUDA runtime of its own, which a driver that serves torch's may be too old for."""
-
-    native, said = ModuleType("too_old"), "the NVIDIA driver here serves CUDA 12.8, and the engine needs CUDA 13.0"
-    asked: list[int] = []
-
-    def probe(index: int) -> None:
-        asked.append(index)
-        raise RuntimeError(said)
-
-    vars(native).update(device_type="cpu", probe=probe)
-    monkeypatch.setattr(cuda_engine, "load_native", lambda: native)
-    for _ in range(2):
-        assert cuda_missing(torch.device("cpu", 3)) == f"{said}; backend='triton' and 'torch' do without it"
-    assert asked == [3]  # once in a process
