@@ -229,6 +229,25 @@ def test_a_shard_of_a_dead_process_is_taken_and_that_of_a_living_one_is_not(
     assert contents(out) == contents(tmp_path / "one")
 
 
+def test_a_shard_that_is_done_just_before_it_is_claimed_is_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path)
+    record = (tmp_path / RECORDS / "00002.json").read_bytes()
+    (tmp_path / RECORDS / "00002.json").unlink()
+    take = Lock.take
+
+    def late(path: Path) -> Lock | None:
+        lock = take(path)
+        if path.name == ".00002.claim":
+            (tmp_path / RECORDS / "00002.json").write_bytes(record)
+        return lock
+
+    monkeypatch.setattr(Lock, "take", late)
+    assert draw(tmp_path)["drawn"] == 0
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_without_locks_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remarks: Remarks) -> None:
     if os.name == "nt":
         pytest.skip("POSIX")
