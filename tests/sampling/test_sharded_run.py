@@ -159,6 +159,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     [
         ({"n": 0}, "n: expected an integer >= 1"),
         ({"shard_size": 0}, "shard_size: expected an integer >= 1"),
+        ({"n": 2**62}, "shard_size: expected at least 4611686018428, as there are at most 1000000 shards, got 5"),
         ({"format": "zip"}, "format: expected one of 'npz', 'png', 'tar'"),
         ({"trajectory": True}, "rule: expected arguments of Sampler.sample: guidance"),
         ({"guidance": -1}, "guidance: expected"),
