@@ -15,6 +15,7 @@ from ..errors import TarFlowWarning
 from .check import check_command
 from .convert import convert_command
 from .eval import eval_command
+from .fid import fid_command
 from .info import info_command
 from .messages import error_text, in_flags
 from .options import Command
@@ -114,5 +115,5 @@ def main(traceback: bool) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (sample_command, train_command, eval_command, convert_command, info_command, check_command):
+for command in (sample_command, train_command, eval_command, convert_command, info_command, check_command, fid_command):
     main.add_command(command)

@@ -26,7 +26,7 @@ def run(command_line: Run) -> Run:
 
 
 class TestGroup:
-    @pytest.mark.parametrize("command", [(), ("sample",), ("train",), ("eval",), ("convert",), ("info",)])
+    @pytest.mark.parametrize("command", [(), ("sample",), ("train",), ("eval",), ("convert",), ("info",), ("fid",)])
     def test_help(self, run: Run, command: tuple[str, ...]) -> None:
         for flag in ("--help", "-h"):
             text = run(*command, flag).stdout

@@ -159,6 +159,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     [
         ({"n": 0}, "n: expected an integer >= 1"),
         ({"shard_size": 0}, "shard_size: expected an integer >= 1"),
+        ({"n": 2**62}, "shard_size: expected at least 4611686018428, as there are at most 1000000 shards, got 5"),
         ({"format": "zip"}, "format: expected one of 'npz', 'png', 'tar'"),
         ({"trajectory": True}, "rule: expected arguments of Sampler.sample: guidance"),
         ({"guidance": -1}, "guidance: expected"),
@@ -227,6 +228,25 @@ def test_a_shard_of_a_dead_process_is_taken_and_that_of_a_living_one_is_not(
     thread.join()
     assert done.is_set()
     assert contents(out) == contents(tmp_path / "one")
+
+
+def test_a_shard_that_is_done_just_before_it_is_claimed_is_not_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path)
+    record = (tmp_path / RECORDS / "00002.json").read_bytes()
+    (tmp_path / RECORDS / "00002.json").unlink()
+    take = Lock.take
+
+    def late(path: Path) -> Lock | None:
+        lock = take(path)
+        if path.name == ".00002.claim":
+            (tmp_path / RECORDS / "00002.json").write_bytes(record)
+        return lock
+
+    monkeypatch.setattr(Lock, "take", late)
+    assert draw(tmp_path)["drawn"] == 0
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_without_locks_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remarks: Remarks) -> None:

@@ -2,6 +2,7 @@
 
 from .estimate import estimate
 from .formats import FORMATS
+from .reading import read_shards
 from .run import SHARD_SIZE, Run, draw_shards
 
-__all__ = ["FORMATS", "SHARD_SIZE", "Run", "draw_shards", "estimate"]
+__all__ = ["FORMATS", "SHARD_SIZE", "Run", "draw_shards", "estimate", "read_shards"]

@@ -37,6 +37,7 @@ from .job import Job, model_hash
 from .plan import ShardPlan
 
 SHARD_SIZE = 1024  # images of a shard
+MOST_SHARDS = 10**6  # each has a file of its own, and all are looked through
 LOOK_SECONDS = 0.5  # between two looks at what other processes do
 TRIALS = 4  # batches that may be drawn to find the quickest way through each block
 SOME = 4096  # a function of labels is known by so many of its values
@@ -139,6 +140,9 @@ class Run:
         self.plan = ShardPlan(
             check_count("first", first, 0, MOST_NUMBER - n), n, check_count("shard_size", shard_size, high=MOST_NUMBER)
         )
+        if len(self.plan) > MOST_SHARDS:
+            expected = f"at least {-(-n // MOST_SHARDS)}, as there are at most {MOST_SHARDS} shards"
+            raise ArgumentError("shard_size", expected, self.plan.size)
         self.seed, self.labels = check_count("seed", seed, 0, MOST_SEED), labels
         self.format = check_choice("format", format, list(FORMATS))
         check_shape(format, self.flow.data_shape)

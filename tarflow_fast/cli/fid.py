@@ -1,0 +1,141 @@
+"""`tarflow-fast fid` measures how far images are from a reference set, by the features of Inception-v3."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import (
+    BATCH,
+    SIZE_OR_SIZES,
+    Command,
+    device_option,
+    json_option,
+    option,
+    print_json,
+    progress_option,
+    quiet_option,
+    show_progress,
+)
+from .outputs import output_path
+from .terminal import echo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..sizes import Size
+
+
+@click.command(
+    "fid",
+    cls=Command,
+    aliases={"path": "IMAGES", "images": "IMAGES", "size": "--size"},
+    short_help="Measure the FID of images, or write their statistics.",
+    epilog="""\b
+Examples:
+  tarflow-fast fid samples/ --stats afhq_256_fid_stats.pth
+      The FID of the shards in samples/, which `tarflow-fast sample --out samples/` drew.
+  tarflow-fast fid photos/ --size 256 --save photos.npz
+      The statistics of a folder of pictures, to be given as --stats.
+""",
+)
+@click.argument("images_path", metavar="IMAGES", type=click.Path())
+@option(
+    "--stats",
+    type=click.Path(),
+    metavar="FILE",
+    section="Reference",
+    help="Statistics of the reference: ml-tarflow's or GS-Jacobi's *_fid_stats.pth, or a .npz with mu and sigma, as "
+    "ADM's references are and --save writes.",
+)
+@option("--save", type=click.Path(), metavar="FILE", section="Output", help="Write the images' own statistics, a .npz.")
+@option(
+    "--size",
+    type=SIZE_OR_SIZES,
+    metavar="N|HxW",
+    section="Images",
+    help="Pixels along the sides that pictures of a folder get, cropped to the centre (bicubic); shards have theirs.",
+)
+@option(
+    "--inception",
+    type=click.Path(),
+    metavar="FILE",
+    section="Machine",
+    show_default="torch-fidelity's cache",
+    help="torch-fidelity's file of the weights of Inception-v3.",
+)
+@option("--batch-size", type=BATCH, default=64, metavar="N", section="Machine", help="Number of images in one pass.")
+@device_option
+@progress_option
+@quiet_option
+@json_option
+def fid_command(
+    images_path: str,
+    stats: str | None,
+    save: str | None,
+    size: Size | None,
+    inception: str | None,
+    batch_size: int,
+    device: str | None,
+    progress: bool | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measure the Fréchet distance between IMAGES and a reference, by the features of Inception-v3 (FID).
+
+    IMAGES is a folder of shards that `tarflow-fast sample --out FOLDER` drew, or what `train --data` takes. Features
+    are torch-fidelity's (the extra `fid`), sums are fp64. FIDs of less than 50,000 images are biased upwards.
+    """
+    bars = show_progress(progress, quiet)
+    if stats is None and save is None:
+        raise click.UsageError("nothing to do: give --stats, or --save")
+    out = None if save is None else output_path("--save", save, (".npz",))
+
+    from ..devices import pick_device
+    from ..evaluation import Inception, feature_sums, frechet_distance, read_statistics
+    from ..progress import Bar
+
+    reference = None if stats is None else read_statistics(stats)
+    extractor = Inception(inception, device=pick_device(device))
+    started = time.perf_counter()
+    with Bar(unit="image", desc="features", disable=not bars) as bar:
+
+        def counted() -> Iterator[Tensor]:
+            for batch in _batches(images_path, size, batch_size):
+                yield batch
+                bar.update(len(batch))
+
+        sums = feature_sums(counted(), extractor)
+    found = sums.gaussian()
+    if out is not None:
+        found.save(out)
+    fid = None if reference is None else frechet_distance(found, reference)
+    seconds = time.perf_counter() - started
+    if as_json:
+        print_json({"images": sums.n, "fid": fid, "saved": save, "seconds": seconds})
+    elif not quiet:
+        if fid is not None:
+            echo(f"FID  {fid:.4f}  ({sums.n} images; {seconds:.1f} s)")
+        if save is not None:
+            echo(f"{save}: statistics of {sums.n} images")
+
+
+def _batches(path: str, size: Size | None, batch_size: int) -> Iterator[Tensor]:
+    """Yields the images (B, ch, H, W) uint8 of a folder of shards, or of other data."""
+    from ..data import load_images
+    from ..sampling.sharded import read_shards
+    from ..sampling.sharded.job import JOB
+
+    if (Path(path) / JOB).is_file():
+        if size is not None:
+            raise click.UsageError("--size has no effect on shards")
+        yield from read_shards(path, batch_size)
+        return
+    images = load_images(path, size=size).images
+    if images.is_floating_point():
+        raise click.UsageError(f"IMAGES: expected pictures, got other data in {path!r}")
+    yield from images.split(batch_size)
