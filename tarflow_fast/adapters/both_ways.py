@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +15,15 @@ from ..sampling.masked import FlowInverse, differentiable
 
 Map = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
+OPTIONS = tuple(inspect.signature(FlowInverse).parameters)[1:]  # all but the flow
+
 AGREE = 1e-3  # how far a flow's own pass and ours may be apart in fp32, at values of about 1
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises ArgumentError unless all of these are keyword arguments of `FlowInverse`."""
+    for name in options.keys() - set(OPTIONS):
+        raise ArgumentError("options", f"options of a flow's inverse, which are {', '.join(OPTIONS)}", repr(name))
 
 
 class BothWays:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-LIBRARIES = {"zuko": ".zuko"}
+LIBRARIES = {"zuko": ".zuko", "nflows": ".nflows", "normflows": ".normflows", "sbi": ".sbi"}
 """The modules of this package by the libraries whose flows they take; all others are taken for ml-tarflow's."""
 
 
@@ -15,9 +15,10 @@ def accelerate(model: Any, *, check: bool = True, **options: Any) -> Any:
     The model is read, not changed, and its weights are copied.
 
     Args:
-        model: A module with ml-tarflow's state dict, of which a `Sampler` is made, with the same `.reverse`; or a zuko
-            flow, `zuko.lazy.Flow`, whose counterpart is called with a context as the flow is: `fast(c).sample((n,))`,
-            and takes new weights with `fast.refresh()`.
+        model: A module with ml-tarflow's state dict, of which a `Sampler` is made, with the same `.reverse`; or a flow
+            of zuko (`zuko.lazy.Flow`), nflows (`nflows.flows.Flow`) or normflows (`NormalizingFlow`), or a posterior of
+            sbi (`DirectPosterior`), whose counterpart is used as the flow is: `fast(c).sample((n,))` for zuko,
+            `fast.sample(n, c)` for nflows. It takes new weights with `fast.refresh()`.
         check: Whether small passes of both are compared.
         **options: The keyword arguments of `Sampler`; for a flow those of `FlowInverse`.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,13 +11,10 @@ from torch.distributions import Transform, constraints
 
 from ..errors import ArgumentError
 from ..masked import MaskedTransform, Order
-from ..sampling.masked import FlowInverse
 from ..scalars import check_flag
-from .both_ways import BothWays
+from .both_ways import BothWays, check_options
 from .certificate import Certificate
 from .zuko_steps import context_of, describe
-
-OPTIONS = tuple(inspect.signature(FlowInverse).parameters)[1:]  # all but the flow
 
 
 def accelerate(flow: nn.Module, *, check: bool = True, **options: Any) -> FastFlow:
@@ -36,8 +32,7 @@ def accelerate(flow: nn.Module, *, check: bool = True, **options: Any) -> FastFl
     """
     if not isinstance(flow, zuko.lazy.Flow):
         raise ArgumentError("model", "a zuko.lazy.Flow", type(flow).__name__)
-    for name in options.keys() - set(OPTIONS):
-        raise ArgumentError("options", f"options of a flow's inverse, which are {', '.join(OPTIONS)}", repr(name))
+    check_options(options)
     fast = FastFlow(flow, **options)
     if check_flag("check", check):
         fast.check()

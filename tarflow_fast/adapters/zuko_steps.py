@@ -29,6 +29,7 @@ from ..masked import (
     Order,
     Permute,
     Reverse,
+    Scale,
     Shift,
     Spline,
     Univariate,
@@ -110,6 +111,10 @@ def _fixed(transform: Any, name: str) -> Fixed:
         return Linear(transform.R)
     if kind is zt.LULinearTransform and transform.L.dim() == 2:
         return Linear(transform.L @ transform.U)
+    if kind is torch.distributions.transforms.AffineTransform and all(
+        isinstance(each, Tensor) and each.dim() == 1 for each in (transform.loc, transform.scale)
+    ):
+        return Scale(transform.scale.clone(), transform.loc.clone())
     if kind is torch.distributions.transforms.SigmoidTransform:
         return Elementwise("sigmoid")
     if kind is torch.distributions.transforms.ExpTransform:

@@ -1,0 +1,206 @@
+"""normflows' models, accelerated: the same distribution to rounding, with the library's own layers as the oracle."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_close
+from torch import Tensor, nn
+
+import tarflow_fast as tff
+from tarflow_fast.errors import ArgumentError
+
+nf = pytest.importorskip("normflows", reason="normflows is not installed; it is in the extra `flows`")
+SPLINE = pytest.importorskip(
+    "normflows.flows.neural_spline.autoregressive"
+).MaskedPiecewiseRationalQuadraticAutoregressive
+pytestmark = pytest.mark.filterwarnings("ignore:torch.(lu|triangular_solve) is deprecated")
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+F = nf.flows
+
+
+def model_of(features: int, layers: list[Any], context: int = 0, amount: float = 0.1) -> Any:
+    """Returns a model in eval mode, with all weights and statistics moved, so that none is trivial."""
+    kind = nf.ConditionalNormalizingFlow if context else nf.NormalizingFlow
+    model = kind(nf.distributions.DiagGaussian(features, trainable=False), layers)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(amount * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+def check(model: Any, features: int, context: int = 0, batch: int = 20, **options: Any) -> None:
+    """Samples of the same noise with their log q, and the log-density of these points, in both dtypes."""
+    for dtype in (torch.float32, torch.float64):
+        own = copy.deepcopy(model).to(dtype)
+        fast = tff.accelerate(own, **options)
+        given = {"context": torch.randn(batch, context, dtype=dtype)} if context else {}
+        results = []
+        for each in (own, fast):
+            torch.manual_seed(1)
+            x, log_prob = each.sample(batch, **given)
+            x = x if not results else results[0][0]  # both are asked of the same points
+            results.append((x, log_prob, each.log_prob(x, **given), each.inverse(x, **given)))
+        torch.manual_seed(1)
+        samples = fast.sample(batch, **given)[0]
+        scale = 1 + samples.abs().max().item()
+        assert_close(samples, results[0][0], TOLERANCE[dtype] * scale)
+        for got, wanted in zip(results[1][1:], results[0][1:], strict=True):
+            assert_close(got, wanted, TOLERANCE[dtype] * features**0.5 * scale)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[Any, int, int]:
+    features, context = draw(st.integers(2, 7)), draw(st.integers(0, 3))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    hidden, blocks = draw(st.integers(1, 20)), draw(st.integers(1, 3))
+    layers: list[Any] = []
+    for _ in range(draw(st.integers(1, 2))):
+        if draw(st.booleans()):
+            residual = bool(context) or draw(st.booleans())  # the library has no other blocks with a context
+            layers.append(
+                F.MaskedAffineAutoregressive(
+                    features,
+                    hidden,
+                    context_features=context or None,
+                    num_blocks=blocks,
+                    use_residual_blocks=residual,
+                    random_mask=not residual and draw(st.booleans()),
+                    activation=draw(st.sampled_from([torch.relu, torch.tanh, nn.ELU()])),
+                    use_batch_norm=draw(st.booleans()),
+                )
+            )
+        else:
+            layers.append(
+                F.AutoregressiveRationalQuadraticSpline(
+                    features,
+                    blocks,
+                    hidden,
+                    num_context_channels=context or None,
+                    num_bins=draw(st.integers(1, 9)),
+                    tail_bound=draw(st.sampled_from([1, 4.0])),
+                    activation=draw(st.sampled_from([nn.ReLU, nn.SiLU])),
+                    permute_mask=draw(st.booleans()),
+                    init_identity=draw(st.booleans()),
+                )
+            )
+        layers.append(F.LULinearPermute(features, identity_init=draw(st.booleans())))
+    return model_of(features, layers, context), features, context
+
+
+@given(made=models())
+@settings(max_examples=40, deadline=None)
+def test_any_model_of_the_library(made: tuple[Any, int, int]) -> None:
+    check(*made, batch=5)
+
+
+@torch.no_grad()
+def test_steps_between_transforms() -> None:
+    torch.manual_seed(0)
+    maf = F.MaskedAffineAutoregressive
+    layers = [
+        maf(5, 12),
+        F.Permute(5),
+        F.ActNorm((5,)),
+        F.Reverse(F.Composite([maf(5, 12), F.Permute(5, mode="swap"), F.AffineConstFlow((5,))])),
+        F.InvertibleAffine(5),
+        SPLINE(5, 12, tails="linear", tail_bound=3.0, init_identity=False),
+        F.InvertibleAffine(5, use_lu=False),
+        F.AutoregressiveRationalQuadraticSpline(5, 1, 12),
+        F.Permute(5, mode="swap"),
+    ]
+    model = model_of(5, layers, amount=0.05)
+    model.sample(50)  # ActNorm sees data
+    for layer in layers:
+        if isinstance(layer, F.Reverse):
+            # Composite makes its log-determinants in fp32, which is what the tolerance of fp64 would be about.
+            layer.flow._cascade = lambda inputs, funcs: cascade(inputs, funcs)
+    check(model, 5)
+
+
+def cascade(inputs: Tensor, funcs: Any) -> tuple[Tensor, Tensor]:
+    """What the library's `Composite` does, in the dtype of the data."""
+    total = inputs.new_zeros(len(inputs))
+    for func in funcs:
+        inputs, log_det = func(inputs)
+        total = total + log_det
+    return inputs, total
+
+
+def test_gradients_reach_the_weights() -> None:
+    torch.manual_seed(0)
+    layers = [F.AutoregressiveRationalQuadraticSpline(4, 1, 12), F.MaskedAffineAutoregressive(4, 12)]
+    model = model_of(4, layers)
+    fast = tff.accelerate(model)
+    gradients = []
+    for each in (model, fast):
+        torch.manual_seed(0)
+        x, log_prob = each.sample(5)
+        loss = x.square().mean() + log_prob.mean() + each.forward_kld(torch.ones(3, 4))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for ours, theirs in zip(*reversed(gradients), strict=True):
+        assert_close(ours, theirs, 1e-4)
+    with torch.no_grad():
+        assert not fast.sample(2)[0].requires_grad
+
+
+@torch.no_grad()
+def test_refresh_takes_new_weights() -> None:
+    torch.manual_seed(0)
+    model = model_of(4, [F.AutoregressiveRationalQuadraticSpline(4, 1, 12, num_context_channels=2)], 2).double()
+    fast, old = tff.accelerate(model), copy.deepcopy(model)
+    x, c = torch.randn(6, 4).double(), torch.randn(6, 2).double()
+    for parameter in model.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    assert not torch.equal(old.log_prob(x, c), model.log_prob(x, c))
+    for each in (old, model):
+        assert_close(fast.log_prob(x, c), each.log_prob(x, c), 1e-9)
+        fast.refresh()
+
+
+MAF = F.MaskedAffineAutoregressive
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        (lambda: [MAF(4, 8), F.Planar((4,))], r"flows\.1.*Planar"),
+        (lambda: [MAF(4, 8), F.ActNorm((4,))], r"flows\.1.*seen data"),
+        (lambda: [MAF(4, 8, use_batch_norm=True)], r"flows\.0\.autoregressive_net\.blocks\.0\.batch_norm.*eval mode"),
+        (lambda: [MAF(4, 8, activation=nn.Hardswish())], r"flows\.0\..*activation.*Hardswish"),
+        (
+            lambda: [F.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, ind_circ=[1]), MAF(4, 8)],
+            r"flows\.0.*CircularAutoregressive",
+        ),
+        (
+            lambda: [SPLINE(4, 8, tails=["linear"] * 3 + ["circular"])],
+            r"flows\.0\..*preprocessing.*PeriodicFeatures",
+        ),
+        (lambda: [F.LULinearPermute(4)], "masked autoregressive.*LULinearPermute"),
+    ],
+)
+def test_what_engines_do_not_know_is_named(layers: Any, named: str) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        tff.accelerate(nf.NormalizingFlow(nf.distributions.DiagGaussian(4), layers()))
+
+
+def test_a_model_that_computes_another_thing_is_refused() -> None:
+    torch.manual_seed(0)
+    model = model_of(4, [MAF(4, 8)])
+    model.flows[0].autoregressive_net.initial_layer.register_forward_hook(lambda m, i, out: out * 2 + 1)
+    with pytest.raises(ArgumentError, match="differ by"):
+        tff.accelerate(model)
+    with pytest.raises(ArgumentError, match="options"):
+        tff.accelerate(model, window=3)
+    with pytest.raises(ArgumentError, match="a NormalizingFlow"):
+        tff.accelerate(model.flows[0])
