@@ -27,7 +27,7 @@ from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.kernels.affine_density import density_backward, density_forward
 from tarflow_fast.kernels.launch import Launch, recording
 from tarflow_fast.kernels.spline import spline_backward, spline_forward
-from tarflow_fast.masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline
+from tarflow_fast.masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline, Univariate
 from tarflow_fast.masked.layers import ACTIVATIONS
 from tarflow_fast.masked.sorting import sort_transform
 from tarflow_fast.masked.univariate import AFFINE_LAWS
@@ -94,11 +94,13 @@ def spline_launches() -> list[Launch]:
 
 def masked_launches() -> list[Launch]:
     """Returns the launches of the inverse of masked transforms, of every activation and univariate transform."""
-    laws = [Affine(law) for law in AFFINE_LAWS] + [Shift(), Spline(SplineLaw.zuko(8)), Spline(SplineLaw.nflows(10))]
+    laws: list[Univariate] = [Shift(), Spline(SplineLaw.zuko(8)), Spline(SplineLaw.nflows(10))]
+    laws += [Affine(law) for law in AFFINE_LAWS]
+    cases = [(law, "relu") for law in laws]
+    cases += [(Affine("exp"), name) for name in ACTIVATIONS]
     D, H, B = 16, 64, 256
     with recording() as launches:
-        for univariate, name in itertools.zip_longest(laws, ACTIVATIONS, fillvalue=None):
-            univariate = univariate or laws[0]
+        for univariate, name in cases:
             degrees, outputs = torch.arange(H) % (D - 1), torch.arange(D).repeat_interleave(univariate.parameters)
             first, last = degrees[:, None] >= torch.arange(D), outputs[:, None] > degrees
             layers = (
