@@ -122,6 +122,14 @@ def test_zuko_flow() -> None:
 
 
 @pytest.mark.slow
+def test_sbi_posterior() -> None:
+    pytest.importorskip("sbi", reason="sbi is not installed; it is in the extra `flows`")
+    text = run("sbi_posterior.py", "--features", 2, "-n", 50, "--epochs", 2)
+    for what in ("one x", "five x"):
+        assert number(f"{what}, largest difference:", text) < 1e-4
+
+
+@pytest.mark.slow
 def test_drop_in_for_a_model_of_ml_tarflow(tmp_path: Path) -> None:
     module = tmp_path / "transformer_flow.py"
     module.write_text(STAND_IN.replace("SPOIL", "0"), encoding="utf-8")
