@@ -28,7 +28,7 @@ def native(isa: str) -> Spline:
 
 WAYS: dict[str, Spline] = {
     "torch": spline,
-    **{isa: native(isa) for isa in (instruction_sets() if not cpu_missing() else [])},
+    **{f"cpu, {isa}": native(isa) for isa in (instruction_sets() if not cpu_missing() else [])},
 }
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 every_law = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)

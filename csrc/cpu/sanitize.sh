@@ -21,4 +21,6 @@ export ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=100
 export UBSAN_OPTIONS=print_stacktrace=1
 # The sanitizer itself takes more memory than the test of peak memory allows, so that test is left out.
 python -m pytest tests/backend/cpu tests/models/test_cpu_density.py tests/models/test_cpu_density_fallback.py \
-  tests/engine/test_contract.py tests/engine/test_windows.py -k "cpu and not peak_memory" "$@"
+  tests/engine/test_contract.py tests/engine/test_windows.py tests/backend/test_masked.py tests/sampling/test_masked.py \
+  tests/test_spline.py \
+  -k "cpu and not peak_memory" "$@"

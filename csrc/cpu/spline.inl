@@ -133,7 +133,7 @@ INLINE void spline_lanes(const SplineLaw& law, bool inverse, const T* parameters
     }
     if (!law.tails) slope_right = load_wide(slopes + (k + 1) * stride);
     else if (!last) slope_right = load_wide(slopes + k * stride);
-    vl here = k == 0 ? vl(vl{} - 1) : vl((inverse ? y_left : x_left) <= v);
+    vl here = k == 0 ? vl{} - 1 : (vl)((inverse ? y_left : x_left) <= v);
     x0 = here ? x_left : x0, x1 = here ? x_right : x1;
     y0 = here ? y_left : y0, y1 = here ? y_right : y1;
     d0 = here ? slope_left : d0, d1 = here ? slope_right : d1;
@@ -153,7 +153,7 @@ INLINE void spline_lanes(const SplineLaw& law, bool inverse, const T* parameters
   if (inverse) {
     const vd up = 2.0 * h * theta, down = 2.0 * h * phi;
     const vd q = w * (d0 * phi - d1 * theta), r = root(q * q + up * down);
-    const vl falls = q < 0.0;
+    const vl falls = (vl)(q < 0.0);
     const vd a = falls ? r - q : up, b = falls ? down : q + r;
     theta = a / (a + b), phi = b / (a + b);
   }
@@ -163,7 +163,7 @@ INLINE void spline_lanes(const SplineLaw& law, bool inverse, const T* parameters
   const vd ratio = h / bottom;
   vd log = log_wide(ratio * ratio * ((w * (d1 * theta * theta + d0 * phi * phi) + 2.0 * h * both) / w));
   if (inverse) log = -log;
-  const vl outside = (given < law.low) | (given > law.high);
+  const vl outside = (vl)(given < law.low) | (vl)(given > law.high);
   out = outside ? (law.tails ? given : wide(__builtin_nan(""))) : out;
   log = outside ? (law.tails ? vd{} : wide(__builtin_nan(""))) : log;
   if (image) store_wide(image, out);

@@ -129,6 +129,8 @@ def test_steps_between_transforms() -> None:
         fixed(zuko.transforms.RotationTransform, torch.randn(5, 5)),
         fixed(zuko.transforms.LULinearTransform, lower),
         FLOWS.ElementWiseTransform(5, 2),
+        maf(5, 2, univariate=partial(zuko.transforms.MonotonicRQSTransform, bound=2.0), shapes=[(4,), (4,), (3,)]),
+        maf(5, 2, univariate=partial(zuko.transforms.MonotonicRQSTransform, slope=0.1), shapes=[(4,), (4,), (3,)]),
         zuko.lazy.LazyInverse(maf(5, 2, order=[4, 2, 0, 1, 3])),
         zuko.lazy.LazyInverse(fixed(zuko.transforms.PermutationTransform, torch.tensor([3, 1, 4, 0, 2]), buffer=True)),
     ]

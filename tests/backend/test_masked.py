@@ -22,7 +22,7 @@ from tarflow_fast.masked.sorting import SortedTransform, sort_transform
 from tarflow_fast.masked.stepping import Buffer, Memory, invert
 from tarflow_fast.native import instruction_sets
 
-SETS = [] if cpu_missing() else [name for name in instruction_sets() if name != "avx512_bf16"]
+SETS = [] if cpu_missing() else [f"cpu-{name}" for name in instruction_sets() if name != "avx512_bf16"]
 ENGINES = ["torch", *SETS]
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 WIDE = Recipe(
@@ -33,7 +33,7 @@ WIDE = Recipe(
 def engine_of(name: str, transform: SortedTransform, **options: Any) -> MaskedEngine:
     if name == "torch":
         return TorchMaskedEngine(transform)
-    return CpuMaskedEngine(transform, instruction_set=name, **options)
+    return CpuMaskedEngine(transform, instruction_set=name.removeprefix("cpu-"), **options)
 
 
 def spoil(state: BlockState) -> None:
@@ -100,6 +100,22 @@ def test_passes_over_any_windows_are_the_inverse(engine: str, recipe: Recipe, da
             assert again.change.max() <= SAME_F64
             assert moved.residual.shape == (3, stop - start)
         start = stop
+    check(transform, made, state, context, wanted)
+
+
+@every_engine
+@given(recipe=recipes(), passes=st.integers(1, 4))
+@settings(max_examples=40)
+def test_a_sequential_pass_goes_on_where_parallel_ones_stopped(engine: str, recipe: Recipe, passes: int) -> None:
+    """Each pass from a guess makes one more dimension final, which the units do not know of yet."""
+    transform, z, context, wanted = case(recipe, 3)
+    made = engine_of(engine, sort_transform(transform))
+    state = begun(made, z, context)
+    state.x[:, 1:] = 0.5  # a guess
+    passes = min(passes, made.tokens - 1)
+    for done in range(passes):
+        made.fixed_point(state, 1 + done, made.tokens)
+    made.reverse(state, None, 1 + passes)
     check(transform, made, state, context, wanted)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cases import KERNEL_DEVICE
@@ -17,6 +19,14 @@ pytest.importorskip("triton")
 
 from tarflow_fast.backend.triton.masked import TritonMasked, masked_missing
 from tarflow_fast.kernels import masked_inverse as op
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _poison() -> Iterator[None]:
+    """Memory that was not written is NaN, as torch fills it when it is told to be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def check(recipe: Recipe, batch: int, shared: bool = False) -> None:

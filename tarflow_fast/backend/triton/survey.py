@@ -27,7 +27,7 @@ from ...kernels.affine_density import density_backward, density_forward
 from ...kernels.launch import Launch, recording
 from ...kernels.spline import spline_backward, spline_forward
 from ...machine_code import Compiled, resource_usage, triton_findings
-from ...masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline
+from ...masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline, Univariate
 from ...masked.layers import ACTIVATIONS
 from ...masked.sorting import sort_transform
 from ...masked.univariate import AFFINE_LAWS
@@ -91,12 +91,13 @@ def spline_launches() -> list[Launch]:
 
 def masked_launches() -> list[Launch]:
     """Returns the launches of the inverse of masked transforms, of every activation and univariate transform."""
-    splines = Spline(SplineLaw.zuko(8)), Spline(SplineLaw.nflows(10))
-    laws: list[Affine | Shift | Spline] = [*map(Affine, AFFINE_LAWS), Shift(), *splines]
+    laws: list[Univariate] = [Shift(), Spline(SplineLaw.zuko(8)), Spline(SplineLaw.nflows(10))]
+    laws += [Affine(law) for law in AFFINE_LAWS]
+    cases = [(law, "relu") for law in laws]
+    cases += [(Affine("exp"), name) for name in ACTIVATIONS]
     D, H, B = 16, 64, 256
     with recording() as launches:
-        for i, name in enumerate(ACTIVATIONS):
-            univariate = laws[i % len(laws)]
+        for univariate, name in cases:
             degrees, outputs = torch.arange(H) % (D - 1), torch.arange(D).repeat_interleave(univariate.parameters)
             first, last = degrees[:, None] >= torch.arange(D), outputs[:, None] > degrees
             layers = (
