@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 
 import torch
 from sbi.inference import NPE
 from sbi.utils import BoxUniform
+from sbi.utils.tracking import TensorBoardTracker
+from torch.utils.tensorboard import SummaryWriter
 
 import tarflow_fast as tff
 
@@ -27,8 +30,10 @@ def main() -> None:
     prior = BoxUniform(-bound, bound)
     theta = prior.sample((500,))
     x = theta + 0.3 * torch.randn_like(theta)  # the simulator
-    inference = NPE(prior, density_estimator=args.estimator, show_progress_bars=False)
-    inference.append_simulations(theta, x).train(max_num_epochs=args.epochs, show_train_summary=False)
+    with tempfile.TemporaryDirectory() as logs, SummaryWriter(logs) as writer:  # else sbi writes them where it is run
+        tracker = TensorBoardTracker(writer)
+        inference = NPE(prior, density_estimator=args.estimator, tracker=tracker, show_progress_bars=False)
+        inference.append_simulations(theta, x).train(max_num_epochs=args.epochs, show_train_summary=False)
     posterior = inference.build_posterior().set_default_x(torch.zeros(1, args.features))
 
     fast = tff.accelerate(posterior)  # a DirectPosterior too; fast.refresh() takes weights that changed

@@ -26,6 +26,14 @@ def check_options(options: dict[str, Any]) -> None:
         raise ArgumentError("options", f"options of a flow's inverse, which are {', '.join(OPTIONS)}", repr(name))
 
 
+def check_context(context: Tensor | None, features: int) -> None:
+    """Raises ArgumentError unless this is a context of networks that read so many features, 0 for none."""
+    found = 0 if context is None else context.shape[-1]
+    if found != features:
+        expected = f"a tensor with {features} features in the last dimension" if features else "None"
+        raise ArgumentError("context", expected, None if context is None else tuple(context.shape))
+
+
 class BothWays:
     """Both directions of a flow, by a snapshot of its weights, or, where autograd records, by the weights themselves.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..masked import Order
 from ..scalars import check_flag
-from .both_ways import BothWays, check_options
+from .both_ways import BothWays, check_context, check_options
 from .nflows_steps import context_of, describe
 
 
@@ -85,7 +85,7 @@ class FastFlow(Flow):
 
     def _to_data(self, noise: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the data of noise, (n, D) or (B, n, D), and log|det dx/dz|. context: (B, C), or None."""
-        return self._transform.both.to_data(noise, None if context is None else context[:, None])
+        return self._transform.inverse(noise, None if context is None else context[:, None])
 
 
 class _FastTransform(Transform):
@@ -95,12 +95,15 @@ class _FastTransform(Transform):
         super().__init__()
         orders: dict[str, Order] = {}
         self.own = (own,)  # in a tuple it is no module of this one
+        self.context = context_of(own)
         self.both = BothWays(lambda: describe(own, orders), own.parameters, **options)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns latents, (B, D), and log|det dz/dx|, (B,)."""
+        """Returns latents, (…, D), and log|det dz/dx|, (…). inputs: (…, D). context: (…, C), or None."""
+        check_context(context, self.context)
         return self.both.to_latents(inputs, context)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns data, (B, D), and log|det dx/dz|, (B,)."""
+        """Returns data, (…, D), and log|det dx/dz|, (…). inputs: (…, D). context: (…, C), or None."""
+        check_context(context, self.context)
         return self.both.to_data(inputs, context)

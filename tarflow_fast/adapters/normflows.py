@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..masked import Order
 from ..scalars import check_flag
-from .both_ways import BothWays, check_options
+from .both_ways import BothWays, check_context, check_options
 from .normflows_steps import context_of, describe
 
 
@@ -95,12 +95,15 @@ class _FastLayer(Flow):
         super().__init__()
         orders: dict[str, Order] = {}
         self.own = (own,)  # in a tuple it is no module of this one
+        self.context = context_of(own)
         self.both = BothWays(lambda: describe(own, orders), own.parameters, **options)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns data, (B, D), and log|det dx/dz|, (B,). z: (B, D). context: (B, C), or None."""
+        check_context(context, self.context)
         return self.both.to_data(z, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns latents, (B, D), and log|det dz/dx|, (B,). z: (B, D), data. context: (B, C), or None."""
+        check_context(context, self.context)
         return self.both.to_latents(z, context)

@@ -253,6 +253,11 @@ def test_a_flow_that_computes_another_thing_is_refused() -> None:
     assert tff.accelerate(flow, check=False).sample(2).shape == (2, 4)
     with pytest.raises(ArgumentError, match="options"):
         tff.accelerate(flow, window=3)
+    with pytest.raises(ArgumentError, match=r"context: .*None.*\(3, 1, 2\)"):
+        tff.accelerate(flow, check=False).sample(2, torch.ones(3, 2))
+    for context in (None, torch.ones(3, 1)):
+        with pytest.raises(ArgumentError, match=r"context: .*2 features"):
+            tff.accelerate(Flow(AFFINE(4, 8, context_features=2), StandardNormal([4]))).sample(2, context)
     with pytest.raises(ArgumentError, match=r"nflows\.flows\.Flow"):
         tff.accelerate(flow._transform)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,12 @@ FEATURES = 3
 @pytest.fixture(scope="module")
 def sbi() -> Any:
     return pytest.importorskip("sbi.inference", reason="sbi is not installed; it is in the extra `flows`")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbi writes logs to where it is."""
+    monkeypatch.chdir(tmp_path)
 
 
 def posterior_of(sbi: Any, estimator: str, **options: Any) -> tuple[Any, Tensor]:
