@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from tarflow_fast.backend.cuda.engine import CudaEngine
-from tarflow_fast.backend.cuda.plan import MOST_ROWS
 from tarflow_fast.backend.triton.engine import TritonEngine
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.kernels.launch import dependent_launch, launch_dependents, wait
@@ -170,18 +169,18 @@ def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, ro
     saved is the phase's own work and what of the fetching it does not hide. A pass that leaves something out computes
     garbage, and no element of it is looked at.
 
-    "launches_per_pass": of at most 64 rows each; "barriers_per_token": 5 L + 2 of each of them. "step": seconds, with
+    "launches_per_pass": of at most 64 rows each; "barriers_per_token": of all of them. "step": seconds, with
     their spread, of the whole step; "phases": [{name, …}], seconds that a step is shorter by without that phase, round
     by round; "barriers": seconds of a step without any. "failed": why these three are missing, if the images of a whole
     pass were not within the tolerance first.
     """
-    tokens, rows = case.sizes.num_patches - 1, (2 if case.guidance else 1) * case.batch
-    launches = math.ceil(rows / MOST_ROWS)
+    tokens = case.sizes.num_patches - 1
     engine = CudaEngine(inputs.model.block_weights(0), device=rounds.device, dtype=DTYPE)
+    barriers = engine.barriers(case.batch, 2 if case.guidance else 1)
     state = _reversed(engine, case, inputs)
     found: dict[str, Any] = {
-        "launches_per_pass": launches,
-        "barriers_per_token": launches * (5 * case.sizes.layers_per_block + 2),
+        "launches_per_pass": len(barriers),
+        "barriers_per_token": sum(barriers),
         "bytes_per_step": case.work.bytes / tokens,
         "failed": _wrong("cuda", state.x, inputs, exact, tolerance),
     }

@@ -38,6 +38,7 @@ from ...native import address
 from .pack import TILE, linear_sizes, pack
 from .plan import (
     MOST_ROWS,
+    NORMED_ROWS,
     TILE_ROWS,
     Plan,
     attends_together,
@@ -252,6 +253,12 @@ class CudaEngine(EngineBase):
             yield
         finally:
             state.cache.launch.set_size("skip_phases", 0)  # else it stays for all later passes
+
+    def barriers(self, batch: int, branches: int) -> list[int]:
+        """Returns how many barriers of the grid a token takes in each launch of a sequential pass."""
+        rows = [len(samples) * branches for samples in self._groups(list(range(batch)), MOST_ROWS // branches)]
+        each = [5 + self.plan(n).merges + (2 if n > NORMED_ROWS else 0) for n in rows]
+        return [of_layer * self.shape.layers + 2 for of_layer in each]
 
     def max_window(self, state: BlockState) -> int:
         return self._most_rows(state)
