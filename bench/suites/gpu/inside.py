@@ -105,17 +105,18 @@ def measure_cuda(case: Case, inputs: Inputs, exact: Tensor, tolerance: float, ro
     saved is the phase's own work and what of the fetching it does not hide. A pass that leaves something out computes
     garbage, and no element of it is looked at.
 
-    "step": seconds, with their spread, of the whole step; "phases": [{name, …}], seconds that a step is shorter by
-    without that phase, round by round; "barriers": seconds of a step without any. "failed": why these three are
-    missing, if the images of a whole pass were not within the tolerance first.
+    "launches_per_pass": of at most 64 rows each; "barriers_per_token": of all of them. "step": seconds, with
+    their spread, of the whole step; "phases": [{name, …}], seconds that a step is shorter by without that phase, round
+    by round; "barriers": seconds of a step without any. "failed": why these three are missing, if the images of a whole
+    pass were not within the tolerance first.
     """
-    tokens, rows = case.sizes.num_patches - 1, (2 if case.guidance else 1) * case.batch
+    tokens = case.sizes.num_patches - 1
     engine = CudaEngine(inputs.model.block_weights(0), device=rounds.device, dtype=DTYPE)
     state, failed = _reversed("cuda", engine, case, inputs, exact, tolerance)
-    launches = engine.launches_per_pass(rows)
+    barriers = engine.barriers(case.batch, 2 if case.guidance else 1)
     found: dict[str, Any] = {
-        "launches_per_pass": launches,
-        "barriers_per_token": launches * engine.barriers_per_launch,
+        "launches_per_pass": len(barriers),
+        "barriers_per_token": sum(barriers),
         "bytes_per_step": case.work.bytes / tokens,
         "failed": failed,
     }

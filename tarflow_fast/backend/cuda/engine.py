@@ -38,6 +38,7 @@ from ...native import address
 from .pack import TILE, linear_sizes, pack
 from .plan import (
     MOST_ROWS,
+    NORMED_ROWS,
     TILE_ROWS,
     Plan,
     attends_together,
@@ -247,15 +248,6 @@ class CudaEngine(EngineBase):
 
     # What follows is for the bench.
 
-    def launches_per_pass(self, rows: int) -> int:
-        """Returns the number of launches of a step for so many rows."""
-        return -(-rows // MOST_ROWS)
-
-    @property
-    def barriers_per_launch(self) -> int:
-        """Returns how often all blocks of the grid wait for each other in a launch of a step."""
-        return 5 * self.shape.layers + 2
-
     @contextmanager
     def without_phases(self, state: BlockState, phases: int) -> Iterator[None]:
         """Within this context passes over this state leave out some of the kernel's phases, so that their time can be
@@ -275,6 +267,12 @@ class CudaEngine(EngineBase):
 
         left_out = {"": 0, **{name: 1 << bit for bit, name in enumerate(PHASES)}, "all": 2 ** len(PHASES) - 1}
         return {name: functools.partial(run, phases) for name, phases in left_out.items()}
+
+    def barriers(self, batch: int, branches: int) -> list[int]:
+        """Returns how many barriers of the grid a token takes in each launch of a sequential pass."""
+        rows = [len(samples) * branches for samples in self._groups(list(range(batch)), MOST_ROWS // branches)]
+        each = [5 + self.plan(n).merges + (2 if n > NORMED_ROWS else 0) for n in rows]
+        return [of_layer * self.shape.layers + 2 for of_layer in each]
 
     def max_window(self, state: BlockState) -> int:
         return self._most_rows(state)

@@ -24,6 +24,7 @@ GOOD_SLOTS = 4  # enough slots for weights to arrive during several phases
 LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
 MERGED_ROWS = 4  # rows whose parts of the attention each block adds up for itself; those of more take a step
+NORMED_ROWS = 16  # rows that each block normalises for itself; those of more take a step, in instances of their own
 TILE_ROWS = 16  # positions of a sample that attend together, see window.cuh
 WINDOW_HEAD, WINDOW_ROW = 64, 68  # the head_dim that this is for, and what a row takes of shared memory, in floats
 PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys

@@ -51,7 +51,7 @@ MUTANTS = {  # file, text, instead, what is found
         "ring.cuh",
         "ahead_ + held_ < p_.slots",
         "ahead_ + held_ <= p_.slots",
-        "race on shared memory|copy",
+        "race on shared memory|copy|wait_copies",
     ),
     "another block's jobs": (
         "kernel.cuh",
