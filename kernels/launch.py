@@ -85,7 +85,7 @@ class Launch:
     """One launch of a kernel, which is launched by calling this object.
 
     constants: what the kernel is compiled for. warps: the number of warps of a program. pdl: whether this is a
-    programmatic dependent launch.
+    programmatic dependent launch. registers: the most that a thread may have, by default the compiler's choice.
     """
 
     kernel: Any
@@ -94,13 +94,15 @@ class Launch:
     constants: dict[str, object]
     warps: int
     pdl: bool
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, object]:
         """Returns the launch options of Triton."""
         # Fused multiply-adds are asked for by name: whether they are the default differs among Triton's versions.
         fixed = {"num_warps": self.warps, "enable_fp_fusion": True}
-        return {**fixed, **({"launch_pdl": True} if self.pdl else {})}
+        registers = {} if self.registers is None else {"maxnreg": self.registers}
+        return {**fixed, **registers, **({"launch_pdl": True} if self.pdl else {})}
 
     def __call__(self) -> None:
         """Launch the kernel."""

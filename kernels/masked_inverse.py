@@ -24,6 +24,7 @@ from .spline import spline_values
 
 ROWS = 16  # the most units of an entry, and what a product takes for them
 TILE = 16  # samples of a program: few, so that a batch has many programs
+REGISTERS = 128  # of a thread; left alone, the compiler for sm_100 keeps one on the stack to have fewer
 FIELDS = (
     "kind", "first", "count", "inputs", "weight", "read_from", "bias", "raw", "read_to", "scale", "shift", "add",
     "offset", "gate", "active", "unused",
@@ -238,5 +239,7 @@ def masked_inverse(program: Program, z: Tensor, terms: Tensor) -> tuple[Tensor, 
     }  # fmt: skip
     if N:
         with torch.cuda.device_of(z):
-            launch(Launch(_masked_inverse_kernel, (N // TILE,), arguments, constants, 4, pdl=False))
+            launch(
+                Launch(_masked_inverse_kernel, (N // TILE,), arguments, constants, 4, pdl=False, registers=REGISTERS)
+            )
     return x, log_det

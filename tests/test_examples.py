@@ -104,6 +104,7 @@ def test_examples_import_what_is_public() -> None:
             assert name in tff.__all__, f"{path.name}: tff.{name}"
 
 
+@pytest.mark.slow
 def test_drop_in(tmp_path: Path) -> None:
     text = run("drop_in.py", "-n", 2, "--out", tmp_path)
     assert "plain equations: " in text
@@ -151,6 +152,7 @@ def test_drop_in_tells_when_images_differ(tmp_path: Path) -> None:
     assert text.endswith(f"error: --ml-tarflow: {tmp_path} holds no transformer_flow.py\n")
 
 
+@pytest.mark.slow
 def test_seeds_and_labels(tmp_path: Path) -> None:
     text = run("seeds_and_labels.py", "--seed", 4, "--out", tmp_path)
     for same in ("instead of at once", "from image 21 on", "image 9 drawn alone"):
@@ -166,6 +168,7 @@ def test_seeds_and_labels(tmp_path: Path) -> None:
     assert (abs(classes - other_seed).max((2, 3)) > 50).all()
 
 
+@pytest.mark.slow
 def test_denoise_and_guide(tmp_path: Path) -> None:
     text = run("denoise_and_guide.py", "-n", 10, "--out", tmp_path)
     assert number("of the raw row: largest difference", text) < SAME
@@ -198,6 +201,7 @@ def test_solver_plan(tmp_path: Path) -> None:
     assert pixels[SIDE:, : 2 * SIDE].std() > 1
 
 
+@pytest.mark.slow
 def test_classify(tmp_path: Path) -> None:
     text = run("classify.py", "-n", 12, "--out", tmp_path)
     assert number("largest difference", text) < 0.05  # nats, of some hundreds

@@ -76,7 +76,7 @@ def passes(engine: BlockEngine, model: TarFlow, condition: Condition, held: floa
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", [Guidance(), Guidance(1.5, "ab", 0.7, True)], ids=["plain", "guided"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_what_buffers_held_changes_nothing(backend: str, rule: Guidance, dtype: torch.dtype) -> None:
     size = (
         {"num_blocks": 2, "layers_per_block": 1, "img_size": 6} if backend == "triton" else {}
@@ -93,6 +93,7 @@ def test_what_buffers_held_changes_nothing(backend: str, rule: Guidance, dtype: 
 
 
 @pytest.mark.skipif(sys.platform != "linux" or cpu_missing() is not None, reason="it is glibc that fills memory")
+@pytest.mark.slow
 def test_what_the_heap_held_changes_nothing() -> None:
     """The memory of the C++ passes, and of torch's: 0x7e7e7e7e is 8e37 in fp32, and 0x7e7e the same in bf16."""
     code = """

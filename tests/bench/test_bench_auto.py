@@ -266,6 +266,7 @@ def suite(tmp_path: Path, *more: str | Path, spoil: float = 1.0) -> tuple[Result
     return bench("auto", "--model", tmp_path / "tiny.safetensors", *arguments, "--out", out, *more), out
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = fake_times(monkeypatch, TIMES)
     other = random_model(4, num_blocks=3)

@@ -172,6 +172,7 @@ def names(cell: dict[str, Any]) -> list[str]:
 
 
 @IN_EMULATION
+@pytest.mark.slow
 def test_dry_run_end_to_end(tmp_path: Path, quick: None) -> None:
     cells = ("--cell", "afhq:1:guided", "--cell", "imagenet:1:unguided", "--cell", "afhq:1:forward")
     result, made = dry(tmp_path, *cells)

@@ -58,6 +58,7 @@ def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_model_is_the_same_file_in_every_process(tmp_path: Path) -> None:
     code = "import sys, tarflow_fast as tff; tff.save(tff.TarFlow(3, 4, 2, 64, 1, 1, num_classes=2), sys.argv[1])"
     made = []

@@ -31,6 +31,7 @@ FILL = """if True:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_the_old_file_stays(tmp_path: Path) -> None:
     """In a process of its own: torch's writer in C++ may end the one that it is in."""
     done = subprocess.run([sys.executable, "-c", FILL, str(tmp_path)], capture_output=True, text=True)

@@ -182,6 +182,7 @@ def kill_at(moments: int) -> int:
 
 
 @POSIX
+@pytest.mark.slow
 def test_killed_and_begun_again(run: Run) -> None:
     assert kill_at(2) >= 1
 

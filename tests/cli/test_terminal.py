@@ -79,6 +79,7 @@ def test_an_encoding_that_lacks_a_character(evil: Path) -> None:
     assert done.stdout.decode().strip() == r"8\xd78 \u7532"
 
 
+@pytest.mark.slow
 def test_a_text_that_cannot_be_printed_is_one_line(evil: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")

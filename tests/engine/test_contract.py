@@ -50,7 +50,9 @@ def with_rules(backend: str, marks: Any = ()) -> list[Any]:
     ("batch", "k", "sizes"),
     [
         (1, 0, {"img_size": 6}),
-        (3, 1, {"num_classes": 4, "channels": 128, "layers_per_block": 2, "img_size": 6}),
+        pytest.param(
+            3, 1, {"num_classes": 4, "channels": 128, "layers_per_block": 2, "img_size": 6}, marks=pytest.mark.slow
+        ),
         (5, 1, {"in_channels": 3, "img_size": 6, "patch_size": 2, "head_dim": 32}),
         (2, 0, {"img_size": 15, "patch_size": 5, "num_classes": 2, "head_dim": 16, "channels": 48}),
         (2, 0, {"num_classes": 2, "nvp": False}),

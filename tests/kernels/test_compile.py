@@ -30,6 +30,7 @@ def test_kernels_compile_for_every_architecture_without_spills(architecture: str
     assert all(int(row[3]) == 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_interpreter_compiles_nothing() -> None:
     done = compile_all(TRITON_INTERPRET="1")
     assert done.returncode == 1

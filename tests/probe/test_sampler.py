@@ -124,6 +124,7 @@ def test_torch_goes_on_serving_where_one_fails(registered: list[Any], here: None
     assert remarks.messages[0].startswith(f"backend 'fake, {fault}' will not be used on cpu: ")
 
 
+@pytest.mark.slow
 def test_torch_goes_on_serving_after_a_crash(registered: list[Any], remarks: Remarks) -> None:
     registered.append(fake("crashes"))
     sampler = Sampler(random_model(3, **SMALL), solver="sequential")

@@ -269,6 +269,7 @@ def test_in_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.report.setup_seconds == 0
 
 
+@pytest.mark.slow
 def test_a_plan_spares_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what a plan has learnt the first batch is solved like the later ones."""
     monkeypatch.setattr(auto, "measure", lambda engine, state, widths: Costs(1.0, dict.fromkeys(widths, 2.0)))

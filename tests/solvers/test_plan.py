@@ -26,6 +26,7 @@ def test_a_plan_is_the_affine_map_that_fits_best() -> None:
     assert_close(plan.guess(1, z), z, GOLDEN)
 
 
+@pytest.mark.slow
 def test_a_learnt_plan_saves_passes_and_changes_nothing_else(tmp_path: Path) -> None:
     model = load_pretrained()
     labels = [*range(10), -1]

@@ -199,6 +199,7 @@ def test_images_of_models_that_blow_up_are_as_near_as_stated(nvp: bool, loud: fl
     assert (true <= fast.error + last_place).all()
 
 
+@pytest.mark.slow
 def test_bf16_images_are_as_near_as_stated() -> None:
     exact, fast = (
         Sampler(load_pretrained(), backend="torch", solver=solver, dtype=torch.bfloat16).sample(8, range(8))

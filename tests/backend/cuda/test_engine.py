@@ -73,8 +73,7 @@ def test_shapes(sizes: dict[str, Any], guidance: Guidance) -> None:
     ("sizes", "dtype"),
     [
         *itertools.product(SHAPES, HALVES),
-        (WIDE, torch.bfloat16),
-        pytest.param(WIDE, torch.float16, marks=SLOW),
+        *(pytest.param(WIDE, dtype, marks=SLOW) for dtype in HALVES),
     ],
     ids=str,
 )
