@@ -78,7 +78,7 @@ def test_windows_are_widened_to_few_widths(tokens: int) -> None:
     assert widths == {2**i for i in range(6) if 2**i < tokens - 1} | {tokens - 1}
 
 
-SOME_WINDOWS = ((1, 13), (3, 13), (7, 9))  # width, start: into each buffer
+SOME_WINDOWS = ((1, 13), (2, 14), (3, 13), (7, 9), (15, 1))  # width, start: into each buffer
 ALL_WINDOWS = ((1, 9), (2, 1), (3, 10), (4, 12), (5, 2), (6, 10), (7, 7), (8, 6), (9, 5), (12, 2), (15, 1))
 
 
