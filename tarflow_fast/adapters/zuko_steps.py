@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from zuko import lazy
 from zuko import nn as zn
 from zuko import transforms as zt
@@ -237,12 +238,18 @@ def _coupling(module: Any, name: str, orders: Orders) -> MaskedTransform:
 
 def _elementwise(module: Any, name: str, orders: Orders) -> MaskedTransform:
     """Returns zuko's ElementWiseTransform, whose parameters are constants, or depend on the context alone."""
-    bias = offset = None
+    bias: Tensor | None = None
+    offset: Callable[[Tensor], Tensor] | None = None
     if hasattr(module, "phi"):
         bias = torch.cat([p.reshape(len(p), -1) for p in module.phi], 1).flatten()
         outputs, like = len(bias), bias
     elif type(module.hyper) is MLP:
-        outputs, like, offset = module.hyper.out_features, next(module.hyper.parameters()), module.hyper
+        copied = {key: weight.clone() for key, weight in module.hyper.named_parameters()}
+        outputs, like = module.hyper.out_features, next(iter(copied.values()))
+
+        def offset(context: Tensor) -> Tensor:
+            return functional_call(module.hyper, copied, context)
+
     else:
         raise _unknown(f"{name}.hyper", module.hyper)
     features = outputs // module.total

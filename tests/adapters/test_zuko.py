@@ -167,8 +167,13 @@ def test_gradients_reach_the_weights_and_the_context() -> None:
         assert_close(ours, theirs, 1e-8)
 
 
-def test_refresh_takes_new_weights() -> None:
-    flow = FLOWS.MAF(4, hidden_features=(16,)).double()
+@pytest.mark.parametrize("context", [0, 2])
+def test_refresh_takes_new_weights(context: int) -> None:
+    """Of every part: also of a network that reads the context alone."""
+    steps = [*FLOWS.MAF(4, context, transforms=1, hidden_features=(16,)).transform.transforms]
+    steps += [FLOWS.ElementWiseTransform(4, context)]
+    flow = zuko.lazy.Flow(steps, FLOWS.MAF(4).base).double()
+    c = torch.ones(context, dtype=torch.float64) if context else None
     old = copy.deepcopy(flow)
     fast = tff.accelerate(flow)
     with torch.no_grad():
@@ -176,9 +181,9 @@ def test_refresh_takes_new_weights() -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     for model in (old, flow):
         torch.manual_seed(0)
-        wanted = model().sample((3,))
+        wanted = model(c).sample((3,))
         torch.manual_seed(0)
-        assert_close(fast().sample((3,)), wanted, 1e-9)
+        assert_close(fast(c).sample((3,)), wanted, 1e-9)
         fast.refresh()
 
 
