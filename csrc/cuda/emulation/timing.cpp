@@ -342,7 +342,8 @@ EXPORT int tarflow_set_gpu(const char* name, double value) {
   TARFLOW_FIELD(clock)
   TARFLOW_FIELD(dram)
   TARFLOW_FIELD(l2)
-  TARFLOW_FIELD(l2_bytes) TARFLOW_FIELD(fence)
+  TARFLOW_FIELD(l2_bytes)
+  TARFLOW_FIELD(fence)
 #undef TARFLOW_FIELD
       return 0;
 }
