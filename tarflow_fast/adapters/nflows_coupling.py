@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -12,35 +11,15 @@ from nflows.nn.nets import resnet
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import ArgumentError
-from ..masked import Activation, Affine, Layer, MaskedTransform, Order, Shift, Spline, Univariate
+from ..masked import Activation, Affine, Layer, MaskedTransform, Order, Shift, Univariate
 from ..spline import SplineLaw
 from .made import Network, Style, unknown
+from .rational_quadratic import spline_of
 
 ResidualNet = resnet.ResidualNet
 STYLE = Style(resnet, nn.Linear, first=False, gated=True)
 SPLINE = nt.PiecewiseRationalQuadraticCouplingTransform
 COUPLINGS = (nt.AffineCouplingTransform, nt.AdditiveCouplingTransform, SPLINE)
-
-
-def check_tails(module: Any, name: str) -> None:
-    """Raises ArgumentError unless a rational-quadratic transform has linear tails or none."""
-    if module.tails not in ("linear", None):
-        raise ArgumentError(f"layer {name!r}", "linear tails, or none", repr(module.tails))
-
-
-def spline_of(module: Any, hidden: int) -> Spline:
-    """Returns the spline of a rational-quadratic transform. hidden: the network's `hidden_features`, or 1."""
-    return Spline(
-        SplineLaw.nflows(
-            module.num_bins,
-            float(module.tail_bound) if module.tails else None,
-            min_bin_width=module.min_bin_width,
-            min_bin_height=module.min_bin_height,
-            min_derivative=module.min_derivative,
-            divisor=math.sqrt(hidden),
-        )
-    )
 
 
 def coupling(module: Any, name: str, known: Order | None) -> MaskedTransform:
@@ -77,8 +56,7 @@ def coupling(module: Any, name: str, known: Order | None) -> MaskedTransform:
     network.add(net.final_layer, f"{name}.transform_net.final_layer", Activation())
     univariate: Univariate = Shift()
     if type(module) is SPLINE:
-        check_tails(module, name)
-        univariate = spline_of(module, net.hidden_features)
+        univariate = spline_of(SplineLaw.nflows, module, name, net.hidden_features)
     elif type(module) is nt.AffineCouplingTransform:
         univariate = Affine("sigmoid", 1e-3)
         last, count = network.layers[-1], len(module.transform_features)

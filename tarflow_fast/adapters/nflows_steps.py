@@ -14,8 +14,10 @@ from nflows.transforms.standard import AffineTransform, IdentityTransform, Point
 from ..errors import ArgumentError
 from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Univariate
 from ..masked.flow import Step
+from ..spline import SplineLaw
 from .made import Style, made_layers, unknown
-from .nflows_coupling import COUPLINGS, ResidualNet, check_tails, coupling, spline_of
+from .nflows_coupling import COUPLINGS, ResidualNet, coupling
+from .rational_quadratic import spline_of
 
 Orders = dict[str, Order]
 STYLE = Style(made_module, made_module.MaskedLinear, first=True, gated=False)
@@ -92,8 +94,7 @@ def _steps(module: Any, name: str, features: int, orders: Orders) -> Iterator[St
 def _univariate(module: Any, name: str) -> Univariate:
     if type(module) is AFFINE:
         return Affine("softplus", module._epsilon, shift_first=False)
-    check_tails(module, name)
-    return spline_of(module, getattr(module.autoregressive_net, "hidden_features", 1))
+    return spline_of(SplineLaw.nflows, module, name, getattr(module.autoregressive_net, "hidden_features", 1))
 
 
 def context_of(transform: Any) -> int:

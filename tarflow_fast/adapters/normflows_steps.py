@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,10 +12,11 @@ from normflows.nets import made as made_module
 from torch import nn
 
 from ..errors import ArgumentError
-from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Spline, Univariate
+from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Univariate
 from ..masked.flow import Step
 from ..spline import SplineLaw
 from .made import Style, made_layers, unknown
+from .rational_quadratic import spline_of
 
 Orders = dict[str, Order]
 STYLE = Style(made_module, made_module.MaskedLinear, first=False, gated=True)
@@ -98,20 +98,9 @@ def _masked(flow: Any, name: str, orders: Orders) -> MaskedTransform:
 def _univariate(flow: Any, name: str) -> Univariate:
     if type(flow) is nf.MaskedAffineAutoregressive:
         return Affine("sigmoid", 1e-3, shift_first=False)
-    if flow.tails not in ("linear", None):
-        raise ArgumentError(f"layer {name!r}", "linear tails, or none", repr(flow.tails))
     if torch.is_tensor(flow.tail_bound) and flow.tail_bound.numel() > 1:
         raise ArgumentError(f"layer {name!r}", "one tail bound for all dimensions", tuple(flow.tail_bound.shape))
-    return Spline(
-        SplineLaw.normflows(
-            flow.num_bins,
-            float(flow.tail_bound) if flow.tails else None,
-            min_bin_width=flow.min_bin_width,
-            min_bin_height=flow.min_bin_height,
-            min_derivative=flow.min_derivative,
-            divisor=math.sqrt(getattr(flow.autoregressive_net, "hidden_features", 1)),
-        )
-    )
+    return spline_of(SplineLaw.normflows, flow, name, getattr(flow.autoregressive_net, "hidden_features", 1))
 
 
 def context_of(flows: Any) -> int:

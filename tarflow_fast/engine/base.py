@@ -18,17 +18,9 @@ class Choice(NamedTuple):
     why: str
 
 
-class EngineBase:
-    """The parts of `BlockEngine` that most engines share.
+class PlainEngine:
+    """The parts of `BlockEngine` that stand for nothing: no setup, no memory between batches, no engine chosen."""
 
-    An engine holds no memory between batches and has no setup unless it overrides this.
-
-    device: the device of the state's tensors. dtype: the dtype of weights and KV cache.
-    """
-
-    shape: BlockShape
-    device: torch.device
-    dtype: torch.dtype
     ragged: bool = False
 
     @property
@@ -47,6 +39,19 @@ class EngineBase:
     def served_by(self, batch: int, guided: bool) -> Choice | None:
         """Returns which of several engines serves such a batch, or None where this engine does."""
         return None
+
+
+class EngineBase(PlainEngine):
+    """The parts of `BlockEngine` that most engines of blocks share.
+
+    An engine holds no memory between batches and has no setup unless it overrides this.
+
+    device: the device of the state's tensors. dtype: the dtype of weights and KV cache.
+    """
+
+    shape: BlockShape
+    device: torch.device
+    dtype: torch.dtype
 
     @staticmethod
     def branches(condition: Condition) -> int:

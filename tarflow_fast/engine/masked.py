@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..masked.sorting import SortedTransform
-from .base import Choice
+from .base import PlainEngine
 from .contract import BlockState, Condition, Moved, Progress
 from .windows import Bounds, check_part, check_window
 
@@ -41,7 +41,7 @@ def leave(transform: SortedTransform, x: Tensor) -> Tensor:
     return x[:, 1:, 0][:, torch.argsort(transform.dims)]
 
 
-class MaskedEngine:
+class MaskedEngine(PlainEngine):
     """The parts of `BlockEngine` that engines of masked transforms share.
 
     An engine makes `memory`, `solve` and `guess` its own.
@@ -52,8 +52,6 @@ class MaskedEngine:
         device: The device of the state's tensors.
     """
 
-    ragged = False
-
     def __init__(self, transform: SortedTransform, dtype: torch.dtype, device: torch.device):
         self.transform, self.dtype, self.device = transform, dtype, device
 
@@ -62,27 +60,10 @@ class MaskedEngine:
         """Returns T = D + 1."""
         return len(self.transform.dims) + 1
 
-    @property
-    def setup_seconds(self) -> float:
-        """Returns the seconds spent so far on setup, here none."""
-        return 0.0
-
-    @property
-    def cached_bytes(self) -> int:
-        """Returns the bytes that are held for later batches, here none."""
-        return 0
-
-    def empty_cache(self) -> None:
-        """Free what `cached_bytes` counts, here nothing."""
-
     def bytes_per_sample(self, guided: bool) -> int:
         """Returns the bytes of memory that a sample takes, see `BlockEngine.bytes_per_sample`."""
         units = sum(layer.weight.shape[1] + 3 * len(layer.rows) for layer in self.transform.layers)
         return (units + 6 * self.tokens) * self.dtype.itemsize
-
-    def served_by(self, batch: int, guided: bool) -> Choice | None:
-        """Returns which of several engines serves such a batch, here None."""
-        return None
 
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:
         """Returns the state of a batch, see `BlockEngine.begin`. z: (B, D + 1, 1). condition: its context is used."""
