@@ -20,6 +20,7 @@ from tarflow_fast.evaluation import (
     Inception,
     feature_sums,
     frechet_distance,
+    read_spatial_statistics,
     read_statistics,
 )
 
@@ -142,6 +143,19 @@ class _Hostile:
         return os.mkdir, ("ran",)
 
 
+def test_spatial_statistics(tmp_path: Path) -> None:
+    pooled, spatial = gaussian(), gaussian(seed=1)
+    pooled.save(tmp_path / "both.npz", spatial)
+    pooled.save(tmp_path / "one.npz")
+    found = read_spatial_statistics(tmp_path / "both.npz")
+    assert found is not None
+    assert torch.equal(found.mean, spatial.mean)
+    assert torch.equal(found.covariance, spatial.covariance)
+    assert torch.equal(read_statistics(tmp_path / "both.npz").mean, pooled.mean)
+    assert read_spatial_statistics(tmp_path / "one.npz") is None
+    assert read_spatial_statistics(tmp_path / "a.pth") is None
+
+
 def test_no_pickle_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({**state(), "hook": _Hostile()}, "stats.pth")
@@ -230,5 +244,14 @@ def test_features_are_those_of_torch_fidelity(tmp_path: Path) -> None:
     ours = Inception(tmp_path / "weights.pth")
     assert torch.equal(ours(images), theirs)
     assert theirs.shape == (3, 2048)
+    found = ours.features(images)
+    both = plain("both", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(tmp_path / "weights.pth"))
+    seen: list[Tensor] = []
+    both.Mixed_6d.register_forward_hook(lambda _, __, out: seen.append(out))
+    assert torch.equal(found.pooled, theirs)
+    assert torch.equal(found.logits, both(images)[1])
+    spatial = found.spatial.reshape(3, 17, 17, 7).permute(0, 3, 1, 2)
+    assert torch.equal(spatial, seen[0][:, :7])  # the first of the layers whose outputs are joined there
+    assert torch.equal(ours.features(images[1:]).spatial, ours.features(images).spatial[1:])
     grey = images[:, :1]
     assert torch.equal(ours(grey), ours(grey.repeat(1, 3, 1, 1)))
