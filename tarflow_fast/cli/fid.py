@@ -118,8 +118,9 @@ def fid_command(
 ) -> None:
     """Measure the Fréchet distance between IMAGES and a reference, by the features of Inception-v3 (FID).
 
-    IMAGES is a folder of shards that `tarflow-fast sample --out FOLDER` drew, or what `train --data` takes. Features
-    are torch-fidelity's (the extra `fid`), sums are fp64. FIDs of less than 50,000 images are biased upwards.
+    IMAGES is a folder of shards that `tarflow-fast sample --out FOLDER` drew, of images or, with --shards features, of
+    their features; or what `train --data` takes. Features are torch-fidelity's (the extra `fid`), sums are fp64. FIDs
+    of less than 50,000 images are biased upwards.
     """
     bars = show_progress(progress, quiet)
     if stats is None and reference is None and save is None and not everything:
@@ -164,7 +165,14 @@ def fid_command(
 
 
 def _features(path: str, size: Size | None, batch_size: int, extractor: Callable[[], Inception]) -> Iterator[Features]:
-    """Yields the features of images, batch by batch. extractor: gives the network."""
+    """Yields the features of images, batch by batch. extractor: gives the network, where features are not there yet."""
+    from ..evaluation import holds_features, read_features
+
+    if holds_features(path):
+        if size is not None:
+            raise click.UsageError("--size has no effect on shards")
+        yield from read_features(path)
+        return
     for batch in _batches(path, size, batch_size):
         yield extractor().features(batch)
 

@@ -2,6 +2,7 @@
 
 from .bayes import BayesAccuracy, bayes_accuracy
 from .density import BitsPerDim, bits_per_dim
+from .feature_shards import feature_format, holds_features, read_features
 from .features import Features
 from .fid import FeatureSums, Gaussian, feature_sums, frechet_distance, read_spatial_statistics, read_statistics
 from .inception import Inception
@@ -23,11 +24,14 @@ __all__ = [
     "bayes_accuracy",
     "bits_per_dim",
     "compute_measures",
+    "feature_format",
     "feature_sums",
     "frechet_distance",
+    "holds_features",
     "inception_score",
     "kernel_distance",
     "precision_recall",
+    "read_features",
     "read_spatial_statistics",
     "read_statistics",
 ]

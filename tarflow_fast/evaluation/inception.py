@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,15 @@ class Inception:
         self._spatial: list[Tensor] = []
         # TensorFlow's graph, and so ADM, calls it mixed_6/conv
         self._network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: self._spatial.append(out))
+
+    @functools.cached_property
+    def name(self) -> str:
+        """What its features depend on: the network, and the start of the SHA-256 of its weights, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, value in self._network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return f"inception-v3-compat ({digest.hexdigest()[:16]})"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Returns features (B, 2048) fp32 of images (B, 1 or 3, H, W) uint8."""

@@ -35,7 +35,7 @@ class Small:
     """A small extractor in the place of Inception-v3."""
 
     def __init__(self, weights: Any = None, *, device: Any = "cpu"):
-        self.weights = weights
+        self.name = f"small {weights}"
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.features(images).pooled
@@ -147,3 +147,38 @@ def test_all_measures_come_from_one_pass(run: Run) -> None:
         "saved",
         "seconds",
     }
+
+
+def test_features_in_the_place_of_images(run: Run) -> None:
+    sample(run, "images")
+    run("fid", "images", "--all", "--save", "reference.npz")
+    sample(run, "again", "--seed", 1)
+    text = run(
+        "sample",
+        "-m",
+        "m.safetensors",
+        "-n",
+        40,
+        "--out",
+        "features",
+        "--shard-size",
+        16,
+        "--seed",
+        1,
+        "--shards",
+        "features",
+        "--solver",
+        "sequential",
+        "--inception",
+        "weights.pth",
+    ).stdout
+    assert "features: 40 images of 8×8 in 3 shards (features of small weights.pth)" in text
+    wanted, found = (
+        json.loads(run("fid", name, "--stats", "reference.npz", "--all", "--json").stdout)
+        for name in ("again", "features")
+    )
+    for name in ("fid", "sfid", "inception_score"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-9)
+    assert "--size has no effect on shards" in run("fid", "features", "--all", "--size", 8, code=2).stderr
+    for how in (("--out", "a.png"), ("--out", "f", "--shards", "npz")):
+        assert "--inception has no effect" in run("sample", *how, "--inception", "w.pth", code=2).stderr
