@@ -19,6 +19,7 @@ from .fid import fid_command
 from .info import info_command
 from .messages import error_text, in_flags
 from .options import Command
+from .prepare_stats import prepare_stats_command
 from .sample import sample_command
 from .terminal import (
     FAILED,
@@ -115,5 +116,14 @@ def main(traceback: bool) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (sample_command, train_command, eval_command, convert_command, info_command, check_command, fid_command):
+for command in (
+    sample_command,
+    train_command,
+    eval_command,
+    convert_command,
+    info_command,
+    check_command,
+    fid_command,
+    prepare_stats_command,
+):
     main.add_command(command)
