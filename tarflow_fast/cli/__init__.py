@@ -32,6 +32,7 @@ from .terminal import (
     stoppable,
 )
 from .train import train_command
+from .tune import tune_command
 
 
 @contextmanager
@@ -117,13 +118,7 @@ def main(traceback: bool) -> None:
 
 
 for command in (
-    sample_command,
-    train_command,
-    eval_command,
-    convert_command,
-    info_command,
-    check_command,
-    fid_command,
-    prepare_stats_command,
+    *(sample_command, train_command, eval_command, convert_command, info_command, check_command),
+    *(fid_command, prepare_stats_command, tune_command),
 ):
     main.add_command(command)

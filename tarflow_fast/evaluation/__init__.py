@@ -11,6 +11,7 @@ from .measures import FeatureSet, compute_measures
 from .mmd import kernel_distance
 from .noise import Noise
 from .score import inception_score
+from .tuning import TuningPoint, require_matplotlib, save_curve, tune
 
 __all__ = [
     "BayesAccuracy",
@@ -21,6 +22,7 @@ __all__ = [
     "Gaussian",
     "Inception",
     "Noise",
+    "TuningPoint",
     "bayes_accuracy",
     "bits_per_dim",
     "compute_measures",
@@ -34,4 +36,7 @@ __all__ = [
     "read_features",
     "read_spatial_statistics",
     "read_statistics",
+    "require_matplotlib",
+    "save_curve",
+    "tune",
 ]
