@@ -133,7 +133,8 @@ def fid_command(
 
     statistics = None if stats is None else read_statistics(stats)
     spatial = None if stats is None or not everything else read_spatial_statistics(stats)
-    extractor = functools.cache(lambda: Inception(inception, device=pick_device(device)))
+    place = pick_device(device)
+    extractor = functools.cache(lambda: Inception(inception, device=place))
     started = time.perf_counter()
 
     def collected(path: str, desc: str) -> FeatureSet:
@@ -148,7 +149,8 @@ def fid_command(
     other = None if reference is None else collected(reference, "reference")
     if out is not None:
         images.gaussian().save(out, images.spatial_gaussian())
-    found = compute_measures(images, other, statistics=statistics, spatial=spatial)
+    double = place if place.type == "cuda" else "cpu"  # mps has no fp64
+    found = compute_measures(images, other, statistics=statistics, spatial=spatial, device=double)
     seconds = time.perf_counter() - started
     if as_json:
         print_json({"images": images.n, "fid": None, **found, "saved": save, "seconds": seconds})

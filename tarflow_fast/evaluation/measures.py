@@ -67,6 +67,7 @@ def compute_measures(
     *,
     statistics: Gaussian | None = None,
     spatial: Gaussian | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, float]:
     """Returns the measures of images that can be had, by name.
 
@@ -75,6 +76,7 @@ def compute_measures(
         reference: The features of the reference's images, which are kept, if there are any.
         statistics: The pooled features of the reference, by default those of `reference`.
         spatial: Its spatial features, as `statistics`.
+        device: Where distances between features are computed, in fp64, for precision and recall.
 
     Returns:
         A dict with "fid"; and with kept features "sfid", "inception_score" and "inception_score_std"; and with those of
@@ -101,5 +103,5 @@ def compute_measures(
         a, b = images.pooled(), reference.pooled()
         found["kid"], found["kid_std"] = kernel_distance(a, b)
         if min(len(a), len(b)) > NEIGHBOURS:
-            found["precision"], found["recall"] = precision_recall(a, b)
+            found["precision"], found["recall"] = precision_recall(a.to(device), b)
     return found

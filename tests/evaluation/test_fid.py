@@ -255,3 +255,9 @@ def test_features_are_those_of_torch_fidelity(tmp_path: Path) -> None:
     assert torch.equal(ours.features(images[1:]).spatial, ours.features(images).spatial[1:])
     grey = images[:, :1]
     assert torch.equal(ours(grey), ours(grey.repeat(1, 3, 1, 1)))
+    name = ours.name
+    with torch.no_grad():
+        next(ours._network.parameters()).add_(1)
+    del ours.name
+    assert name.startswith("inception-v3-compat (")
+    assert ours.name != name
