@@ -38,11 +38,23 @@ class Extractor(Protocol):
     def features(self, images: Tensor) -> Features: ...
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute on one thread of the CPU, as the sums of its convolutions depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def feature_format(extractor: Extractor) -> Format:
     """Returns the format of shards that hold features, for `draw_shards`.
 
     A shard is a `.npz` file with `pooled`, `spatial` and `logits`, each (k, d) fp32, of its k images. Images are made
-    8-bit first, as if they were written.
+    8-bit first, as if they were written. On a CPU features are computed on one thread of each process, so that they do
+    not depend on how many processes share it.
 
     Args:
         extractor: The network, an `Inception`.
@@ -56,7 +68,8 @@ def feature_format(extractor: Extractor) -> Format:
         def add(part: Samples) -> None:
             nonlocal done
             for images in to_uint8(part.images).split(IN_A_PASS):
-                found = extractor.features(images)
+                with one_thread():
+                    found = extractor.features(images)
                 rows = slice(done, done + len(found))
                 done = rows.stop
                 for kind in KINDS:

@@ -41,6 +41,7 @@ class Small:
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         self.left -= 1
+        assert torch.get_num_threads() == 1
         x = images.float() / 255
         return Features(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1), x[:, :, :2, :2].flatten(1), x.std((2, 3)))
 
@@ -65,8 +66,13 @@ def measured(out: Path) -> dict[str, float]:
 def test_they_are_the_features_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tarflow_fast.evaluation.feature_shards.IN_A_PASS", 3)
     sampler = tff.Sampler(random_model(in_channels=3, num_classes=3), solver="sequential", threads=1)
-    extractor = Small()
-    draw_shards(sampler, tmp_path, N, [0, 1], format=feature_format(extractor), shard_size=9, batch_size=4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        draw_shards(sampler, tmp_path, N, [0, 1], format=feature_format(Small()), shard_size=9, batch_size=4)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     images = to_uint8(sampler.sample(N, [0, 1], batch_size=4).images)
     wanted, parts = Small().features(images), list(read_features(tmp_path))
     assert [len(part) for part in parts] == [9, 9, 4]
