@@ -115,6 +115,7 @@ def test_drop_in(tmp_path: Path) -> None:
     assert abs(slow[0] - slow[1]).max() > 100
 
 
+@pytest.mark.slow
 def test_zuko_flow() -> None:
     pytest.importorskip("zuko")
     text = run("zuko_flow.py", "--kind", "MAF", "--features", 8, "-n", 50, "--steps", 2)

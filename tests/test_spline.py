@@ -173,7 +173,9 @@ def test_a_nan_stays(way: Spline, inverse: bool) -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("name", ["zuko", "nflows, divided", "nflows, no tails"])
+@pytest.mark.parametrize(
+    "name", ["zuko", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nflows, divided", "nflows, no tails"))]
+)
 def test_gradients(name: str, inverse: bool) -> None:
     """First and second derivatives are those of finite differences, of parameters and values."""
     law = LAWS[name]

@@ -25,6 +25,7 @@ from .terminal import (
     FAILED,
     INTERRUPTED,
     TERMINATED,
+    Interrupted,
     Terminated,
     echo,
     give_up_output,
@@ -55,6 +56,13 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
+def _stopped(stop: BaseException) -> int:
+    """Tells that a signal has ended the command, and returns the exit code."""
+    terminated = isinstance(stop, Terminated)
+    echo(*getattr(stop, "__notes__", ()), "Terminated" if terminated else "Interrupted", err=True)
+    return TERMINATED if terminated else INTERRUPTED
+
+
 class _Group(click.Group):
     """A `_Group` lists commands in the order they were added, and tells failures by one line and an exit code."""
 
@@ -65,6 +73,8 @@ class _Group(click.Group):
         with stoppable():
             try:
                 return super().main(*args, **kwargs)
+            except (Interrupted, Terminated) as stop:  # before the command began, or after its end
+                sys.exit(_stopped(stop))
             except OSError as error:  # --help and the like fail here, as click prints their text
                 give_up_output()
                 echo(f"Error: {error_text(error)}", err=True)
@@ -77,10 +87,8 @@ class _Group(click.Group):
         except click.ClickException as error:
             vars(error)["message"] = one_line(error.message)
             raise
-        except (KeyboardInterrupt, Terminated) as stop:
-            interrupted = isinstance(stop, KeyboardInterrupt)
-            echo(*getattr(stop, "__notes__", ()), "Interrupted" if interrupted else "Terminated", err=True)
-            ctx.exit(INTERRUPTED if interrupted else TERMINATED)
+        except (KeyboardInterrupt, Interrupted, Terminated) as stop:
+            ctx.exit(_stopped(stop))
 
 
 @click.group(

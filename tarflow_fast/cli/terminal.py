@@ -49,11 +49,11 @@ def give_up_output() -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(BaseException):
     """`Interrupted` is raised by Ctrl-C.
 
-    Where KeyboardInterrupt itself passes through exec(), as in many an import, Python kills itself at the end, whatever
-    the exit code.
+    It is no KeyboardInterrupt: where that passes through exec(), as in many an import, Python kills itself at the end,
+    whatever the exit code; and click makes an exit code of its own of it, wherever it finds it.
     """
 
 

@@ -138,6 +138,7 @@ def test_operations_of_one_name_are_taken_together() -> None:
     assert b["bytes_per_second"] == 30 / b["median"]
 
 
+@pytest.mark.slow
 def test_tests_are_counted_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = made_up_tests(
         tmp_path, "import time", "def test_a(): pass", "def test_b(): assert 0", "def test_c(): assert 0"

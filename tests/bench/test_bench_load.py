@@ -75,7 +75,7 @@ with busy_processes(2) as pids:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("ending", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("ending", ["SIGKILL", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_busy_processes_end_with_the_one_that_started_them(ending: str) -> None:
     """However it ends, and though another process that it has started lives on; Ctrl-C reaches the whole group."""
     number = getattr(signal, ending)

@@ -229,7 +229,7 @@ def solver(tmp_path: Path, *more: str, spoil: float = 1.0) -> tuple[Result, Path
     return result, out
 
 
-@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize("guidance", [pytest.param(0.0, marks=pytest.mark.slow), 2.0])
 def test_end_to_end(tmp_path: Path, guidance: float) -> None:
     result, out = solver(tmp_path, "--guidance", str(guidance))
     assert result.exit_code == 0, result.output

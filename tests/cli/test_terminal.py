@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from cases import random_model
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 
 import tarflow_fast as tff
 from tarflow_fast.cli import main
-from tarflow_fast.cli.terminal import Terminated, echo, one_line, stoppable
+from tarflow_fast.cli.terminal import Interrupted, Terminated, echo, one_line, stoppable
 from tarflow_fast.sampling.sampler import Sampler
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
@@ -172,3 +173,19 @@ def test_a_bar_that_was_never_whole_says_nothing(capfd: pytest.CaptureFixture[st
 def test_lines_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
     echo("a\nb", "c")
     assert capsys.readouterr().out == "a\\nb\nc\n"
+
+
+@pytest.mark.parametrize("stop", [Interrupted, Terminated])
+def test_a_signal_before_the_command_begins(
+    stop: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """click would call it "Aborted!", with exit code 1."""
+
+    def arrive(*given: object, **more: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(click.Group, "make_context", arrive)
+    with pytest.raises(SystemExit) as ended:
+        main(["info"])
+    assert ended.value.code == (130 if stop is Interrupted else 143)
+    assert capsys.readouterr().err == f"{stop.__name__}\n"

@@ -41,7 +41,9 @@ FEW_TOKENS = pytest.mark.parametrize("img_size", [4, pytest.param(6, marks=pytes
 
 
 @pytest.mark.parametrize("backend", ["triton", CUDA])
-@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize(
+    "guidance", [pytest.param(Guidance(), marks=pytest.mark.slow), GUIDED], ids=["unguided", "guided"]
+)
 @FEW_TOKENS
 @settings(max_examples=3)
 @given(data=st.data())
@@ -64,7 +66,9 @@ def test_parts_of_the_tokens_are_the_whole(
 
 
 @pytest.mark.parametrize("backend", ["triton", CUDA])
-@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
+@pytest.mark.parametrize(
+    "guidance", [pytest.param(Guidance(), marks=pytest.mark.slow), GUIDED], ids=["unguided", "guided"]
+)
 @FEW_TOKENS
 @settings(max_examples=3)
 @given(data=st.data())

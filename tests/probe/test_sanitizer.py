@@ -98,6 +98,7 @@ def test_findings_are_kept_and_no_success(tool: Callable[..., Path]) -> None:
     assert len(tail) == processes.TAIL
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_is_stopped_with_all_its_children(tool: Callable[..., Path], tmp_path: Path) -> None:
     log = tmp_path / "log"
     work = f"i=0; while [ $i -lt 200 ]; do i=$((i + 1)); echo $i >> {log}; /bin/sleep 0.05; done"

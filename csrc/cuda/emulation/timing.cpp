@@ -11,6 +11,7 @@ Gpu gpu;
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "../kernel.h"
 #include "machine.h"
@@ -337,14 +338,11 @@ Instances float16_instances() { return float32_instances(); }
 EXPORT int tarflow_set_gpu(const char* name, double value) {
   using tarflow::emulation::gpu;
   if (!std::strcmp(name, "sinks")) return gpu.sinks = value != 0, 1;
-#define TARFLOW_FIELD(field) \
-  if (!std::strcmp(name, #field)) return gpu.field = value, 1;
-  TARFLOW_FIELD(clock)
-  TARFLOW_FIELD(dram)
-  TARFLOW_FIELD(l2)
-  TARFLOW_FIELD(l2_bytes) TARFLOW_FIELD(fence)
-#undef TARFLOW_FIELD
-      return 0;
+  const std::pair<const char*, double*> fields[] = {
+      {"clock", &gpu.clock}, {"dram", &gpu.dram}, {"l2", &gpu.l2}, {"l2_bytes", &gpu.l2_bytes}, {"fence", &gpu.fence}};
+  for (const auto& [known, field] : fields)
+    if (!std::strcmp(name, known)) return *field = value, 1;
+  return 0;
 }
 
 // Returns what the model says of the last launch, as JSON: times in µs by (phase, section) and by cause along the critical

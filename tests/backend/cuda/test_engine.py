@@ -97,7 +97,7 @@ def test_a_single_token_passes_unchanged() -> None:
     assert not state.token_log_det.any()
 
 
-@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("splits", [1, 3, pytest.param(16, marks=pytest.mark.slow)])
 def test_keys_may_be_split(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among blocks, two keys each at least; some splits are empty at first."""
     monkeypatch.setattr(cuda_plan, "LEAST_KEYS", 2)
