@@ -19,6 +19,7 @@ from .fid import fid_command
 from .info import info_command
 from .messages import error_text, in_flags
 from .options import Command
+from .prepare_stats import prepare_stats_command
 from .sample import sample_command
 from .terminal import (
     FAILED,
@@ -32,6 +33,7 @@ from .terminal import (
     stoppable,
 )
 from .train import train_command
+from .tune import tune_command
 
 
 @contextmanager
@@ -123,5 +125,8 @@ def main(traceback: bool) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-for command in (sample_command, train_command, eval_command, convert_command, info_command, check_command, fid_command):
+for command in (
+    *(sample_command, train_command, eval_command, convert_command, info_command, check_command),
+    *(fid_command, prepare_stats_command, tune_command),
+):
     main.add_command(command)

@@ -67,6 +67,8 @@ Examples:
   tarflow-fast sample -m afhq_model_8_768_8_8_0.07.pth -n 16 --guidance 2 --dtype bfloat16
   torchrun --nproc-per-node 8 -m tarflow_fast sample -m imagenet.safetensors -n 50000 --labels random --out fid
       Samples of 1000 classes, each as likely, in the folder fid, drawn by 8 processes.
+  torchrun --nproc-per-node 8 -m tarflow_fast sample --recipe afhq256 -m afhq.pth --shards features --out afhq
+      The features of 50,000 images, from which `tarflow-fast fid afhq --stats FILE` has the FID.
   tarflow-fast sample -n 1000 --first 5000 --singles images/ --quiet
       Images number 5000 to 5999 of seed 0, one file each: what -n 6000 draws last.
 """,
@@ -277,8 +279,17 @@ Examples:
     section="Many images",
     show_default="npz",
     help="What --out FOLDER gets: npz, arr_0 (n,H,W,ch) uint8 and arr_1 labels as ADM's evaluation suite reads them; "
-    "png, images/CLASS/NUMBER.png; tar, for WebDataset. If unguided, log_prob is beside them. Any number of processes "
-    "may run the same command, by torchrun or on machines that share FOLDER; however they end, it goes on.",
+    "png, images/CLASS/NUMBER.png; tar, for WebDataset; features, what `tarflow-fast fid FOLDER` needs of the images, "
+    "in their place. If unguided, log_prob is beside images. Any number of processes may run the same command, by "
+    "torchrun or on machines that share FOLDER; however they end, it goes on.",
+)
+@option(
+    "--inception",
+    type=click.Path(),
+    metavar="FILE",
+    section="Many images",
+    show_default="torch-fidelity's cache",
+    help="Weights of Inception-v3 for --shards features; see `tarflow-fast fid`.",
 )
 @option(
     "--shard-size",

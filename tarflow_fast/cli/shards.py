@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import torch
 
     from ..sampling.sampler import Sampler
-    from ..sampling.sharded import Run
+    from ..sampling.sharded import Format, Run
 
-FORMATS = ("npz", "png", "tar")
+FORMATS = ("npz", "png", "tar", "features")
 OF_A_GRID = ("columns", "scale", "singles", "npz", "gif")
-OF_SHARDS = ("shards", "shard_size", "dry_run")
+OF_SHARDS = ("shards", "shard_size", "inception", "dry_run")
 
 
 def wants_shards(given: dict[str, Any]) -> bool:
@@ -46,6 +46,8 @@ def check_options(given: dict[str, Any]) -> None:
             flag = name.replace("_", "-")
             what = "a folder, where shards go" if shards else "no folder; shards need one"
             raise click.UsageError(f"--{flag} has no effect where --out is {what}")
+    if given["inception"] is not None and given["shards"] != "features":
+        raise click.UsageError("--inception has no effect without --shards features")
 
 
 def shard_folder(path: str) -> Path:
@@ -96,7 +98,7 @@ def draw_shards(
         chosen.labels,
         seed=given["seed"],
         first=given["first"],
-        format=given["shards"] or FORMATS[0],
+        format=_format(given, sampler.device),
         shard_size=given["shard_size"] or SHARD_SIZE,
         rule={**rule, "on_nonfinite": given["on_nonfinite"]},
     )
@@ -114,6 +116,16 @@ def draw_shards(
         echo(*lines)
 
 
+def _format(given: dict[str, Any], device: torch.device) -> str | Format:
+    """Returns the format of the shards, for features with the network that makes them, which is on this device."""
+    format: str = given["shards"] or FORMATS[0]
+    if format != "features":
+        return format
+    from ..evaluation import Inception, feature_format
+
+    return feature_format(Inception(given["inception"], device=device))
+
+
 def _run_lines(run: Run, facts: dict[str, Any], chosen: Chosen) -> list[str]:
     """Returns the lines that tell what a run did. facts: what `Run.draw` returned."""
     from ..sampling.sharded.job import MANIFEST
@@ -124,7 +136,7 @@ def _run_lines(run: Run, facts: dict[str, Any], chosen: Chosen) -> list[str]:
     shape = run.flow.data_shape
     kind, size = ("images", by(shape[1:])) if len(shape) == 3 else ("sequences", "×".join(map(str, shape)))
     lines = [
-        f"{run.out}: {facts['images']} {kind} of {size} in {facts['shards']} shards ({run.format}), {how}",
+        f"{run.out}: {facts['images']} {kind} of {size} in {facts['shards']} shards ({run.format.name}), {how}",
         f"this process drew {facts['drawn']} of them in {facts['seconds']:.2f} s, "
         f"{facts['images_per_second']:.3g} {kind}/s",
     ]

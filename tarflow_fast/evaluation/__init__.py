@@ -2,20 +2,41 @@
 
 from .bayes import BayesAccuracy, bayes_accuracy
 from .density import BitsPerDim, bits_per_dim
-from .fid import FeatureSums, Gaussian, feature_sums, frechet_distance, read_statistics
+from .feature_shards import feature_format, holds_features, read_features
+from .features import Features
+from .fid import FeatureSums, Gaussian, feature_sums, frechet_distance, read_spatial_statistics, read_statistics
 from .inception import Inception
+from .manifold import precision_recall
+from .measures import FeatureSet, compute_measures
+from .mmd import kernel_distance
 from .noise import Noise
+from .score import inception_score
+from .tuning import TuningPoint, require_matplotlib, save_curve, tune
 
 __all__ = [
     "BayesAccuracy",
     "BitsPerDim",
+    "FeatureSet",
     "FeatureSums",
+    "Features",
     "Gaussian",
     "Inception",
     "Noise",
+    "TuningPoint",
     "bayes_accuracy",
     "bits_per_dim",
+    "compute_measures",
+    "feature_format",
     "feature_sums",
     "frechet_distance",
+    "holds_features",
+    "inception_score",
+    "kernel_distance",
+    "precision_recall",
+    "read_features",
+    "read_spatial_statistics",
     "read_statistics",
+    "require_matplotlib",
+    "save_curve",
+    "tune",
 ]

@@ -41,11 +41,12 @@ class Gaussian:
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.covariance).all()):
             raise ArgumentError("statistics", "finite values", "infinities or NaNs")
 
-    def save(self, path: PathLike) -> None:
+    def save(self, path: PathLike, spatial: Gaussian | None = None) -> None:
         """Writes a `.npz` file with `mu` and `sigma`, as ADM's evaluation suite and pytorch-fid read it.
 
         Args:
             path: A file name that ends in `.npz`, in an existing folder.
+            spatial: The features of sFID, if any, which ADM's suite reads as `mu_s` and `sigma_s`.
 
         Raises:
             ArgumentError: The path is not a place where such a file can be written.
@@ -53,7 +54,10 @@ class Gaussian:
         """
         out = check_path("path", path, (".npz",))
         with replacing(out) as partial, partial.open("wb") as file:
-            np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy())
+            arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+            if spatial is not None:
+                arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
+            np.savez(file, **arrays)
 
 
 class FeatureSums:
@@ -132,6 +136,17 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(between + within - 2 * root)
 
 
+def read_spatial_statistics(path: PathLike) -> Gaussian | None:
+    """Returns the features of sFID in a file of statistics as `read_statistics` takes it, or None if it has none.
+
+    Raises ArgumentError and DataError as `read_statistics` does.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".npz":
+        return None
+    return _from_npz(path, ("mu_s", "sigma_s"), needed=False)
+
+
 def read_statistics(path: PathLike) -> Gaussian:
     """Reads the features of a reference set.
 
@@ -146,15 +161,20 @@ def read_statistics(path: PathLike) -> Gaussian:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{str(path)!r}: no such file")
-    return _from_npz(path) if path.suffix.lower() == ".npz" else _from_torch(path)
+    found = _from_npz(path, ("mu", "sigma")) if path.suffix.lower() == ".npz" else _from_torch(path)
+    assert found is not None
+    return found
 
 
-def _from_npz(path: Path) -> Gaussian:
+def _from_npz(path: Path, names: tuple[str, str], needed: bool = True) -> Gaussian | None:
+    """Returns the statistics that a file has under these names, or None where it may lack them and does."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if not {"mu", "sigma"} <= set(file.files):
-                raise DataError(f"{str(path)!r}: no statistics, which are called mu and sigma")
-            mean, covariance = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+            if not set(names) <= set(file.files):
+                if not needed:
+                    return None
+                raise DataError(f"{str(path)!r}: no statistics, which are called {' and '.join(names)}")
+            mean, covariance = (np.asarray(file[name], np.float64) for name in names)
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         if isinstance(error, DataError):
             raise

@@ -1,7 +1,9 @@
-"""The features of Inception-v3 that published FIDs are of, computed by torch-fidelity."""
+"""The features of Inception-v3 that published measures are of, computed by torch-fidelity."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from torch import Tensor
 from ..devices import check_device
 from ..errors import BackendError, first_line
 from ..files import PathLike
+from .features import Features
+
+SPATIAL_CHANNELS = 7  # of ADM's sFID
 
 
 class Inception:
@@ -39,16 +44,35 @@ class Inception:
             raise BackendError(f"weights of Inception-v3: no such file as {path!r}")
         try:
             made: Any = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=path
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=path
             )
         except Exception as error:  # whatever a download, or a file that is another one, may raise
             where = "cannot be downloaded" if path is None else f"are not in {path!r}"
             mend = "give torch-fidelity's file of them"
             raise BackendError(f"weights of Inception-v3 {where} ({first_line(error)}); {mend}") from error
         self._network = made.to(self.device).eval()
+        self._spatial: list[Tensor] = []
+        # TensorFlow's graph, and so ADM, calls it mixed_6/conv
+        self._network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: self._spatial.append(out))
+
+    @functools.cached_property
+    def name(self) -> str:
+        """What its features depend on: the network, and the start of the SHA-256 of its weights, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, value in self._network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return f"inception-v3-compat ({digest.hexdigest()[:16]})"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Returns features (B, 2048) fp32 of images (B, 1 or 3, H, W) uint8."""
+        return self.features(images).pooled
+
+    def features(self, images: Tensor) -> Features:
+        """Returns all features of images (B, 1 or 3, H, W) uint8, in one pass."""
         pictures = images.to(self.device).expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.to(self.device)
-        features: Tensor = self._network(pictures.contiguous())[0]
-        return features
+        self._spatial.clear()
+        with torch.inference_mode():
+            pooled, logits = self._network(pictures.contiguous())
+        spatial = self._spatial.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return Features(pooled, spatial, logits)

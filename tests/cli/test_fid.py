@@ -15,8 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 import tarflow_fast as tff
+from tarflow_fast.cli.fid import LINES
 from tarflow_fast.errors import DataError
-from tarflow_fast.evaluation import feature_sums, frechet_distance, read_statistics
+from tarflow_fast.evaluation import (
+    Features,
+    FeatureSums,
+    feature_sums,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    read_statistics,
+)
 from tarflow_fast.images import to_uint8
 from tarflow_fast.sampling.sharded import draw_shards, read_shards
 
@@ -25,11 +35,15 @@ class Small:
     """A small extractor in the place of Inception-v3."""
 
     def __init__(self, weights: Any = None, *, device: Any = "cpu"):
-        self.weights = weights
+        self.name = f"small {weights}"
 
     def __call__(self, images: Tensor) -> Tensor:
+        return self.features(images).pooled
+
+    def features(self, images: Tensor) -> Features:
         x = images.float() / 255
-        return torch.cat([x.mean((2, 3)), x.amax((2, 3)), x.square().mean((2, 3))], 1)
+        pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3)), x.square().mean((2, 3))], 1)
+        return Features(pooled, x[:, :, :2, :2].flatten(1), 4 * pooled)
 
 
 @pytest.fixture
@@ -88,7 +102,7 @@ def test_fid_of_other_data(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("a",), 2, "nothing to do: give --stats, or --save"),
+        (("a",), 2, "nothing to do: give --stats, --reference, --all or --save"),
         (("a", "--save", "a.txt"), 2, "--save: expected a file name ending in .npz"),
         (("a", "--stats", "none.pth"), 1, "'none.pth': no such file"),
         (("a", "--save", "b.npz", "--size", 8), 2, "--size has no effect on shards"),
@@ -104,3 +118,67 @@ def test_refusals(run: Run, options: tuple[object, ...], code: int, message: str
     np.savez("latent.npz", images=np.random.default_rng(0).normal(size=(4, 4, 8, 8)).astype(np.float32))
     assert message in " ".join(run("fid", *options, code=code).stderr.split())
     assert not Path("b.npz").exists()
+
+
+def test_all_measures_come_from_one_pass(run: Run) -> None:
+    sample(run, "a")
+    sample(run, "b", "--seed", 1)
+    facts = json.loads(run("fid", "b", "--reference", "a", "--all", "--json", "--save", "b.npz").stdout)
+    a, b = (Small().features(torch.cat(list(read_shards(name)))) for name in "ab")
+    wanted = {"kid": kernel_distance(b.pooled, a.pooled), "inception_score": inception_score(b.logits)}
+    for name, (mean, std) in wanted.items():
+        assert (facts[name], facts[f"{name}_std"]) == pytest.approx((mean, std), rel=1e-9)
+    assert (facts["precision"], facts["recall"]) == precision_recall(b.pooled, a.pooled)
+    spatial = [FeatureSums(4), FeatureSums(4)]
+    for sums, features in zip(spatial, (a, b), strict=True):
+        sums.add(features.spatial)
+    gaussians = [sums.gaussian() for sums in spatial]
+    assert facts["sfid"] == pytest.approx(frechet_distance(*gaussians), rel=1e-9)
+    run("fid", "a", "--all", "--save", "a.npz")
+    again = json.loads(run("fid", "b", "--stats", "a.npz", "--all", "--json").stdout)
+    for name in ("fid", "sfid"):
+        assert again[name] == pytest.approx(facts[name], rel=1e-9)
+    assert "kid" not in again
+    lines = run("fid", "b", "--reference", "a", "--all").stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines] == list(LINES.values())
+    assert set(json.loads(run("fid", "b", "--reference", "a", "--json").stdout)) == {
+        "images",
+        "fid",
+        "saved",
+        "seconds",
+    }
+
+
+def test_features_in_the_place_of_images(run: Run) -> None:
+    sample(run, "images")
+    run("fid", "images", "--all", "--save", "reference.npz")
+    sample(run, "again", "--seed", 1)
+    text = run(
+        "sample",
+        "-m",
+        "m.safetensors",
+        "-n",
+        40,
+        "--out",
+        "features",
+        "--shard-size",
+        16,
+        "--seed",
+        1,
+        "--shards",
+        "features",
+        "--solver",
+        "sequential",
+        "--inception",
+        "weights.pth",
+    ).stdout
+    assert "features: 40 images of 8×8 in 3 shards (features of small weights.pth)" in text
+    wanted, found = (
+        json.loads(run("fid", name, "--stats", "reference.npz", "--all", "--json").stdout)
+        for name in ("again", "features")
+    )
+    for name in ("fid", "sfid", "inception_score"):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-9)
+    assert "--size has no effect on shards" in run("fid", "features", "--all", "--size", 8, code=2).stderr
+    for how in (("--out", "a.png"), ("--out", "f", "--shards", "npz")):
+        assert "--inception has no effect" in run("sample", *how, "--inception", "w.pth", code=2).stderr

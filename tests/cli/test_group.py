@@ -26,7 +26,9 @@ def run(command_line: Run) -> Run:
 
 
 class TestGroup:
-    @pytest.mark.parametrize("command", [(), ("sample",), ("train",), ("eval",), ("convert",), ("info",), ("fid",)])
+    @pytest.mark.parametrize(
+        "command", [(), ("sample",), ("train",), ("eval",), ("convert",), ("info",), ("fid",), ("prepare-stats",)]
+    )
     def test_help(self, run: Run, command: tuple[str, ...]) -> None:
         for flag in ("--help", "-h"):
             text = run(*command, flag).stdout

@@ -20,6 +20,7 @@ from tarflow_fast.evaluation import (
     Inception,
     feature_sums,
     frechet_distance,
+    read_spatial_statistics,
     read_statistics,
 )
 
@@ -142,6 +143,19 @@ class _Hostile:
         return os.mkdir, ("ran",)
 
 
+def test_spatial_statistics(tmp_path: Path) -> None:
+    pooled, spatial = gaussian(), gaussian(seed=1)
+    pooled.save(tmp_path / "both.npz", spatial)
+    pooled.save(tmp_path / "one.npz")
+    found = read_spatial_statistics(tmp_path / "both.npz")
+    assert found is not None
+    assert torch.equal(found.mean, spatial.mean)
+    assert torch.equal(found.covariance, spatial.covariance)
+    assert torch.equal(read_statistics(tmp_path / "both.npz").mean, pooled.mean)
+    assert read_spatial_statistics(tmp_path / "one.npz") is None
+    assert read_spatial_statistics(tmp_path / "a.pth") is None
+
+
 def test_no_pickle_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({**state(), "hook": _Hostile()}, "stats.pth")
@@ -226,9 +240,25 @@ def test_features_are_those_of_torch_fidelity(tmp_path: Path) -> None:
     Random("random", ["2048"], feature_extractor_weights_path=str(tmp_path / "empty.pth"))
     torch.save(made, tmp_path / "weights.pth")
     images = pictures(3, 0)
-    theirs = plain("theirs", ["2048"], feature_extractor_weights_path=str(tmp_path / "weights.pth"))(images)[0]
+    layers = ["2048", "logits_unbiased"]
+    network = plain("theirs", layers, feature_extractor_weights_path=str(tmp_path / "weights.pth"))
+    seen: list[Tensor] = []
+    network.Mixed_6d.register_forward_hook(lambda _, __, out: seen.append(out))
+    theirs, logits = network(images)
     ours = Inception(tmp_path / "weights.pth")
     assert torch.equal(ours(images), theirs)
     assert theirs.shape == (3, 2048)
+    found = ours.features(images)
+    assert torch.equal(found.pooled, theirs)
+    assert torch.equal(found.logits, logits)
+    spatial = found.spatial.reshape(3, 17, 17, 7).permute(0, 3, 1, 2)
+    assert torch.equal(spatial, seen[0][:, :7])  # the first of the layers whose outputs are joined there
+    assert torch.equal(ours.features(images).spatial, found.spatial)
     grey = images[:, :1]
     assert torch.equal(ours(grey), ours(grey.repeat(1, 3, 1, 1)))
+    name = ours.name
+    with torch.no_grad():
+        next(ours._network.parameters()).add_(1)
+    del ours.name
+    assert name.startswith("inception-v3-compat (")
+    assert ours.name != name

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from ...checks import Count
-from .formats import FORMATS, Shard
+from .formats import Shard
 from .run import Run
 
 
@@ -39,7 +39,7 @@ def estimate(run: Run, batch_size: Count | None = None) -> dict[str, Any]:
         place = Shard(Path(folder), "shard", numbers, run.flow.data_shape, run.folders)
         started = time.perf_counter()
         parts = run.stream(numbers, batch)
-        with FORMATS[run.format].writing(place) as add, contextlib.closing(parts):
+        with run.format.writing(place) as add, contextlib.closing(parts):
             for part in parts:
                 add(part)
         seconds = time.perf_counter() - started

@@ -171,15 +171,18 @@ def _tar(shard: Shard) -> Iterator[Add]:
 class Format:
     """A `Format` is a way to write a shard.
 
-    writing: gives a function that takes the shard's images, batch by batch; the shard has its name when the block ends.
-    suffix: that of the shard's own file.
+    name: what a run records, and all its processes have to agree on. writing: gives a function that takes the shard's
+    images, batch by batch; the shard has its name when the block ends. suffix: that of the shard's own file.
     """
 
+    name: str
     writing: Callable[[Shard], AbstractContextManager[Add]]
     suffix: str
 
 
-FORMATS = {"npz": Format(_npz, ".npz"), "png": Format(_png, ".csv"), "tar": Format(_tar, ".tar")}
+FORMATS = {
+    form.name: form for form in (Format("npz", _npz, ".npz"), Format("png", _png, ".csv"), Format("tar", _tar, ".tar"))
+}
 
 
 def check_shape(format: str, shape: tuple[int, ...]) -> None:

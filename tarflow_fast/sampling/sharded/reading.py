@@ -21,6 +21,27 @@ from ...files import PathLike
 from .job import MANIFEST, read_json
 
 
+def shard_files(out: PathLike) -> tuple[str, list[Path]]:
+    """Returns the name of the format of a run that is done, and the files of its shards, in order.
+
+    Args:
+        out: The folder of the run.
+
+    Raises:
+        ArgumentError: The manifest is damaged.
+        DataError: There is no manifest, which a run has when all its images are there, or a shard is missing.
+    """
+    folder = Path(out)
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{str(folder)!r}: no {MANIFEST}, which a run has when all its images are there")
+    manifest = read_json(folder / MANIFEST)
+    paths = [folder / shard["file"] for shard in manifest["shards"]]
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{str(path)!r}: a shard that is missing")
+    return manifest["asked"]["format"], paths
+
+
 def read_shards(out: PathLike, batch_size: int = 256) -> Iterator[Tensor]:
     """Yields the images of a run that is done, in the order of their numbers: (B, ch, H, W) uint8.
 
@@ -32,18 +53,15 @@ def read_shards(out: PathLike, batch_size: int = 256) -> Iterator[Tensor]:
 
     Raises:
         ArgumentError: The manifest is damaged.
-        DataError: There is no manifest, which a run has when all its images are there, or a shard is missing.
+        DataError: As in `shard_files`; or the shards hold no images.
     """
-    folder, batch_size = Path(out), check_count("batch_size", batch_size)
-    if not (folder / MANIFEST).is_file():
-        raise DataError(f"{str(folder)!r}: no {MANIFEST}, which a run has when all its images are there")
-    manifest = read_json(folder / MANIFEST)
-    read = {"npz": _npz, "png": _png, "tar": _tar}[manifest["asked"]["format"]]
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
-        if not path.is_file():
-            raise DataError(f"{str(path)!r}: a shard that is missing")
-        images = read(path)
+    batch_size = check_count("batch_size", batch_size)
+    format, paths = shard_files(out)
+    readers = {"npz": _npz, "png": _png, "tar": _tar}
+    if format not in readers:
+        raise DataError(f"{str(out)!r}: no images, but {format}")
+    for path in paths:
+        images = readers[format](path)
         while part := list(itertools.islice(images, batch_size)):
             yield torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2)
 

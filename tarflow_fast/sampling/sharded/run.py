@@ -32,7 +32,7 @@ from ..memory import fitting_batch
 from ..report import Report
 from ..rule import Rule
 from ..sampler import Sampler
-from .formats import FORMATS, Shard, check_shape, class_folders
+from .formats import FORMATS, Format, Shard, check_shape, class_folders
 from .job import Job, model_hash
 from .plan import ShardPlan
 
@@ -71,7 +71,7 @@ def draw_shards(
     *,
     seed: Count = 0,
     first: Count = 0,
-    format: str = "npz",
+    format: str | Format = "npz",
     shard_size: Count = SHARD_SIZE,
     batch_size: Count | None = None,
     progress: bool = False,
@@ -92,7 +92,7 @@ def draw_shards(
         labels: As in `Sampler.sample`.
         seed: As in `Sampler.sample`.
         first: As in `Sampler.sample`.
-        format: "npz", "png" or "tar"; see `formats.py`.
+        format: "npz", "png" or "tar", see `formats.py`; or another `Format`, as `evaluation.feature_format` gives.
         shard_size: The number of images of a shard.
         batch_size: The most images of a batch, by default what fits in memory when the run begins, and at most 256.
         progress: Whether to show a bar for all processes, on that with rank 0.
@@ -125,7 +125,7 @@ class Run:
         *,
         seed: Count,
         first: Count,
-        format: str,
+        format: str | Format,
         shard_size: Count,
         rule: dict[str, Any],
     ):
@@ -144,8 +144,8 @@ class Run:
             expected = f"at least {-(-n // MOST_SHARDS)}, as there are at most {MOST_SHARDS} shards"
             raise ArgumentError("shard_size", expected, self.plan.size)
         self.seed, self.labels = check_count("seed", seed, 0, MOST_SEED), labels
-        self.format = check_choice("format", format, list(FORMATS))
-        check_shape(format, self.flow.data_shape)
+        self.format = format if isinstance(format, Format) else FORMATS[check_choice("format", format, list(FORMATS))]
+        check_shape(self.format.name, self.flow.data_shape)
         self.rule = {**RULE, **rule}
         label_of = LabelRule(labels, self.flow.num_classes, self.flow.class_names)
         self.checked = Rule.checked(self.flow, label_of.none, trajectory=False, **self.rule)
@@ -172,7 +172,7 @@ class Run:
             "denoise": rule.denoise,
             "noise_std": rule.noise_std,
             "denoise_scale": rule.denoise_scale,
-            "format": self.format,
+            "format": self.format.name,
             "shard_size": plan.size,
             "dtype": str(sampler.dtype).removeprefix("torch."),
             "backend": sampler.backend,
@@ -269,10 +269,9 @@ class Run:
         """Draws one shard, writes it and records it."""
         numbers, done = self.plan.numbers(shard), 0
         report: Report | None = None
-        form = FORMATS[self.format]
         place = Shard(self.out, self.plan.name(shard), numbers, self.flow.data_shape, self.folders)
         parts = self.stream(numbers, min(self._batch, len(numbers)))
-        with form.writing(place) as add, contextlib.closing(parts):
+        with self.format.writing(place) as add, contextlib.closing(parts):
             for part in parts:
                 add(part)
                 report = _merged(report, part.report)
@@ -281,7 +280,7 @@ class Run:
                 update()
         assert report is not None
         facts = {"backend": report.backend, "device": report.device, "redrawn": report.redrawn}
-        self.job.record(shard, self.out / f"{place.name}{form.suffix}", facts)
+        self.job.record(shard, self.out / f"{place.name}{self.format.suffix}", facts)
         return report
 
 
