@@ -16,6 +16,7 @@ from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute
 from ..masked.flow import Step
 from ..spline import SplineLaw
 from .made import Style, made_layers, unknown
+from .normflows_coupling import COUPLINGS, ResidualNet, coupling
 from .rational_quadratic import spline_of
 
 Orders = dict[str, Order]
@@ -38,7 +39,7 @@ def describe(flows: nn.ModuleList, orders: Orders | None = None) -> MaskedFlow:
     steps = tuple(step for i in reversed(range(len(flows))) for step in _steps(flows[i], f"flows.{i}", orders))
     masked = [step for step in steps if isinstance(step, MaskedTransform)]
     if not masked:
-        expected = "one with a masked autoregressive layer, affine or rational-quadratic"
+        expected = "one with a masked autoregressive or coupling layer, affine or rational-quadratic"
         raise ArgumentError("model", expected, f"layers {', '.join(type(flow).__name__ for flow in flows) or 'none'}")
     return MaskedFlow(masked[0].features, steps)
 
@@ -56,6 +57,8 @@ def _steps(flow: Any, name: str, orders: Orders) -> Iterator[Step]:
         yield _masked(flow.mprqat, f"{name}.mprqat", orders)
     elif kind in (nf.MaskedAffineAutoregressive, MaskedPiecewiseRationalQuadraticAutoregressive):
         yield _masked(flow, name, orders).inverted_copy()  # an inverse autoregressive flow: sampling is one pass
+    elif kind in COUPLINGS:
+        yield from coupling(flow, name, orders)
     elif kind is nf.Permute:
         yield Permute(_permutation(flow))
     elif kind is nf.LULinearPermute:
@@ -108,4 +111,6 @@ def context_of(flows: Any) -> int:
     for module in flows.modules():
         if type(module) is made_module.MADE and isinstance(getattr(module, "context_layer", None), nn.Linear):
             return int(module.context_layer.in_features)
+        if type(module) is ResidualNet:
+            return int(module.context_features or 0)
     return 0

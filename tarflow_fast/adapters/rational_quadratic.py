@@ -11,7 +11,7 @@ from ..masked import Spline
 from ..spline import SplineLaw
 
 
-def spline_of(law: Callable[..., SplineLaw], module: Any, name: str, hidden: int) -> Spline:
+def spline_of(law: Callable[..., SplineLaw], module: Any, name: str, hidden: int, bins: int | None = None) -> Spline:
     """Returns the spline of a rational-quadratic transform.
 
     Args:
@@ -19,6 +19,7 @@ def spline_of(law: Callable[..., SplineLaw], module: Any, name: str, hidden: int
         module: The transform.
         name: What an error calls it.
         hidden: The network's `hidden_features`, or 1.
+        bins: The number of bins, by default the transform's `num_bins`.
 
     Raises:
         ArgumentError: The transform has other tails than linear ones.
@@ -27,7 +28,7 @@ def spline_of(law: Callable[..., SplineLaw], module: Any, name: str, hidden: int
         raise ArgumentError(f"layer {name!r}", "linear tails, or none", repr(module.tails))
     return Spline(
         law(
-            module.num_bins,
+            module.num_bins if bins is None else bins,
             float(module.tail_bound) if module.tails else None,
             min_bin_width=module.min_bin_width,
             min_bin_height=module.min_bin_height,

@@ -19,6 +19,7 @@ nf = pytest.importorskip("normflows", reason="normflows is not installed; it is 
 SPLINE = pytest.importorskip(
     "normflows.flows.neural_spline.autoregressive"
 ).MaskedPiecewiseRationalQuadraticAutoregressive
+COUPLING = pytest.importorskip("normflows.flows.neural_spline.coupling").PiecewiseRationalQuadraticCoupling
 pytestmark = pytest.mark.filterwarnings("ignore:torch.(lu|triangular_solve) is deprecated")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 F = nf.flows
@@ -104,6 +105,50 @@ def test_any_model_of_the_library(made: tuple[Any, int, int]) -> None:
     check(*made, batch=5)
 
 
+@st.composite
+def couplings(draw: st.DrawFn) -> tuple[Any, int, int]:
+    """Splines and affine maps; only splines have a context."""
+    features, context = draw(st.integers(2, 7)), draw(st.integers(0, 2))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    hidden, layers = draw(st.integers(1, 20)), []
+    outputs = draw(st.sampled_from([{}, {"output_fn": "tanh"}, {"dropout": 0.5}]))
+    for _ in range(draw(st.integers(1, 3))):
+        kind = "spline" if context else draw(st.sampled_from(["spline", "bare spline", "split", "mask"]))
+        if kind == "spline":
+            keywords = {"num_bins": draw(st.integers(1, 9)), "tail_bound": draw(st.sampled_from([1.0, 4.0]))}
+            keywords |= {"reverse_mask": draw(st.booleans()), "num_context_channels": context or None}
+            layers.append(F.CoupledRationalQuadraticSpline(features, draw(st.integers(1, 2)), hidden, **keywords))
+        elif kind == "bare spline":
+            mask = [1, *[draw(st.integers(0, 1)) for _ in range(features - 2)], 0]
+            constant, bound = draw(st.booleans()), draw(st.sampled_from([1.0, 4.0]))
+            layers.append(
+                COUPLING(torch.tensor(mask), net_of(hidden), 5, "linear", bound, apply_unconditional_transform=constant)
+            )
+        elif kind == "split":
+            scale, modes = draw(st.sampled_from(["exp", "sigmoid_inv", ""])), ["channel", "channel_inv"]
+            modes += ["checkerboard", "checkerboard_inv"] if features % 2 == 0 else []
+            mode = draw(st.sampled_from(modes))
+            given = features // 2 if mode in ("channel_inv",) or "checkerboard" in mode else (features + 1) // 2
+            net = nf.nets.MLP([given, hidden, (features - given) * (2 if scale else 1)], leaky=0.1, **outputs)
+            layers.append(F.AffineCouplingBlock(net, bool(scale), scale, mode))
+        else:
+            s, t = (nf.nets.MLP([features, hidden, hidden, features], **outputs) for _ in range(2))
+            which = draw(st.sampled_from([(t, s), (t, None), (None, s), (None, None)]))
+            layers.append(F.MaskedAffineFlow(torch.randint(0, 2, (features,)).double(), *which))
+        layers.append(F.LULinearPermute(features, identity_init=False))
+    return model_of(features, layers, context), features, context
+
+
+def net_of(hidden: int) -> Any:
+    return lambda inputs, outputs: nf.nets.ResidualNet(inputs, outputs, hidden)
+
+
+@given(made=couplings())
+@settings(max_examples=40, deadline=None)
+def test_any_coupling_of_the_library(made: tuple[Any, int, int]) -> None:
+    check(*made, batch=5)
+
+
 @torch.no_grad()
 def test_steps_between_transforms() -> None:
     torch.manual_seed(0)
@@ -171,6 +216,10 @@ def test_refresh_takes_new_weights() -> None:
 MAF = F.MaskedAffineAutoregressive
 
 
+def block(net: Any = None, **options: Any) -> Any:
+    return F.AffineCouplingBlock(nf.nets.MLP([2, 8, 4]) if net is None else net, **options)
+
+
 @pytest.mark.parametrize(
     ("layers", "named"),
     [
@@ -187,6 +236,14 @@ MAF = F.MaskedAffineAutoregressive
             r"flows\.0\..*preprocessing.*PeriodicFeatures",
         ),
         (lambda: [F.LULinearPermute(4)], "masked autoregressive.*LULinearPermute"),
+        (lambda: [block(scale_map="sigmoid")], r"flows\.0\.flows\.1.*sigmoid_inv.*sigmoid$"),
+        (lambda: [block(nn.Linear(2, 4))], r"flows\.0\.flows\.1\.param_map.*Linear"),
+        (
+            lambda: [block(nf.nets.MLP([2, 8, 4], output_fn="clampexp"))],
+            r"flows\.0\.flows\.1\.param_map\.net\.3.*ClampExp",
+        ),
+        (lambda: [F.MaskedAffineFlow(torch.tensor([0.5, 1, 0, 0]))], r"flows\.0.*zeros and ones"),
+        (lambda: [F.CircularCoupledRationalQuadraticSpline(4, 1, 8, ind_circ=[1])], r"flows\.0.*CircularCoupled"),
     ],
 )
 def test_what_engines_do_not_know_is_named(layers: Any, named: str) -> None:
