@@ -149,6 +149,24 @@ def test_any_coupling_of_the_library(made: tuple[Any, int, int]) -> None:
     check(*made, batch=5)
 
 
+@pytest.mark.parametrize("scale_map", ["exp", "sigmoid_inv", None])
+@pytest.mark.parametrize("mode", ["channel", "channel_inv", "checkerboard", "checkerboard_inv"])
+def test_affine_couplings(mode: str, scale_map: str | None) -> None:
+    torch.manual_seed(0)
+    layers = [
+        block(nf.nets.MLP([2, 8, 4 if scale_map else 2]), scale=bool(scale_map), scale_map=scale_map, split_mode=mode)
+    ]
+    check(model_of(4, [*layers, F.Permute(4), *copy.deepcopy(layers)], amount=0.3), 4)
+
+
+@pytest.mark.parametrize("nets", ["ts", "t", "s", ""])
+def test_masked_affine_flows(nets: str) -> None:
+    torch.manual_seed(0)
+    of = {each: nf.nets.MLP([4, 8, 8, 4], output_fn="tanh") for each in nets}
+    layers = [F.MaskedAffineFlow(torch.tensor(mask), **of) for mask in ([1.0, 0, 0, 1], [0.0, 1, 1, 0])]
+    check(model_of(4, layers, amount=0.3), 4)
+
+
 @torch.no_grad()
 def test_steps_between_transforms() -> None:
     torch.manual_seed(0)
