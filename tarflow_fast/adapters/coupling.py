@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..masked import Activation, Layer, MaskedTransform, Order, Univariate
 from ..spline import SplineLaw
 from .made import Network, Style, unknown
-from .rational_quadratic import spline_of
+from .rational_quadratic import spline_of, tied
 
 Orders = dict[str, Order]
 
@@ -46,8 +46,6 @@ def residual_layers(module: Any, name: str, style: Style) -> list[Layer]:
     net, here = module.transform_net, f"{name}.transform_net"
     if type(net) is not style.parts.ResidualNet:
         raise unknown(here, net, "a network that engines know")
-    if getattr(net, "preprocessing", None) is not None:
-        raise unknown(f"{here}.preprocessing", net.preprocessing)
     first, own = net.initial_layer, len(module.identity_features)
     if type(first) is not nn.Linear:
         raise unknown(f"{here}.initial_layer", first)
@@ -55,6 +53,7 @@ def residual_layers(module: Any, name: str, style: Style) -> list[Layer]:
     offset = partial(F.linear, weight=first.weight[:, own:].clone()) if network.conditional else None
     weight, mask = spread(first.weight[:, :own], module.identity_features, module.features)
     network.layers.append(Layer(weight, mask, first.bias.clone(), offset=offset))
+    network.add_features(net, here, module.identity_features)
     for i, block in enumerate(net.blocks):
         if type(block) is not style.parts.ResidualBlock:
             raise unknown(f"{here}.blocks.{i}", block)
@@ -104,7 +103,9 @@ def spline_coupling(
         ArgumentError: It has a part that no engine knows; the error names it.
     """
     univariate = spline_of(law, module, name, getattr(module.transform_net, "hidden_features", 1))
-    yield transform_of(module, residual_layers(module, name, style), univariate, name, orders)
+    layers = residual_layers(module, name, style)
+    layers[-1] = tied(layers[-1], module, univariate, len(module.transform_features))
+    yield transform_of(module, layers, univariate, name, orders)
     constant, here = module.unconditional_transform, f"{name}.unconditional_transform"
     if constant is None:
         return
@@ -113,10 +114,12 @@ def spline_coupling(
     sizes = ("widths", "heights", "derivatives")
     values = torch.cat([getattr(constant, f"unnormalized_{each}") for each in sizes], -1).flatten()
     weight = values.new_zeros(len(values), module.features)
+    univariate = spline_of(law, constant, here, 1, bins=module.num_bins)
+    layer = tied(Layer(weight, weight.bool(), values), constant, univariate, len(module.identity_features))
     made = MaskedTransform(
         features=module.features,
-        layers=(Layer(weight, weight.bool(), values),),
-        univariate=spline_of(law, constant, here, 1, bins=module.num_bins),
+        layers=(layer,),
+        univariate=univariate,
         dims=tuple(module.identity_features.tolist()),
         name=here,
         known=orders.get(here),

@@ -19,10 +19,12 @@ from ..spline import SplineLaw
 from .activations import activation_of
 from .coupling import Orders, spline_coupling, spread, transform_of
 from .made import Style, unknown
+from .periodic import periodic
 
 ResidualNet = resnet.ResidualNet
-STYLE = Style(resnet, nn.Linear, first=False, gated=True)
-SPLINES = (nf.CoupledRationalQuadraticSpline, PiecewiseRationalQuadraticCoupling)
+STYLE = Style(resnet, nn.Linear, first=False, gated=True, features=periodic)
+WRAPPED = (nf.CoupledRationalQuadraticSpline, nf.CircularCoupledRationalQuadraticSpline)
+SPLINES = (*WRAPPED, PiecewiseRationalQuadraticCoupling)
 COUPLINGS = (*SPLINES, nf.AffineCouplingBlock, nf.MaskedAffineFlow)
 
 
@@ -38,7 +40,7 @@ def coupling(flow: Any, name: str, orders: Orders) -> Iterator[MaskedTransform]:
         ArgumentError: It has a part that no engine knows; the error names it.
     """
     if type(flow) in SPLINES:
-        wrapped = type(flow) is nf.CoupledRationalQuadraticSpline
+        wrapped = type(flow) in WRAPPED
         module, here = (flow.prqct, f"{name}.prqct") if wrapped else (flow, name)
         if torch.is_tensor(module.tail_bound) and module.tail_bound.numel() > 1:
             raise ArgumentError(f"layer {here!r}", "one tail bound for all dimensions", tuple(module.tail_bound.shape))

@@ -12,15 +12,16 @@ from normflows.nets import made as made_module
 from torch import nn
 
 from ..errors import ArgumentError
-from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Univariate
+from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Spline, Univariate
 from ..masked.flow import Step
 from ..spline import SplineLaw
 from .made import Style, made_layers, unknown
 from .normflows_coupling import COUPLINGS, ResidualNet, coupling
-from .rational_quadratic import spline_of
+from .periodic import periodic
+from .rational_quadratic import spline_of, tied
 
 Orders = dict[str, Order]
-STYLE = Style(made_module, made_module.MaskedLinear, first=False, gated=True)
+STYLE = Style(made_module, made_module.MaskedLinear, first=False, gated=True, features=periodic)
 
 
 def describe(flows: nn.ModuleList, orders: Orders | None = None) -> MaskedFlow:
@@ -53,7 +54,7 @@ def _steps(flow: Any, name: str, orders: Orders) -> Iterator[Step]:
     elif kind is nf.Reverse:
         for step in reversed(list(_steps(flow.flow, f"{name}.flow", orders))):
             yield step.inverted_copy() if isinstance(step, MaskedTransform) else Reverse.of(step)
-    elif kind is nf.AutoregressiveRationalQuadraticSpline:
+    elif kind in (nf.AutoregressiveRationalQuadraticSpline, nf.CircularAutoregressiveRationalQuadraticSpline):
         yield _masked(flow.mprqat, f"{name}.mprqat", orders)
     elif kind in (nf.MaskedAffineAutoregressive, MaskedPiecewiseRationalQuadraticAutoregressive):
         yield _masked(flow, name, orders).inverted_copy()  # an inverse autoregressive flow: sampling is one pass
@@ -87,10 +88,17 @@ def _permutation(flow: Any) -> tuple[int, ...]:
 
 def _masked(flow: Any, name: str, orders: Orders) -> MaskedTransform:
     """Returns the transform whose parallel direction is the layer's own `forward`."""
+    features = flow.autoregressive_net.initial_layer.in_features
+    layers, univariate = (
+        made_layers(flow.autoregressive_net, f"{name}.autoregressive_net", STYLE),
+        _univariate(flow, name),
+    )
+    if isinstance(univariate, Spline):
+        layers = (*layers[:-1], tied(layers[-1], flow, univariate, features))
     masked = MaskedTransform(
-        features=flow.autoregressive_net.initial_layer.in_features,
-        layers=made_layers(flow.autoregressive_net, f"{name}.autoregressive_net", STYLE),
-        univariate=_univariate(flow, name),
+        features=features,
+        layers=layers,
+        univariate=univariate,
         name=name,
         known=orders.get(name),
     )

@@ -139,6 +139,51 @@ def couplings(draw: st.DrawFn) -> tuple[Any, int, int]:
     return model_of(features, layers, context), features, context
 
 
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+@torch.no_grad()
+def test_any_circular_spline(data: st.DataObject) -> None:
+    """Alone, of the network's inputs too, and among linear ones; of values within the bound, as the next test says."""
+    features, context = data.draw(st.integers(2, 6)), data.draw(st.integers(0, 2))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    circular = data.draw(st.lists(st.integers(0, features - 1), min_size=1, unique=True))
+    keywords: dict[str, Any] = {"ind_circ": circular, "num_context_channels": context or None, "init_identity": False}
+    keywords |= {"num_bins": data.draw(st.integers(2, 6)), "tail_bound": 3.0}
+    layers = [
+        F.CircularAutoregressiveRationalQuadraticSpline(features, 1, 12, **keywords),
+        F.CircularCoupledRationalQuadraticSpline(features, 1, 12, **keywords, reverse_mask=data.draw(st.booleans())),
+        SPLINE(features, 12, context or None, 4, "circular", 3.0, init_identity=False),
+    ]
+    made = model_of(features, layers, context)
+    for dtype in (torch.float32, torch.float64):
+        model = copy.deepcopy(made).to(dtype)
+        fast = tff.accelerate(model, check=False)
+        given = {"context": torch.randn(5, context, dtype=dtype)} if context else {}
+        values = torch.rand(5, features, dtype=dtype) * 6 - 3
+        for way, order in (("forward", 1), ("inverse", -1)):
+            results = []
+            for each in (fast, model):
+                x, total = values, 0.0
+                for layer in list(each.flows)[::order]:
+                    x, log_det = getattr(layer, way)(x, **given)
+                    total = total + log_det
+                results.append((x, total))
+            for got, wanted in zip(*results, strict=True):
+                assert_close(got, wanted, TOLERANCE[dtype] * features**0.5)
+
+
+def test_values_outside_of_a_circular_spline_stay() -> None:
+    """Where tails are in a list, the library makes 0 of them, of which there is no way back."""
+    torch.manual_seed(0)
+    model = model_of(4, [F.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, ind_circ=[1], tail_bound=1.0)])
+    x = torch.tensor([[2.0, -3, 0.5, 5]])
+    assert model.inverse(x)[0, [0, 1, 3]].tolist() == [0, 0, 0]
+    fast = tff.accelerate(model, check=False)
+    z = fast.inverse(x)
+    assert z[0, [0, 1, 3]].tolist() == [2, -3, 5]
+    assert_close(fast.forward(z), x, 1e-5)
+
+
 def net_of(hidden: int) -> Any:
     return lambda inputs, outputs: nf.nets.ResidualNet(inputs, outputs, hidden)
 
@@ -234,6 +279,18 @@ def test_refresh_takes_new_weights() -> None:
 MAF = F.MaskedAffineAutoregressive
 
 
+def with_features(module: Any) -> Any:
+    layer = SPLINE(4, 8, tails="linear")
+    layer.autoregressive_net.preprocessing = module
+    return layer
+
+
+def with_tails(tails: Any) -> Any:
+    layer = SPLINE(4, 8, tails="linear")
+    layer.tails = tails
+    return layer
+
+
 def block(net: Any = None, **options: Any) -> Any:
     return F.AffineCouplingBlock(nf.nets.MLP([2, 8, 4]) if net is None else net, **options)
 
@@ -245,13 +302,11 @@ def block(net: Any = None, **options: Any) -> Any:
         (lambda: [MAF(4, 8), F.ActNorm((4,))], r"flows\.1.*seen data"),
         (lambda: [MAF(4, 8, use_batch_norm=True)], r"flows\.0\.autoregressive_net\.blocks\.0\.batch_norm.*eval mode"),
         (lambda: [MAF(4, 8, activation=nn.Hardswish())], r"flows\.0\..*activation.*Hardswish"),
+        (lambda: [SPLINE(4, 8, tails="linear", tail_bound=torch.ones(4))], r"flows\.0.*one tail bound.*\(4,\)"),
+        (lambda: [with_features(nf.utils.nn.PeriodicFeaturesCat(4, [1]))], r"net\.preprocessing.*FeaturesCat"),
         (
-            lambda: [F.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, ind_circ=[1]), MAF(4, 8)],
-            r"flows\.0.*CircularAutoregressive",
-        ),
-        (
-            lambda: [SPLINE(4, 8, tails=["linear"] * 3 + ["circular"])],
-            r"flows\.0\..*preprocessing.*PeriodicFeatures",
+            lambda: [with_features(nf.utils.nn.PeriodicFeaturesElementwise(4, [1], activation=nn.Tanh()))],
+            r"net\.preprocessing\.activation.*Tanh",
         ),
         (lambda: [F.LULinearPermute(4)], "masked autoregressive.*LULinearPermute"),
         (lambda: [block(scale_map="sigmoid")], r"flows\.0\.flows\.1.*sigmoid_inv.*sigmoid$"),
@@ -261,7 +316,7 @@ def block(net: Any = None, **options: Any) -> Any:
             r"flows\.0\.flows\.1\.param_map\.net\.3.*ClampExp",
         ),
         (lambda: [F.MaskedAffineFlow(torch.tensor([0.5, 1, 0, 0]))], r"flows\.0.*zeros and ones"),
-        (lambda: [F.CircularCoupledRationalQuadraticSpline(4, 1, 8, ind_circ=[1])], r"flows\.0.*CircularCoupled"),
+        (lambda: [with_tails("other")], r"flows\.0.*linear or circular tails.*other"),
     ],
 )
 def test_what_engines_do_not_know_is_named(layers: Any, named: str) -> None:
