@@ -104,6 +104,13 @@ def test_a_library_s_own_inverse_that_takes_long_is_left_out(tmp_path: Path) -> 
     assert "4 samples would take" in cell["left_out"][0]["reason"]
 
 
+def test_a_library_s_own_samples_of_large_batches_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "PART", 1)
+    cell = only_cell(tmp_path / "run.json")
+    assert names(cell) == [DENSITY, OURS.format("sequential")]
+    assert cell["left_out"] == [{"name": OWN, "reason": "as with 2 samples, time is linear in them"}]
+
+
 @pytest.mark.parametrize("works", [True, False])
 def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
     def compile(function: Any) -> Any:

@@ -38,7 +38,7 @@ from .libraries import (
 TOLERANCE = 1e-3  # fp32, of samples of order 1, and of log q over √D: trained weights amplify rounding
 LEAST = 2**16  # bytes at which the machine's bandwidth is measured, at least
 PART = 500  # samples from which on time is linear in them: what takes long is measured on so many at least
-LONGEST = 1.0  # seconds beyond which a candidate is run on a part of the samples
+LONGEST = 0.5  # seconds beyond which a candidate is run on a part of the samples
 DENSITY, OWN, COMPILED = "density, theirs", "sample, theirs", "{}, compiled"
 OURS = "sample, ours, {}"
 Run = Callable[[int], tuple[Tensor | None, Tensor | None]]
@@ -101,7 +101,9 @@ class Subject:
         part, seconds = self._part(density)
         runs, left_out = {DENSITY: (density, part)}, dict[str, str]()
         longest, some = own_seconds / (self.passes * seconds), min(self.number, PART)  # an inverse is so many passes
-        if some <= longest:
+        if self.number > 2 * PART:
+            left_out[OWN] = f"as with {counted(2 * PART, 'sample')}, time is linear in them"
+        elif some <= longest:
             runs[OWN] = functools.partial(self.own, self.flow), self.number if self.number <= longest else some
         else:
             left_out[OWN] = f"{counted(some, 'sample')} would take some {some * self.passes * seconds:.0f} s"
@@ -132,7 +134,7 @@ class Flows(Suite):
 
     What takes long is measured on a part of the samples, 500 at least, from which on time is linear in them, and
     scaled: ≈ in the table, and the "part" in the record. A library's own samples are left out where they would take
-    longer than --own-seconds, by its density pass.
+    longer than --own-seconds, by its density pass, and with more than 1,000 samples.
 
     \b
     Flows:
@@ -152,12 +154,12 @@ class Flows(Suite):
                         help="Our solvers"),
         options.option("--context", is_flag=True, help=f"Give the flows a context of {CONTEXT} values a sample."),
         options.option("--compile", is_flag=True, help="Add the libraries as torch.compile makes them."),
-        options.option("--own-seconds", type=click.FloatRange(0), default=10.0,
+        options.option("--own-seconds", type=click.FloatRange(0), default=9.0,
                        help="The longest that a library's own sampling may take."),
         options.count("--hidden", "Units of a hidden layer.", default=256),
         options.count("--steps", "Steps of training.", default=30),
         options.EVERY_THREADS,
-        *options.of_every_suite("flows", 1.0),
+        *options.of_every_suite("flows", 0.5),
     )  # fmt: skip
 
     def prepare(self) -> None:
@@ -242,12 +244,14 @@ class Flows(Suite):
     def _summary(self, record: Any) -> list[str]:
         """Returns tables in Markdown, for each batch and number of threads: flows down, dimensions across."""
         found: dict[tuple[int, int], dict[str, dict[int, str]]] = {}
-        ours = OURS.format(record["settings"].get("solver", "sequential"))
+        ours = OURS.format("sequential")
         for cell in record["cells"]:
             label, times = cell["label"], {run["name"]: run["median"] for run in cell["runs"]}
             if ours in times:
                 gain = f", {times[OWN] / times[ours]:.3g}×" if OWN in times else ""
-                text = f"{1000 * times[ours]:.3g} ms, {times[ours] / times[DENSITY]:.2f}{gain}"
+                seconds, about = times[ours], "≈ " * any("part" in run for run in cell["runs"] if run["name"] == ours)
+                time = f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+                text = f"{about}{time}, {seconds / times[DENSITY]:.2f}{gain}"
                 rows = found.setdefault((label["batch"], label["threads"]), {})
                 rows.setdefault(f"{label['library']} {label['family']}", {})[label["dims"]] = text
         lines = []
