@@ -41,6 +41,10 @@ class FlowInverse:
         tol: How far a dimension may still move when a parallel pass takes it as final; None is the dtype's own.
         threads: The number of threads of "cpu", by default as many as torch's.
 
+    Attributes:
+        passes: How many passes each transform took when a solver last inverted it, in the order in which that was; with
+            the sequential solver one for each dimension, or nothing where C++ or Triton goes through all of them.
+
     Raises:
         ArgumentError: An option is unknown or does not fit the others.
         BackendError: "cpu" was asked for and cannot serve.
@@ -69,6 +73,7 @@ class FlowInverse:
         if lacking is not None:
             raise BackendError(f"backend {backend!r} cannot be had: {lacking}")
         self.backend = ("torch" if missing else "cpu") if backend == "auto" else backend
+        self.passes: list[int] = []
         with torch.no_grad():
             self._pieces = self._make()
 
@@ -117,7 +122,15 @@ class FlowInverse:
             solver = functools.partial(adaptive, tol=self.tol, dtype=self.dtype)
         elif self.solver == "auto":
             solver = Auto(self.tol, PassEstimate(engine.tokens, {}, {}), CostTable(), None, self.dtype)
-        return _Solved(step, functools.partial(_by_engine, engine, solver))
+        return _Solved(step, functools.partial(self._by_engine, engine, solver))
+
+    def _by_engine(
+        self, engine: MaskedEngine, solver: Solver, values: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the inverse of a transform at these values, (B, D), and its log|det|, (B,)."""
+        state = engine.begin(enter(engine.transform, values), ContextCondition(context=context))
+        self.passes.append(solver(engine, state).passes)
+        return leave(engine.transform, state.x), state.log_det
 
     @torch.no_grad()
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -143,6 +156,7 @@ class FlowInverse:
         values = values.detach().to(self.device, self.dtype)
         context = None if context is None else context.detach().to(self.device, self.dtype)
         total = values.new_zeros(len(values))
+        self.passes.clear()
         for piece in self._pieces if to_latents else reversed(self._pieces):
             if isinstance(piece, CpuMaskedFlow | _Solved):
                 values, log_det = piece.run(values, context, to_latents=to_latents)
@@ -161,13 +175,6 @@ class _Solved:
     def run(self, values: Tensor, context: Tensor | None, *, to_latents: bool) -> tuple[Tensor, Tensor]:
         """Returns the image of values, (B, D), and log|det| of the map, (B,)."""
         return (self.step.forward if to_latents != self.step.inverted else self.solve)(values, context)
-
-
-def _by_engine(engine: MaskedEngine, solver: Solver, values: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the inverse of a transform at these values, (B, D), and its log|det|, (B,)."""
-    state = engine.begin(enter(engine.transform, values), ContextCondition(context=context))
-    solver(engine, state)
-    return leave(engine.transform, state.x), state.log_det
 
 
 def differentiable(
