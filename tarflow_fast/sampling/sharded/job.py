@@ -164,7 +164,9 @@ class Job:
             warnings.warn(text, TarFlowWarning, stacklevel=2)
         return lock
 
-    def claims(self, order: Iterable[int], seconds: float, look: Callable[[], object]) -> Generator[tuple[int, Lock], None, None]:
+    def claims(
+        self, order: Iterable[int], seconds: float, look: Callable[[], object]
+    ) -> Generator[tuple[int, Lock], None, None]:
         """Yields shards, each with the claim to it, until all of them are done, whoever does them.
 
         A claim ends when the next one is asked for. Where other processes have all that is missing, it waits, as they
