@@ -22,6 +22,7 @@ from tarflow_fast.data import load_images
 from tarflow_fast.evaluation import open_images, training_images
 
 from ..common import harness, options, plot
+from ..common.decoding import decode_all
 from ..common.harness import Case
 from ..common.machine import cores
 from ..common.record import hardware
@@ -34,23 +35,8 @@ IN_A_TASK = 16  # pictures that Pillow's workers take at once
 COLUMNS = "run: {name} | seconds: {median:.4g} | p20-p80: {p20:.4g}-{p80:.4g} | n: {n} | faster: {faster}"
 
 
-def row_sum(pixels: np.ndarray) -> int:
-    """Returns the sum of the upper row of a picture (ch, H, W), which tells it from others in next to no time."""
-    return int(pixels[:, 0].sum(dtype=np.int64))
-
-
-def decode(paths: list[str]) -> list[int]:
-    """Returns the sums of pictures that Pillow alone decodes, as short as that can be written."""
-    found = []
-    for path in paths:
-        with Image.open(path) as file:
-            found.append(row_sum(np.asarray(file).transpose(2, 0, 1)))
-    return found
-
-
 def by_pillow(pool: Any, paths: list[str]) -> Tensor:
-    tasks = [paths[i : i + IN_A_TASK] for i in range(0, len(paths), IN_A_TASK)]
-    return torch.tensor([each for part in pool.map(decode, tasks) for each in part], dtype=torch.float64)
+    return torch.tensor(decode_all(pool, paths, IN_A_TASK), dtype=torch.float64)
 
 
 def by_load_images(folder: str, size: int) -> Tensor:
@@ -99,10 +85,6 @@ class Pictures(Suite):
         *options.of_every_suite("pictures", 600.0),
     )
 
-    def prepare(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.pool = ProcessPoolExecutor(cores(), mp_context=get_context("spawn"))
-
     def cases(self) -> list[Case]:
         count = self.chosen.count
         return [
@@ -115,34 +97,39 @@ class Pictures(Suite):
         ]
 
     def measure(self, case: Case) -> Any:
-        size, count = case.label["size"], case.label["pictures"]
-        place = Path(self.folder.name) / str(size)
-        write_pictures(place, count, size, self.chosen.seed)
-        folder, paths = str(place), [os.fspath(path) for path in sorted(place.iterdir())]
-        decode(paths[-1:])
+        processes = ProcessPoolExecutor(cores(), mp_context=get_context("spawn"))
+        with tempfile.TemporaryDirectory() as folder, processes as pool:
+            place = os.path.join(folder, "pictures")
+            write_pictures(Path(place), case.label["pictures"], case.label["size"], self.chosen.seed)
+            return self.measure_folder(case, place, pool)
+
+    def measure_folder(self, case: Case, folder: str, processes: Any) -> Any:
+        """Returns the cell of a case. folder: where its pictures are. processes: a pool of them, one a core."""
+        size, paths = case.label["size"], sorted(os.path.join(folder, name) for name in os.listdir(folder))
 
         def threads() -> Tensor:
             with ThreadPoolExecutor(cores()) as pool:
                 return by_pillow(pool, paths)
 
-        candidates: dict[str, Callable[[], Tensor]] = {
-            THREADS: threads,
-            PROCESSES: lambda: by_pillow(self.pool, paths),
-            "load_images": lambda: by_load_images(folder, size),
-            "open_images": lambda: by_open_images(folder, size),
-        }
         wanted = threads()
 
         def training() -> Tensor:
             found = by_training_images(folder, size)
             return wanted if found.shape == wanted.shape else found
 
-        candidates["training_images"] = training
+        candidates: dict[str, Callable[[], Tensor]] = {
+            THREADS: threads,
+            PROCESSES: lambda: by_pillow(processes, paths),
+            "load_images": lambda: by_load_images(folder, size),
+            "open_images": lambda: by_open_images(folder, size),
+            "training_images": training,
+        }
         makers = {name: functools.partial(lambda run: run, run) for name, run in candidates.items()}
         return harness.measure_cell(case, makers, self.rounds, exact=wanted, tolerance=0.0)
 
     def lines(self, record: Any) -> list[str]:
-        return labelled(COLUMNS, [(cell, run) for cell in record["cells"] for run in cell["runs"]])
+        rows = [(cell, run) for cell in record["cells"] for run in cell["runs"]]
+        return [*labelled(COLUMNS, rows), *self.failed(record)] if rows else self.failed(record)
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns bars of the ratio to Pillow's threads, in groups by size."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +18,23 @@ if TYPE_CHECKING:
     from ..evaluation import Extractor, Features, FeatureSet, ImageSource
 
 
-def features_folder(path: str | None) -> Path | None:
-    """Returns the folder of --features. Raises click.UsageError for what is none, and where processes need one."""
+def features_folder(path: str | None, *parts: str) -> Path | None:
+    """Returns the folder of --features. Raises click.UsageError for what is none, and where processes need one.
+
+    parts: patterns of the names of what it may hold already; without any it is that of one run.
+    """
     from ..sampling.sharded import processes_of_environment
 
+    if path is not None and not parts:
+        return run_folder("--features", path)
     if path is not None:
-        return output_folder("--features", path)
+        folder = output_folder("--features", path)
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        for name in names:
+            if not any(fnmatch.fnmatch(name, part) for part in (".*", *parts)):
+                expected = "a new or empty folder, or that of the same command"
+                raise click.UsageError(f"--features: expected {expected}, got {path!r}, which holds {name!r}")
+        return folder
     if (world := processes_of_environment()[1]) > 1:
         raise click.UsageError(f"--features: {world} processes divide the work by a folder that they share; give one")
     return None

@@ -141,7 +141,7 @@ def fid_command(
     from ..sampling.sharded import processes_of_environment
 
     out = None if save is None else output_path("--save", save, SUFFIXES)
-    kept = features_folder(features)
+    kept = features_folder(features, "images", "reference")
     statistics = None if stats is None else read_statistics(stats)
     spatial = None if stats is None or not everything else read_spatial_statistics(stats)
     paths = {"images": images_path} if reference is None else {"images": images_path, "reference": reference}

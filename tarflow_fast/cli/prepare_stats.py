@@ -6,7 +6,7 @@ import time
 
 import click
 
-from .features import add_features, features_folder, own_device, run_folder
+from .features import add_features, features_folder, own_device
 from .options import (
     BATCH,
     SEED,
@@ -87,8 +87,6 @@ def prepare_stats_command(
     from ..sampling.sharded import processes_of_environment
 
     path, kept = output_path("--out", target, SUFFIXES), features_folder(features)
-    if kept is not None:
-        run_folder("--features", kept)
     source = training_images(data, size, seed)
     extractor = load_inception(inception, own_device(device))
     started, found = time.perf_counter(), FeatureSet(spatial=True)

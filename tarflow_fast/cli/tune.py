@@ -201,7 +201,7 @@ def tune_command(
 
     if plot is not None:
         require_matplotlib()
-    kept = features_folder(features)
+    kept = features_folder(features, "guidance-*")
     reference, place = read_statistics(stats), own_device(device)
     extractor = load_inception(inception, place)
     model = load_model(model_path, weights=weights, **sizes)

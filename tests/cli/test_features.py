@@ -154,6 +154,8 @@ def test_another_run_is_refused(run: Run) -> None:
         ((*TUNE, "--seed", 1), "kept/tune", 1, "--features: expected a new folder, or seed 0, with which"),
         ((*TUNE, "--denoise-scale", "0,2"), "kept/tune", 1, "at denoising rates 0.0, 1.0', with which"),
         ((*STATS, "--out", "a.npz"), "data", 2, "--features: expected a new or empty folder"),
+        (FID, "data", 2, "--features: expected a new or empty folder, or that of the same command, got 'data', which"),
+        (TUNE, "data", 2, "--features: expected a new or empty folder"),
         (FID, "s.npz", 2, "--features: expected a folder that can be written to"),
     ):
         text = " ".join(run(*line, "--features", folder, code=code).stderr.split())
@@ -170,9 +172,9 @@ def test_paths_are_told_before_weights_are_read(run: Run, monkeypatch: pytest.Mo
     def none(*_: Any, **how: Any) -> None:
         raise AssertionError("weights are read")
 
-    pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr("tarflow_fast.evaluation.Inception", Inception)
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3", none)
+    monkeypatch.setattr(module, "FeatureExtractorInceptionV3", none)
     monkeypatch.setattr("torch.hub.download_url_to_file", none)
     Path("w.pth").write_bytes(b"weights")
     weights = ("--inception", "w.pth")
