@@ -33,6 +33,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_the_classifier_learns() -> None:
     labels = torch.arange(512) % 10
     noise = torch.randint(20, (512, 1, 28, 28), generator=torch.Generator().manual_seed(0))

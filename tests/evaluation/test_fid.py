@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tarflow_fast.devices import torch_threads
 from tarflow_fast.errors import ArgumentError, BackendError, DataError
 from tarflow_fast.evaluation import (
     FeatureSums,
     Gaussian,
     Inception,
+    compute_features,
     feature_sums,
     frechet_distance,
     read_spatial_statistics,
@@ -302,3 +304,15 @@ def test_features_are_those_of_torch_fidelity(weights: Path) -> None:
     del ours.name
     assert name.startswith("inception-v3-compat (")
     assert ours.name != name
+
+
+def test_passes_at_once_give_what_one_gives(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, though each is on a thread of its own."""
+    monkeypatch.setattr("tarflow_fast.evaluation.feature_shards.own_cores", lambda: 3)
+    network, parts, threads = Inception(weights), pictures(5, 0).split(1), torch.get_num_threads()
+    found = list(compute_features(parts, network))
+    assert torch.get_num_threads() == threads
+    with torch_threads(1):
+        wanted = [network.features(part) for part in parts]
+    for kind in ("pooled", "spatial", "logits"):
+        assert torch.equal(torch.cat([getattr(f, kind) for f in found]), torch.cat([getattr(w, kind) for w in wanted]))
