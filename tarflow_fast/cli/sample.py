@@ -12,6 +12,7 @@ import click
 
 from ..limits import MOST_NUMBER, MOST_SIZE, MOST_TOL
 from ..sizes import Size
+from .features import own_device, run_folder
 from .labels import choose
 from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, layout
 from .messages import in_flags
@@ -22,7 +23,9 @@ from .options import (
     SEED,
     Command,
     device_option,
+    inception_option,
     json_option,
+    load_inception,
     load_model,
     model_options,
     option,
@@ -36,7 +39,7 @@ from .options import (
 from .outputs import Outputs, Run
 from .recipes import RECIPES, recipe_line, with_recipe
 from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE, drawing_rule, warn_undenoised
-from .shards import FORMATS, check_options, draw_shards, own_device, shard_folder, wants_shards
+from .shards import FORMATS, check_options, draw_shards, wants_shards
 from .summary import Totals, summary_lines
 from .terminal import echo
 
@@ -283,14 +286,7 @@ Examples:
     "in their place. If unguided, log_prob is beside images. Any number of processes may run the same command, by "
     "torchrun or on machines that share FOLDER; however they end, it goes on.",
 )
-@option(
-    "--inception",
-    type=click.Path(),
-    metavar="FILE",
-    section="Many images",
-    show_default="torch-fidelity's cache",
-    help="Weights of Inception-v3 for --shards features; see `tarflow-fast fid`.",
-)
+@inception_option("Many images", ", for --shards features")
 @option(
     "--shard-size",
     type=click.IntRange(1, MOST_NUMBER),
@@ -334,7 +330,7 @@ def sample_command(
     check_options({**given, "columns": columns, "scale": scale})
     if no_grid and given["out"] is not None:
         raise click.UsageError("--out and --no-grid exclude each other")
-    folder = shard_folder(given["out"]) if wants_shards(given) else None
+    folder = run_folder("--out", given["out"]) if wants_shards(given) else None
     if folder is not None:
         given["out"] = None
     outputs = Outputs.checked(None if no_grid else given["out"] or GRID, given["singles"], given["npz"], given["gif"])
@@ -342,6 +338,7 @@ def sample_command(
         raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
 
     device = own_device(given["device"])
+    network = load_inception(given["inception"], device) if given["shards"] == "features" else None
     from ..checks import environment_count
 
     sizes = {"patch_size": patch_size, "img_size": img_size, "in_channels": in_channels, "head_dim": head_dim}
@@ -382,7 +379,7 @@ def sample_command(
     if folder is not None:
         # what serves must not depend on when a probe in the background is done
         sampler = make_sampler(probe="never" if given["probe"] == "never" else "now")
-        draw_shards(sampler, folder, n, chosen, given, rule, bars=bars, quiet=quiet, as_json=as_json)
+        draw_shards(sampler, folder, n, chosen, given, rule, network=network, bars=bars, quiet=quiet, as_json=as_json)
         warn_undenoised(model_path, model, given, rule)
         return
     run = Run(

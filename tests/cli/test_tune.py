@@ -18,6 +18,8 @@ from tarflow_fast.evaluation import Gaussian, read_statistics, tune
 class Small:
     """A small extractor in the place of Inception-v3."""
 
+    name = "small"
+
     def __init__(self, weights: Any = None, *, device: Any = "cpu"):
         pass
 
