@@ -37,13 +37,14 @@ class Bijection(nn.Module):
 class FamilyFlow(nn.Module):
     """A density p(x | y) that can be sampled: log p(x | y) = log N(z; 0, I) + log|det dz/dx|, z = forward(x, y).
 
-    A family with an exact inverse overrides `forward` and `inverse`. Another one overrides `loss`, `log_prob` and
-    `sample`. Every one calls `check_data` and `context` before it computes.
+    A family with an inverse sets `bijection`, or overrides `forward` and `inverse`. Another one overrides `loss`,
+    `log_prob` and `sample`. Every one calls `check_data` and `context` before it computes.
 
     Attributes:
         data_shape: The shape of one sample: (D,), (channels, height, width), or (T,) for a sequence of tokens.
         num_classes: How many classes there are; 0 for an unconditional model.
         options: The options that the model was built with.
+        bijection: The map from data to latents, where the family is made of one.
         name: The name of the family in the registry, which `build` sets.
         has_inverse: Whether `forward` and `inverse` are there.
         exact: Whether `log_prob` is deterministic and exact to rounding. If not, it is an estimate, which draws from
@@ -58,6 +59,7 @@ class FamilyFlow(nn.Module):
     has_inverse: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     options: Any
+    bijection: Bijection
 
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Any = None):
         super().__init__()
@@ -99,18 +101,24 @@ class FamilyFlow(nn.Module):
         return self.inverse(z, y)[0]
 
     def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, Tensor]:
-        """Returns z, (B, *data_shape), and log|det dz/dx|, (B,).
+        """Returns z, (B, *data_shape), and log|det dz/dx|, (B,), of `self.bijection`.
 
         x: (B, *data_shape). y: labels as in `log_prob`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no forward with a log-determinant")
+        if not self.has_inverse:
+            raise NotImplementedError(f"{type(self).__name__} has no forward with a log-determinant")
+        x = self.check_data(x, finite=False)
+        return self.bijection(x, self.context(y, len(x)))
 
     def inverse(self, z: Tensor, y: Labels = None) -> tuple[Tensor, Tensor]:
-        """Returns x, (B, *data_shape), and log|det dx/dz|, (B,).
+        """Returns x, (B, *data_shape), and log|det dx/dz|, (B,), of the inverse of `self.bijection`.
 
         z: (B, *data_shape). y: labels as in `log_prob`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no inverse with a log-determinant")
+        if not self.has_inverse:
+            raise NotImplementedError(f"{type(self).__name__} has no inverse with a log-determinant")
+        z = check_tensor("z", z, self.data_shape, finite=False)
+        return self.bijection.inverse(z, self.context(y, len(z)))
 
     def evaluations(self) -> int | None:
         """Returns how often the last `sample` or `log_prob` evaluated the network; None where it is always once."""

@@ -49,7 +49,16 @@ class Family:
             raise BackendError(need) from error
 
 
-FAMILIES: dict[str, Family] = {}
+FAMILIES: dict[str, Family] = {
+    "nice": Family(
+        "nice.NICE",
+        "The simplest exact flow: additive couplings that keep volume, and one scale",
+        ("vectors", "images"),
+    ),
+    "realnvp": Family(
+        "realnvp.RealNVP", "Fast both ways: affine couplings, for images in several scales", ("vectors", "images")
+    ),
+}
 """The families by name, the simplest first."""
 
 
