@@ -1,4 +1,4 @@
-"""`LibraryFlow` is a family whose transforms are zuko's, and whose slow direction is this project's engine.
+"""`LibraryTransform` is a transform of zuko's as a bijection, whose slow direction is this project's engine.
 
 A masked autoregressive transform of D values has one direction that is a single pass, and one that zuko makes in D
 passes. Where autograd records nothing, `tarflow_fast.accelerate` serves both directions: each unit of the networks is
@@ -14,45 +14,39 @@ import zuko
 from torch import Tensor, nn
 
 from ..adapters import accelerate
-from ..checks import Labels, check_count
+from ..checks import check_count
 from ..errors import ArgumentError
-from .base import FamilyFlow
+from .base import Bijection
 
 
-class LibraryFlow(FamilyFlow):
-    """z = f(x; y) with a transform of zuko's; images are read as vectors, and classes are a one-hot context.
+class LibraryTransform(Bijection):
+    """z = f(x; c) with a lazy transform of zuko's; images are read as vectors.
 
-    A subclass says in `make` what the transform is.
+    transform: The lazy transform from data to latents, whose context has as many features as there are classes.
     """
 
-    def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Any = None):
-        super().__init__(data_shape, num_classes, options)
-        self.transform = self.make(self.dims, num_classes)
+    def __init__(self, transform: nn.Module):
+        super().__init__()
+        self.transform = transform
         self._snapshot: tuple[Any, Any] | None = None  # the accelerated flow, and the weights that it was made of
 
-    def make(self, dims: int, classes: int) -> nn.Module:
-        """Returns zuko's lazy transform from data to latents.
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(x, context, inverted=False)
 
-        dims: D, the number of values in one sample. classes: the number of context features, 0 for none.
-        """
-        raise NotImplementedError
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(z, context, inverted=True)
 
-    def forward(self, x: Tensor, y: Labels = None) -> tuple[Tensor, Tensor]:
-        """Returns z, (B, *data_shape), and log|det dz/dx|, (B,), of x, (B, *data_shape), and its labels y."""
-        return self._run(x, y, inverted=False)
-
-    def inverse(self, z: Tensor, y: Labels = None) -> tuple[Tensor, Tensor]:
-        """Returns x, (B, *data_shape), and log|det dx/dz|, (B,), of z, (B, *data_shape), and labels y."""
-        return self._run(z, y, inverted=True)
-
-    def _run(self, values: Tensor, y: Labels, *, inverted: bool) -> tuple[Tensor, Tensor]:
-        context, flat = self.context(y, len(values)), values.flatten(1)
+    def _run(self, values: Tensor, context: Tensor | None, *, inverted: bool) -> tuple[Tensor, Tensor]:
+        flat = values.flatten(1)
         recorded = torch.is_grad_enabled() and (values.requires_grad or any(p.requires_grad for p in self.parameters()))
-        transform = self.transform(context) if recorded or self.dims == 1 else self._fast()(context).transform
+        if recorded or flat.shape[1] == 1:  # one value depends on no other, so that there is nothing to be cached
+            transform = self.transform(context)
+        else:
+            transform = self._accelerated(flat)(context).transform
         image, log_det = (transform.inv if inverted else transform).call_and_ladj(flat)
         return image.reshape(values.shape), log_det
 
-    def _fast(self) -> Any:
+    def _accelerated(self, like: Tensor) -> Any:
         """Returns the accelerated flow of the weights as they are now; it is made again only after these have changed.
 
         An optimizer's step and `load_state_dict` write in place, which raises a tensor's version; `to` makes others.
@@ -60,8 +54,8 @@ class LibraryFlow(FamilyFlow):
         weights = [*self.transform.parameters(), *self.transform.buffers()]
         key = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)
         if self._snapshot is None or self._snapshot[1] != key:
-            zeros = torch.zeros(self.dims, device=self.place.device, dtype=self.place.dtype)
-            base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, zeros, zeros + 1, buffer=True)
+            zero = like.new_zeros(like.shape[1])  # zuko's flows have a base, which nothing here uses
+            base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, zero, zero + 1, buffer=True)
             self._snapshot = accelerate(zuko.lazy.Flow(self.transform, base), check=False), key
         return self._snapshot[0]
 

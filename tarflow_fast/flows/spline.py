@@ -1,4 +1,4 @@
-"""Neural spline flows: z_i = RQS(x_i; φ_i), a monotone rational-quadratic spline (Durkan et al., arXiv 1906.04032).
+"""Neural spline flows: z_i = RQS(x_i; φ_i), a rational-quadratic spline (Durkan et al., 2019, arXiv 1906.04032).
 
 The parameters φ_i of a value come from the values before it (autoregressive), or from the other half (coupling). A
 spline is the identity outside of [−5, 5], so data are best standardised.
@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import zuko
 from torch import nn
 
 from ..checks import check_count
-from .library import LibraryFlow, check_sizes
+from .base import FamilyFlow
+from .library import LibraryTransform, check_sizes
 
 
-class SplineAutoregressive(LibraryFlow):
-    """Autoregressive neural spline flow: the most flexible; a density in one pass, samples value by value."""
+class SplineAutoregressive(FamilyFlow):
+    """Autoregressive neural spline flow: the most flexible; a density in one pass, and samples value by value."""
 
     @dataclass(frozen=True)
     class Options:
         """The options of a neural spline flow.
 
-        transforms: How many transforms follow one another. hidden: The widths of the hidden layers of the network of
-        each. bins: K, the number of bins of a spline, which has 3K − 1 parameters.
+        Attributes:
+            transforms: How many transforms follow one another.
+            hidden: The widths of the hidden layers of each transform's network.
+            bins: K, the number of bins of a spline, which has 3K − 1 parameters.
         """
 
         transforms: int = 4
@@ -36,22 +38,27 @@ class SplineAutoregressive(LibraryFlow):
             check_sizes(self.transforms, self.hidden)
             check_count("bins", self.bins, low=2)
 
-    options: Any
+    def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
+        super().__init__(data_shape, num_classes, options)
+        self.bijection = LibraryTransform(self._transform())
 
-    def make(self, dims: int, classes: int) -> nn.Module:
-        made: nn.Module = zuko.flows.NSF(dims, classes, bins=self.options.bins, **self._sizes()).transform
+    def _transform(self) -> nn.Module:
+        """Returns zuko's lazy transform from data to latents."""
+        made: nn.Module = self._flow(zuko.flows.MAF).transform
         return made
 
-    def _sizes(self) -> dict[str, Any]:
-        return {"transforms": self.options.transforms, "hidden_features": self.options.hidden}
+    def _flow(self, kind: type) -> nn.Module:
+        """Returns a zuko flow of splines. kind: zuko's flow, made of masked transforms or of couplings."""
+        K = self.options.bins
+        spline = partial(zuko.transforms.MonotonicRQSTransform, slope=1e-3)
+        how = {"transforms": self.options.transforms, "hidden_features": self.options.hidden}
+        made: nn.Module = kind(self.dims, self.num_classes, univariate=spline, shapes=[(K,), (K,), (K - 1,)], **how)
+        return made
 
 
 class SplineCoupling(SplineAutoregressive):
-    """Coupling neural spline flow: half of the values is transformed by the other half, and both directions are quick."""
+    """Coupling neural spline flow: every other value is transformed by the rest, so that both directions are quick."""
 
-    def make(self, dims: int, classes: int) -> nn.Module:
-        K = self.options.bins
-        spline = partial(zuko.transforms.MonotonicRQSTransform, slope=1e-3)
-        how = {"univariate": spline, "shapes": [(K,), (K,), (K - 1,)], **self._sizes()}
-        made: nn.Module = zuko.flows.NICE(dims, classes, **how).transform
+    def _transform(self) -> nn.Module:
+        made: nn.Module = self._flow(zuko.flows.NICE).transform
         return made
