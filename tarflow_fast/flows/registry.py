@@ -63,7 +63,9 @@ FAMILIES: dict[str, Family] = {
         "Images fast both ways: affine couplings between learnt mixtures of channels, in several scales",
         ("vectors", "images"),
     ),
-    "maf": Family("maf.MAF", "Density estimation: a density in one pass, samples value by value", ("vectors", "images")),
+    "maf": Family(
+        "maf.MAF", "Density estimation: a density in one pass, samples value by value", ("vectors", "images")
+    ),
     "iaf": Family("iaf.IAF", "Samples in one pass, a density value by value, for few dimensions", ("vectors",)),
     "spline-coupling": Family(
         "spline.SplineCoupling", "Flexible and fast both ways: couplings by splines", ("vectors", "images")
@@ -72,7 +74,9 @@ FAMILIES: dict[str, Family] = {
         "spline.SplineAutoregressive", "The best density of vectors: splines value by value", ("vectors", "images")
     ),
     "residual": Family(
-        "residual.ResidualFlow", "Free-form networks, contractions x + g(x) inverted by iteration", ("vectors", "images")
+        "residual.ResidualFlow",
+        "Free-form networks, contractions x + g(x) inverted by iteration",
+        ("vectors", "images"),
     ),
 }
 """The families by name, the simplest first."""
