@@ -20,6 +20,7 @@ from .fixed_point import FixedPoint, fixed_point
 from .lipschitz import Contraction
 
 EXACT = 64  # values in a sample up to which a log-det is that of the whole Jacobian
+ALLOWED = 1e3  # units of rounding: a larger residual is that of a map that does not contract
 Map = Callable[[Tensor], Tensor]
 
 
@@ -100,23 +101,42 @@ class ResidualBlock(Bijection):
             z = x + image
         return (z, total) if recorded else (z.detach(), total.detach())
 
-    @torch.no_grad()
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns x, where x = z − g(x), and −log|det dz/dx|, (B,). No gradient goes through it.
+        """Returns x = z − g(x), by iteration, and −log|det dz/dx|, (B,), as in evaluation mode.
 
-        Raises ArgumentError that names the block where the iteration does not converge, as g is no contraction.
+        Gradients are those of the exact inverse, (I + J)⁻ᵀ, by an iteration too. Raises ArgumentError that names the
+        block where the iteration does not converge, as g is no contraction.
         """
         training = self.training
         self.eval()
         try:
             g, _ = self._map(context)
-            self.found = fixed_point(lambda x: z - g(x), z, self.options.anderson)
-            if not self.found.residual <= 1e3 * torch.finfo(z.dtype).eps * (1 + float(z.flatten(1).norm(dim=1).max())):
+            with torch.no_grad():
+                self.found = fixed_point(lambda x: z - g(x), z, self.options.anderson)
+                most = ALLOWED * torch.finfo(z.dtype).eps * (1 + float(z.flatten(1).norm(dim=1).max()))
+            if not self.found.residual <= most:
                 known = f"a residual of {self.found.residual:.1e} after {self.found.passes} passes"
                 raise ArgumentError(self.name, "a contraction, whose fixed point iteration converges", known)
-            return self.found.x, -self(self.found.x, context)[1]
+            x = self._recorded(self.found.x, z, g) if torch.is_grad_enabled() else self.found.x
+            return x, -self(x, context)[1]
         finally:
             self.train(training)
+
+    def _recorded(self, x: Tensor, z: Tensor, g: Map) -> Tensor:
+        """Returns the inverse x of z such that autograd takes (I + J)⁻ᵀ times a gradient back to z and the weights."""
+        again = z - g(x)
+        if again.requires_grad:
+            point = x.detach().requires_grad_()
+            image = g(point)
+
+            def solve(gradient: Tensor) -> Tensor:
+                def step(u: Tensor) -> Tensor:
+                    return gradient - torch.autograd.grad(image, point, u, retain_graph=True)[0]
+
+                return fixed_point(step, gradient, self.options.anderson).x
+
+            again.register_hook(solve)
+        return again
 
 
 def roulette(terms: int, q: float, generator: torch.Generator | None) -> list[float]:
@@ -144,6 +164,7 @@ class ResidualFlow(FamilyFlow):
     """
 
     exact: ClassVar[bool] = False
+    bijection: Chain
 
     @dataclass(frozen=True)
     class Options:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import zuko
-from torch import nn
 
 from ..checks import check_count
 from .base import FamilyFlow
@@ -38,27 +38,20 @@ class SplineAutoregressive(FamilyFlow):
             check_sizes(self.transforms, self.hidden)
             check_count("bins", self.bins, low=2)
 
+    kind: ClassVar[Any] = zuko.flows.MAF
+
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
         super().__init__(data_shape, num_classes, options)
-        self.bijection = LibraryTransform(self._transform())
-
-    def _transform(self) -> nn.Module:
-        """Returns zuko's lazy transform from data to latents."""
-        made: nn.Module = self._flow(zuko.flows.MAF).transform
-        return made
-
-    def _flow(self, kind: type) -> nn.Module:
-        """Returns a zuko flow of splines. kind: zuko's flow, made of masked transforms or of couplings."""
         K = self.options.bins
-        spline = partial(zuko.transforms.MonotonicRQSTransform, slope=1e-3)
         how = {"transforms": self.options.transforms, "hidden_features": self.options.hidden}
-        made: nn.Module = kind(self.dims, self.num_classes, univariate=spline, shapes=[(K,), (K,), (K - 1,)], **how)
-        return made
+        spline = {
+            "univariate": partial(zuko.transforms.MonotonicRQSTransform, slope=1e-3),
+            "shapes": [(K,), (K,), (K - 1,)],
+        }
+        self.bijection = LibraryTransform(self.kind(self.dims, num_classes, **spline, **how).transform)
 
 
 class SplineCoupling(SplineAutoregressive):
     """Coupling neural spline flow: every other value is transformed by the rest, so that both directions are quick."""
 
-    def _transform(self) -> nn.Module:
-        made: nn.Module = self._flow(zuko.flows.NICE).transform
-        return made
+    kind = zuko.flows.NICE
