@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class Contraction(nn.Module):
     def weights(self) -> tuple[list[Tensor], Tensor]:
         """Returns the scaled weights, and the bound of the Lipschitz constant, a scalar."""
         weights, total = [], torch.ones_like(self.beta[0])
-        for layer in self.layers:
+        for layer in list[Any](self.layers):
             bound = norm_bound(layer.weight)
             least = bound.clamp(max=self.coefficient)
             weights.append(layer.weight * (least / bound))
@@ -86,7 +87,7 @@ class Contraction(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None, weights: list[Tensor]) -> Tensor:
         """Returns g(x; c), of the shape of x. x: (B, *shape). context: (B, classes), or None. weights: `weights()`."""
         h = F.pixel_unshuffle(x, self.square) if self.square > 1 else x
-        for i, (layer, weight) in enumerate(zip(self.layers, weights, strict=True)):
+        for i, (layer, weight) in enumerate(zip(list[Any](self.layers), weights, strict=True)):
             if weight.dim() == 2:
                 h = F.linear(h, weight, layer.bias)
             else:
