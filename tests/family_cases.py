@@ -81,7 +81,7 @@ CASES: tuple[FamilyCase, ...] = (
     FamilyCase("realnvp", (1, 8, 4), classes=2, options={"couplings": 2, "width": 8}, stir=0.03),
     FamilyCase("glow", (2,), options={"steps": 3, "hidden": (16,)}),
     FamilyCase("glow", (5,), classes=2, options={"steps": 2, "hidden": (16,)}),
-    FamilyCase("glow", (1, 8, 12), classes=2, options={"steps": 2, "width": 8}, stir=0.02),
+    FamilyCase("glow", (1, 8, 12), classes=2, options={"depth": 2, "width": 8}, stir=0.02),
     FamilyCase("maf", (2,), options={"transforms": 3, "hidden": (16,)}),
     FamilyCase("maf", (1, 3, 4), classes=2, options={"transforms": 2, "hidden": (16,)}),
     FamilyCase("iaf", (2,), options={"transforms": 2, "hidden": (16,)}),

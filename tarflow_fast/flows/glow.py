@@ -74,21 +74,23 @@ class Glow(FamilyFlow):
         """The options of Glow.
 
         Attributes:
-            steps: The number of steps of a vector, or in each scale of an image.
+            steps: For vectors, the number of steps.
             hidden: For vectors, the widths of the hidden layers of each coupling's network.
             scales: For images, the number of scales.
+            depth: For images, the number of steps in each scale.
             width: For images, the channels of each coupling's network.
             blocks: For images, the residual blocks of each coupling's network.
         """
 
-        steps: int = 6
+        steps: int = 12
         hidden: tuple[int, ...] = (64, 64)
         scales: int = 3
+        depth: int = 6
         width: int = 32
         blocks: int = 1
 
         def __post_init__(self) -> None:
-            for name in ("steps", "scales", "width"):
+            for name in ("steps", "scales", "depth", "width"):
                 check_count(name, getattr(self, name))
             check_count("blocks", self.blocks, low=0)
 
@@ -98,22 +100,23 @@ class Glow(FamilyFlow):
             channels, height, width = self.data_shape
             self.bijection = self._scales((channels, height, width))
         else:
-            self.bijection = Chain(self._steps(self.data_shape))
+            self.bijection = Chain(self._steps(self.data_shape, self.options.steps))
 
     def _scales(self, shape: tuple[int, int, int]) -> Bijection:
         sizes = scale_shapes(shape, self.options.scales)
         halved = all(side % 2 == 0 for side in sizes[-1][1:])
         scales = []
         for k, (channels, height, width) in enumerate(sizes):
+            squeezed = (4 * channels, height // 2, width // 2)
             if k + 1 < len(sizes) or halved:
-                scales.append(Chain([Squeeze(), *self._steps((4 * channels, height // 2, width // 2))]))
+                scales.append(Chain([Squeeze(), *self._steps(squeezed, self.options.depth)]))
             else:
-                scales.append(Chain(self._steps((channels, height, width))))
+                scales.append(Chain(self._steps((channels, height, width), self.options.depth)))
         return Multiscale(shape, scales, halved=halved)
 
-    def _steps(self, shape: tuple[int, ...]) -> list[Bijection]:
+    def _steps(self, shape: tuple[int, ...], count: int) -> list[Bijection]:
         steps: list[Bijection] = []
-        for _ in range(self.options.steps):
+        for _ in range(count):
             steps += [ActNorm(shape), Convolution(shape), self._coupling(shape)]
         return steps
 

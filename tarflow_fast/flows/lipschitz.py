@@ -69,6 +69,7 @@ class Contraction(nn.Module):
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
             side = 3 if i in (0, len(hidden)) else 1
             layers.append(nn.Linear(inputs, outputs) if len(shape) == 1 else nn.Conv2d(inputs, outputs, side))
+            nn.init.orthogonal_(layers[-1].weight)  # a random matrix of the same norm moves most inputs far less
         self.layers = nn.ModuleList(layers)
         self.beta = nn.Parameter(torch.full((len(hidden),), 0.5))
         self.of_context = nn.Linear(classes, widths[1], bias=False) if classes else None

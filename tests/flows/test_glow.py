@@ -66,7 +66,7 @@ def test_only_triangles_are_learnt() -> None:
 
 
 def test_an_image_of_28_pixels_has_three_scales() -> None:
-    model = build("glow", data_shape=(1, 28, 28), steps=2, width=4)
+    model = build("glow", data_shape=(1, 28, 28), depth=2, width=4)
     shapes = [module.shift.shape[0] for module in model.modules() if isinstance(module, ActNorm)]
     assert shapes == [4, 4, 8, 8, 4, 4]  # 14×14 pixels, then 7×7, and the last scale has no square to take
     assert sum(isinstance(module, Squeeze) for module in model.modules()) == 2
@@ -81,7 +81,7 @@ def test_an_image_of_28_pixels_has_three_scales() -> None:
 
 
 def test_the_last_scale_takes_squares_where_sides_are_even() -> None:
-    model = build("glow", data_shape=(3, 8, 8), steps=1, width=4)
+    model = build("glow", data_shape=(3, 8, 8), depth=1, width=4)
     assert sum(isinstance(module, Squeeze) for module in model.modules()) == 3
 
 
@@ -89,7 +89,7 @@ def test_the_last_scale_takes_squares_where_sides_are_even() -> None:
 def test_the_first_batch_sets_the_scale(shape: tuple[int, ...]) -> None:
     """A new model's latents of its first batch have mean 0 and variance 1 in every channel, as couplings do nothing."""
     torch.manual_seed(0)
-    model = build("glow", data_shape=shape, steps=1, **({"scales": 1} if len(shape) == 3 else {})).train()
+    model = build("glow", data_shape=shape, steps=1, depth=1, scales=1).train()
     x = 5 + 3 * torch.randn(512, *shape)
     steps = [module for module in model.modules() if isinstance(module, ActNorm)]
     outputs: list[Tensor] = []
@@ -103,7 +103,7 @@ def test_the_first_batch_sets_the_scale(shape: tuple[int, ...]) -> None:
     assert torch.equal(steps[0].shift, before)
 
 
-@pytest.mark.parametrize("wrong", ["steps", "scales", "width"])
+@pytest.mark.parametrize("wrong", ["steps", "scales", "depth", "width"])
 def test_sizes_of_nothing_are_refused(wrong: str) -> None:
     with pytest.raises(ArgumentError, match=rf"^{wrong}: expected an integer >= 1"):
         build("glow", data_shape=(1, 8, 8), **{wrong: 0})
