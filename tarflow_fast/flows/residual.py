@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -102,25 +102,28 @@ class ResidualBlock(Bijection):
         return (z, total) if recorded else (z.detach(), total.detach())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns x = z − g(x), by iteration, and −log|det dz/dx|, (B,), as in evaluation mode.
-
-        Gradients are those of the exact inverse, (I + J)⁻ᵀ, by an iteration too. Raises ArgumentError that names the
-        block where the iteration does not converge, as g is no contraction.
-        """
+        """Returns x = z − g(x) and −log|det dz/dx|, (B,), as in evaluation mode. Raises what `solve` does."""
         training = self.training
         self.eval()
         try:
-            g, _ = self._map(context)
-            with torch.no_grad():
-                self.found = fixed_point(lambda x: z - g(x), z, self.options.anderson)
-                most = ALLOWED * torch.finfo(z.dtype).eps * (1 + float(z.flatten(1).norm(dim=1).max()))
-            if not self.found.residual <= most:
-                known = f"a residual of {self.found.residual:.1e} after {self.found.passes} passes"
-                raise ArgumentError(self.name, "a contraction, whose fixed point iteration converges", known)
-            x = self._recorded(self.found.x, z, g) if torch.is_grad_enabled() else self.found.x
+            x = self.solve(z, context)
             return x, -self(x, context)[1]
         finally:
             self.train(training)
+
+    def solve(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns x = z − g(x), by iteration; gradients are those of the exact inverse, (I + J)⁻ᵀ, by iteration too.
+
+        Raises ArgumentError that names the block where the iteration does not converge, as g is no contraction.
+        """
+        g, _ = self._map(context)
+        with torch.no_grad():
+            self.found = fixed_point(lambda x: z - g(x), z, self.options.anderson)
+            most = ALLOWED * torch.finfo(z.dtype).eps * (1 + float(z.flatten(1).norm(dim=1).max()))
+        if not self.found.residual <= most:
+            known = f"a residual of {self.found.residual:.1e} after {self.found.passes} passes"
+            raise ArgumentError(self.name, "a contraction, whose fixed point iteration converges", known)
+        return self._recorded(self.found.x, z, g) if torch.is_grad_enabled() else self.found.x
 
     def _recorded(self, x: Tensor, z: Tensor, g: Map) -> Tensor:
         """Returns the inverse x of z such that autograd takes (I + J)⁻ᵀ times a gradient back to z and the weights."""
@@ -206,6 +209,7 @@ class ResidualFlow(FamilyFlow):
             network = Contraction(self.data_shape, self.options.hidden, num_classes, self.options.lipschitz)
             steps += [ActNorm(self.data_shape), ResidualBlock(f"residual block {k}", network, self.options)]
         self.bijection = Chain([*steps, ActNorm(self.data_shape)])
+        self._passes: int | None = None  # of the last sample
 
     def loss(self, x: Tensor, y: Labels = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Returns −mean(log p(x | y)) / dims, as everywhere, with estimated log-dets whose gradient is unbiased."""
@@ -213,7 +217,22 @@ class ResidualFlow(FamilyFlow):
 
     def log_prob(self, x: Tensor, y: Labels = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Returns log p(x | y), (B,) in nats: exact for at most 64 values in evaluation mode, else an estimate."""
+        self._passes = None
         return self._density(self.check_data(x), y, generator)
+
+    @torch.no_grad()
+    def sample(self, n: int, y: Labels = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """Returns n samples of p(x | y), (n, *data_shape), as everywhere, without their log-dets."""
+        x = self.latents(check_count("n", n), generator)
+        context, self._passes = self.context(y, n), 0
+        for step in reversed(list[Any](self.bijection.steps)):
+            if isinstance(step, ResidualBlock):
+                x = step.solve(x, context)
+                assert step.found is not None
+                self._passes += step.found.passes
+            else:
+                x, _ = step.inverse(x, context)
+        return x
 
     def _density(self, x: Tensor, y: Labels, generator: torch.Generator | None) -> Tensor:
         context, total = self.context(y, len(x)), x.new_zeros(len(x))
@@ -224,6 +243,5 @@ class ResidualFlow(FamilyFlow):
         return self.prior_log_prob(x) + total
 
     def evaluations(self) -> int | None:
-        """Returns how many passes through a block's network the last inverse took, in all blocks."""
-        found = [step.found for step in self.bijection.steps if isinstance(step, ResidualBlock)]
-        return sum(each.passes for each in found if each is not None) if any(found) else None
+        """Returns how many passes the last `sample` took, in all blocks together; None after `log_prob`."""
+        return self._passes

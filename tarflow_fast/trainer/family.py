@@ -102,7 +102,7 @@ class FamilyLearner(Learner):
         self.held_out = self._read_held_out(data, bar)
         with own_defaults(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = _made(config.flow, data, data.num_classes if config.conditional else 0)
+            model = model_for(config.flow, data, data.num_classes if config.conditional else 0)
             start = init if init is None or isinstance(init, FamilyFlow) else load(init)
             self.sizes = {key: value for key, value in describe(model).items() if key != "metadata"}
             if start is not None:
@@ -198,7 +198,7 @@ class FamilyLearner(Learner):
         self.model.train().loss(x, y, generator=stream(self.config.seed, "loss/first", 0, self.group.device))
 
 
-def _made(flow: FlowConfig, data: FlowData, classes: int) -> FamilyFlow:
+def model_for(flow: FlowConfig, data: FlowData, classes: int) -> FamilyFlow:
     """Returns a new model for these data, in its preprocessing."""
     options = dict(flow.options)
     known = {field.name for field in fields(FAMILIES[flow.name].load().Options)}

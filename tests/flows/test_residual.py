@@ -172,7 +172,11 @@ def test_an_inverse_states_its_residual(memory: int) -> None:
     for block in blocks(model):
         assert block.found is not None
         assert block.found.residual <= 1e-12
+    assert model.evaluations() is None
+    assert torch.isfinite(model.sample(3, generator=seeded(0))).all()
     assert model.evaluations() == sum(block.found.passes for block in blocks(model) if block.found)
+    model.log_prob(z)
+    assert model.evaluations() is None
 
 
 def test_anderson_acceleration_takes_fewer_passes_to_the_same_point() -> None:
