@@ -78,7 +78,7 @@ CASES: tuple[FamilyCase, ...] = (
     FamilyCase("nice", (1, 4, 6), classes=3, options={"couplings": 3, "hidden": (16,)}),
     FamilyCase("realnvp", (2,), options={"couplings": 4, "hidden": (16,)}),
     FamilyCase("realnvp", (5,), classes=2, options={"couplings": 4, "hidden": (16,)}),
-    FamilyCase("realnvp", (1, 8, 4), classes=2, options={"couplings": 2, "width": 8}, stir=0.03),
+    FamilyCase("realnvp", (1, 8, 4), classes=2, options={"width": 8}, stir=0.03),
     FamilyCase("glow", (2,), options={"steps": 3, "hidden": (16,)}),
     FamilyCase("glow", (5,), classes=2, options={"steps": 2, "hidden": (16,)}),
     FamilyCase("glow", (1, 8, 12), classes=2, options={"depth": 2, "width": 8}, stir=0.02),

@@ -174,7 +174,7 @@ def sample_family(
     from ..errors import ArgumentError
     from ..files import check_path
     from ..flows import draw_picture
-    from ..flows.pictures import drawn, kind_of_data
+    from ..flows.pictures import COLUMNS, drawn, kind_of_data
 
     model = load_family(path, given["device"])
     if given["threads"] is not None:
@@ -194,7 +194,8 @@ def sample_family(
             check_path(flag, file, suffixes)
     names = model.metadata.get("class_names") or ()
     chosen = choose_of(labels, names, model.num_classes, given["seed"])
-    n = count or (SAMPLED if kind in ("images", "numbers") else PICTURED)
+    columns = len(chosen.entries or ()) or COLUMNS  # a class a column
+    n = count or {"images": COLUMNS * columns, "numbers": SAMPLED}.get(kind, PICTURED)
     y = None if not chosen.entries else torch.tensor([chosen.entries[i % len(chosen.entries)] for i in range(n)])
     start = time.perf_counter()
     random = torch.Generator(model.place.device).manual_seed(given["seed"])
@@ -203,7 +204,7 @@ def sample_family(
     facts |= {"seconds": time.perf_counter() - start, "evaluations": model.evaluations(), "files": {}}
     facts["classes"] = chosen.described
     if picture is not None:
-        draw_picture(model, picture, seed=given["seed"], samples=x)
+        draw_picture(model, picture, seed=given["seed"], columns=columns, samples=x)
         facts["files"]["picture"] = picture
     if given["npz"] is not None:
         arrays: dict[str, Any] = {"samples": x.numpy(), **({} if y is None else {"labels": y.numpy()})}

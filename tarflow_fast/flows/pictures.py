@@ -21,6 +21,7 @@ from .base import FamilyFlow
 SIDE, ZOOM = 128, 3  # points along the side of a density's grid, and pixels along the side of a point
 GAP = 8  # pixels between density and samples
 SAMPLES = 20_000
+COLUMNS = 8  # of a grid of images without classes
 BATCH = 4096
 MARGIN = 1.15  # how far beyond the farthest samples (but one in a thousand) the plane is shown
 MOST_SMALL = 64  # pixels; smaller images are enlarged
@@ -30,7 +31,13 @@ Projection = Callable[[Tensor], Tensor]
 
 
 def draw_picture(
-    model: FamilyFlow, path: PathLike, *, seed: int = 0, rows: int = 4, samples: Tensor | None = None
+    model: FamilyFlow,
+    path: PathLike,
+    *,
+    seed: int = 0,
+    rows: int = 4,
+    columns: int | None = None,
+    samples: Tensor | None = None,
 ) -> None:
     """Writes a picture of a model: its density beside its samples, or a grid of images, a class a column.
 
@@ -39,6 +46,7 @@ def draw_picture(
         path: A `.png` or `.jpg` file.
         seed: The seed of the samples.
         rows: The number of rows of a grid of images.
+        columns: The number of its columns, by default one for each class, or 8.
         samples: Samples that are there already, or None.
 
     Raises:
@@ -48,7 +56,9 @@ def draw_picture(
     kind = kind_of_data(model)
     random = torch.Generator(model.place.device).manual_seed(seed)
     if kind == "images":
-        _draw_images(model, file, random, rows, samples)
+        columns = columns or model.num_classes or COLUMNS
+        x = drawn(model, columns * rows, random) if samples is None else samples
+        _draw_images(model, file, x.cpu(), columns)
         return
     x = drawn(model, SAMPLES, random) if samples is None else samples
     x = x.cpu().float()
@@ -84,14 +94,10 @@ def drawn(model: FamilyFlow, n: int, random: torch.Generator, labels: Any = None
     return torch.cat(parts)
 
 
-def _draw_images(model: FamilyFlow, path: Path, random: torch.Generator, rows: int, samples: Tensor | None) -> None:
-    columns = model.num_classes or 8
-    x = drawn(model, columns * rows, random) if samples is None else samples
-    x = x.cpu()
-    levels = getattr(model, "levels", False)
-    images = x.to(torch.uint8) if levels else (x / x.abs().amax().clamp(min=1e-6))
-    height = model.data_shape[1]
-    save_grid(images, path, columns, scale=max(1, MOST_SMALL // height))
+def _draw_images(model: FamilyFlow, path: Path, x: Tensor, columns: int) -> None:
+    """Writes a grid of images: of levels as they are, of other values with the largest in white or black."""
+    images = x.to(torch.uint8) if getattr(model, "levels", False) else x / x.abs().amax().clamp(min=1e-6)
+    save_grid(images, path, columns, scale=max(1, MOST_SMALL // model.data_shape[1]))
 
 
 def _chart(kind: str, x: Tensor) -> tuple[NDArray[Any], Tensor, Projection]:

@@ -101,7 +101,7 @@ class TrainState:
     def restore(self, path: Path, config: TrainConfig, fingerprint: int) -> None:
         """Takes over what `save` wrote. Raises CheckpointError for a broken file, ArgumentError for another run's."""
         content = _read(path, self.sums.device)
-        _changed(_recorded(path, content), config.to_dict())
+        _changed(_recorded(path, content), {field.name: getattr(config, field.name) for field in fields(config)})
         if content["fingerprint"] != fingerprint:
             raise ArgumentError("data", "the images of the run to be continued", "others")
         metadata = content.get("metadata", {})
