@@ -1,0 +1,11 @@
+"""Every family of normalizing flow under one interface: `build("glow", data_shape=(1, 28, 28))` makes a model.
+
+`tarflow_fast.flows.FAMILIES` lists the families; `FamilyFlow` is what all of them are.
+"""
+
+from __future__ import annotations
+
+from .base import Bijection, FamilyFlow
+from .registry import FAMILIES, Family, build
+
+__all__ = ["FAMILIES", "Bijection", "Family", "FamilyFlow", "build"]
