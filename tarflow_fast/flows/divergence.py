@@ -40,7 +40,10 @@ def with_divergence(
             dims = v[0].numel()
             unit = torch.eye(dims, dtype=v.dtype, device=v.device)
             trace = sum(
-                (product(unit[i].expand(len(v), dims).reshape(v.shape), i == dims - 1).flatten(1)[:, i] for i in range(dims)),
+                (
+                    product(unit[i].expand(len(v), dims).reshape(v.shape), i == dims - 1).flatten(1)[:, i]
+                    for i in range(dims)
+                ),
                 start=v.new_zeros(len(v)),
             )
     return (v, trace) if record else (v.detach(), trace.detach())

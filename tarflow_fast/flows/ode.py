@@ -1,10 +1,10 @@
-"""The initial-value problem ds/dt = f(t, s): solved in fixed steps, or by torchdiffeq's adaptive Runge-Kutta methods."""
+"""The initial-value problem ds/dt = f(t, s), solved in fixed steps, or in adaptive ones by torchdiffeq."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 import torchdiffeq
@@ -172,8 +172,3 @@ class _Limited(nn.Module):
     def callback_step_adjoint(self, t: Tensor, state: Tensor | State, size: Tensor) -> None:
         # The adjoint ODE runs from the end to the start, in a time with the sign that torchdiffeq gives it.
         self.callback_step(t, state, size)
-
-
-def as_method(name: str) -> Method:
-    """Returns the name as a method. Raises ArgumentError for another one."""
-    return cast(Method, check_choice("solver", name, get_args(Method)))
