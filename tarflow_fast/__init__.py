@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import flows
     from .adapters import accelerate
     from .backend import backends
     from .checkpoints import load, load_pretrained, model_card, push_to_hub, save
@@ -93,6 +94,7 @@ __all__ = [
     "bits_per_dim",
     "denoise",
     "dequantize",
+    "flows",
     "load",
     "load_images",
     "load_pretrained",
@@ -109,6 +111,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("tarflow_fast")
+    elif name == "flows":
+        value = importlib.import_module(".flows", __name__)
     elif name in _HOME:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     else:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from .base import Bijection, FamilyFlow
+from .checkpoints import is_family, load, save
+from .preprocessing import Preprocessed
 from .registry import FAMILIES, Family, build
 
-__all__ = ["FAMILIES", "Bijection", "Family", "FamilyFlow", "build"]
+__all__ = ["FAMILIES", "Bijection", "Family", "FamilyFlow", "Preprocessed", "build", "is_family", "load", "save"]

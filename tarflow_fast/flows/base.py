@@ -46,6 +46,7 @@ class FamilyFlow(nn.Module):
         options: The options that the model was built with.
         bijection: The map from data to latents, where the family is made of one.
         name: The name of the family in the registry, which `build` sets.
+        metadata: What a file records beside the weights, such as class_names; of text, numbers and lists.
         has_inverse: Whether `forward` and `inverse` are there.
         exact: Whether `log_prob` is deterministic and exact to rounding. If not, it is an estimate, which draws from
             `generator`, or the solution of an ODE to a tolerance.
@@ -66,6 +67,7 @@ class FamilyFlow(nn.Module):
         self.data_shape = tuple(data_shape)
         self.num_classes = num_classes
         self.options = self.Options() if options is None else options
+        self.metadata: dict[str, Any] = {}
 
     @property
     def dims(self) -> int:
