@@ -27,7 +27,8 @@ def with_divergence(
     """
     record = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_()
+        # Without a record x may be a view that requires a gradient and has no history, as the adjoint method's are.
+        x = x if record and x.requires_grad else x.detach().requires_grad_()
         v = velocity(x)
 
         def product(direction: Tensor, last: bool) -> Tensor:  # directionᵀ (dv/dx)

@@ -161,13 +161,13 @@ class _Limited(nn.Module):
     def forward(self, t: Tensor, state: State) -> State:
         self.evaluations += 1
         if self.evaluations > self.most:
-            raise ODEDiverged(float(t), f"it takes more than max_evaluations = {self.most} evaluations")
+            raise ODEDiverged(float(t.detach()), f"it takes more than max_evaluations = {self.most} evaluations")
         return self.field(t, state)
 
     def callback_step(self, t: Tensor, state: Tensor | State, size: Tensor) -> None:
-        check_finite(state if isinstance(state, tuple) else (state,), float(t))
+        check_finite(state if isinstance(state, tuple) else (state,), float(t.detach()))
         if not bool(t + size > t):
-            raise ODEDiverged(float(t), "its steps became too small for the dtype, or NaN")
+            raise ODEDiverged(float(t.detach()), "its steps became too small for the dtype, or NaN")
 
     def callback_step_adjoint(self, t: Tensor, state: Tensor | State, size: Tensor) -> None:
         # The adjoint ODE runs from the end to the start, in a time with the sign that torchdiffeq gives it.

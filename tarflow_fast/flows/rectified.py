@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import Labels, check_count
 from .flow_matching import FlowMatching
@@ -43,7 +43,7 @@ class RectifiedFlow(FlowMatching):
 
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
         super().__init__(data_shape, num_classes, options)
-        self.teacher = copy.deepcopy(self.velocity).requires_grad_(False)
+        self.teacher = frozen(self.velocity)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
         self._pairs: list[Tensor] | None = None  # noise, data and, if there are any, classes
 
@@ -84,3 +84,13 @@ class RectifiedFlow(FlowMatching):
         z = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         (made,), _ = integrate(lambda t, state: (self.teacher(state[0], t, context),), (z,), 0.0, 1.0, self.ode)
         return [z, made] if context is None else [z, made, context]
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """Returns a copy of a module whose parameters are buffers: a state dict has them, and an optimiser has not."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        for name in list(part._parameters):
+            weight = part._parameters.pop(name)
+            part.register_buffer(name, None if weight is None else weight.detach())
+    return module
