@@ -34,6 +34,7 @@ from .config import DEFAULT_BATCH, TrainConfig
 from .folder import locked
 from .limits import check_fits
 from .metrics import MetricsLog
+from .objective import Objective, objective, objective_with_labels
 from .outputs import MODEL, SAMPLES, draw_grid, held_out_bits, is_written, write_model
 from .processes import Processes, processes
 from .progress import Progress, progress_kind
@@ -139,7 +140,7 @@ class _Run:
         if source is not None:
             config = replace(config, **sizes_of(source, given_options(config)))
         self.config, self.group = config, group
-        check_options(config, group.device, math.ceil((config.batch_size or 1) / group.world), source)
+        check_options(config, group.device, config.rows_of(math.ceil((config.batch_size or 1) / group.world)), source)
 
         reader = DataReader(config, group, group.first and progress == "bar")
         own = reader.read(config.data, "train")
@@ -153,12 +154,14 @@ class _Run:
             data = with_classes_of(begun[0].num_classes, begun[1], data)
             own = own if own.numbers is None else replace(data, class_names=None)  # the numbers are the model's labels
         sizes = model_config(config, data) if begun is None else begun[0]
+        if config.label_weight and sizes.num_classes < 2:
+            raise ArgumentError("label_weight", "0, as the data has one class", config.label_weight)
         shape = tuple(data.images.shape[1:])
         if shape != sizes.data_shape:
             raise ArgumentError("init", f"a model of {data.kind} of shape {shape}", sizes.data_shape)
         config = self.config = self._with_batch_size(data)
         self.batches = Batches(data, config, group.device, group.rank, group.world)
-        check_fits(sizes, self.batches.size // group.world, group.device)
+        check_fits(sizes, config.rows_of(self.batches.size // group.world), group.device)
         self.steps = config.epochs * self.batches.steps_per_epoch
         if self.steps > MOST_STEPS:
             most = MOST_STEPS // self.batches.steps_per_epoch
@@ -256,14 +259,12 @@ class _Run:
 
     def _step(self) -> None:
         """Takes one optimiser step, and adds its figures to the sums."""
-        state, config, kind = self.state, self.config, self.group.device.type
+        state, config = self.state, self.config
         lr = config.learning_rate(state.step, self.steps)
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = lr
         x, y = self.batches(state.step)
-        with torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            z, _, log_det = self.forward(x, y)
-        loss = state.model.get_loss(z, log_det)
+        loss, z, log_det = self._objective(x, y)
         state.optimizer.zero_grad()
         loss.backward()
         limit = math.inf if config.clip_norm is None else config.clip_norm
@@ -276,6 +277,18 @@ class _Run:
             state.sums += torch.stack([loss, 0.5 * z.square().mean(), log_det.mean(), norm])
         state.summed += 1
         state.step += 1
+
+    def _objective(self, x: Tensor, y: Tensor | None) -> Objective:
+        model, weight = self.state.model, self.config.label_weight
+        if y is None or not weight:
+            return objective(model, self._pass, x, y)
+        return objective_with_labels(model, self._pass, x, y, self.batches.others(self.state.step, y), weight)
+
+    def _pass(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns (z, log_det) of the model in training, in the run's precision."""
+        with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            z, _, log_det = self.forward(x, y)
+        return z, log_det
 
     def _update_prior(self, z: Tensor) -> None:
         """Updates the prior of a volume-preserving model by the z of all processes."""
