@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torchdiffeq
@@ -15,7 +15,7 @@ from ..errors import ODEDiverged
 
 State = tuple[Tensor, ...]
 Field = Callable[[Tensor, State], State]
-Method = Literal["euler", "midpoint", "rk4", "bosh3", "dopri5", "dopri8"]
+Method = Literal["euler", "midpoint", "rk4", "dopri5", "dopri8"]
 
 EVALUATIONS = {"euler": 1, "midpoint": 2, "rk4": 4}
 """How often a method of fixed steps evaluates the field in one step; the other methods adapt their steps."""
@@ -26,8 +26,8 @@ class ODE:
     """How an ODE is solved.
 
     Attributes:
-        method: "euler", "midpoint" and "rk4" take `steps` steps of one size, each sample for itself. "bosh3", "dopri5"
-            and "dopri8" choose their steps by the error of the whole batch, so that a sample depends on its batch mates
+        method: "euler", "midpoint" and "rk4" take `steps` steps of one size, each sample for itself. "dopri5" and
+            "dopri8" choose their steps by the error of the whole batch, so that a sample depends on its batch mates
             within the tolerance.
         steps: How many steps the methods of fixed steps take.
         tolerance: The relative and the absolute error that an adaptive method allows itself in one step.
@@ -86,11 +86,15 @@ def integrate(
     # Metal has no float64, in which torchdiffeq keeps time otherwise.
     dtype = torch.float32 if state[0].device.type == "mps" else torch.float64
     times = torch.tensor([start, end], device=state[0].device, dtype=state[0].dtype)
-    keywords = {"rtol": ode.tolerance, "atol": ode.tolerance, "method": ode.method, "options": {"dtype": dtype}}
+    # The last step ends where the solution does, as torchdiffeq interpolates within a step less exactly than it steps.
+    options, back = ({"dtype": dtype, "step_t": times[i : i + 1]} for i in (1, 0))
+    how: dict[str, Any] = {"rtol": ode.tolerance, "atol": ode.tolerance, "method": ode.method, "options": options}
     if parameters is None or not torch.is_grad_enabled():
-        solution = torchdiffeq.odeint(limited, state, times, **keywords)
+        solution = torchdiffeq.odeint(limited, state, times, **how)
     else:
-        solution = torchdiffeq.odeint_adjoint(limited, state, times, adjoint_params=tuple(parameters), **keywords)
+        solution = torchdiffeq.odeint_adjoint(
+            limited, state, times, adjoint_params=tuple(parameters), adjoint_options=back, **how
+        )
     end_state = tuple(part[1] for part in solution)
     check_finite(end_state, end)
     if project is not None:

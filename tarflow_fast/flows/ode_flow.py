@@ -26,7 +26,7 @@ class ODEOptions:
     Attributes:
         width: The width of the network: units of the MLP of vectors, channels of the U-Net of images.
         blocks: The number of residual blocks, for images at each resolution.
-        solver: How the ODE is solved, for samples and for densities: "dopri5", "dopri8" and "bosh3" to a tolerance, and
+        solver: How the ODE is solved, for samples and for densities: "dopri5" and "dopri8" to a tolerance, and
             "euler", "midpoint" and "rk4" in fixed steps.
         steps: How many steps a solver of fixed steps takes.
         tolerance: The error that the other solvers allow themselves in one step.
