@@ -123,7 +123,7 @@ class DiscreteFlowMatching(FamilyFlow):
         """Returns an unbiased estimate of a lower bound (ELBO) on log p(x | y), (B,) in nats, not log p itself.
 
         From masks the bound is tight for an exact network. From uniform draws it is not, as the chain that a network
-        learns goes on to jump where a token of data would stay: by 0.7 nats a token of four equally frequent ones.
+        learns goes on to jump where a token of data would stay: by 0.4 nats a token of four equally frequent ones.
 
         x: (B, T) integers. y: labels as in `FamilyFlow.log_prob`. generator: what times and noise come from.
         """

@@ -26,6 +26,8 @@ class ODEOptions:
     Attributes:
         width: The width of the network: units of the MLP of vectors, channels of the U-Net of images.
         blocks: The number of residual blocks, for images at each resolution.
+        octaves: How many octaves of sines and cosines of vectors their network sees beside them. They make edges
+            sharper, and the ODE stiffer.
         solver: How the ODE is solved, for samples and for densities: "dopri5" and "dopri8" to a tolerance, and
             "euler", "midpoint" and "rk4" in fixed steps.
         steps: How many steps a solver of fixed steps takes.
@@ -38,6 +40,7 @@ class ODEOptions:
 
     width: int = 128
     blocks: int = 3
+    octaves: int = 3
     solver: Method = "dopri5"
     steps: int = 32
     tolerance: float = 1e-5
@@ -48,6 +51,7 @@ class ODEOptions:
     def __post_init__(self) -> None:
         check_count("width", self.width)
         check_count("blocks", self.blocks)
+        check_count("octaves", self.octaves, low=0, high=16)
         self.ode()
 
     def ode(self) -> ODE:
@@ -186,4 +190,5 @@ class ODEFlow(FamilyFlow):
 
     def _network(self) -> torch.nn.Module:
         """Returns the network of the velocity."""
-        return velocity_network(self.data_shape, self.num_classes, self.options.width, self.options.blocks)
+        o = self.options
+        return velocity_network(self.data_shape, self.num_classes, o.width, o.blocks, o.octaves)

@@ -76,5 +76,5 @@ class RiemannianFlowMatching(ODEFlow):
         return self.manifold.project
 
     def _network(self) -> nn.Module:
-        features, options = self.manifold.features, self.options
-        return VectorVelocity(features, self.manifold.values, self.num_classes, options.width, options.blocks)
+        m, o = self.manifold, self.options
+        return VectorVelocity(m.features, m.values, self.num_classes, o.width, o.blocks, o.octaves)

@@ -29,10 +29,14 @@ class VectorVelocity(nn.Module):
     Its last layer begins at zero, so that the ODE begins as the identity.
     """
 
-    def __init__(self, features: int, outputs: int, num_classes: int, width: int, blocks: int):
-        """features: the size of x. outputs: the size of v. num_classes: C. width: of h. blocks: how many there are."""
+    def __init__(self, features: int, outputs: int, num_classes: int, width: int, blocks: int, octaves: int = 0):
+        """features: the size of x. outputs: the size of v. num_classes: C. width: of h. blocks: how many there are.
+
+        octaves: how many pairs sin 2ᵏx, cos 2ᵏx the network sees beside x, by which it learns sharp edges sooner.
+        """
         super().__init__()
-        self.enter = nn.Linear(features + TIME_FEATURES + num_classes, width)
+        self.octaves = octaves
+        self.enter = nn.Linear(features * (1 + 2 * octaves) + TIME_FEATURES + num_classes, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(blocks)
         )
@@ -45,7 +49,8 @@ class VectorVelocity(nn.Module):
 
         x: (B, features). t: () or (B,), time. context: (B, C) one-hot classes, or None where there are no classes.
         """
-        given = [x, time_features(t.to(x.dtype), len(x))]
+        waves = [wave(x * 2.0**k) for k in range(self.octaves) for wave in (torch.sin, torch.cos)]
+        given = [x, *waves, time_features(t.to(x.dtype), len(x))]
         h = self.enter(torch.cat(given if context is None else [*given, context.to(x.dtype)], dim=1))
         for block in self.blocks:
             h = h + block(h)
@@ -111,8 +116,8 @@ class _Block(nn.Module):
         return h + self.convs[1](F.silu(self.norms[1](inner) * (1 + a) + b))
 
 
-def velocity_network(shape: tuple[int, ...], num_classes: int, width: int, blocks: int) -> nn.Module:
-    """Returns the network for data of this shape: (D,) vectors or (channels, height, width) images."""
+def velocity_network(shape: tuple[int, ...], num_classes: int, width: int, blocks: int, octaves: int) -> nn.Module:
+    """Returns the network for data of this shape: (D,) vectors, which `octaves` are of, or (channels, H, W) images."""
     if len(shape) == 3:
         return ImageVelocity(shape, num_classes, width, blocks)
-    return VectorVelocity(shape[0], shape[0], num_classes, width, blocks)
+    return VectorVelocity(shape[0], shape[0], num_classes, width, blocks, octaves)

@@ -13,7 +13,7 @@ from tarflow_fast.flows.velocity import ImageVelocity, VectorVelocity
 
 @pytest.mark.parametrize(
     ("network", "shape"),
-    [(VectorVelocity(3, 3, 2, 8, 1), (3,)), (ImageVelocity((2, 8, 4), 2, 4, 1), (2, 8, 4))],
+    [(VectorVelocity(3, 3, 2, 8, 1, octaves=2), (3,)), (ImageVelocity((2, 8, 4), 2, 4, 1), (2, 8, 4))],
     ids=["vectors", "images"],
 )
 def test_a_velocity_depends_on_place_time_and_class(network: torch.nn.Module, shape: tuple[int, ...]) -> None:
