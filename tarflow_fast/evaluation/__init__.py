@@ -2,6 +2,7 @@
 
 from .bayes import BayesAccuracy, bayes_accuracy
 from .density import BitsPerDim, bits_per_dim
+from .family import FlowScore, flow_score, reconstruction_error
 from .feature_shards import feature_format, holds_features, read_features
 from .features import Features
 from .fid import FeatureSums, Gaussian, feature_sums, frechet_distance, read_spatial_statistics, read_statistics
@@ -19,6 +20,7 @@ __all__ = [
     "FeatureSet",
     "FeatureSums",
     "Features",
+    "FlowScore",
     "Gaussian",
     "Inception",
     "Noise",
@@ -28,6 +30,7 @@ __all__ = [
     "compute_measures",
     "feature_format",
     "feature_sums",
+    "flow_score",
     "frechet_distance",
     "holds_features",
     "inception_score",
@@ -36,6 +39,7 @@ __all__ = [
     "read_features",
     "read_spatial_statistics",
     "read_statistics",
+    "reconstruction_error",
     "require_matplotlib",
     "save_curve",
     "tune",

@@ -6,8 +6,21 @@
 from __future__ import annotations
 
 from .base import Bijection, FamilyFlow
-from .checkpoints import is_family, load, save
+from .checkpoints import describe, is_family, load, save
+from .pictures import draw_picture
 from .preprocessing import Preprocessed
 from .registry import FAMILIES, Family, build
 
-__all__ = ["FAMILIES", "Bijection", "Family", "FamilyFlow", "Preprocessed", "build", "is_family", "load", "save"]
+__all__ = [
+    "FAMILIES",
+    "Bijection",
+    "Family",
+    "FamilyFlow",
+    "Preprocessed",
+    "build",
+    "describe",
+    "draw_picture",
+    "is_family",
+    "load",
+    "save",
+]

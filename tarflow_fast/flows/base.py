@@ -50,6 +50,7 @@ class FamilyFlow(nn.Module):
         has_inverse: Whether `forward` and `inverse` are there.
         exact: Whether `log_prob` is deterministic and exact to rounding. If not, it is an estimate, which draws from
             `generator`, or the solution of an ODE to a tolerance.
+        trained_by_likelihood: Whether `loss` is −log p in nats per value, or an estimate or bound of it.
     """
 
     @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class FamilyFlow(nn.Module):
     name: str = ""
     has_inverse: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    trained_by_likelihood: ClassVar[bool] = True
     options: Any
     bijection: Bijection
 
@@ -125,6 +127,9 @@ class FamilyFlow(nn.Module):
     def evaluations(self) -> int | None:
         """Returns how often the last `sample` or `log_prob` evaluated the network; None where it is always once."""
         return None
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Is called before each step of training, for families that train in stages. step: of `steps`, from 0."""
 
     # What families are made of ------------------------------------------------------------------------------------
 

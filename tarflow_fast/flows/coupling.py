@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from .base import Bijection
 
-LOG_SCALE_BOUND = 3.0  # one layer stretches a value by at most e³
+LOG_SCALE_BOUND = 2.0  # one layer stretches a value by at most e²
 
 
 class Coupling(Bijection):
     """z = m x + (1 − m) (x − t) exp(−s), with (t, s) = network(m x, c); an additive one has s = 0.
 
-    The log-scale is bounded smoothly, s = 3 tanh(s'/3), so that no step of training can make it explode.
+    The log-scale is bounded smoothly, s = 2 tanh(s'/2), so that no step of training can make it explode.
 
     mask: m, of the shape of one sample, 1 where values pass. network: a module that gives (B, 2, *shape), or
     (B, 1, *shape) for an additive coupling. additive: whether there is no scale.

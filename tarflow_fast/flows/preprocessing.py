@@ -127,6 +127,9 @@ class Preprocessed(FamilyFlow):
         scale = Logit(self.options.alpha) if self.levels and self.options.logit else None
         self.steps = Chain([step for step in (scale, Standardise(self.data_shape)) if step is not None])
         variational = self.options.dequantization == "variational"
+        if variational and not flow.trained_by_likelihood:
+            expected = f"'uniform', as {flow.name!r} does not train by likelihood, which would teach the noise"
+            raise ArgumentError("dequantization", expected, "'variational'")
         self.noise = VariationalNoise(self.data_shape) if variational else None
 
     @property
@@ -139,7 +142,8 @@ class Preprocessed(FamilyFlow):
     def loss(self, x: Tensor, y: Labels = None, *, generator: torch.Generator | None = None) -> Tensor:
         x, log_q = self._dequantised(self.check_data(x, finite=False), generator)
         inner, log_det = self.steps(x)
-        return self.flow.loss(inner, y, generator=generator) - (log_det - log_q).mean() / self.dims
+        loss = self.flow.loss(inner, y, generator=generator)
+        return loss - (log_det - log_q).mean() / self.dims if self.flow.trained_by_likelihood else loss
 
     def log_prob(self, x: Tensor, y: Labels = None, *, generator: torch.Generator | None = None) -> Tensor:
         x, log_q = self._dequantised(self.check_data(x), generator)
@@ -163,6 +167,9 @@ class Preprocessed(FamilyFlow):
         x, log_det = self.steps.inverse(inner)
         return x, log_det + inner_log_det
 
+    def at_step(self, step: int, steps: int) -> None:
+        self.flow.at_step(step, steps)
+
     def evaluations(self) -> int | None:
         return self.flow.evaluations()
 
@@ -174,6 +181,10 @@ class Preprocessed(FamilyFlow):
         if finite and self.levels and bool(((x < 0) | (x > LEVELS - 1)).any()):
             raise ArgumentError("x", "8-bit levels, 0 to 255", f"{float(x.min()):g} to {float(x.max()):g}")
         return x
+
+    def transformed(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Returns the data as the flow sees them, (B, *data_shape). x: data as `log_prob` takes them."""
+        return self.steps(self._dequantised(self.check_data(x), generator)[0])[0]
 
     def _dequantised(self, v: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Returns v + u and log q(u | v), (B,): 0 for uniform noise, and for data that need none."""
