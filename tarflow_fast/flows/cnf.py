@@ -32,7 +32,7 @@ class CNF(ODEFlow):
 
         width: int = 64
         blocks: int = 2
-    octaves: int = 0
+        octaves: int = 0
         adjoint: bool = False
         training_tolerance: float = 1e-3
         kinetic: float = 0.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -39,6 +39,7 @@ class FlowMatching(ODEFlow):
             super().__post_init__()
             check_number("sigma", self.sigma, 0, 1)
 
+    trained_by_likelihood: ClassVar[bool] = False
     options: Options
 
     def loss(self, x: Tensor, y: Labels = None, *, generator: torch.Generator | None = None) -> Tensor:
@@ -78,8 +79,8 @@ class FlowMatching(ODEFlow):
             return v, v.square().flatten(1).sum(1)
 
         (x, energy), _ = integrate(field, (z, z.new_zeros(n)), 0.0, 1.0, self.ode)
-        distance = (x - z).square().flatten(1).sum(1)
-        return float((energy - distance).double().mean() / distance.double().mean())
+        distance = (x - z).square().flatten(1).double().sum()
+        return float((energy.double().sum() - distance) / distance) if distance > 0 else 0.0
 
     def figures(self, generator: torch.Generator | None = None) -> dict[str, float]:
         """Returns the figures that an evaluation reports beside the density: the straightness of trajectories."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class RiemannianFlowMatching(ODEFlow):
 
         manifold: Literal["sphere", "torus"] = "sphere"
 
+    trained_by_likelihood: ClassVar[bool] = False
     options: Options
 
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):

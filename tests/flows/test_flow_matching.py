@@ -10,8 +10,10 @@ import torch
 from tolerances import SAME_F32, SAME_F64, STANDARD_ERRORS, assert_close
 from torch import Tensor, nn
 
+from tarflow_fast.data import FlowData
 from tarflow_fast.errors import ArgumentError, ODEDiverged
-from tarflow_fast.flows import FamilyFlow, build
+from tarflow_fast.evaluation import flow_score
+from tarflow_fast.flows import FamilyFlow, Preprocessed, build
 from tarflow_fast.flows.flow_matching import FlowMatching, optimally_paired
 from tarflow_fast.flows.ode import ODE
 
@@ -106,6 +108,13 @@ def test_straight_trajectories_have_straightness_zero_and_turning_ones_that_of_a
     # half a circle of radius r: ∫ ‖v‖² = (π r)², and the ends are 2 r apart
     found = with_velocity(Turning(), tolerance=1e-8).straightness(100, generator=generator)
     assert found == pytest.approx((math.pi**2 - 4) / 4, rel=1e-5)
+
+
+def test_an_evaluation_reports_the_straightness() -> None:
+    model = Preprocessed(build("flow-matching", data_shape=(2,), width=4, blocks=1, solver="euler", steps=2))
+    row = flow_score(model, FlowData(torch.randn(20, 2), "vectors")).row()
+    assert row["evaluations"] == 2
+    assert row["straightness"] == 0, "nothing moves in a new model"
 
 
 @pytest.mark.parametrize("classes", [0, 2])
