@@ -40,7 +40,7 @@ class FamilyCase:
 
     name: the family. shape: the shape of one sample. classes: the number of classes. options: the family's options.
     draw: data that the family takes. stir: how far weights are moved from where they begin, as many families begin as
-    the identity.
+    the identity. points: how many points of a grid the density is integrated on, along a side; a smooth one needs few.
     """
 
     name: str
@@ -49,6 +49,7 @@ class FamilyCase:
     options: dict[str, Any] = field(default_factory=dict)
     draw: Draw = gaussian
     stir: float = 0.1
+    points: int = 601
 
     def __str__(self) -> str:
         classes = f"-{self.classes}classes" if self.classes else ""
@@ -73,6 +74,10 @@ class FamilyCase:
         return torch.arange(n) % self.classes if self.classes else None
 
 
+SMALL = {"width": 16, "blocks": 1}  # of the networks of ODEs
+STEPS = {"solver": "rk4", "steps": 8}
+TOKENS = {"vocabulary": 4, "width": 16, "layers": 1, "heads": 2, "steps": 8}
+
 CASES: tuple[FamilyCase, ...] = (
     FamilyCase("nice", (2,), options={"couplings": 4, "hidden": (16,)}),
     FamilyCase("nice", (1, 4, 6), classes=3, options={"couplings": 3, "hidden": (16,)}),
@@ -93,4 +98,14 @@ CASES: tuple[FamilyCase, ...] = (
     FamilyCase("residual", (2,), options={"blocks": 3, "hidden": (16,)}),
     FamilyCase("residual", (5,), classes=2, options={"blocks": 3, "hidden": (16, 16)}),
     FamilyCase("residual", (1, 4, 8), classes=2, options={"blocks": 2, "hidden": (8, 8)}),
+    FamilyCase("cnf", (2,), options={**SMALL, "tolerance": 1e-7}, points=121),
+    FamilyCase("cnf", (5,), classes=2, options={**SMALL, "tolerance": 1e-7}),
+    FamilyCase("flow-matching", (2,), options={**SMALL, **STEPS, "coupling": "optimal"}, points=121),
+    FamilyCase("flow-matching", (1, 4, 4), classes=2, options={**STEPS, "width": 8, "blocks": 1}, stir=0.03),
+    FamilyCase("rectified", (2,), options={**SMALL, **STEPS, "pairs": 16}, points=121),
+    FamilyCase("rectified", (3,), classes=2, options={**SMALL, **STEPS, "pairs": 16}),
+    FamilyCase("discrete", (5,), classes=2, options=TOKENS, draw=tokens),
+    FamilyCase("discrete", (3,), options={**TOKENS, "source": "uniform"}, draw=tokens),
+    FamilyCase("riemannian", (3,), classes=2, options={**SMALL, **STEPS, "manifold": "sphere"}, draw=on_sphere),
+    FamilyCase("riemannian", (2,), options={**SMALL, **STEPS, "manifold": "torus"}, draw=on_torus),
 )

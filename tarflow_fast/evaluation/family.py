@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class FlowScore:
         evaluations: How often one density pass evaluated the network, or None where that is always once.
         samples: The number of samples.
         seconds: The time that it took.
+        figures: What the family reports beside its density, by name, such as the straightness of rectified flow.
     """
 
     log_prob: float
@@ -42,6 +43,7 @@ class FlowScore:
     evaluations: int | None
     samples: int
     seconds: float
+    figures: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields by their names."""
@@ -50,7 +52,7 @@ class FlowScore:
     def row(self) -> dict[str, float]:
         """Returns the figures that this kind of model has."""
         names = ("log_prob", "bits_per_dim", "reconstruction", "evaluations")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None} | self.figures
 
 
 @torch.no_grad()
@@ -92,6 +94,7 @@ def flow_score(
         raise TarFlowError(f"the density of sample {int(bad[0, 0])} is not finite")
     error = float(found.std()) / math.sqrt(len(found)) if len(found) > 1 else None
     mean, coded = float(found.mean()), data.levels or data.kind == "tokens"
+    figures = model.figures(random)
     bits = -mean / (model.dims * math.log(2)) if coded else None
     return FlowScore(
         mean,
@@ -101,6 +104,7 @@ def flow_score(
         evaluations,
         len(data),
         time.perf_counter() - start,
+        figures,
     )
 
 

@@ -131,6 +131,13 @@ class FamilyFlow(nn.Module):
     def at_step(self, step: int, steps: int) -> None:
         """Is called before each step of training, for families that train in stages. step: of `steps`, from 0."""
 
+    def figures(self, generator: torch.Generator | None = None) -> dict[str, float]:
+        """Returns what an evaluation reports of this family beside its density, by name; by default nothing.
+
+        generator: what random numbers come from.
+        """
+        return {}
+
     # What families are made of ------------------------------------------------------------------------------------
 
     def check_data(self, x: Tensor, *, finite: bool = True) -> Tensor:

@@ -173,6 +173,9 @@ class Preprocessed(FamilyFlow):
     def evaluations(self) -> int | None:
         return self.flow.evaluations()
 
+    def figures(self, generator: torch.Generator | None = None) -> dict[str, float]:
+        return self.flow.figures(generator)
+
     def check_data(self, x: Tensor, *, finite: bool = True) -> Tensor:
         """Returns x as floats. Raises ArgumentError for values outside 0 to 255 where they are to be levels."""
         if isinstance(x, Tensor) and x.dtype == torch.uint8:

@@ -78,6 +78,23 @@ FAMILIES: dict[str, Family] = {
         "Free-form networks, contractions x + g(x) inverted by iteration",
         ("vectors", "images"),
     ),
+    "cnf": Family("cnf.CNF", "FFJORD: one free-form ODE, trained on its own likelihood", ("vectors", "images")),
+    "flow-matching": Family(
+        "flow_matching.FlowMatching",
+        "An ODE that is trained without solving it, on straight paths from noise to data",
+        ("vectors", "images"),
+    ),
+    "rectified": Family(
+        "rectified.RectifiedFlow",
+        "Flow matching whose trajectories are straightened, for samples in one step or a few",
+        ("vectors", "images"),
+    ),
+    "discrete": Family(
+        "discrete.DiscreteFlowMatching", "Sequences of tokens, by a Markov chain from masks or noise", ("tokens",)
+    ),
+    "riemannian": Family(
+        "riemannian.RiemannianFlowMatching", "Points on the sphere or the torus, along geodesics", ("sphere", "torus")
+    ),
 }
 """The families by name, the simplest first."""
 
