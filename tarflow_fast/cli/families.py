@@ -60,11 +60,11 @@ def flow_config(name: str | None, options: dict[str, Any], given: dict[str, Any]
     return FlowConfig(name, tuple(pairs), **values)
 
 
-def with_family_defaults(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def with_family_defaults(flow: str, options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of `train` with the defaults of families where none were given."""
     from ..trainer.flow_config import defaults_for
 
-    return options | {key: value for key, value in defaults_for(options["data"]).items() if key not in given}
+    return options | {key: value for key, value in defaults_for(flow, options["data"]).items() if key not in given}
 
 
 def holds_family(path: str | None) -> bool:

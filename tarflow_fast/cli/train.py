@@ -334,7 +334,7 @@ def train_command(
 
     family = flow_config(flow, options, given)
     if family is not None:
-        options = with_family_defaults(options, given) | {"flow": family}
+        options = with_family_defaults(family.name, options, given) | {"flow": family}
         given["flow"] = family
 
     how: dict[str, Any] = {"resume": resume, "progress": shown}

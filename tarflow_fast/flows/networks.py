@@ -11,13 +11,15 @@ from torch.nn import functional as F
 
 
 class Perceptron(nn.Module):
-    """params = network([x, c]), (B, outputs, *shape): fully connected layers with SiLU, the last one zero at first.
+    """params = network([x, c]), (B, outputs, *shape): fully connected layers with SiLU.
 
     shape: the shape of x without its batch. outputs: how many parameters each value of x gets. hidden: the widths of
-    the hidden layers. classes: the width of the context c, 0 for none.
+    the hidden layers. classes: the width of the context c, 0 for none. zeroed: whether the last layer begins at zero.
     """
 
-    def __init__(self, shape: tuple[int, ...], outputs: int, hidden: tuple[int, ...], classes: int = 0):
+    def __init__(
+        self, shape: tuple[int, ...], outputs: int, hidden: tuple[int, ...], classes: int = 0, *, zeroed: bool = True
+    ):
         super().__init__()
         self.shape = (outputs, *shape)
         widths = (math.prod(shape) + classes, *hidden, math.prod(self.shape))
@@ -25,7 +27,8 @@ class Perceptron(nn.Module):
         for width, following in pairwise(widths):
             layers += [nn.Linear(width, following), nn.SiLU()]
         self.layers = nn.Sequential(*layers[:-1])
-        zero(layers[-2])
+        if zeroed:
+            zero(layers[-2])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the parameters, (B, outputs, *shape). x: (B, *shape). context: (B, classes), or None."""

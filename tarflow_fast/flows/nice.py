@@ -32,8 +32,9 @@ class NICE(FamilyFlow):
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
         super().__init__(data_shape, num_classes, options)
         shape, hidden = self.data_shape, self.options.hidden
-        couplings = (
-            Coupling(alternating(shape, odd=k % 2 == 1), Perceptron(shape, 1, hidden, num_classes), additive=True)
-            for k in range(self.options.couplings)
-        )
+        couplings = []
+        for k in range(self.options.couplings):
+            # The identity is a saddle for data that are symmetric: shifts that begin at zero would stay there.
+            network = Perceptron(shape, 1, hidden, num_classes, zeroed=False)
+            couplings.append(Coupling(alternating(shape, odd=k % 2 == 1), network, additive=True))
         self.bijection = Chain([*couplings, DiagonalScale(shape)])

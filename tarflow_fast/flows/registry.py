@@ -30,11 +30,15 @@ class Family:
         where: "module.Class", the module being one of this package.
         purpose: What the family is for, in one sentence without a full stop.
         kinds: The kinds of data that it takes, of `DIMENSIONS`.
+        lr: The highest learning rate with which it learns demonstrations, but for images.
+        passes: How many times the epochs of a demonstration that are not images it takes to learn it well.
     """
 
     where: str
     purpose: str
     kinds: tuple[str, ...]
+    lr: float = 2e-3
+    passes: int = 1
 
     def load(self) -> type[FamilyFlow]:
         """Returns the class. Raises BackendError where a library is missing that the family is made of."""
@@ -54,46 +58,76 @@ FAMILIES: dict[str, Family] = {
         "nice.NICE",
         "The simplest exact flow: additive couplings that keep volume, and one scale",
         ("vectors", "images"),
+        passes=3,
     ),
     "realnvp": Family(
-        "realnvp.RealNVP", "Fast both ways: affine couplings, for images in several scales", ("vectors", "images")
+        "realnvp.RealNVP",
+        "Fast both ways: affine couplings, for images in several scales",
+        ("vectors", "images"),
+        passes=3,
     ),
     "glow": Family(
         "glow.Glow",
         "Images fast both ways: affine couplings between learnt mixtures of channels, in several scales",
         ("vectors", "images"),
+        passes=2,
     ),
     "maf": Family(
-        "maf.MAF", "Density estimation: a density in one pass, samples value by value", ("vectors", "images")
+        "maf.MAF",
+        "Density estimation: a density in one pass, samples value by value",
+        ("vectors", "images"),
+        passes=2,
     ),
     "iaf": Family("iaf.IAF", "Samples in one pass, a density value by value, for few dimensions", ("vectors",)),
     "spline-coupling": Family(
-        "spline.SplineCoupling", "Flexible and fast both ways: couplings by splines", ("vectors", "images")
+        "spline.SplineCoupling",
+        "Flexible and fast both ways: couplings by splines",
+        ("vectors", "images"),
+        passes=2,
     ),
     "spline-autoregressive": Family(
-        "spline.SplineAutoregressive", "The best density of vectors: splines value by value", ("vectors", "images")
+        "spline.SplineAutoregressive",
+        "The best density of vectors: splines value by value",
+        ("vectors", "images"),
+        passes=2,
     ),
     "residual": Family(
         "residual.ResidualFlow",
         "Free-form networks, contractions x + g(x) inverted by iteration",
         ("vectors", "images"),
     ),
-    "cnf": Family("cnf.CNF", "FFJORD: one free-form ODE, trained on its own likelihood", ("vectors", "images")),
+    "cnf": Family(
+        "cnf.CNF",
+        "FFJORD: one free-form ODE, trained on its own likelihood",
+        ("vectors", "images"),
+        lr=5e-3,
+    ),
     "flow-matching": Family(
         "flow_matching.FlowMatching",
         "An ODE that is trained without solving it, on straight paths from noise to data",
         ("vectors", "images"),
+        lr=5e-3,
+        passes=3,
     ),
     "rectified": Family(
         "rectified.RectifiedFlow",
         "Flow matching whose trajectories are straightened, for samples in one step or a few",
         ("vectors", "images"),
+        lr=5e-3,
+        passes=3,
     ),
     "discrete": Family(
-        "discrete.DiscreteFlowMatching", "Sequences of tokens, by a Markov chain from masks or noise", ("tokens",)
+        "discrete.DiscreteFlowMatching",
+        "Sequences of tokens, by a Markov chain from masks or noise",
+        ("tokens",),
+        lr=1e-3,
     ),
     "riemannian": Family(
-        "riemannian.RiemannianFlowMatching", "Points on the sphere or the torus, along geodesics", ("sphere", "torus")
+        "riemannian.RiemannianFlowMatching",
+        "Points on the sphere or the torus, along geodesics",
+        ("sphere", "torus"),
+        lr=5e-3,
+        passes=3,
     ),
 }
 """The families by name, the simplest first."""

@@ -177,7 +177,7 @@ class TrainConfig:
             ArgumentError: As in `TrainConfig`.
         """
         flow = FlowConfig(flow) if isinstance(flow, str) else flow
-        return cls(**{**defaults_for(options.get("data")), **options, "flow": flow})
+        return cls(**{**defaults_for(flow.name, options.get("data")), **options, "flow": flow})
 
     def __post_init__(self) -> None:
         for field in fields(self):

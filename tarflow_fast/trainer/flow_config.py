@@ -8,6 +8,7 @@ from typing import Any
 from ..checks import check_choice, check_number
 from ..data import DEMONSTRATIONS
 from ..errors import ArgumentError
+from ..flows import FAMILIES
 from ..scalars import check_flag
 
 DEQUANTIZATIONS = ("uniform", "variational")
@@ -66,7 +67,12 @@ class FlowConfig:
             check_choice("manifold", self.manifold, MANIFOLDS)
 
 
-def defaults_for(data: object) -> dict[str, Any]:
-    """Returns the defaults of a run of a family on these data: a demonstration has its own number of epochs."""
-    known = DEMONSTRATIONS.get(data) if isinstance(data, str) else None
-    return DEFAULTS if known is None else {**DEFAULTS, "epochs": known.epochs}
+def defaults_for(flow: str, data: object) -> dict[str, Any]:
+    """Returns the defaults of a run of a family on these data; on a demonstration it has a schedule that suits both."""
+    demonstration = DEMONSTRATIONS.get(data) if isinstance(data, str) else None
+    if demonstration is None:
+        return DEFAULTS
+    family = FAMILIES.get(flow)
+    if family is None or demonstration.kind == "images":
+        return {**DEFAULTS, "epochs": demonstration.epochs}
+    return {**DEFAULTS, "epochs": demonstration.epochs * family.passes, "lr": family.lr}
