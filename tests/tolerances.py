@@ -21,7 +21,8 @@ SAME_F32 = 1e-5
 # fp32: a row of a batch against the same row alone or in another batch.
 BATCH = 1e-4
 
-# Families of flows: ∫ p over the plane against 1; log-det against the Jacobian's in float64; inverse(forward(x)) in fp32.
+# Families of flows: ∫ p over the plane against 1; log-det against the Jacobian's in float64; the inverse of forward in
+# fp32.
 FAMILY_INTEGRAL = 0.01
 FAMILY_LOG_DET = 1e-6
 FAMILY_INVERSE = 1e-5
