@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ class FlowData:
         """The CRC-32 of values and labels."""
         crc = zlib.crc32(self.values.contiguous().numpy().data)
         return crc if self.labels is None else zlib.crc32(self.labels.contiguous().numpy().data, crc)
+
+    def check_classes(self, num_classes: int, names: Sequence[str] | None, argument: str = "data") -> None:
+        """Raises ArgumentError where labels are not those of a model of so many classes, of these names if it has any.
+
+        argument: the name under which the error tells it.
+        """
+        if self.labels is None:
+            raise ArgumentError(argument, f"labels of {num_classes} classes", "none")
+        if names and self.class_names and list(names) != list(self.class_names):
+            raise ArgumentError(argument, f"the model's classes, {list(names)}", list(self.class_names))
+        if int(self.labels.max()) >= num_classes:
+            raise ArgumentError(argument, f"labels below {num_classes}, as the model has them", int(self.labels.max()))
 
     def spread(self, limit: int) -> FlowData:
         """Returns `limit` samples at even distances, or all where there are no more."""

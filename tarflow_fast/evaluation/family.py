@@ -81,6 +81,8 @@ def flow_score(
         raise ArgumentError("data", f"{data.kind} of shape {model.data_shape}", data.shape)
     size, start = check_count("batch_size", batch_size), time.perf_counter()
     labels = data.labels if (model.num_classes > 0 if conditional is None else conditional) else None
+    if labels is not None:
+        data.check_classes(model.num_classes, model.metadata.get("class_names"))
     random = torch.Generator(model.place.device).manual_seed(seed)
     parts, evaluations = [], None
     for first in range(0, len(data), size):

@@ -182,12 +182,14 @@ class FamilyLearner(Learner):
         held_out = self._read(path, "test", bar)
         if (held_out.kind, held_out.shape) != (data.kind, data.shape):
             raise ArgumentError("eval_data", f"{data.kind} of shape {data.shape}", f"{held_out.kind} {held_out.shape}")
+        if config.conditional:
+            held_out.check_classes(data.num_classes, data.class_names, "eval_data")
         return held_out.spread(config.eval_images)
 
     def _check_data(self, data: FlowData) -> None:
         """Raises ArgumentError, under the name of the option, for data that the model does not take."""
         try:
-            self.model.check_data(data.values[: max(1, len(data))].to(self.group.device))
+            self.model.check_data(data.values.to(self.group.device))
         except ArgumentError as error:
             raise ArgumentError("data", error.expected, error.got) from error
 

@@ -85,3 +85,15 @@ def test_what_is_no_data_is_told(tmp_path: Path) -> None:
         FlowData(torch.tensor([[0, -1]]), "tokens")
     with pytest.raises(ArgumentError, match=r"^data: expected vectors of 2 dimensions"):
         FlowData(torch.zeros(3), "vectors")
+
+
+def test_labels_that_a_model_does_not_have_are_refused() -> None:
+    data = FlowData(torch.zeros(3, 2), "vectors", torch.tensor([0, 1, 2]), ("a", "b", "c"))
+    data.check_classes(3, ["a", "b", "c"])
+    data.check_classes(3, None)
+    with pytest.raises(ArgumentError, match=r"^data: expected labels below 2, as the model has them, got 2$"):
+        data.check_classes(2, None)
+    with pytest.raises(ArgumentError, match=r"^eval_data: expected the model's classes, \['b', 'a', 'c'\], got "):
+        data.check_classes(3, ["b", "a", "c"], "eval_data")
+    with pytest.raises(ArgumentError, match=r"^data: expected labels of 3 classes, got none$"):
+        load_flow_data("checkerboard").check_classes(3, None)
