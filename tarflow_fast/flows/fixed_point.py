@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TOLERANCE = 4.0  # in units of rounding of the start, below which no residual can be brought
-MOST = 400  # passes; at a Lipschitz constant of 0.95 some 320 make 1e-7 of a residual of 1
+TOLERANCE = 4.0  # units of rounding, below which no residual can be brought
 
 
 class FixedPoint(NamedTuple):
@@ -24,21 +24,23 @@ class FixedPoint(NamedTuple):
     residual: float
 
 
-def fixed_point(h: Callable[[Tensor], Tensor], start: Tensor, memory: int) -> FixedPoint:
-    """Returns the fixed point of a contraction h, to rounding or after so many passes as that takes at most.
+def fixed_point(h: Callable[[Tensor], Tensor], start: Tensor, lipschitz: float, memory: int) -> FixedPoint:
+    """Returns the fixed point of a contraction h, to rounding or after twice the passes that the plain iteration takes.
 
     With a memory of m, the next point is that combination of the last m whose residuals cancel best (Walker and Ni,
     2011), separately for each sample. Where that made a sample's residual larger, its next point is h of the best so
     far, which for a contraction is closer, so that the iteration converges with any memory.
 
-    start: (B, …), the first point. memory: m; 0 for the plain iteration x ← h(x).
+    start: (B, …), the first point. lipschitz: L < 1, h's constant. memory: m; 0 for the plain iteration x ← h(x).
     """
     x, shape = start.flatten(1), start.shape
-    allowed = TOLERANCE * torch.finfo(x.dtype).eps * (1 + x.norm(dim=1))
-    best_image, best = x, torch.full_like(allowed, torch.inf)
+    eps = torch.finfo(x.dtype).eps
+    most = 20 + int(2 * math.log(eps) / math.log(lipschitz))
+    best_image, best = x, x.new_full((len(x),), torch.inf)
+    before = best > 0
     points: list[tuple[Tensor, Tensor]] = []  # images and residuals of the last points, (B, D) each
     passes = 0
-    while passes < MOST:
+    while passes < most:
         passes += 1
         image = h(x.reshape(shape)).flatten(1)
         residual = image - x
@@ -46,7 +48,10 @@ def fixed_point(h: Callable[[Tensor], Tensor], start: Tensor, memory: int) -> Fi
         better = size < best
         best_image = torch.where(better[:, None], image, best_image)
         best = torch.where(better, size, best)
-        if bool((best <= allowed).all()) or not bool(size.isfinite().all()):
+        # A point that h made of the best has a smaller residual, unless it is all rounding.
+        done = (best <= TOLERANCE * eps * (1 + best_image.norm(dim=1))) | ~(better | before)
+        before = better
+        if bool(done.all()) or not bool(size.isfinite().all()):
             break
         points = [*points, (image, residual)][-memory - 1 :]
         x = torch.where(better[:, None], _combined(points), best_image) if memory else image

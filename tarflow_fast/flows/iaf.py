@@ -27,7 +27,7 @@ class IAF(FamilyFlow):
             hidden: The widths of the hidden layers of each transform's masked network.
         """
 
-        transforms: int = 4
+        transforms: int = 6
         hidden: tuple[int, ...] = (64, 64)
 
         def __post_init__(self) -> None:

@@ -118,12 +118,15 @@ class ResidualBlock(Bijection):
         """
         g, _ = self._map(context)
         with torch.no_grad():
-            self.found = fixed_point(lambda x: z - g(x), z, self.options.anderson)
+            self.found = self._fixed_point(lambda x: z - g(x), z)
             most = ALLOWED * torch.finfo(z.dtype).eps * (1 + float(z.flatten(1).norm(dim=1).max()))
         if not self.found.residual <= most:
             known = f"a residual of {self.found.residual:.1e} after {self.found.passes} passes"
             raise ArgumentError(self.name, "a contraction, whose fixed point iteration converges", known)
         return self._recorded(self.found.x, z, g) if torch.is_grad_enabled() else self.found.x
+
+    def _fixed_point(self, h: Map, start: Tensor) -> FixedPoint:
+        return fixed_point(h, start, self.options.lipschitz, self.options.anderson)
 
     def _recorded(self, x: Tensor, z: Tensor, g: Map) -> Tensor:
         """Returns the inverse x of z such that autograd takes (I + J)⁻ᵀ times a gradient back to z and the weights."""
@@ -136,7 +139,7 @@ class ResidualBlock(Bijection):
                 def step(u: Tensor) -> Tensor:
                     return gradient - torch.autograd.grad(image, point, u, retain_graph=True)[0]
 
-                return fixed_point(step, gradient, self.options.anderson).x
+                return self._fixed_point(step, gradient).x
 
             again.register_hook(solve)
         return again
@@ -189,7 +192,7 @@ class ResidualFlow(FamilyFlow):
         terms: int = 2
         most_terms: int = 20
         probes: int = 1
-        anderson: int = 4
+        anderson: int = 2
 
         def __post_init__(self) -> None:
             for name in ("blocks", "terms", "most_terms", "probes"):

@@ -31,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(out: Path, *more: Any) -> Any:
-    sizes = ("--seconds", 100, "--samples", 20, "--repeat", 2, "--budget", 1, "--threads", 1)
+    sizes = ("--seconds", 100, "--samples", 20, "--repeat", 2, "--budget", 1000, "--threads", 1)
     return bench("families", *sizes, "--out", out, *more)
 
 
@@ -53,6 +53,7 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert (cell["bits"] is None) == (cell["label"]["data"] == "moons")
         sample, density = cell["runs"]
         assert (sample["name"], density["name"]) == ("sample", "density")
+        assert sample["count"] == density["count"] == 20
         assert len(sample["seconds"]) >= 1
         assert (sample["evaluations"] is None) == (cell["label"]["family"] == "nice")
         assert density["evaluations"] is None
@@ -66,6 +67,14 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert len(panels[0].lines[0].get_xdata()) == 20
     assert panels[3].images[0].get_array().shape == (16, 16)
     assert str(tmp_path) not in out.read_text()
+
+
+def test_what_takes_long_is_reckoned_from_few(tmp_path: Path) -> None:
+    result = run(tmp_path / "run.json", "--data", "moons", "--family", "nice", "--samples", 100, "--budget", 1e-9)
+    assert result.exit_code == 0, result.output
+    (cell,) = record.read(tmp_path / "run.json")["cells"]
+    assert [(each["count"], len(each["seconds"])) for each in cell["runs"]] == [(5, 1), (5, 1)]
+    assert unpack(cell["samples"]).shape == (5, 2)
 
 
 def test_what_fails_is_told_and_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,17 +182,25 @@ def test_an_inverse_states_its_residual(memory: int) -> None:
 def test_anderson_acceleration_takes_fewer_passes_to_the_same_point() -> None:
     A = torch.linalg.qr(noise(6, 6))[0] * 0.97
     b = noise(9, 6)
-    plain, fast = (fixed_point(lambda x: torch.tanh(x @ A.T) + b, b, memory) for memory in (0, 4))
+    plain, fast = (fixed_point(lambda x: torch.tanh(x @ A.T) + b, b, 0.97, memory) for memory in (0, 4))
     assert_close(fast.x, plain.x, 1e-12)
     assert 2 * fast.passes < plain.passes
-    assert fixed_point(lambda x: b, b, 4).passes == 1
+    assert fixed_point(lambda x: b, b, 0.5, 4).passes == 1
 
 
-def test_acceleration_that_leads_astray_is_taken_back() -> None:
-    """A contraction with kinks, which combinations of earlier points are far from, still converges."""
-    b = 10 * noise(20, 3)
-    found = fixed_point(lambda x: 0.9 * (x - b).abs() + b, torch.zeros_like(b), 4)
-    assert_close(found.x, b, 1e-12)
+@pytest.mark.parametrize("memory", [1, 2, 4])
+def test_acceleration_that_leads_astray_is_taken_back(memory: int) -> None:
+    """Newton's method diverges for the arctangent, from afar, and so does what is like it; a contraction converges."""
+    found = fixed_point(lambda x: 0.95 * x - 1.85 * torch.atan(x), 10 * noise(200, 2), 0.95, memory)
+    assert_close(found.x, torch.zeros_like(found.x), 1e-12)
+    assert found.passes < 100
+
+
+@pytest.mark.parametrize("memory", [0, 1, 4])
+def test_an_iteration_ends_where_only_rounding_is_left(memory: int) -> None:
+    found = fixed_point(lambda x: 0.95 * (x.flip(-1) - 1e3).abs(), noise(50, 3).float(), 0.95, memory)
+    assert found.residual < 20 * 1.2e-7 * 1e3  # rounding, and what 1 / (1 − 0.95) makes of it
+    assert found.passes < 600
 
 
 def test_what_is_no_contraction_is_refused_by_name() -> None:
