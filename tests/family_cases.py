@@ -83,7 +83,7 @@ CASES: tuple[FamilyCase, ...] = (
     FamilyCase("nice", (1, 4, 6), classes=3, options={"couplings": 3, "hidden": (16,)}),
     FamilyCase("realnvp", (2,), options={"couplings": 4, "hidden": (16,)}),
     FamilyCase("realnvp", (5,), classes=2, options={"couplings": 4, "hidden": (16,)}),
-    FamilyCase("realnvp", (1, 8, 4), classes=2, options={"couplings": 2, "width": 8}, stir=0.03),
+    FamilyCase("realnvp", (1, 8, 4), classes=2, options={"width": 8}, stir=0.03),
     FamilyCase("cnf", (2,), options={**SMALL, "tolerance": 1e-7}, points=121),
     FamilyCase("cnf", (5,), classes=2, options={**SMALL, "tolerance": 1e-7}),
     FamilyCase("flow-matching", (2,), options={**SMALL, **STEPS, "coupling": "optimal"}, points=121),

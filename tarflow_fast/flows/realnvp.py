@@ -25,9 +25,10 @@ class RealNVP(FamilyFlow):
         """The options of RealNVP.
 
         Attributes:
-            couplings: The number of couplings of a vector, or with one kind of mask in each scale of an image.
+            couplings: For vectors, the number of couplings.
             hidden: For vectors, the widths of the hidden layers of each coupling's network.
             scales: For images, the number of scales.
+            per_scale: For images, the number of couplings with one kind of mask in each scale.
             width: For images, the channels of each coupling's network.
             blocks: For images, the residual blocks of each coupling's network.
             actnorm: Whether an ActNorm goes before each coupling, as batch normalisation does in the paper.
@@ -36,12 +37,13 @@ class RealNVP(FamilyFlow):
         couplings: int = 8
         hidden: tuple[int, ...] = (64, 64)
         scales: int = 3
+        per_scale: int = 2
         width: int = 32
         blocks: int = 1
         actnorm: bool = True
 
         def __post_init__(self) -> None:
-            for name in ("couplings", "scales", "width"):
+            for name in ("couplings", "scales", "per_scale", "width"):
                 check_count(name, getattr(self, name))
             check_count("blocks", self.blocks, low=0)
             check_flag("actnorm", self.actnorm)
@@ -73,7 +75,7 @@ class RealNVP(FamilyFlow):
     def _image_steps(self, shape: tuple[int, int, int], *, checkers: bool) -> list[Bijection]:
         mask = checkerboard if checkers else half_of_channels
         steps: list[Bijection] = []
-        for k in range(self.options.couplings):
+        for k in range(self.options.per_scale):
             network = Convolutions(shape[0], 2, self.options.width, self.options.blocks, self.num_classes)
             steps += [*self._norm(shape), Coupling(mask(shape, odd=k % 2 == 1), network)]
         return steps
