@@ -47,8 +47,8 @@ class DiscreteFlowMatching(FamilyFlow):
 
         vocabulary: int = 4
         source: Literal["masked", "uniform"] = "masked"
-        width: int = 128
-        layers: int = 3
+        width: int = 64
+        layers: int = 2
         heads: int = 4
         steps: int = 128
         times: int = 32

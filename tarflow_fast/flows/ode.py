@@ -169,7 +169,6 @@ class _Limited(nn.Module):
         return self.field(t, state)
 
     def callback_step(self, t: Tensor, state: Tensor | State, size: Tensor) -> None:
-        check_finite(state if isinstance(state, tuple) else (state,), float(t.detach()))
         if not bool(t + size > t):
             raise ODEDiverged(float(t.detach()), "its steps became too small for the dtype, or NaN")
 

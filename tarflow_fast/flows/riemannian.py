@@ -25,12 +25,13 @@ class RiemannianFlowMatching(ODEFlow):
 
     @dataclass(frozen=True)
     class Options(ODEOptions):
-        """The options of Riemannian flow matching, beside those of every ODE.
+        """The options of Riemannian flow matching, beside those of every ODE, which has fewer octaves for smoothness.
 
         Attributes:
             manifold: "sphere", whose points are unit vectors, or "torus", whose points are angles in [0, 2π).
         """
 
+        octaves: int = 1
         manifold: Literal["sphere", "torus"] = "sphere"
 
     trained_by_likelihood: ClassVar[bool] = False

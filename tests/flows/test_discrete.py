@@ -81,6 +81,15 @@ def test_from_masks_the_bound_of_an_exact_network_is_the_log_likelihood() -> Non
     assert ((mean - LAW.log()).abs() < STANDARD_ERRORS * error + 2e-3).all()
 
 
+@pytest.mark.parametrize("steps", [2, 5])
+def test_the_bound_counts_the_tokens_of_the_last_step(steps: int) -> None:
+    model = build("discrete", data_shape=(1,), vocabulary=4, width=4, heads=1, layers=1, steps=steps)
+    with torch.no_grad():  # a new network is exact for uniform data, of which one token is drawn exactly in any steps
+        found = model.log_prob(torch.zeros(4000, 1, dtype=torch.int64), generator=torch.Generator().manual_seed(1))
+    error = float(found.std()) / math.sqrt(len(found))
+    assert float(found.mean()) == pytest.approx(-math.log(4), abs=STANDARD_ERRORS * error)
+
+
 def test_from_uniform_draws_the_bound_is_below_the_log_likelihood_on_average() -> None:
     mean, error = bounds(exact_model("uniform"))
     below = float((LAW * (LAW.log() - mean)).sum())

@@ -112,6 +112,18 @@ def test_the_adjoint_ode_has_the_same_limit() -> None:
         x.sum().backward()
 
 
+def test_the_adjoint_ode_diverges_by_name() -> None:
+    weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def rooted(t: Tensor, state: State) -> State:  # at 0 it has a value, and no derivative
+        return tuple(weight * part.sqrt() for part in state)
+
+    zero = tuple(torch.zeros_like(part) for part in start())
+    (x, _), _ = integrate(rooted, zero, 0.0, 0.1, ODE("dopri5"), parameters=[weight])
+    with pytest.raises(ODEDiverged, match="the ODE diverged at t = "):
+        x.sum().backward()
+
+
 def test_the_adjoint_ode_has_the_gradients_of_the_steps() -> None:
     found = []
     for adjoint in (False, True):

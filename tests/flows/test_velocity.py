@@ -30,6 +30,17 @@ def test_a_velocity_depends_on_place_time_and_class(network: torch.nn.Module, sh
         assert (other - v).abs().amax() > 1e-3
 
 
+@pytest.mark.parametrize("octaves", [0, 2])
+@torch.no_grad()
+def test_a_network_sees_octaves_beside_the_vectors(octaves: int) -> None:
+    network = VectorVelocity(3, 3, 0, 8, 1, octaves)
+    for weight in network.parameters():
+        weight += torch.randn(weight.shape)
+    network.enter.weight[:, :3] = 0  # of the vectors themselves
+    x, t = torch.randn(4, 3), torch.full((), 0.3)
+    assert torch.equal(network(x, t), network(x + 1, t)) == (octaves == 0)
+
+
 def test_images_that_cannot_be_halved_twice_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"^data_shape: expected images whose height and width are multiples of 4"):
         build("flow-matching", data_shape=(1, 6, 8))
