@@ -59,10 +59,10 @@ def flows_command(name: str | None, as_json: bool) -> None:
     else:
         lines = ["Families (train --flow NAME), and the data that each takes:"]
         for known, each in facts["families"].items():
-            lines.append(f"  {known:<16} {each['purpose']} ({', '.join(each['data'])})")
+            lines.append(f"  {known:<22} {each['purpose']} ({', '.join(each['data'])})")
         lines += ["", "Demonstrations (train --data NAME):"]
         for known, each in facts["demonstrations"].items():
-            lines.append(f"  {known:<16} {each['kind']}: {each['what']}")
+            lines.append(f"  {known:<22} {each['kind']}: {each['what']}")
         echo(*lines)
 
 

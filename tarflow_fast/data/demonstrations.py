@@ -185,8 +185,8 @@ DEMONSTRATIONS: dict[str, Demonstration] = {
     "wine": Demonstration("vectors", "13 measurements of 178 wines", 400, _table("wine")),
     "breast-cancer": Demonstration("vectors", "30 measurements of 569 tumours", 200, _table("breast_cancer")),
     "digits": Demonstration("images", "1,797 handwritten digits of 8×8 pixels", 150, _digits),
-    "dna": Demonstration("tokens", "chains of 32 bases with a TATA box in each", 12, _generated(_dna)),
-    "text": Demonstration("tokens", "windows of 32 letters of English text", 25, _text),
+    "dna": Demonstration("tokens", "chains of 32 bases with a TATA box in each", 20, _generated(_dna)),
+    "text": Demonstration("tokens", "windows of 32 letters of English text", 40, _text),
     "sphere": Demonstration("sphere", "a band and two caps on the unit sphere", 25, _generated(_sphere)),
     "torus": Demonstration("torus", "three clouds of pairs of angles", 25, _generated(_torus)),
 }
