@@ -12,6 +12,7 @@ import click
 
 from ..limits import MOST_NUMBER, MOST_SIZE, MOST_TOL
 from ..sizes import Size
+from .families import holds_family, sample_family, sample_lines
 from .features import own_device, run_folder
 from .labels import choose
 from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, layout
@@ -327,6 +328,15 @@ def sample_command(
     Without arguments: the shipped Fashion-MNIST model, a row of images for each class, in samples.png.
     """
     bars = show_progress(progress, quiet)
+    if holds_family(model_path):
+        which = {"weights": weights, "patch_size": patch_size, "img_size": img_size, "in_channels": in_channels}
+        which |= {"head_dim": head_dim, "columns": columns, "scale": scale, "recipe": recipe}
+        family_facts = sample_family(str(model_path), count, labels, no_grid, {**given, **which})
+        if as_json:
+            print_json(family_facts)
+        elif not quiet:
+            echo(*sample_lines(family_facts))
+        return
     check_options({**given, "columns": columns, "scale": scale})
     if no_grid and given["out"] is not None:
         raise click.UsageError("--out and --no-grid exclude each other")

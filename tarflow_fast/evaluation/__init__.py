@@ -2,6 +2,7 @@
 
 from .bayes import BayesAccuracy, bayes_accuracy
 from .density import BitsPerDim, bits_per_dim
+from .family import FlowScore, flow_score, reconstruction_error
 from .feature_shards import Extractor, compute_features, feature_format, holds_features, read_features, write_features
 from .features import Features
 from .fid import FeatureSums, Gaussian, feature_sums, frechet_distance, read_spatial_statistics, read_statistics
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureSet",
     "FeatureSums",
     "Features",
+    "FlowScore",
     "Gaussian",
     "ImageSource",
     "Inception",
@@ -34,6 +36,7 @@ __all__ = [
     "compute_measures",
     "feature_format",
     "feature_sums",
+    "flow_score",
     "frechet_distance",
     "holds_features",
     "inception_score",
@@ -43,6 +46,7 @@ __all__ = [
     "read_features",
     "read_spatial_statistics",
     "read_statistics",
+    "reconstruction_error",
     "require_matplotlib",
     "save_curve",
     "save_statistics",
