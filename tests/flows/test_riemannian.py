@@ -18,7 +18,8 @@ from tarflow_fast.flows.ode import ODE
 
 GENERATOR = 3
 SPHERE, TORUS = (case for case in CASES if case.name == "riemannian")
-manifolds = pytest.mark.parametrize("manifold", [Sphere(2), Sphere(3), Sphere(5), Torus(1), Torus(3)], ids=repr)
+MANIFOLDS = [Sphere(2), Sphere(3), Sphere(5), Torus(1), Torus(3)]
+manifolds = pytest.mark.parametrize("manifold", MANIFOLDS, ids=["circle", "sphere", "sphere5", "ring", "torus3"])
 like = torch.empty(0, dtype=torch.float64)
 
 
