@@ -100,12 +100,6 @@ data_options = combine(
         "Data",
         ("--noise-std", 0.05, "SIGMA", "Level of Gaussian noise, images being in -1 to 1."),
         ("--drop-label", 0.1, "SHARE", "Share of labels replaced by 'no class', which guidance needs."),
-        (
-            "--label-weight",
-            0.0,
-            "X",
-            "Weight of -log p(label | x) in the loss: classes are told apart better, and a step takes twice the time.",
-        ),
     ),
 )
 

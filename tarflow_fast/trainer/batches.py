@@ -110,13 +110,3 @@ class Batches:
             v = torch.where(mirrored[:, None, None, None], v.flip(-1), v)
         x = add_noise(v, config.noise_type, config.noise_std, noise)
         return x, None if self.labels is None else self.labels[picked].to(self.device).masked_fill(dropped, -1)
-
-    def others(self, step: int, y: Tensor) -> Tensor:
-        """Returns (B/world,) int64, for each label of batch number `step` another one at random; −1 stays −1.
-
-        Each of the other labels has the same probability. y: (B/world,) int64, the labels of this process's rows.
-        """
-        random = stream(self.config.seed, "others", step, self.device)
-        classes = self.data.num_classes
-        away = torch.randint(1, classes, (self.size,), generator=random, device=self.device)[self.rows]
-        return torch.where(y < 0, y, (y + away) % classes)

@@ -81,8 +81,6 @@ class TrainConfig:
             noise_std · ε.
         noise_std: The level of Gaussian noise, on the scale of x.
         drop_label: The share of labels that are replaced by "no class", 0 to 1.
-        label_weight: The weight of −log p(label | x) in the loss, beside −log p(x | label): with it the likelihoods
-            tell classes apart better, and a step takes twice the time.
         flip: Whether half of the images are mirrored.
         epochs: The number of passes over the data.
         batch_size: The number of images in a step, over all processes, by default 256, or where there are fewer images,
@@ -135,7 +133,6 @@ class TrainConfig:
     noise_type: str = "gaussian"
     noise_std: float = 0.05
     drop_label: float = 0.1
-    label_weight: float = 0.0
     flip: bool = False
     epochs: int = 100
     batch_size: int | None = None
@@ -220,9 +217,6 @@ class TrainConfig:
             raise ArgumentError("cache", "a path or None", repr(self.cache))
         check_number("noise_std", self.noise_std, 0, open_low=True)
         check_number("drop_label", self.drop_label, 0, 1)
-        check_number("label_weight", self.label_weight, 0)
-        if self.label_weight and not self.conditional:
-            raise ArgumentError("label_weight", "0, as the model is unconditional", repr(self.label_weight))
         check_number("lr", self.lr, 0, open_low=True)
         check_number("min_lr", self.min_lr, 0, self.lr)
         check_choice("schedule", self.schedule, SCHEDULES)
@@ -294,17 +288,6 @@ class TrainConfig:
         if self.batch_size is not None:
             return self.batch_size
         return max(min(DEFAULT_BATCH, images) // processes, 1) * processes
-
-    def rows_of(self, images: int) -> int:
-        """Returns how many rows a step of so many images passes through the model: two each with a `label_weight`.
-
-        Args:
-            images: The number of images in a step of one process.
-
-        Returns:
-            The number of rows.
-        """
-        return images * (2 if self.label_weight else 1)
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Returns the learning rate of a step: a linear warm-up to `lr`, then `schedule` down to `min_lr`.

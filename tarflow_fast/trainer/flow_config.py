@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
 
 ONLY_TARFLOW = (
     *("patch_size", "channels", "num_blocks", "layers_per_block", "nvp", "head_dim", "class_names"),
-    *("noise_type", "noise_std", "label_weight", "sample_guidance"),
+    *("noise_type", "noise_std", "sample_guidance"),
 )
 """The options of `TrainConfig` that mean nothing for families, and stay at their defaults."""
 

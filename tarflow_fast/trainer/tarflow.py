@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data import ImageData, renamed
 from ..devices import own_defaults
@@ -18,7 +18,6 @@ from .batches import Batches
 from .config import TrainConfig
 from .learner import Forward, Learner, Outcome, Row, precision
 from .limits import check_fits
-from .objective import objective, objective_with_labels
 from .outputs import draw_grid, held_out_bits, is_written, write_model
 from .processes import Processes
 from .refusals import check_grid, check_options
@@ -46,7 +45,7 @@ class TarFlowLearner(Learner):
         source = None if start is None else start.model
         if source is not None:
             config = replace(config, **sizes_of(source, given_options(config)))
-        check_options(config, group.device, config.rows_of(math.ceil((config.batch_size or 1) / group.world)), source)
+        check_options(config, group.device, math.ceil((config.batch_size or 1) / group.world), source)
 
         reader = DataReader(config, group, bar)
         own = reader.read(config.data, "train")
@@ -60,15 +59,13 @@ class TarFlowLearner(Learner):
             data = with_classes_of(begun[0].num_classes, begun[1], data)
             own = own if own.numbers is None else replace(data, class_names=None)  # the numbers are the model's labels
         sizes = model_config(config, data) if begun is None else begun[0]
-        if config.label_weight and sizes.num_classes < 2:
-            raise ArgumentError("label_weight", "0, as the data has one class", config.label_weight)
         shape = tuple(data.images.shape[1:])
         if shape != sizes.data_shape:
             raise ArgumentError("init", f"a model of {data.kind} of shape {shape}", sizes.data_shape)
         self.kind, self.config = data.kind, config
         self.plan(len(data), lambda run: Batches(data, run, group.device, group.rank, group.world), group)
         config = self.config
-        check_fits(sizes, config.rows_of(self.batches.size // group.world), group.device)
+        check_fits(sizes, self.batches.size // group.world, group.device)
         self.held_out = reader.read_held_out(data, own)
         check_grid(config, sizes)
         with own_defaults():
@@ -83,19 +80,9 @@ class TarFlowLearner(Learner):
 
     def outcome(self, forward: Forward, step: int) -> Outcome:
         x, y = self.batches(step)
-        weight = self.config.label_weight
-
-        def run(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-            """Returns (z, log_det) of the model in training, in the run's precision."""
-            with precision(self.config, self.group.device):
-                z, _, log_det = forward(x, y)
-            return z, log_det
-
-        if y is None or not weight:
-            loss, z, log_det = objective(self.model, run, x, y)
-        else:
-            others = self.batches.others(step, y)
-            loss, z, log_det = objective_with_labels(self.model, run, x, y, others, weight)
+        with precision(self.config, self.group.device):
+            z, _, log_det = forward(x, y)
+        loss = self.model.get_loss(z, log_det)
         with torch.no_grad():
             return Outcome(loss, (0.5 * z.square().mean(), log_det.mean()), z)
 

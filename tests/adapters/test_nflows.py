@@ -90,6 +90,7 @@ def flows(draw: st.DrawFn) -> tuple[Flow, int, int]:
     return stirred(Flow(nt.CompositeTransform(steps), StandardNormal([features]))), features, context
 
 
+@pytest.mark.slow
 @given(made=flows())
 @settings(max_examples=40, deadline=None)
 def test_any_flow_of_the_library(made: tuple[Flow, int, int]) -> None:

@@ -99,6 +99,7 @@ def models(draw: st.DrawFn) -> tuple[Any, int, int]:
     return model_of(features, layers, context), features, context
 
 
+@pytest.mark.slow
 @given(made=models())
 @settings(max_examples=40, deadline=None)
 def test_any_model_of_the_library(made: tuple[Any, int, int]) -> None:
@@ -139,6 +140,7 @@ def couplings(draw: st.DrawFn) -> tuple[Any, int, int]:
     return model_of(features, layers, context), features, context
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
 @torch.no_grad()
@@ -188,6 +190,7 @@ def net_of(hidden: int) -> Any:
     return lambda inputs, outputs: nf.nets.ResidualNet(inputs, outputs, hidden)
 
 
+@pytest.mark.slow
 @given(made=couplings())
 @settings(max_examples=40, deadline=None)
 def test_any_coupling_of_the_library(made: tuple[Any, int, int]) -> None:

@@ -24,7 +24,14 @@ flat = [case for case in CASES if case.shape == (2,) and "vectors" in FAMILIES[c
 # In the space around the sphere a map of it has no Jacobian; test_riemannian.py takes it between tangent spaces.
 of_full_rank = [case for case in invertible if case.draw is not on_sphere]
 conditional = [case for case in CASES if case.classes]
+MANY_EVALUATIONS = ("cnf", "flow-matching", "rectified", "residual")  # a density of these takes long
 everything = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def quick_first(cases: list[FamilyCase], slow: tuple[str, ...] = MANY_EVALUATIONS) -> pytest.MarkDecorator:
+    """Returns a parameter `case` of these cases, of which those of the families named are slow."""
+    marked = [pytest.param(case, marks=[pytest.mark.slow] if case.name in slow else []) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=str)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -55,13 +62,13 @@ def test_a_family_is_one_short_file(name: str) -> None:
     assert len(Path(inspect.getfile(FAMILIES[name].load())).read_text().splitlines()) <= MOST_LINES
 
 
-@pytest.mark.parametrize("case", flat, ids=str)
+@quick_first(flat)
 def test_the_density_of_the_plane_integrates_to_one(case: FamilyCase) -> None:
     _, density, cell = grid_density(case)
     assert abs(float(density.sum()) * cell - 1) < FAMILY_INTEGRAL
 
 
-@pytest.mark.parametrize("case", flat, ids=str)
+@quick_first(flat)
 def test_samples_have_the_moments_of_the_density(case: FamilyCase) -> None:
     points, density, cell = grid_density(case)
     x = case.model().sample(SAMPLES, generator=seeded(3)).double()
@@ -72,7 +79,7 @@ def test_samples_have_the_moments_of_the_density(case: FamilyCase) -> None:
         assert abs(float(values.mean()) - wanted) < STANDARD_ERRORS * error
 
 
-@pytest.mark.parametrize("case", of_full_rank, ids=str)
+@quick_first(of_full_rank, ("cnf", "rectified"))
 def test_the_log_det_is_that_of_the_jacobian(case: FamilyCase) -> None:
     model, y = case.model(dtype=torch.float64), case.labels(1)
     for x in case.data(3).double().split(1):

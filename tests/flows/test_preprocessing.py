@@ -61,7 +61,7 @@ def test_standardised_data_have_mean_0_and_variance_1() -> None:
     assert_close(z.std(0, correction=0), torch.tensor([1.0, 0.0]), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "variational"])
+@pytest.mark.parametrize("kind", ["uniform", pytest.param("variational", marks=pytest.mark.slow)])
 def test_the_bound_of_all_images_sums_to_at_most_one(kind: str) -> None:
     """For uniform noise E_u[p(v + u)] sums to the mass of the box; exp(E_u[log p]) of a bound, to less."""
     model = pixels(kind)

@@ -61,7 +61,6 @@ def test_learning_rate() -> None:
         ("noise_type", "laplace"),
         ("noise_std", 0.0),
         ("drop_label", 1.1),
-        ("label_weight", -0.1),
         ("lr", 0.0),
         ("lr", math.nan),
         ("min_lr", 1.0),
