@@ -33,11 +33,7 @@ IMAGES = "images"
 DATA = ("moons", "checkerboard", "breast-cancer", IMAGES, "dna", "sphere")
 BATCH, IMAGE_BATCH = 256, 64
 IMAGE_STEPS = 2000  # of images at most, as a demonstration has a number of epochs
-LR, WARM, CLIP = 2e-3, 100, 1.0
-LR_OF = {
-    IMAGES: 1e-3,
-    **dict.fromkeys(("cnf", "flow-matching", "rectified", "riemannian"), 5e-3),
-}  # of images whatever the family
+IMAGE_LR, WARM, CLIP = 1e-3, 100, 1.0
 PER = 1000  # samples, whose time is told
 TRIAL = 8  # steps by which the time of the rest is reckoned, the first two apart
 POINTS, PICTURES, TEXTS = 400, 4, 3  # samples that a record keeps
@@ -60,7 +56,7 @@ def fit(model: FamilyFlow, data: FlowData, most: int, seconds: float, seed: int)
 
     The learning rate rises for 100 steps, at most a tenth of all, and falls to 0 in a straight line.
     """
-    rate = LR_OF[IMAGES] if data.kind == IMAGES else LR_OF.get(model.name, LR)
+    rate = IMAGE_LR if data.kind == IMAGES else FAMILIES[model.name].lr
     optimizer, random = torch.optim.Adam(model.parameters(), rate), torch.Generator().manual_seed(seed)
     batch = min(IMAGE_BATCH if data.kind == IMAGES else BATCH, len(data))
     step, steps, started = 0, most, 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import shutil
+import textwrap
 from typing import Any
 
 import click
@@ -22,13 +23,14 @@ def describe_families() -> dict[str, Any]:
     }
 
 
-def describe_options(name: str) -> dict[str, Any]:
-    """Returns the options of a family with their defaults."""
+def options_of(name: str) -> dict[str, Any]:
+    """Returns the options of a family with their defaults and meanings."""
     from ..flows import FAMILIES
+    from ..flows.options import describe_options
     from ..flows.registry import known_one
 
-    kind = FAMILIES[known_one("name", name, FAMILIES)].load().Options
-    return {field.name: field.default for field in dataclasses.fields(kind)}
+    options = describe_options(FAMILIES[known_one("name", name, FAMILIES)].load().Options)
+    return {name: {"default": default, "meaning": meaning} for name, (default, meaning) in options.items()}
 
 
 @click.command(
@@ -50,12 +52,14 @@ def flows_command(name: str | None, as_json: bool) -> None:
     the demonstration data that --data may name; or the options of one family, NAME."""
     facts: dict[str, Any] = describe_families()
     if name is not None:
-        facts = {"family": name, "options": describe_options(name)}
+        facts = {"family": name, "options": options_of(name)}
     if as_json:
         print_json(facts)
     elif name is not None:
-        options = facts["options"]
-        echo(*(f"  {key} = {_text(value)}" for key, value in options.items()) if options else ["  no options"])
+        width = shutil.get_terminal_size((100, 24)).columns
+        for key, each in facts["options"].items():
+            echo(f"  {key} = {_text(each['default'])}")
+            echo(*textwrap.wrap(each["meaning"], width, initial_indent=" " * 6, subsequent_indent=" " * 6))
     else:
         lines = ["Families (train --flow NAME), and the data that each takes:"]
         for known, each in facts["families"].items():

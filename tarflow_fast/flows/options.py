@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -27,6 +29,19 @@ def read_options(family: str, kind: type, given: Mapping[str, Any]) -> Any:
             known = "one of " + ", ".join(names) if names else "no options"
             raise ArgumentError("options", f"{known} for {family!r}{hint}", repr(name))
     return kind(**{name: _read(name, hints[name], value) for name, value in given.items()})
+
+
+def describe_options(kind: type) -> dict[str, tuple[Any, str]]:
+    """Returns the default and the meaning of each option; the meaning stands in the docstrings under "Attributes".
+
+    kind: the dataclass.
+    """
+    meanings: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        _, _, attributes = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, flags=re.MULTILINE):
+            meanings[name] = " ".join(text.split())
+    return {field.name: (field.default, meanings[field.name]) for field in dataclasses.fields(kind)}
 
 
 def _read(name: str, hint: Any, value: Any) -> Any:

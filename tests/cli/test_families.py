@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from command_lines import picture
 
 from tarflow_fast.cli import main
-from tarflow_fast.flows import FamilyFlow, build, save
+from tarflow_fast.flows import FAMILIES, FamilyFlow, build, save
 
 Run = Callable[..., Result]
 STEPS = ("--epochs", 1, "--batch-size", 2000, "--warmup-steps", 1, "--log-every", 5, "--threads", 1)
@@ -128,4 +128,8 @@ def test_families_and_demonstrations_are_listed(run: Run) -> None:
     for word in ("realnvp", "moons", "Families", "Demonstrations"):
         assert word in text
     assert "  hidden = 64,64" in run("flows", "realnvp").stdout.splitlines()
+    for name in FAMILIES:
+        options = json.loads(run("flows", name, "--json").stdout)["options"]
+        assert options
+        assert all(each["meaning"].endswith(".") for each in options.values()), name
     assert "nice" in json.loads(run("flows", "--json").stdout)["families"]
