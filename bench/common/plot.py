@@ -97,6 +97,8 @@ def _draw(axes: Any, panel: Panel, small: int) -> dict[str, Any]:
         axes.imshow(panel.image, cmap="gray")
     axes.set_title(panel.title, fontsize=11)
     axes.set(**panel.axes)
+    if "xticks" in panel.axes:
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.spines[["top", "right"]].set_visible(False)
     return handles
 

@@ -18,7 +18,7 @@ from ..engine.backend import Request
 from ..engine.masked import ContextCondition, MaskedEngine, enter, leave
 from ..errors import ArgumentError, BackendError
 from ..limits import most_threads
-from ..masked import Fixed, MaskedFlow, MaskedTransform
+from ..masked import Fixed, Linear, MaskedFlow, MaskedTransform, Reverse
 from ..masked.flow import Step
 from ..masked.sorting import sort_transform
 from ..masked.stepping import invert
@@ -97,17 +97,19 @@ class FlowInverse:
                 missing = masked_missing(sort_transform(step), self.dtype)
         return missing
 
-    def _make(self) -> list[CpuMaskedFlow | _Solved | Fixed]:
+    def _make(self) -> list[CpuMaskedFlow | _Solved | _Factored | Fixed]:
         """Returns what runs the steps, from data to latents: runs of them in C++, or one after the other."""
         if self.backend != "cpu" or self.solver != "sequential":
-            return [self._solved(step) if isinstance(step, MaskedTransform) else step for step in self.flow.steps]
-        pieces: list[CpuMaskedFlow | _Solved | Fixed] = []
+            return [
+                self._solved(step) if isinstance(step, MaskedTransform) else _fixed(step) for step in self.flow.steps
+            ]
+        pieces: list[CpuMaskedFlow | _Solved | _Factored | Fixed] = []
         for native, run in groupby(self.flow.steps, takes):
             steps = list(run)
             if native and any(isinstance(step, MaskedTransform) for step in steps):
                 pieces.append(CpuMaskedFlow(steps, dtype=self.dtype, threads=self.threads))
             else:
-                pieces.extend(step for step in steps if not isinstance(step, MaskedTransform))
+                pieces.extend(_fixed(step) for step in steps if not isinstance(step, MaskedTransform))
         return pieces
 
     def _solved(self, step: MaskedTransform) -> _Solved:
@@ -158,7 +160,7 @@ class FlowInverse:
         total = values.new_zeros(len(values))
         self.passes.clear()
         for piece in self._pieces if to_latents else reversed(self._pieces):
-            if isinstance(piece, CpuMaskedFlow | _Solved):
+            if isinstance(piece, CpuMaskedFlow | _Solved | _Factored):
                 values, log_det = piece.run(values, context, to_latents=to_latents)
             else:
                 values, log_det = piece.forward(values) if to_latents else piece.inverse(values)
@@ -175,6 +177,32 @@ class _Solved:
     def run(self, values: Tensor, context: Tensor | None, *, to_latents: bool) -> tuple[Tensor, Tensor]:
         """Returns the image of values, (B, D), and log|det| of the map, (B,)."""
         return (self.step.forward if to_latents != self.step.inverted else self.solve)(values, context)
+
+
+class _Factored:
+    """A linear map whose LU factors and determinant are computed once."""
+
+    def __init__(self, step: Linear, *, inverted: bool):
+        self.step, self.inverted = step, inverted
+        self.factors = torch.linalg.lu_factor(step.weight)
+        self.log_det = torch.linalg.slogdet(step.weight).logabsdet
+
+    def run(self, values: Tensor, context: Tensor | None, *, to_latents: bool) -> tuple[Tensor, Tensor]:
+        """Returns the image of values, (B, D), and log|det| of the map, (B,). context: none counts."""
+        bias, rows = self.step.bias, values.shape[:1]
+        if to_latents != self.inverted:
+            return torch.nn.functional.linear(values, self.step.weight, bias), self.log_det.expand(rows)
+        centred = values if bias is None else values - bias
+        return torch.linalg.lu_solve(*self.factors, centred.T).T, -self.log_det.expand(rows)
+
+
+def _fixed(step: Fixed) -> _Factored | Fixed:
+    """Returns what runs a step that no network conditions."""
+    if isinstance(step, Linear):
+        return _Factored(step, inverted=False)
+    if isinstance(step, Reverse) and isinstance(step.step, Linear):
+        return _Factored(step.step, inverted=True)
+    return step
 
 
 def differentiable(

@@ -67,7 +67,7 @@ def test_the_estimated_density_is_the_exact_one_on_average(noise: str) -> None:
     assert abs(float(estimates.mean() - wanted[0])) < STANDARD_ERRORS * error
 
 
-@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("trace", ["exact", pytest.param("hutchinson", marks=pytest.mark.slow)])
 def test_the_adjoint_has_the_gradient_of_the_steps(trace: str) -> None:
     x, gradients = torch.randn(8, 2, dtype=torch.float64), []
     weights = small().state_dict()
@@ -95,6 +95,7 @@ def test_the_loss_is_the_likelihood_and_the_energy_of_trajectories() -> None:
     assert_close(kinetic.loss(x), plain + 0.5 * energy.mean() / 2, 1e-3)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_reports_evaluations() -> None:
     model = build("cnf", data_shape=(2,), width=16, blocks=1)
     x = torch.randn(128, 2) * torch.tensor([0.3, 2.0]) + 1

@@ -19,7 +19,7 @@ V, T = 3, 2
 WORDS = torch.tensor(list(itertools.product(range(V), repeat=T)))  # all sequences
 LAW = torch.tensor([0.22, 0.02, 0.06, 0.03, 0.15, 0.10, 0.25, 0.05, 0.12], dtype=torch.float64)  # of dependent tokens
 SAMPLES, LEAST_P = 10_000, 1e-3
-sources = pytest.mark.parametrize("source", ["masked", "uniform"])
+sources = pytest.mark.parametrize("source", ["masked", pytest.param("uniform", marks=pytest.mark.slow)])
 
 
 class Exact(nn.Module):

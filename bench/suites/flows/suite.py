@@ -271,7 +271,9 @@ class Flows(Suite):
         for cell in record["cells"]:
             label = cell["label"]
             name = f"{label['library']} {label['family']}, {counted(label['batch'], 'sample')}"
-            panels.setdefault(name, plot.Panel(name, axes={"xscale": "log", "yscale": "log"}))
+            at = sorted({each["label"]["dims"] for each in record["cells"]})
+            axes = {"xscale": "log", "yscale": "log", "xticks": at, "xticklabels": at}
+            panels.setdefault(name, plot.Panel(name, axes=axes))
             for run in cell["runs"] if label["threads"] == threads else []:
                 points.setdefault((name, run["name"]), []).append((label["dims"], run["median"]))
         others = itertools.cycle(plot.COLOURS[3:])
