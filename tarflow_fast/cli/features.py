@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..evaluation import Extractor, Features, FeatureSet, ImageSource
+    from ..models.tarflow import TarFlow
 
 
 def features_folder(path: str | None, *parts: str) -> Path | None:
@@ -51,6 +52,14 @@ def run_folder(option: str, path: str | Path) -> Path:
     except ArgumentError as error:
         raise click.UsageError(f"{option}: expected {error.expected}, got {error.got}") from error
     return folder
+
+
+def check_pictures(model: TarFlow) -> None:
+    """Raises UsageError for a model whose samples are no pictures, of which Inception-v3 has no features."""
+    channels = model.config.in_channels
+    if model.config.kind == "sequences" or channels not in (1, 3):
+        what = "sequences" if model.config.kind == "sequences" else f"images of {channels} channels"
+        raise click.UsageError(f"this model draws {what}, of which Inception-v3 has no features: they are of pictures")
 
 
 def own_device(name: str | None) -> torch.device:

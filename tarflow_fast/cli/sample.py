@@ -13,7 +13,7 @@ import click
 from ..limits import MOST_NUMBER, MOST_SIZE, MOST_TOL
 from ..sizes import Size
 from .families import holds_family, sample_family, sample_lines
-from .features import own_device, run_folder
+from .features import check_pictures, own_device, run_folder
 from .labels import choose
 from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, layout
 from .messages import in_flags
@@ -361,6 +361,8 @@ def sample_command(
             echo(recipe_line(recipe, told))
         count, labels = (told.pop(name) for name in ("count", "labels"))
         given = told
+    if given["shards"] == "features":
+        check_pictures(model)
     sequences = model.config.layout == "tokens"
     if sequences and folder is None:
         check_sequences(outputs, given)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..limits import MOST_NUMBER
-from .features import features_folder, own_device
+from .features import check_pictures, features_folder, own_device
 from .labels import choose
 from .options import (
     BATCH,
@@ -205,6 +205,7 @@ def tune_command(
     reference, place = read_statistics(stats), own_device(device)
     extractor = load_inception(inception, place)
     model = load_model(model_path, weights=weights, **sizes)
+    check_pictures(model)
     if denoise_scale is None:
         noisy = noise_std is not None or (
             "noise_std" in model.metadata and model.metadata.get("noise_type") != "uniform"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..checks import check_choice, check_number
@@ -65,6 +65,13 @@ class FlowConfig:
         check_number("alpha", self.alpha, 0, 0.25, open_low=True)
         if self.manifold is not None:
             check_choice("manifold", self.manifold, MANIFOLDS)
+
+    def __str__(self) -> str:
+        """The family and what is not as by default, "glow, depth=4, dequantization=variational"."""
+        others = ((each.name, getattr(self, each.name), each.default) for each in fields(self)[2:])
+        changed = [*self.options, *((name, value) for name, value, default in others if value != default)]
+        text = (",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() for _, value in changed)
+        return ", ".join([self.name, *(f"{name}={value}" for (name, _), value in zip(changed, text, strict=True))])
 
 
 def defaults_for(flow: str, data: object) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..errors import ArgumentError, CheckpointError, TrainingDiverged, first_lin
 from ..files import replacing
 from ..models.config import TarFlowConfig
 from .config import FREE_ON_RESUME, PATHS, TrainConfig
+from .flow_config import FlowConfig
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
@@ -147,7 +148,8 @@ def _changed(recorded: TrainConfig, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         before = getattr(recorded, name)
         if name not in FREE_ON_RESUME and before != value:
-            raise ArgumentError(name, f"{before!r}, as in the run to be continued", repr(value))
+            expected, got = (str(each) if isinstance(each, FlowConfig) else repr(each) for each in (before, value))
+            raise ArgumentError(name, f"{expected}, as in the run to be continued", got)
 
 
 def _read(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, Any]:

@@ -77,7 +77,11 @@ def test_a_resumed_run_is_the_run_that_went_on(tmp_path: Path, monkeypatch: pyte
     for name in ("train.csv", "eval.csv"):
         one, two = rows(tmp_path / "a" / name), rows(tmp_path / "b" / name)
         assert [{**row, "seconds": 0} for row in one] == [{**row, "seconds": 0} for row in two]
-    with pytest.raises(ArgumentError, match=r"^flow: expected FlowConfig"):
+    with pytest.raises(
+        ArgumentError, match=r"^flow: expected realnvp, couplings=4, hidden=16, as in .* got nice, logit=false$"
+    ):
+        continued(tmp_path / "b", {"flow": FlowConfig("nice", logit=False)})
+    with pytest.raises(ArgumentError, match=r"got realnvp, couplings=9$"):
         continued(tmp_path / "b", {"flow": FlowConfig("realnvp", (("couplings", 9),))})
 
 
