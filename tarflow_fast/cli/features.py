@@ -59,7 +59,7 @@ def check_pictures(model: TarFlow) -> None:
     channels = model.config.in_channels
     if model.config.kind == "sequences" or channels not in (1, 3):
         what = "sequences" if model.config.kind == "sequences" else f"images of {channels} channels"
-        raise click.UsageError(f"this model draws {what}, of which Inception-v3 has no features: they are of pictures")
+        raise click.UsageError(f"--model: expected a model of pictures, of which Inception-v3 has features, got {what}")
 
 
 def own_device(name: str | None) -> torch.device:

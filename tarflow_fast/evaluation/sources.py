@@ -72,9 +72,13 @@ def open_images(path: PathLike, size: Size | None = None) -> ImageSource:
             warnings.warn(note, TarFlowWarning, stacklevel=2)
         facts = {"images": "pictures", "size": sides, "sha256": _listing(path, found.paths)}
         return ImageSource(len(found.paths), facts, lambda numbers: found.read(numbers, sides))
-    images = load_images(path, size=size).images
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*channels are taken as they are", TarFlowWarning)  # they are refused below
+        images = load_images(path, size=size).images
     if images.is_floating_point():
         raise ArgumentError("images", "pictures", f"other data in {os.fspath(path)!r}")
+    if images.shape[1] not in (1, 3):
+        raise ArgumentError("images", "pictures of 1 or 3 channels", f"{images.shape[1]} in {os.fspath(path)!r}")
     pixels = images.numpy()
     digest = hashlib.sha256(str(pixels.shape).encode())
     for image in pixels:

@@ -103,5 +103,6 @@ def test_refusals(run: Run, options: tuple[object, ...], code: int, message: str
 def test_models_of_no_pictures_are_refused(run: Run, line: tuple[object, ...]) -> None:
     tff.save(random_model(in_channels=4, img_size=4, patch_size=2), "latent.safetensors")
     said = run(*line, "-m", "latent.safetensors", code=2).stderr
-    assert "images of 4 channels, of which Inception-v3 has no features" in " ".join(said.split())
+    wanted = "--model: expected a model of pictures, of which Inception-v3 has features, got images of 4 channels"
+    assert wanted in " ".join(said.split())
     assert not Path("drawn").exists()

@@ -73,6 +73,13 @@ def test_facts_tell_images_apart(folder: Path) -> None:
     assert len({str(source.facts) for source in one + others}) == 9
 
 
+@pytest.mark.filterwarnings("error")
+def test_arrays_of_other_channels_are_no_pictures(tmp_path: Path) -> None:
+    np.save(tmp_path / "alpha.npy", np.zeros((3, 4, 4, 2), np.uint8))
+    with pytest.raises(ArgumentError, match=r"^images: expected pictures of 1 or 3 channels, got 2 in '.*alpha.npy'$"):
+        open_images(tmp_path / "alpha.npy")
+
+
 def test_a_path_is_told_at_once(folder: Path) -> None:
     Path("empty").mkdir()
     np.savez("latents.npz", images=np.random.default_rng(0).normal(size=(4, 4, 8, 8)).astype(np.float32))
