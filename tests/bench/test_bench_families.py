@@ -35,6 +35,7 @@ def run(out: Path, *more: Any) -> Any:
     return bench("families", *sizes, "--out", out, *more)
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
     out, pixels = tmp_path / "run.json", np.random.default_rng(0).integers(0, 256, (2, 40, 1, 8, 8), np.uint8)
     np.savez(tmp_path / "pictures.npz", x_train=pixels[0], x_test=pixels[1])

@@ -124,6 +124,7 @@ def test_the_adjoint_ode_diverges_by_name() -> None:
         x.sum().backward()
 
 
+@pytest.mark.slow
 def test_the_adjoint_ode_has_the_gradients_of_the_steps() -> None:
     found = []
     for adjoint in (False, True):
