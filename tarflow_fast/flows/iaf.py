@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import zuko
-from torch import nn
-
-from .base import FamilyFlow
-from .library import LibraryTransform, check_sizes
+from .maf import MAF
 
 
-class IAF(FamilyFlow):
+class IAF(MAF):
     """Inverse autoregressive flow: samples in one pass, and a density value by value, which `accelerate` makes fast.
 
     It is MAF with data and latents exchanged. Training by maximum likelihood asks for the density of data, the slow
@@ -19,22 +15,9 @@ class IAF(FamilyFlow):
     """
 
     @dataclass(frozen=True)
-    class Options:
-        """The options of an inverse autoregressive flow.
-
-        Attributes:
-            transforms: How many transforms follow one another, each in the opposite order of values.
-            hidden: The widths of the hidden layers of each transform's masked network.
-        """
+    class Options(MAF.Options):
+        """The options of an inverse autoregressive flow are those of a masked autoregressive one."""
 
         transforms: int = 6
-        hidden: tuple[int, ...] = (64, 64)
 
-        def __post_init__(self) -> None:
-            check_sizes(self.transforms, self.hidden)
-
-    def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
-        super().__init__(data_shape, num_classes, options)
-        sizes = {"transforms": self.options.transforms, "hidden_features": self.options.hidden}
-        flow = zuko.flows.MAF(self.dims, num_classes, activation=nn.ELU, **sizes)
-        self.bijection = LibraryTransform(flow.transform.inv)
+    inverted = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import zuko
 from torch import nn
@@ -29,8 +30,10 @@ class MAF(FamilyFlow):
         def __post_init__(self) -> None:
             check_sizes(self.transforms, self.hidden)
 
+    inverted: ClassVar[bool] = False  # whether data and latents are exchanged
+
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
         super().__init__(data_shape, num_classes, options)
         sizes = {"transforms": self.options.transforms, "hidden_features": self.options.hidden}
         flow = zuko.flows.MAF(self.dims, num_classes, activation=nn.ELU, **sizes)
-        self.bijection = LibraryTransform(flow.transform)
+        self.bijection = LibraryTransform(flow.transform.inv if self.inverted else flow.transform)
