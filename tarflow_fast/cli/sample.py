@@ -20,7 +20,6 @@ from .messages import in_flags
 from .options import (
     BATCH,
     DTYPES,
-    NOISE_STD,
     SEED,
     Command,
     device_option,
@@ -39,7 +38,7 @@ from .options import (
 )
 from .outputs import Outputs, Run
 from .recipes import RECIPES, recipe_line, with_recipe
-from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE, drawing_rule, warn_undenoised
+from .rule import GUIDANCE, SCALE, drawing_rule, guidance_options, noise_std_option, warn_undenoised
 from .shards import FORMATS, check_options, draw_shards, wants_shards
 from .summary import Totals, summary_lines
 from .terminal import echo
@@ -128,28 +127,7 @@ Examples:
     show_default="as the model records, else 0",
     help="Weight of classifier-free guidance; 0 is none.",
 )
-@option(
-    "--guide-what",
-    type=GUIDE_WHAT,
-    section="How to draw",
-    show_default="as the model records, else ab",
-    help="Guide log-scales (a), shifts (b) or both.",
-)
-@option(
-    "--attn-temp",
-    type=ATTN_TEMP,
-    metavar="T",
-    section="How to draw",
-    show_default="as the model records, else 1",
-    help="Temperature of attention in the branch that guidance leads away from.",
-)
-@option(
-    "--annealed-guidance/--constant-guidance",
-    default=None,
-    section="How to draw",
-    show_default="as the model records, else constant",
-    help="Let guidance grow from token to token.",
-)
+@guidance_options
 @option(
     "--denoise/--no-denoise",
     default=None,
@@ -157,14 +135,7 @@ Examples:
     show_default="as the model records, else on if it records the noise",
     help="Take off the Gaussian noise that the model was trained with (Tweedie).",
 )
-@option(
-    "--noise-std",
-    type=NOISE_STD,
-    metavar="SIGMA",
-    section="How to draw",
-    show_default="as recorded",
-    help="Level of the noise that --denoise takes off.",
-)
+@noise_std_option
 @option(
     "--denoise-scale",
     type=SCALE,

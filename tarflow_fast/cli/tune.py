@@ -14,7 +14,6 @@ from .labels import choose
 from .options import (
     BATCH,
     DTYPES,
-    NOISE_STD,
     SEED,
     Command,
     device_option,
@@ -32,7 +31,7 @@ from .options import (
     torch_dtype,
 )
 from .outputs import output_path
-from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE
+from .rule import GUIDANCE, SCALE, guidance_options, noise_std_option, records_noise
 from .terminal import echo
 
 
@@ -96,36 +95,8 @@ Examples:
     show_default="0.8,1,1.2 if the model records its noise, else 0",
     help="Denoising rates, multipliers of the optimal step; 0 is none.",
 )
-@option(
-    "--noise-std",
-    type=NOISE_STD,
-    metavar="SIGMA",
-    section="How to draw",
-    show_default="as recorded",
-    help="Level of the noise that denoising takes off.",
-)
-@option(
-    "--guide-what",
-    type=GUIDE_WHAT,
-    section="How to draw",
-    show_default="as the model records, else ab",
-    help="Guide a, b or both.",
-)
-@option(
-    "--attn-temp",
-    type=ATTN_TEMP,
-    metavar="T",
-    section="How to draw",
-    show_default="as the model records, else 1",
-    help="Temperature of attention in the branch that guidance leads away from.",
-)
-@option(
-    "--annealed-guidance/--constant-guidance",
-    default=None,
-    section="How to draw",
-    show_default="as the model records, else constant",
-    help="Let guidance grow from token to token.",
-)
+@noise_std_option
+@guidance_options
 @option(
     "--stats",
     type=click.Path(),
@@ -207,10 +178,7 @@ def tune_command(
     model = load_model(model_path, weights=weights, **sizes)
     check_pictures(model)
     if denoise_scale is None:
-        noisy = noise_std is not None or (
-            "noise_std" in model.metadata and model.metadata.get("noise_type") != "uniform"
-        )
-        denoise_scale = (0.8, 1.0, 1.2) if noisy else (0.0,)
+        denoise_scale = (0.8, 1.0, 1.2) if noise_std is not None or records_noise(model) else (0.0,)
     chosen = choose(labels or ("random" if model.config.num_classes else None), model, seed)
     sampler = Sampler(model, backend=backend, device=place, dtype=torch_dtype(dtype), solver=solver, probe="now")
     given = {"guide_what": guide_what, "attn_temp": attn_temp, "annealed_guidance": annealed_guidance}
