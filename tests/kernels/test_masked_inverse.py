@@ -17,6 +17,9 @@ from tarflow_fast.masked.sorting import sort_transform
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from tarflow_fast.backend.triton.masked import TritonMasked, masked_missing
 from tarflow_fast.kernels import masked_inverse as op
 
@@ -56,6 +59,30 @@ def test_every_law(law: str) -> None:
 def test_more_units_than_a_product_takes_and_a_context_that_all_share() -> None:
     check(Recipe(levels=(0, 1, 0, 1, 1), hidden=90, holes=0.0, context=2, norm=True, activation="gelu"), 3, shared=True)
     check(Recipe(levels=(0, 0, 0, 1, 1), passed=3, hidden=40, blocks=0, law="spline"), 3)
+
+
+@triton.jit
+def sin_kernel(to, x, N: tl.constexpr):
+    there = tl.arange(0, N)
+    tl.store(to + there, op._sin(tl.load(x + there)))
+
+
+@pytest.mark.parametrize("largest", [3.2, 1e2, 1e4, 1e5, 1e12])
+def test_sin_of_large_arguments_too(largest: float) -> None:
+    x = (torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 2 - 1) * largest
+    y = torch.full_like(x, torch.nan).to(KERNEL_DEVICE)
+    sin_kernel[1,](y, x.to(KERNEL_DEVICE), N=4096)
+    assert y.abs().max() <= 1.000001
+    if largest <= 1e5:
+        assert_close(y.cpu().double(), x.double().sin(), 1.3e-7 if largest <= 1e4 else 1e-6)
+
+
+def test_sin_of_what_is_no_number() -> None:
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], device=KERNEL_DEVICE)
+    y = torch.zeros_like(x)
+    sin_kernel[1,](y, x, N=4)
+    assert y.isnan().tolist() == [True, True, True, False]
+    assert y[3] == 0
 
 
 def test_what_the_kernel_does_not_take_is_said() -> None:
