@@ -200,6 +200,7 @@ def test_a_sampler_goes_to_other_processes(method: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), NATIVE])
+@pytest.mark.slow
 def test_a_forked_child_of_a_process_that_computed_with_threads(backend: str) -> None:
     """torch's OpenMP threads do not live on in a child, whose first large operation waits for them without end."""
     code = """

@@ -155,6 +155,7 @@ class TestProcess:
         program = "import os; before = dict(os.environ); import tarflow_fast, tarflow_fast.cli; "
         assert python("-c", program + "assert dict(os.environ) == before").returncode == 0
 
+    @pytest.mark.slow
     def test_failure(self, run: Run) -> None:
         done = python("-m", "tarflow_fast", "sample", "-m", "none.pth")
         assert (done.returncode, done.stdout) == (1, "")

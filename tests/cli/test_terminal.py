@@ -95,6 +95,7 @@ def test_a_text_that_cannot_be_printed_is_one_line(evil: Path) -> None:
 
 
 @POSIX
+@pytest.mark.slow
 def test_a_reader_that_went_away_is_nothing_to_speak_of(evil: Path) -> None:
     for line in (["info", "--json"], ["--help"]):
         reading, writing = os.pipe()

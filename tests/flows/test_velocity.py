@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from tolerances import SAME_F32, assert_close
+from tolerances import SAME_F64, assert_close
+from torch import nn
 
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.flows import build
@@ -12,20 +15,21 @@ from tarflow_fast.flows.velocity import ImageVelocity, VectorVelocity
 
 
 @pytest.mark.parametrize(
-    ("network", "shape"),
-    [(VectorVelocity(3, 3, 2, 8, 1, octaves=2), (3,)), (ImageVelocity((2, 8, 4), 2, 4, 1), (2, 8, 4))],
+    ("make", "shape"),
+    [(lambda: VectorVelocity(3, 3, 2, 8, 1, octaves=2), (3,)), (lambda: ImageVelocity((2, 8, 4), 2, 4, 1), (2, 8, 4))],
     ids=["vectors", "images"],
 )
-def test_a_velocity_depends_on_place_time_and_class(network: torch.nn.Module, shape: tuple[int, ...]) -> None:
-    x, t, context = torch.randn(4, *shape), torch.full((), 0.3), torch.eye(2).repeat(2, 1)
+def test_a_velocity_depends_on_place_time_and_class(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    network = make().double()
+    x, t, context = torch.randn(4, *shape).double(), torch.full((), 0.3), torch.eye(2).double().repeat(2, 1)
     assert_close(network(x, t, context), torch.zeros_like(x), 0)
     with torch.no_grad():
         for weight in network.parameters():
             weight += 0.3 * torch.randn(weight.shape)
     v = network(x, t, context)
     assert v.shape == x.shape
-    assert_close(network(x, t.expand(4), context), v, SAME_F32)
-    assert_close(network(x[1:2], t, context[1:2]), v[1:2], SAME_F32)
+    assert_close(network(x, t.expand(4), context), v, SAME_F64)
+    assert_close(network(x[1:2], t, context[1:2]), v[1:2], SAME_F64)
     for other in (network(x, t + 0.5, context), network(x, t, context.flip(1)), network(x + 1, t, context)):
         assert (other - v).abs().amax() > 1e-3
 

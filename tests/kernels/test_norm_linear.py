@@ -73,7 +73,9 @@ def test_epilogues_and_dtypes(tile: Tile, epilogue: str, dtype: torch.dtype, nor
         assert max_error(out, wanted) <= error_budget(plain, wanted, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("tile", [FEW, TENSOR_CORES, Tile(16, 16, 32, splits=2)], ids=str)
 @pytest.mark.parametrize(("H", "d", "window", "start"), [(2, 32, 1, 3), (3, 16, 4, 0), (1, 64, 2, 5)])
 def test_keys_and_values_go_into_the_cache(

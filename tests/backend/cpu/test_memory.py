@@ -24,7 +24,7 @@ def test_packed_weights_take_no_more_than_the_weights() -> None:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells the peak")
 @pytest.mark.parametrize("sizes", [(32, 64, 4, 2, 160), (16, 512, 8, 1, 1)], ids=["large batch", "large block"])
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.slow
 def test_peak_memory(dtype: str, sizes: tuple[int, ...]) -> None:
     """Making a sampler and drawing takes the packed weights, one KV cache, and at most 64 MB."""
@@ -55,7 +55,8 @@ print(taken - packed - report.cache_bytes)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells the peak")
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_peak_memory_of_a_model_and_its_sampler(tmp_path: Path, dtype: str) -> None:
     """Loading a model and making a sampler of it takes its tensors, and at most 1.2 times the packed weights."""
     path = tmp_path / "m.safetensors"

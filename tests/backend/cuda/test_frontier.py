@@ -29,7 +29,7 @@ def by_the_host(frontier: Frontier, window: int, most: int = 1000) -> int:
 
 
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
-@pytest.mark.parametrize("tol", [0.0, 1e-3, 0.1])
+@pytest.mark.parametrize("tol", [0.0, pytest.param(1e-3, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize(
     ("batch", "window"), [(1, 15), (3, 1), (3, 5), pytest.param(5, 15, marks=pytest.mark.slow), (2, 32)]
 )
