@@ -94,7 +94,14 @@ def test_damage_is_what_pillow_says(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Files that are cut, and with bytes that are others, give the same pixels, or the same error."""
     rng, path, plain = np.random.default_rng(1), tmp_path / "a.png", 0
     whole = png(PIXELS, [0, 1, 2, 3, 4] * 2 + [4], before=chunk(b"sRGB", b"\0"), pieces=2)
-    bad = [png(PIXELS, [5] * H), png(PIXELS, [0] * H).replace(b"IDAT", b"IDOT"), whole + b"more", whole[:-12]]
+    short = chunk(b"IDAT", zlib.compress(filtered(PIXELS[:5], [4] * 5)))
+    bad = [
+        whole[:33] + short + chunk(b"IEND", b""),
+        png(PIXELS, [5] * H),
+        png(PIXELS, [0] * H).replace(b"IDAT", b"IDOT"),
+        whole + b"more",
+        whole[:-12],
+    ]
     bad += [whole[: rng.integers(len(whole))] for _ in range(30)]
     for _ in range(300):
         other = bytearray(whole)
