@@ -11,10 +11,11 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.random import Generator, Philox, SeedSequence
+from numpy.random import Philox, SeedSequence
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -22,7 +23,8 @@ from torch import Tensor
 from ..errors import DataError, first_line
 from ..files import PathLike
 from ..read_ahead import read_ahead
-from .pictures import reading_pictures
+from .pictures import is_too_large, reading_pictures
+from .png import open_plain_png
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
@@ -46,28 +48,34 @@ def _is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _middle(path: str, size: int) -> Image.Image:
-    """Returns the middle of a picture, whose shorter side is brought to that size. Raises DataError where it cannot."""
-    try:
-        with Image.open(path) as file:
-            picture = file if file.mode == "RGB" else file.convert("RGB")
-            width, height = picture.size
-            short = min(width, height)
-            across, down = (size if side == short else int(size * side / short) for side in (width, height))
-            if (across, down) != picture.size:
-                picture = picture.resize((across, down), Image.Resampling.BILINEAR)
-            left, top = round((across - size) / 2), round((down - size) / 2)
-            return picture.crop((left, top, left + size, top + size))
-    except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
-        raise DataError(f"{path!r}: no picture that can be read ({first_line(error)})") from error
-
-
 def centre_crop(path: str, size: int) -> NDArray[np.uint8]:
     """Returns the middle of a picture, (size, size, 3), whose shorter side is brought to that size.
 
     Raises DataError where it cannot be read.
     """
-    return np.asarray(_middle(path, size))
+    try:
+        png = open_plain_png(path)
+        if png is not None and not is_too_large(png.width, png.height):
+            out = np.empty((size, size, 3), np.uint8)
+            if (png.height, png.width, png.channels) == out.shape and png.put(out, planar=False):
+                return out
+            if (picture := png.picture()) is not None:
+                return _cropped(picture, size)
+        with Image.open(path) as file:
+            return _cropped(file, size)
+    except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
+        raise DataError(f"{path!r}: no picture that can be read ({first_line(error)})") from error
+
+
+def _cropped(picture: Image.Image, size: int) -> NDArray[np.uint8]:
+    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+    width, height = picture.size
+    short = min(width, height)
+    across, down = (size if side == short else int(size * side / short) for side in (width, height))
+    if (across, down) != picture.size:
+        picture = picture.resize((across, down), Image.Resampling.BILINEAR)
+    left, top = round((across - size) / 2), round((down - size) / 2)
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
 @functools.cache
@@ -80,7 +88,8 @@ def levels() -> Tensor:
 
 def is_mirrored(i: int, seed: int) -> bool:
     """Returns whether picture i is mirrored, which depends on (seed, i) alone."""
-    return bool(Generator(Philox(SeedSequence(entropy=seed, spawn_key=(i,)))).random() < 0.5)
+    stream: Any = Philox(SeedSequence(entropy=seed, spawn_key=(i,)))
+    return bool(stream.random_raw() < 2**63)
 
 
 def centre_crops(paths: Sequence[str], size: int, numbers: range, seed: int = 0) -> Iterator[NDArray[np.uint8]]:
@@ -95,10 +104,11 @@ def centre_crops(paths: Sequence[str], size: int, numbers: range, seed: int = 0)
     Raises:
         DataError: A picture cannot be read.
     """
-    table = levels().tolist() * 3
+    table = bytes(levels().tolist())
 
     def read(i: int) -> NDArray[np.uint8]:
-        pixels = np.asarray(_middle(paths[i], size).point(table))
+        content = centre_crop(paths[i], size).tobytes().translate(table)
+        pixels = np.frombuffer(content, np.uint8).reshape(size, size, 3)
         return (pixels[:, ::-1] if is_mirrored(i, seed) else pixels).transpose(2, 0, 1)
 
     with reading_pictures():

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..errors import DataError, printable
 from ..sizes import Size, pair
+from .png import open_plain_png
 
 PICTURES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -114,8 +115,10 @@ def read_picture_into(out: NDArray[np.uint8], path: str, room: Room) -> None:
     """
     mode = "L" if out.shape[0] == 1 else "RGB"
     try:
+        if _read_plain(out, path, mode, room):
+            return
         with Image.open(path, formats=_formats()) as file:
-            _check_size(file)
+            _check_size(file.size)
             # Pillow takes four bytes a pixel, one if it is grey, and holds two pictures where one is converted.
             nbytes = file.width * file.height * (1 if file.mode == mode == "L" else 4 if file.mode == mode else 8)
             with room.take(nbytes):
@@ -142,13 +145,34 @@ def _put(out: NDArray[np.uint8], picture: Image.Image) -> None:
         out[:, row : row + rows] = strip.reshape(rows, width, channels).transpose(2, 0, 1)
 
 
-def _check_size(file: Image.Image) -> None:
-    """Raises _Refused for a picture that is too large or too long, before anything is decoded."""
-    width, height = file.size
-    if max(file.size) > LONGEST_STRIP * min(file.size):
+def _read_plain(out: NDArray[np.uint8], path: str, mode: str, room: Room) -> bool:
+    """Reads a plain PNG into `out`, and returns whether the file is one."""
+    png = open_plain_png(path)
+    if png is None:
+        return False
+    _check_size((png.width, png.height))
+    as_it_is = (png.channels, png.height, png.width) == out.shape and out.flags.c_contiguous
+    with room.take(png.width * png.height * (4 if as_it_is else 8)):
+        if as_it_is:
+            return png.put(out, planar=True)
+        picture = png.picture()
+        if picture is not None:
+            _put(out, picture if picture.mode == mode else picture.convert(mode))
+        return picture is not None
+
+
+def is_too_large(width: int, height: int) -> bool:
+    """Returns whether these are more pixels than Pillow is to decode."""
+    return Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    """Raises _Refused for a picture that is too large or too long, before anything is decoded. size: (W, H)."""
+    width, height = size
+    if max(size) > LONGEST_STRIP * min(size):
         raise _Refused(f"a strip of {width} x {height} pixels, longer than {LONGEST_STRIP} times its shorter side")
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
+    if is_too_large(width, height):
+        limit = Image.MAX_IMAGE_PIXELS
         raise _Refused(f"{width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
 
 
