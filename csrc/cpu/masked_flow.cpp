@@ -54,10 +54,38 @@ void store_panel(const T* panel, int64_t columns, int64_t first, int64_t samples
   }
 }
 
+// Weights of a group, (rows, stride) in the source, as products take them; returns the end of them.
+template <class T>
+T* pack_group(const T* dense, int64_t stride, MaskedGroup& group, T* to) {
+  group.weight = to;
+  for (int64_t k = 0; k < group.inputs; k++)
+    for (int64_t i = 0; i < group.count; i++) *to++ = dense[(group.row + i) * stride + k];
+  return to;
+}
+
+// How many panels go through each step together: as many as fit into the nearer caches with what is known of them, so
+// that they share the weights, which come from farther away. Threads get equally many.
+int64_t panels_together(int64_t panels, int64_t threads, size_t weight_bytes, size_t panel_bytes) {
+  constexpr size_t NEAR = 1 << 20;
+  constexpr int64_t MOST = 8;
+  if (weight_bytes <= NEAR) return 1;
+  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(MOST, NEAR / panel_bytes));
+  const int64_t rounds = std::max<int64_t>(1, (panels + threads * most - 1) / (threads * most));
+  return std::max<int64_t>(1, (panels + threads * rounds - 1) / (threads * rounds));
+}
+
 }  // namespace
 
-MaskedFlow::MaskedFlow(const std::vector<MaskedSource>& transforms, bool f64, const Kernels& kernels)
+MaskedFlow::MaskedFlow(const std::vector<MaskedSource>& transforms, const std::vector<MaskedMatrixSource>& matrices,
+                       bool f64, const Kernels& kernels)
     : kernels_(*kernels.masked), f64_(f64), lanes_(f64 ? kernels_.lanes_f64 : kernels_.lanes_f32) {
+  matrices_.resize(matrices.size());
+  for (size_t i = 0; i < matrices.size(); i++) {
+    if (f64)
+      pack<double>(matrices[i], matrices_[i]);
+    else
+      pack<float>(matrices[i], matrices_[i]);
+  }
   transforms_.resize(transforms.size());
   for (size_t i = 0; i < transforms.size(); i++) {
     if (f64)
@@ -65,6 +93,27 @@ MaskedFlow::MaskedFlow(const std::vector<MaskedSource>& transforms, bool f64, co
     else
       pack<float>(transforms[i], transforms_[i]);
   }
+}
+
+void MaskedFlow::add_groups(int64_t row, int64_t stop, int64_t inputs, std::vector<MaskedGroup>& groups) const {
+  while (row < stop) {
+    int64_t rows = kernels_.rows;
+    while (rows > stop - row) rows /= 2;
+    groups.push_back({row, rows, inputs, nullptr});
+    row += rows;
+  }
+}
+
+template <class T>
+void MaskedFlow::pack(const MaskedMatrixSource& source, PackedMatrix& packed) const {
+  const int64_t D = source.size;
+  add_groups(0, D, D, packed.groups);
+  packed.weight_bytes = (D * D + D) * sizeof(T);
+  packed.weights = allocate(packed.weight_bytes);
+  T* to = static_cast<T*>(packed.weights.get());
+  for (MaskedGroup& group : packed.groups) to = pack_group(static_cast<const T*>(source.weight), D, group, to);
+  std::copy_n(static_cast<const T*>(source.bias), D, to);
+  packed.plain = {packed.groups.data(), static_cast<int64_t>(packed.groups.size()), to};
 }
 
 template <class T>
@@ -91,12 +140,7 @@ void MaskedFlow::pack(const MaskedSource& source, Packed& packed) const {
     const MaskedLayerSource& from = source.layers[l];
     packed.group_begin[l].push_back(0);
     for (int64_t s = 0; s < S; s++) {
-      for (int64_t row = from.begin[s]; row < from.begin[s + 1];) {
-        int64_t rows = kernels_.rows;
-        while (rows > from.begin[s + 1] - row) rows /= 2;
-        packed.groups[l].push_back({row, rows, from.reach[s], nullptr});
-        row += rows;
-      }
+      add_groups(from.begin[s], from.begin[s + 1], from.reach[s], packed.groups[l]);
       packed.group_begin[l].push_back(static_cast<int64_t>(packed.groups[l].size()));
     }
     for (const MaskedGroup& group : packed.groups[l]) {
@@ -119,13 +163,8 @@ void MaskedFlow::pack(const MaskedSource& source, Packed& packed) const {
   for (int64_t l = 0; l < L; l++) {
     const MaskedLayerSource& from = source.layers[l];
     const T* dense = static_cast<const T*>(from.weight);
-    for (size_t g = 0; g < packed.groups[l].size(); g++) {
-      MaskedGroup& group = packed.groups[l][g];
-      T* to = weights + weight_at[l][g];
-      group.weight = to;
-      for (int64_t k = 0; k < group.inputs; k++)
-        for (int64_t i = 0; i < group.count; i++) *to++ = dense[(group.row + i) * from.inputs + k];
-    }
+    for (size_t g = 0; g < packed.groups[l].size(); g++)
+      pack_group(dense, from.inputs, packed.groups[l][g], weights + weight_at[l][g]);
     packed.add_at[l] = from.add_at;
     packed.layers[l] = {from.source,
                         from.add,
@@ -169,6 +208,7 @@ int64_t MaskedFlow::memory_bytes() const {
 int64_t MaskedFlow::packed_bytes() const {
   size_t bytes = 0;
   for (const Packed& packed : transforms_) bytes += packed.weight_bytes;
+  for (const PackedMatrix& packed : matrices_) bytes += packed.weight_bytes;
   return static_cast<int64_t>(bytes);
 }
 
@@ -184,17 +224,18 @@ bool MaskedFlow::over_panels(int64_t samples, int threads, const Caller::Hook& h
     bins = std::max(bins, packed.plain.spline.bins);
   }
   const size_t element = f64_ ? sizeof(double) : sizeof(float);
+  const int64_t together = panels_together(panels, threads, packed_bytes(), (dims + units) * lanes_ * element);
   std::vector<Room> rooms;
-  for (int i = 0; i < threads; i++)
+  for (int64_t i = 0; i < threads * together; i++)
     rooms.emplace_back(lanes_, dims, units, rows, bins * kernels_.scratch_lanes, element);
   std::atomic<int64_t> next{0};
   Caller caller(hook);
   const auto job = [&](int thread) {
     for (;;) {
       if (thread == 0) caller.attend();
-      const int64_t panel = next.fetch_add(1);
+      const int64_t panel = next.fetch_add(together);
       if (panel >= panels || caller.stopped()) return;
-      work(rooms[thread], panel);
+      work(rooms.data() + thread * together, panel, std::min(together, panels - panel));
     }
   };
   Pool::instance().run(threads, job, [&] {
@@ -208,29 +249,44 @@ template <class T>
 bool MaskedFlow::run_as(const std::vector<MaskedStep>& steps, const MaskedBatch& batch, int threads,
                         const Caller::Hook& hook) const {
   const MaskedRun kernel = f64_ ? kernels_.run_f64 : kernels_.run_f32;
+  const MaskedMatrixRun product = f64_ ? kernels_.matrix_f64 : kernels_.matrix_f32;
   const int64_t D = transforms_.front().plain.dims;
-  return over_panels(batch.samples, threads, hook, [&](Room& room, int64_t panel) {
-    const int64_t first = panel * lanes_;
-    T* values = reinterpret_cast<T*>(room.values);
-    load_panel(static_cast<const T*>(batch.in), D, D, first, batch.samples, lanes_, values);
-    std::fill_n(room.log_det, lanes_, 0.0);
-    for (const MaskedStep& step : steps) {
-      if (step.transform < 0) {
-        for (int64_t d = 0; d < D; d++)
-          for (int64_t n = 0; n < lanes_; n++) {
-            T& value = values[d * lanes_ + n];
-            value = value * static_cast<const T*>(step.scale)[d] + static_cast<const T*>(step.shift)[d];
-          }
-        continue;
-      }
-      const MaskedPanel given{first,           step.row.data(), values,       values,
-                              nullptr,         room.log_det,    nullptr,      nullptr,
-                              room.units,      room.parameters, room.scratch, step.offset.data(),
-                              step.gate.data()};
-      kernel(transforms_[step.transform].plain, given, step.forward ? FORWARD : SOLVE, 0, D);
+  return over_panels(batch.samples, threads, hook, [&](Room* rooms, int64_t panel, int64_t count) {
+    std::vector<MaskedPanel> given(count);
+    for (int64_t i = 0; i < count; i++) {
+      load_panel(static_cast<const T*>(batch.in), D, D, (panel + i) * lanes_, batch.samples, lanes_,
+                 reinterpret_cast<T*>(rooms[i].values));
+      std::fill_n(rooms[i].log_det, lanes_, 0.0);
     }
-    store_panel(values, D, first, batch.samples, lanes_, static_cast<T*>(batch.out), D);
-    std::copy_n(room.log_det, std::min(lanes_, batch.samples - first), batch.log_det + first);
+    for (const MaskedStep& step : steps) {
+      for (int64_t i = 0; i < count; i++) {
+        Room& room = rooms[i];
+        T* values = reinterpret_cast<T*>(room.values);
+        if (step.transform >= 0) {
+          given[i] = {(panel + i) * lanes_, step.row.data(), values,       values,
+                      nullptr,              room.log_det,    nullptr,      nullptr,
+                      room.units,           room.parameters, room.scratch, step.offset.data(),
+                      step.gate.data()};
+        } else if (step.matrix >= 0) {
+          product(matrices_[step.matrix].plain, values, room.more);
+          std::swap(room.values, room.more);
+        } else {
+          for (int64_t d = 0; d < D; d++)
+            for (int64_t n = 0; n < lanes_; n++) {
+              T& value = values[d * lanes_ + n];
+              value = value * static_cast<const T*>(step.scale)[d] + static_cast<const T*>(step.shift)[d];
+            }
+        }
+      }
+      if (step.transform >= 0)
+        kernel(transforms_[step.transform].plain, given.data(), count, step.forward ? FORWARD : SOLVE, 0, D);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t first = (panel + i) * lanes_;
+      store_panel(reinterpret_cast<T*>(rooms[i].values), D, first, batch.samples, lanes_, static_cast<T*>(batch.out),
+                  D);
+      std::copy_n(rooms[i].log_det, std::min(lanes_, batch.samples - first), batch.log_det + first);
+    }
   });
 }
 
@@ -238,39 +294,46 @@ template <class T>
 bool MaskedFlow::run_block_as(const MaskedBlockBatch& batch, int threads, const Caller::Hook& hook) const {
   const MaskedRun kernel = f64_ ? kernels_.run_f64 : kernels_.run_f32;
   const MaskedTransform& transform = transforms_.front().plain;
-  const int64_t D = transform.dims, from = batch.first, count = batch.stop - batch.first;
+  const int64_t D = transform.dims, from = batch.first, samples = batch.samples;
   const bool together = batch.change != nullptr;
   std::vector<int64_t> row(D);
   for (int64_t d = 0; d < D; d++) row[d] = d;
-  return over_panels(batch.samples, threads, hook, [&](Room& room, int64_t panel) {
-    const int64_t first = panel * lanes_, samples = batch.samples;
-    T *z = reinterpret_cast<T*>(room.more), *x = reinterpret_cast<T*>(room.values);
-    T *logs = reinterpret_cast<T*>(room.logs), *changes = reinterpret_cast<T*>(room.changes);
-    T* residuals = reinterpret_cast<T*>(room.residuals);
-    load_panel(static_cast<const T*>(batch.z) + 1, D + 1, D, first, samples, lanes_, z);
-    load_panel(static_cast<const T*>(batch.x) + 1, D + 1, D, first, samples, lanes_, x);
-    const MaskedPanel given{first,
-                            row.data(),
-                            z,
-                            x,
-                            logs,
-                            room.log_det,
-                            changes,
-                            residuals,
-                            static_cast<char*>(batch.memory) + panel * memory_bytes(),
-                            room.parameters,
-                            room.scratch,
-                            batch.offset.data(),
-                            batch.gate.data()};
-    kernel(transform, given, together ? TOGETHER : SOLVE, from, batch.stop);
-    const auto store = [&](const T* rows, void* to, int64_t column, int64_t stride) {
-      store_panel(rows + from * lanes_, count, first, samples, lanes_, static_cast<T*>(to) + column, stride);
-    };
-    store(x, batch.x, from + 1, D + 1);
-    store(logs, batch.log, from + 1, D + 1);
-    if (together) {
-      store(changes, batch.change, 0, count);
-      store(residuals, batch.residual, 0, count);
+  return over_panels(samples, threads, hook, [&](Room* rooms, int64_t panel, int64_t count) {
+    std::vector<MaskedPanel> given(count);
+    for (int64_t i = 0; i < count; i++) {
+      const Room& room = rooms[i];
+      const int64_t first = (panel + i) * lanes_;
+      load_panel(static_cast<const T*>(batch.z) + 1, D + 1, D, first, samples, lanes_,
+                 reinterpret_cast<T*>(room.more));
+      load_panel(static_cast<const T*>(batch.x) + 1, D + 1, D, first, samples, lanes_,
+                 reinterpret_cast<T*>(room.values));
+      given[i] = {first,
+                  row.data(),
+                  room.more,
+                  room.values,
+                  room.logs,
+                  room.log_det,
+                  room.changes,
+                  room.residuals,
+                  static_cast<char*>(batch.memory) + (panel + i) * memory_bytes(),
+                  room.parameters,
+                  room.scratch,
+                  batch.offset.data(),
+                  batch.gate.data()};
+    }
+    kernel(transform, given.data(), count, together ? TOGETHER : SOLVE, from, batch.stop);
+    for (const MaskedPanel& p : given) {
+      const int64_t columns = batch.stop - from;
+      const auto store = [&](const void* rows, void* to, int64_t column, int64_t stride) {
+        store_panel(static_cast<const T*>(rows) + from * lanes_, columns, p.sample, samples, lanes_,
+                    static_cast<T*>(to) + column, stride);
+      };
+      store(p.x, batch.x, from + 1, D + 1);
+      store(p.log, batch.log, from + 1, D + 1);
+      if (together) {
+        store(p.change, batch.change, 0, columns);
+        store(p.residual, batch.residual, 0, columns);
+      }
     }
   });
 }
