@@ -71,9 +71,8 @@ struct MaskedPanel {
   const MaskedContext *offset, *gate;  // (layers), data null for none
 };
 
-// Runs panels over the sorted dimensions [first, stop), all of them over one step before the next.
-using MaskedRun = void (*)(const MaskedTransform&, const MaskedPanel*, int64_t panels, MaskedMode, int64_t first,
-                           int64_t stop);
+// Runs over the sorted dimensions [first, stop).
+using MaskedRun = void (*)(const MaskedTransform&, const MaskedPanel&, MaskedMode, int64_t first, int64_t stop);
 
 // The linear map M v + b of all dimensions. Each group reads all inputs.
 struct MaskedMatrix {

@@ -243,63 +243,54 @@ void transform_lanes(const MaskedTransform& t, bool forward, const T* parameters
   }
 }
 
-// Goes through one step with a panel. It transforms those of the step's dimensions that are in [first, stop).
 template <class T>
-void masked_step(const MaskedTransform& t, const MaskedPanel& p, MaskedMode mode, int64_t step, int64_t first,
-                 int64_t stop) {
+void masked_run(const MaskedTransform& t, const MaskedPanel& p, MaskedMode mode, int64_t first, int64_t stop) {
   constexpr int64_t N = LANES<T>;
   const T* z = static_cast<const T*>(p.z);
   T *x = static_cast<T*>(p.x), *memory = static_cast<T*>(p.memory), *parameters = static_cast<T*>(p.parameters);
-  const int64_t begin = t.begin[step] > t.passed ? t.begin[step] : t.passed;  // the first that is transformed
-  // Units that depend on no dimension are of step 0, even where all its dimensions pass unchanged.
-  if (mode == SOLVE)
-    for (int64_t l = 0; l + 1 < t.layers; l++) evaluate<T>(t, p, l, step, step + 1, nullptr);
-  evaluate<T>(t, p, t.layers - 1, step, step + 1, parameters);
-  const int64_t low = first > t.begin[step] ? first : t.begin[step];
-  const int64_t high = stop < t.begin[step + 1] ? stop : t.begin[step + 1];
-  for (int64_t j = low; j < high; j++) {
-    const int64_t at = p.row[j] * N;
-    alignas(64) T image[N], log[N] = {}, other[N], unused[N];
-    const T* value = mode == FORWARD ? x + at : z + at;
-    const T* mine = parameters + (j - begin) * t.parameters * N;
-    if (j < t.passed) __builtin_memcpy(image, value, sizeof image);
-    else transform_lanes<T>(t, mode == FORWARD, mine, value, image, log, p.scratch);
-    if (mode == TOGETHER) {
-      if (j < t.passed) __builtin_memcpy(other, x + at, sizeof other);
-      else transform_lanes<T>(t, true, mine, x + at, other, unused, p.scratch);
-      for (int64_t n = 0; n < N; n++) {
-        const T change = image[n] - x[at + n], residual = other[n] - z[at + n];
-        static_cast<T*>(p.change)[at + n] = change < 0 ? -change : change;
-        static_cast<T*>(p.residual)[at + n] = residual < 0 ? -residual : residual;
-      }
-    }
-    if (p.log) __builtin_memcpy(static_cast<T*>(p.log) + at, log, sizeof log);
-    else
-      for (int64_t n = 0; n < N; n++) p.log_det[n] += log[n];
-    __builtin_memcpy(x + at, image, sizeof image);
-    if (mode == SOLVE) make_known(t, memory, 0, j, image);
-  }
-}
-
-template <class T>
-void masked_run(const MaskedTransform& t, const MaskedPanel* panel, int64_t panels, MaskedMode mode, int64_t first,
-                int64_t stop) {
   int64_t from = 0;
   while (t.begin[from + 1] <= first) from++;
   int64_t to = from;
   while (t.begin[to] < stop) to++;
-  for (int64_t i = 0; i < panels; i++) {
-    const MaskedPanel& p = panel[i];
-    // What is final before this pass may have become so since the last one: the step before is made known again.
-    for (int64_t j = t.begin[from > 0 ? from - 1 : 0]; j < (mode == SOLVE ? first : stop); j++)
-      make_known(t, static_cast<T*>(p.memory), 0, j, static_cast<T*>(p.x) + p.row[j] * LANES<T>);
-    if (mode != SOLVE)
-      for (int64_t l = 0; l + 1 < t.layers; l++) evaluate<T>(t, p, l, from, to, nullptr);
+  // What is final before this pass may have become so since the last one: the step before is made known again.
+  for (int64_t j = t.begin[from > 0 ? from - 1 : 0]; j < (mode == SOLVE ? first : stop); j++)
+    make_known(t, memory, 0, j, x + p.row[j] * N);
+  if (mode != SOLVE) {
+    for (int64_t l = 0; l + 1 < t.layers; l++) evaluate<T>(t, p, l, from, to, nullptr);
   }
-  for (int64_t step = from; step < to; step++)
-    for (int64_t i = 0; i < panels; i++) masked_step<T>(t, panel[i], mode, step, first, stop);
+  for (int64_t step = from; step < to; step++) {
+    const int64_t begin = t.begin[step] > t.passed ? t.begin[step] : t.passed;  // the first that is transformed
+    // Units that depend on no dimension are of step 0, even where all its dimensions pass unchanged.
+    if (mode == SOLVE)
+      for (int64_t l = 0; l + 1 < t.layers; l++) evaluate<T>(t, p, l, step, step + 1, nullptr);
+    evaluate<T>(t, p, t.layers - 1, step, step + 1, parameters);
+    const int64_t low = first > t.begin[step] ? first : t.begin[step];
+    const int64_t high = stop < t.begin[step + 1] ? stop : t.begin[step + 1];
+    for (int64_t j = low; j < high; j++) {
+      const int64_t at = p.row[j] * N;
+      alignas(64) T image[N], log[N] = {}, other[N], unused[N];
+      const T* value = mode == FORWARD ? x + at : z + at;
+      const T* mine = parameters + (j - begin) * t.parameters * N;
+      if (j < t.passed) __builtin_memcpy(image, value, sizeof image);
+      else transform_lanes<T>(t, mode == FORWARD, mine, value, image, log, p.scratch);
+      if (mode == TOGETHER) {
+        if (j < t.passed) __builtin_memcpy(other, x + at, sizeof other);
+        else transform_lanes<T>(t, true, mine, x + at, other, unused, p.scratch);
+        for (int64_t n = 0; n < N; n++) {
+          const T change = image[n] - x[at + n], residual = other[n] - z[at + n];
+          static_cast<T*>(p.change)[at + n] = change < 0 ? -change : change;
+          static_cast<T*>(p.residual)[at + n] = residual < 0 ? -residual : residual;
+        }
+      }
+      if (p.log) __builtin_memcpy(static_cast<T*>(p.log) + at, log, sizeof log);
+      else
+        for (int64_t n = 0; n < N; n++) p.log_det[n] += log[n];
+      __builtin_memcpy(x + at, image, sizeof image);
+      if (mode == SOLVE) make_known(t, memory, 0, j, image);
+    }
+  }
 }
 
-const MaskedKernels masked_table = {LANES<float>,      LANES<double>,      GROUP,
-                                    2 * VD,            masked_run<float>,  masked_run<double>,
+const MaskedKernels masked_table = {LANES<float>,         LANES<double>,        GROUP,
+                                    2 * VD,               masked_run<float>,    masked_run<double>,
                                     masked_matrix<float>, masked_matrix<double>};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "threads.h"
 
@@ -61,17 +62,6 @@ T* pack_group(const T* dense, int64_t stride, MaskedGroup& group, T* to) {
   for (int64_t k = 0; k < group.inputs; k++)
     for (int64_t i = 0; i < group.count; i++) *to++ = dense[(group.row + i) * stride + k];
   return to;
-}
-
-// How many panels go through each step together: as many as fit into the nearer caches with what is known of them, so
-// that they share the weights, which come from farther away. Threads get equally many.
-int64_t panels_together(int64_t panels, int64_t threads, size_t weight_bytes, size_t panel_bytes) {
-  constexpr size_t NEAR = 1 << 20;
-  constexpr int64_t MOST = 8;
-  if (weight_bytes <= NEAR) return 1;
-  const int64_t most = std::max<int64_t>(1, std::min<int64_t>(MOST, NEAR / panel_bytes));
-  const int64_t rounds = std::max<int64_t>(1, (panels + threads * most - 1) / (threads * most));
-  return std::max<int64_t>(1, (panels + threads * rounds - 1) / (threads * rounds));
 }
 
 }  // namespace
@@ -224,18 +214,17 @@ bool MaskedFlow::over_panels(int64_t samples, int threads, const Caller::Hook& h
     bins = std::max(bins, packed.plain.spline.bins);
   }
   const size_t element = f64_ ? sizeof(double) : sizeof(float);
-  const int64_t together = panels_together(panels, threads, packed_bytes(), (dims + units) * lanes_ * element);
   std::vector<Room> rooms;
-  for (int64_t i = 0; i < threads * together; i++)
+  for (int i = 0; i < threads; i++)
     rooms.emplace_back(lanes_, dims, units, rows, bins * kernels_.scratch_lanes, element);
   std::atomic<int64_t> next{0};
   Caller caller(hook);
   const auto job = [&](int thread) {
     for (;;) {
       if (thread == 0) caller.attend();
-      const int64_t panel = next.fetch_add(together);
+      const int64_t panel = next.fetch_add(1);
       if (panel >= panels || caller.stopped()) return;
-      work(rooms.data() + thread * together, panel, std::min(together, panels - panel));
+      work(rooms[thread], panel);
     }
   };
   Pool::instance().run(threads, job, [&] {
@@ -251,42 +240,34 @@ bool MaskedFlow::run_as(const std::vector<MaskedStep>& steps, const MaskedBatch&
   const MaskedRun kernel = f64_ ? kernels_.run_f64 : kernels_.run_f32;
   const MaskedMatrixRun product = f64_ ? kernels_.matrix_f64 : kernels_.matrix_f32;
   const int64_t D = transforms_.front().plain.dims;
-  return over_panels(batch.samples, threads, hook, [&](Room* rooms, int64_t panel, int64_t count) {
-    std::vector<MaskedPanel> given(count);
-    for (int64_t i = 0; i < count; i++) {
-      load_panel(static_cast<const T*>(batch.in), D, D, (panel + i) * lanes_, batch.samples, lanes_,
-                 reinterpret_cast<T*>(rooms[i].values));
-      std::fill_n(rooms[i].log_det, lanes_, 0.0);
-    }
+  return over_panels(batch.samples, threads, hook, [&](Room& room, int64_t panel) {
+    const int64_t first = panel * lanes_;
+    T* values = reinterpret_cast<T*>(room.values);
+    T* other = reinterpret_cast<T*>(room.more);
+    load_panel(static_cast<const T*>(batch.in), D, D, first, batch.samples, lanes_, values);
+    std::fill_n(room.log_det, lanes_, 0.0);
     for (const MaskedStep& step : steps) {
-      for (int64_t i = 0; i < count; i++) {
-        Room& room = rooms[i];
-        T* values = reinterpret_cast<T*>(room.values);
-        if (step.transform >= 0) {
-          given[i] = {(panel + i) * lanes_, step.row.data(), values,       values,
-                      nullptr,              room.log_det,    nullptr,      nullptr,
-                      room.units,           room.parameters, room.scratch, step.offset.data(),
-                      step.gate.data()};
-        } else if (step.matrix >= 0) {
-          product(matrices_[step.matrix].plain, values, room.more);
-          std::swap(room.values, room.more);
-        } else {
-          for (int64_t d = 0; d < D; d++)
-            for (int64_t n = 0; n < lanes_; n++) {
-              T& value = values[d * lanes_ + n];
-              value = value * static_cast<const T*>(step.scale)[d] + static_cast<const T*>(step.shift)[d];
-            }
-        }
+      if (step.transform < 0 && step.matrix >= 0) {
+        product(matrices_[step.matrix].plain, values, other);
+        std::swap(values, other);
+        continue;
       }
-      if (step.transform >= 0)
-        kernel(transforms_[step.transform].plain, given.data(), count, step.forward ? FORWARD : SOLVE, 0, D);
+      if (step.transform < 0) {
+        for (int64_t d = 0; d < D; d++)
+          for (int64_t n = 0; n < lanes_; n++) {
+            T& value = values[d * lanes_ + n];
+            value = value * static_cast<const T*>(step.scale)[d] + static_cast<const T*>(step.shift)[d];
+          }
+        continue;
+      }
+      const MaskedPanel given{first,           step.row.data(), values,       values,
+                              nullptr,         room.log_det,    nullptr,      nullptr,
+                              room.units,      room.parameters, room.scratch, step.offset.data(),
+                              step.gate.data()};
+      kernel(transforms_[step.transform].plain, given, step.forward ? FORWARD : SOLVE, 0, D);
     }
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t first = (panel + i) * lanes_;
-      store_panel(reinterpret_cast<T*>(rooms[i].values), D, first, batch.samples, lanes_, static_cast<T*>(batch.out),
-                  D);
-      std::copy_n(rooms[i].log_det, std::min(lanes_, batch.samples - first), batch.log_det + first);
-    }
+    store_panel(values, D, first, batch.samples, lanes_, static_cast<T*>(batch.out), D);
+    std::copy_n(room.log_det, std::min(lanes_, batch.samples - first), batch.log_det + first);
   });
 }
 
@@ -294,46 +275,39 @@ template <class T>
 bool MaskedFlow::run_block_as(const MaskedBlockBatch& batch, int threads, const Caller::Hook& hook) const {
   const MaskedRun kernel = f64_ ? kernels_.run_f64 : kernels_.run_f32;
   const MaskedTransform& transform = transforms_.front().plain;
-  const int64_t D = transform.dims, from = batch.first, samples = batch.samples;
+  const int64_t D = transform.dims, from = batch.first, count = batch.stop - batch.first;
   const bool together = batch.change != nullptr;
   std::vector<int64_t> row(D);
   for (int64_t d = 0; d < D; d++) row[d] = d;
-  return over_panels(samples, threads, hook, [&](Room* rooms, int64_t panel, int64_t count) {
-    std::vector<MaskedPanel> given(count);
-    for (int64_t i = 0; i < count; i++) {
-      const Room& room = rooms[i];
-      const int64_t first = (panel + i) * lanes_;
-      load_panel(static_cast<const T*>(batch.z) + 1, D + 1, D, first, samples, lanes_,
-                 reinterpret_cast<T*>(room.more));
-      load_panel(static_cast<const T*>(batch.x) + 1, D + 1, D, first, samples, lanes_,
-                 reinterpret_cast<T*>(room.values));
-      given[i] = {first,
-                  row.data(),
-                  room.more,
-                  room.values,
-                  room.logs,
-                  room.log_det,
-                  room.changes,
-                  room.residuals,
-                  static_cast<char*>(batch.memory) + (panel + i) * memory_bytes(),
-                  room.parameters,
-                  room.scratch,
-                  batch.offset.data(),
-                  batch.gate.data()};
-    }
-    kernel(transform, given.data(), count, together ? TOGETHER : SOLVE, from, batch.stop);
-    for (const MaskedPanel& p : given) {
-      const int64_t columns = batch.stop - from;
-      const auto store = [&](const void* rows, void* to, int64_t column, int64_t stride) {
-        store_panel(static_cast<const T*>(rows) + from * lanes_, columns, p.sample, samples, lanes_,
-                    static_cast<T*>(to) + column, stride);
-      };
-      store(p.x, batch.x, from + 1, D + 1);
-      store(p.log, batch.log, from + 1, D + 1);
-      if (together) {
-        store(p.change, batch.change, 0, columns);
-        store(p.residual, batch.residual, 0, columns);
-      }
+  return over_panels(batch.samples, threads, hook, [&](Room& room, int64_t panel) {
+    const int64_t first = panel * lanes_, samples = batch.samples;
+    T *z = reinterpret_cast<T*>(room.more), *x = reinterpret_cast<T*>(room.values);
+    T *logs = reinterpret_cast<T*>(room.logs), *changes = reinterpret_cast<T*>(room.changes);
+    T* residuals = reinterpret_cast<T*>(room.residuals);
+    load_panel(static_cast<const T*>(batch.z) + 1, D + 1, D, first, samples, lanes_, z);
+    load_panel(static_cast<const T*>(batch.x) + 1, D + 1, D, first, samples, lanes_, x);
+    const MaskedPanel given{first,
+                            row.data(),
+                            z,
+                            x,
+                            logs,
+                            room.log_det,
+                            changes,
+                            residuals,
+                            static_cast<char*>(batch.memory) + panel * memory_bytes(),
+                            room.parameters,
+                            room.scratch,
+                            batch.offset.data(),
+                            batch.gate.data()};
+    kernel(transform, given, together ? TOGETHER : SOLVE, from, batch.stop);
+    const auto store = [&](const T* rows, void* to, int64_t column, int64_t stride) {
+      store_panel(rows + from * lanes_, count, first, samples, lanes_, static_cast<T*>(to) + column, stride);
+    };
+    store(x, batch.x, from + 1, D + 1);
+    store(logs, batch.log, from + 1, D + 1);
+    if (together) {
+      store(changes, batch.change, 0, count);
+      store(residuals, batch.residual, 0, count);
     }
   });
 }
