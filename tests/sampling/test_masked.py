@@ -142,8 +142,8 @@ def test_a_batch_with_contexts_goes_through_in_parts(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
-def test_panels_that_share_weights_are_what_each_is_alone() -> None:
-    recipe = Recipe(levels=(3, 0, 2, 1, 4), hidden=600, context=2, gate=True)  # more weights than the near caches hold
+def test_samples_depend_neither_on_their_batch_nor_on_threads() -> None:
+    recipe = Recipe(levels=(3, 0, 2, 1, 4), context=2, gate=True)
     steps = transform_of(recipe, torch.float32), Linear(torch.eye(5) + 0.1), transform_of(recipe, torch.float32)
     z, context = torch.randn(700, 5), torch.randn(700, 2)
     whole = FlowInverse(MaskedFlow(5, steps), backend="cpu", threads=1).to_data(z, context)
@@ -152,6 +152,18 @@ def test_panels_that_share_weights_are_what_each_is_alone() -> None:
     for start, stop in ((0, 1), (1, 33), (33, 700)):
         for ours, all_of_it in zip(fast.to_data(z[start:stop], context[start:stop]), whole, strict=True):
             assert torch.equal(ours, all_of_it[start:stop])
+
+
+@pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
+def test_in_native_code_auto_is_sequential() -> None:
+    z, context = torch.randn(40, D), torch.randn(40, 2)
+    described = flow(torch.float32)
+    fast = FlowInverse(described, backend="cpu", solver="auto")
+    for ours, sequential in zip(
+        fast.to_data(z, context), FlowInverse(described, backend="cpu").to_data(z, context), strict=True
+    ):
+        assert torch.equal(ours, sequential)
+    assert not fast.passes
 
 
 def test_an_empty_batch() -> None:
