@@ -35,7 +35,7 @@ struct MaskedMatrixSource {
   int64_t size;
 };
 
-// One transform of a pass over a flow, or, where transform is −1, M x + b, or, where matrix is −1 too, x · scale + shift.
+// One transform of a pass over a flow; where transform is −1, M x + b; where matrix is −1 too, x · scale + shift.
 struct MaskedStep {
   int64_t transform, matrix;
   bool forward;
