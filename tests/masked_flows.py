@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 
-from tarflow_fast.masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline, Univariate
+from tarflow_fast.masked import Activation, Affine, Layer, MaskedTransform, Shift, Spline, Term, Univariate
 from tarflow_fast.masked.layers import ACTIVATIONS
 from tarflow_fast.spline import SplineLaw
 
@@ -92,9 +90,10 @@ def transform_of(recipe: Recipe, dtype: torch.dtype = torch.float64) -> MaskedTr
     activation = Activation(recipe.activation, 0.3)
     context: dict[str, object] = {}
     if recipe.context:
-        context["offset"] = functools.partial(F.linear, weight=columns.T)  # type: ignore[union-attr]
+        before = torch.sin if recipe.gate else None
+        context["offset"] = Term(columns.T, before=before)  # type: ignore[union-attr]
         if recipe.gate:
-            context["gate"] = functools.partial(_gate, columns)  # type: ignore[arg-type]
+            context["gate"] = Term(columns.T, drawn(H), Activation("sigmoid"))  # type: ignore[union-attr]
     layers = [layer(levels, degrees[:, None] >= levels, **{k: v for k, v in context.items() if k == "offset"})]
     for _ in range(recipe.blocks):
         square = degrees[:, None] >= degrees
@@ -104,10 +103,6 @@ def transform_of(recipe: Recipe, dtype: torch.dtype = torch.float64) -> MaskedTr
     out = levels[dims].repeat_interleave(univariate.parameters)
     layers.append(layer(degrees, out[:, None] > degrees, source=len(layers), activation=activation))
     return MaskedTransform(D, tuple(layers), univariate, tuple(dims))
-
-
-def _gate(columns: Tensor, context: Tensor) -> Tensor:
-    return torch.sigmoid(context @ columns)
 
 
 def naive_inverse(transform: MaskedTransform, z: Tensor, context: Tensor | None) -> Tensor:

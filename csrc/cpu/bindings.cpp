@@ -160,8 +160,9 @@ MaskedLayerSource masked_layer_from(const py::dict& given) {
           given["alpha"].cast<double>()};
 }
 
-// transforms: sorted, as tarflow_fast/backend/cpu/masked.py gives them; their tensors are copied.
-MaskedFlow make_masked(const std::vector<py::dict>& transforms, bool f64, const std::string& instruction_set) {
+// transforms: sorted, as tarflow_fast/backend/cpu/masked.py gives them, matrices likewise; their tensors are copied.
+MaskedFlow make_masked(const std::vector<py::dict>& transforms, const std::vector<py::dict>& matrices, bool f64,
+                       const std::string& instruction_set) {
   std::vector<MaskedSource> sources;
   for (const py::dict& each : transforms) {
     sources.push_back(
@@ -177,8 +178,11 @@ MaskedFlow make_masked(const std::vector<py::dict>& transforms, bool f64, const 
     for (const py::dict& layer : each["layers"].cast<std::vector<py::dict>>())
       sources.back().layers.push_back(masked_layer_from(layer));
   }
+  std::vector<MaskedMatrixSource> squares;
+  for (const py::dict& each : matrices)
+    squares.push_back({address_in(each, "weight"), address_in(each, "bias"), each["size"].cast<int64_t>()});
   const py::gil_scoped_release release;
-  return MaskedFlow(sources, f64, kernels_named(instruction_set));
+  return MaskedFlow(sources, squares, f64, kernels_named(instruction_set));
 }
 
 using Terms = std::vector<std::pair<Address, int64_t>>;  // addresses and rows, 0 for none
@@ -194,9 +198,9 @@ void run_masked(const MaskedFlow& flow, const std::vector<py::dict>& steps, int6
                 Address log_det, int threads, const py::object& progress) {
   std::vector<MaskedStep> plain;
   for (const py::dict& step : steps)
-    plain.push_back({step["transform"].cast<int64_t>(), step["forward"].cast<bool>(), step["row"].cast<Numbers>(),
-                     contexts_from(step["offset"].cast<Terms>()), contexts_from(step["gate"].cast<Terms>()),
-                     address_in(step, "scale"), address_in(step, "shift")});
+    plain.push_back({step["transform"].cast<int64_t>(), step["matrix"].cast<int64_t>(), step["forward"].cast<bool>(),
+                     step["row"].cast<Numbers>(), contexts_from(step["offset"].cast<Terms>()),
+                     contexts_from(step["gate"].cast<Terms>()), address_in(step, "scale"), address_in(step, "shift")});
   const MaskedBatch batch{samples, at<const void>(in), at<void>(out), at<double>(log_det)};
   without_gil(progress, [&](const Caller::Hook& hook) { flow.run(plain, batch, threads, hook); });
 }
@@ -286,7 +290,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("channel_stride", &Engine::channel_stride)
       .def_property_readonly("packed_bytes", &Engine::packed_bytes);
   py::class_<MaskedFlow>(m, "MaskedFlow")
-      .def(py::init(&make_masked), py::kw_only(), arg("transforms"), arg("f64"), arg("instruction_set"))
+      .def(py::init(&make_masked), py::kw_only(), arg("transforms"), arg("matrices"), arg("f64"),
+           arg("instruction_set"))
       .def("run", &run_masked, py::kw_only(), arg("steps"), arg("samples"), arg("values"), arg("out"), arg("log_det"),
            arg("threads"), arg("progress"))
       .def("run_block", &run_masked_block, py::kw_only(), arg("samples"), arg("first"), arg("stop"), arg("z"), arg("x"),

@@ -74,11 +74,22 @@ struct MaskedPanel {
 // Runs over the sorted dimensions [first, stop).
 using MaskedRun = void (*)(const MaskedTransform&, const MaskedPanel&, MaskedMode, int64_t first, int64_t stop);
 
+// The linear map M v + b of all dimensions. Each group reads all inputs.
+struct MaskedMatrix {
+  const MaskedGroup* group;
+  int64_t groups;
+  const void* bias;
+};
+
+// in, out: a panel's dimensions, apart from each other.
+using MaskedMatrixRun = void (*)(const MaskedMatrix&, const void* in, void* out);
+
 struct MaskedKernels {
   int64_t lanes_f32, lanes_f64;  // of a panel
   int64_t rows;  // the most rows of a group, a power of 2
   int64_t scratch_lanes;  // doubles of scratch for each bin of a spline
   MaskedRun run_f32, run_f64;
+  MaskedMatrixRun matrix_f32, matrix_f64;
 };
 
 }  // namespace tarflow

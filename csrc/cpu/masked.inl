@@ -137,6 +137,26 @@ void product(const T* w, const T* bias, const T* in, int64_t inputs, T* out) {
     }
 }
 
+// Evaluates a group of units. bias: those of all units of the layer. out: that of the group's first unit.
+template <class T>
+INLINE void group_product(const MaskedGroup& group, const void* bias, const T* in, T* out) {
+  const T *w = static_cast<const T*>(group.weight), *b = static_cast<const T*>(bias) + group.row;
+  switch (group.count) {
+    case 1: product<T, 1>(w, b, in, group.inputs, out); break;
+    case 2: product<T, 2>(w, b, in, group.inputs, out); break;
+    case 4: product<T, 4>(w, b, in, group.inputs, out); break;
+    default: product<T, GROUP>(w, b, in, group.inputs, out); break;
+  }
+}
+
+template <class T>
+void masked_matrix(const MaskedMatrix& matrix, const void* in, void* out) {
+  for (int64_t g = 0; g < matrix.groups; g++) {
+    const MaskedGroup& group = matrix.group[g];
+    group_product<T>(group, matrix.bias, static_cast<const T*>(in), static_cast<T*>(out) + group.row * LANES<T>);
+  }
+}
+
 // Makes a unit of a value known to all layers that read or add it.
 template <class T>
 INLINE void make_known(const MaskedTransform& t, T* memory, int64_t value, int64_t unit, const T* h) {
@@ -168,13 +188,7 @@ void evaluate(const MaskedTransform& t, const MaskedPanel& p, int64_t l, int64_t
   for (int64_t g = layer.group_begin[first]; g < layer.group_begin[stop]; g++) {
     const MaskedGroup& group = layer.group[g];
     T* to = out ? out : h;
-    const T *w = static_cast<const T*>(group.weight), *bias = static_cast<const T*>(layer.bias) + group.row;
-    switch (group.count) {
-      case 1: product<T, 1>(w, bias, in, group.inputs, to); break;
-      case 2: product<T, 2>(w, bias, in, group.inputs, to); break;
-      case 4: product<T, 4>(w, bias, in, group.inputs, to); break;
-      default: product<T, GROUP>(w, bias, in, group.inputs, to); break;
-    }
+    group_product<T>(group, layer.bias, in, to);
     for (int64_t i = 0; i < group.count; i++) {
       const int64_t unit = group.row + i;
       T* mine = to + i * N;
@@ -277,4 +291,6 @@ void masked_run(const MaskedTransform& t, const MaskedPanel& p, MaskedMode mode,
   }
 }
 
-const MaskedKernels masked_table = {LANES<float>, LANES<double>, GROUP, 2 * VD, masked_run<float>, masked_run<double>};
+const MaskedKernels masked_table = {LANES<float>,         LANES<double>,        GROUP,
+                                    2 * VD,               masked_run<float>,    masked_run<double>,
+                                    masked_matrix<float>, masked_matrix<double>};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "threads.h"
 
@@ -54,10 +55,27 @@ void store_panel(const T* panel, int64_t columns, int64_t first, int64_t samples
   }
 }
 
+// Weights of a group, (rows, stride) in the source, as products take them; returns the end of them.
+template <class T>
+T* pack_group(const T* dense, int64_t stride, MaskedGroup& group, T* to) {
+  group.weight = to;
+  for (int64_t k = 0; k < group.inputs; k++)
+    for (int64_t i = 0; i < group.count; i++) *to++ = dense[(group.row + i) * stride + k];
+  return to;
+}
+
 }  // namespace
 
-MaskedFlow::MaskedFlow(const std::vector<MaskedSource>& transforms, bool f64, const Kernels& kernels)
+MaskedFlow::MaskedFlow(const std::vector<MaskedSource>& transforms, const std::vector<MaskedMatrixSource>& matrices,
+                       bool f64, const Kernels& kernels)
     : kernels_(*kernels.masked), f64_(f64), lanes_(f64 ? kernels_.lanes_f64 : kernels_.lanes_f32) {
+  matrices_.resize(matrices.size());
+  for (size_t i = 0; i < matrices.size(); i++) {
+    if (f64)
+      pack<double>(matrices[i], matrices_[i]);
+    else
+      pack<float>(matrices[i], matrices_[i]);
+  }
   transforms_.resize(transforms.size());
   for (size_t i = 0; i < transforms.size(); i++) {
     if (f64)
@@ -65,6 +83,27 @@ MaskedFlow::MaskedFlow(const std::vector<MaskedSource>& transforms, bool f64, co
     else
       pack<float>(transforms[i], transforms_[i]);
   }
+}
+
+void MaskedFlow::add_groups(int64_t row, int64_t stop, int64_t inputs, std::vector<MaskedGroup>& groups) const {
+  while (row < stop) {
+    int64_t rows = kernels_.rows;
+    while (rows > stop - row) rows /= 2;
+    groups.push_back({row, rows, inputs, nullptr});
+    row += rows;
+  }
+}
+
+template <class T>
+void MaskedFlow::pack(const MaskedMatrixSource& source, PackedMatrix& packed) const {
+  const int64_t D = source.size;
+  add_groups(0, D, D, packed.groups);
+  packed.weight_bytes = (D * D + D) * sizeof(T);
+  packed.weights = allocate(packed.weight_bytes);
+  T* to = static_cast<T*>(packed.weights.get());
+  for (MaskedGroup& group : packed.groups) to = pack_group(static_cast<const T*>(source.weight), D, group, to);
+  std::copy_n(static_cast<const T*>(source.bias), D, to);
+  packed.plain = {packed.groups.data(), static_cast<int64_t>(packed.groups.size()), to};
 }
 
 template <class T>
@@ -91,12 +130,7 @@ void MaskedFlow::pack(const MaskedSource& source, Packed& packed) const {
     const MaskedLayerSource& from = source.layers[l];
     packed.group_begin[l].push_back(0);
     for (int64_t s = 0; s < S; s++) {
-      for (int64_t row = from.begin[s]; row < from.begin[s + 1];) {
-        int64_t rows = kernels_.rows;
-        while (rows > from.begin[s + 1] - row) rows /= 2;
-        packed.groups[l].push_back({row, rows, from.reach[s], nullptr});
-        row += rows;
-      }
+      add_groups(from.begin[s], from.begin[s + 1], from.reach[s], packed.groups[l]);
       packed.group_begin[l].push_back(static_cast<int64_t>(packed.groups[l].size()));
     }
     for (const MaskedGroup& group : packed.groups[l]) {
@@ -119,13 +153,8 @@ void MaskedFlow::pack(const MaskedSource& source, Packed& packed) const {
   for (int64_t l = 0; l < L; l++) {
     const MaskedLayerSource& from = source.layers[l];
     const T* dense = static_cast<const T*>(from.weight);
-    for (size_t g = 0; g < packed.groups[l].size(); g++) {
-      MaskedGroup& group = packed.groups[l][g];
-      T* to = weights + weight_at[l][g];
-      group.weight = to;
-      for (int64_t k = 0; k < group.inputs; k++)
-        for (int64_t i = 0; i < group.count; i++) *to++ = dense[(group.row + i) * from.inputs + k];
-    }
+    for (size_t g = 0; g < packed.groups[l].size(); g++)
+      pack_group(dense, from.inputs, packed.groups[l][g], weights + weight_at[l][g]);
     packed.add_at[l] = from.add_at;
     packed.layers[l] = {from.source,
                         from.add,
@@ -169,6 +198,7 @@ int64_t MaskedFlow::memory_bytes() const {
 int64_t MaskedFlow::packed_bytes() const {
   size_t bytes = 0;
   for (const Packed& packed : transforms_) bytes += packed.weight_bytes;
+  for (const PackedMatrix& packed : matrices_) bytes += packed.weight_bytes;
   return static_cast<int64_t>(bytes);
 }
 
@@ -208,13 +238,20 @@ template <class T>
 bool MaskedFlow::run_as(const std::vector<MaskedStep>& steps, const MaskedBatch& batch, int threads,
                         const Caller::Hook& hook) const {
   const MaskedRun kernel = f64_ ? kernels_.run_f64 : kernels_.run_f32;
+  const MaskedMatrixRun product = f64_ ? kernels_.matrix_f64 : kernels_.matrix_f32;
   const int64_t D = transforms_.front().plain.dims;
   return over_panels(batch.samples, threads, hook, [&](Room& room, int64_t panel) {
     const int64_t first = panel * lanes_;
     T* values = reinterpret_cast<T*>(room.values);
+    T* other = reinterpret_cast<T*>(room.more);
     load_panel(static_cast<const T*>(batch.in), D, D, first, batch.samples, lanes_, values);
     std::fill_n(room.log_det, lanes_, 0.0);
     for (const MaskedStep& step : steps) {
+      if (step.transform < 0 && step.matrix >= 0) {
+        product(matrices_[step.matrix].plain, values, other);
+        std::swap(values, other);
+        continue;
+      }
       if (step.transform < 0) {
         for (int64_t d = 0; d < D; d++)
           for (int64_t n = 0; n < lanes_; n++) {

@@ -29,9 +29,15 @@ struct MaskedSource {
   std::vector<MaskedLayerSource> layers;
 };
 
-// One transform of a pass over a flow, or, where transform is −1, x · scale + shift.
+// M (size, size), b (size).
+struct MaskedMatrixSource {
+  const void *weight, *bias;
+  int64_t size;
+};
+
+// One transform of a pass over a flow; where transform is −1, M x + b; where matrix is −1 too, x · scale + shift.
 struct MaskedStep {
-  int64_t transform;
+  int64_t transform, matrix;
   bool forward;
   std::vector<int64_t> row;  // (D), the column of the batch that each of its sorted dimensions is
   std::vector<MaskedContext> offset, gate;  // (layers)
@@ -58,7 +64,8 @@ struct MaskedBlockBatch {
 class MaskedFlow {
  public:
   // Packs the weights. threads, hook: as in Engine::run.
-  MaskedFlow(const std::vector<MaskedSource>& transforms, bool f64, const Kernels& kernels);
+  MaskedFlow(const std::vector<MaskedSource>& transforms, const std::vector<MaskedMatrixSource>& matrices, bool f64,
+             const Kernels& kernels);
 
   bool run(const std::vector<MaskedStep>& steps, const MaskedBatch& batch, int threads, const Caller::Hook& hook) const;
   bool run_block(const MaskedBlockBatch& batch, int threads, const Caller::Hook& hook) const;
@@ -79,8 +86,18 @@ class MaskedFlow {
     int64_t memory_units, parameter_rows;
   };
 
+  struct PackedMatrix {
+    MaskedMatrix plain;
+    std::vector<MaskedGroup> groups;
+    Memory weights;
+    size_t weight_bytes;
+  };
+
   template <class T>
   void pack(const MaskedSource& source, Packed& packed) const;
+  template <class T>
+  void pack(const MaskedMatrixSource& source, PackedMatrix& packed) const;
+  void add_groups(int64_t row, int64_t stop, int64_t inputs, std::vector<MaskedGroup>& groups) const;
   template <class T>
   bool run_as(const std::vector<MaskedStep>& steps, const MaskedBatch& batch, int threads,
               const Caller::Hook& hook) const;
@@ -93,6 +110,7 @@ class MaskedFlow {
   const bool f64_;
   const int64_t lanes_;
   std::vector<Packed> transforms_;
+  std::vector<PackedMatrix> matrices_;
 };
 
 }  // namespace tarflow

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..masked import Activation, Layer, MaskedTransform, Order, Univariate
+from ..masked import Activation, Layer, MaskedTransform, Order, Term, Univariate
 from ..spline import SplineLaw
 from .made import Network, Style, unknown
 from .rational_quadratic import spline_of, tied
@@ -50,7 +48,7 @@ def residual_layers(module: Any, name: str, style: Style) -> list[Layer]:
     if type(first) is not nn.Linear:
         raise unknown(f"{here}.initial_layer", first)
     network = Network(style, net.context_features is not None)
-    offset = partial(F.linear, weight=first.weight[:, own:].clone()) if network.conditional else None
+    offset = Term(first.weight[:, own:].clone()) if network.conditional else None
     weight, mask = spread(first.weight[:, :own], module.identity_features, module.features)
     network.layers.append(Layer(weight, mask, first.bias.clone(), offset=offset))
     network.add_features(net, here, module.identity_features)

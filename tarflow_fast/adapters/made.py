@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import ArgumentError
-from ..masked import Activation, Layer
+from ..masked import Activation, Layer, Term
 from .activations import activation_of
-
-Term = Callable[[Tensor], Tensor]
 
 
 class Style(NamedTuple):
@@ -55,12 +51,9 @@ def _norm(norm: nn.BatchNorm1d, name: str) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _of_context(layer: nn.Linear, function: Term | None = None) -> Term:
-    """Returns the function of the context that a linear layer, and then a function, is, with a copy of the weights."""
-    weight, bias = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
-    if function is None:
-        return partial(F.linear, weight=weight, bias=bias)
-    return lambda context: function(F.linear(context, weight, bias))
+def _of_context(layer: nn.Linear, activation: Activation) -> Term:
+    """Returns what a linear layer of the context and an activation give, with a copy of the weights."""
+    return Term(layer.weight.clone(), None if layer.bias is None else layer.bias.clone(), activation)
 
 
 class Network:
@@ -101,9 +94,9 @@ class Network:
         first: dict[str, Term] = {}
         second: dict[str, Term] = {}
         if self.conditional and self.style.gated:
-            second["gate"] = _of_context(block.context_layer, torch.sigmoid)
+            second["gate"] = _of_context(block.context_layer, Activation("sigmoid"))
         elif self.conditional:
-            first["offset"] = _of_context(block.context_layer)
+            first["offset"] = _of_context(block.context_layer, Activation())
         start = len(self.layers)
         self.add(block.linear_layers[0], f"{name}.linear_layers.0", activation, **norms[0], **first)
         self.add(block.linear_layers[1], f"{name}.linear_layers.1", activation, add=start, **norms[1], **second)
@@ -146,8 +139,8 @@ def made_layers(made: Any, name: str, style: Style) -> tuple[Layer, ...]:
     network = Network(style, hasattr(made, "context_layer"))
     terms: dict[str, Term] = {}
     if network.conditional:
-        function = None if style.gated else _activation(made.activation, f"{name}.activation")
-        terms["offset"] = _of_context(made.context_layer, function)
+        activation = Activation() if style.gated else _activation(made.activation, f"{name}.activation")
+        terms["offset"] = _of_context(made.context_layer, activation)
     network.add(made.initial_layer, f"{name}.initial_layer", Activation(), **terms)
     network.add_features(made, name, torch.arange(network.layers[0].inputs))
     after = Activation()

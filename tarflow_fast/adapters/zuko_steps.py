@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from ..masked import (
     Scale,
     Shift,
     Spline,
+    Term,
     Univariate,
 )
 from ..masked.flow import Step
@@ -194,10 +195,10 @@ class _Network:
 
     def add_linear(self, weight: Tensor, mask: Tensor, bias: Tensor | None) -> None:
         """Add a linear layer, of which the first has the context among its inputs."""
-        offset: Callable[[Tensor], Tensor] | None = None
+        offset: Term | None = None
         if not self.layers:
             if self.of_context:
-                offset = partial(nn.functional.linear, weight=weight[:, self.of_context])
+                offset = Term(weight[:, self.of_context])
             weight, mask = (self._spread(each) for each in (weight, mask))
         activation = self.activation or Activation()
         self.activation = None
@@ -252,17 +253,17 @@ def _coupling(module: Any, name: str, orders: Orders) -> MaskedTransform:
 def _elementwise(module: Any, name: str, orders: Orders) -> MaskedTransform:
     """Returns zuko's ElementWiseTransform, whose parameters are constants, or depend on the context alone."""
     bias: Tensor | None = None
-    offset: Callable[[Tensor], Tensor] | None = None
+    offset: Term | None = None
     if hasattr(module, "phi"):
         bias = torch.cat([p.reshape(len(p), -1) for p in module.phi], 1).flatten()
         outputs, like = len(bias), bias
     elif type(module.hyper) is MLP:
-        copied = {key: weight.clone() for key, weight in module.hyper.named_parameters()}
-        outputs, like = module.hyper.out_features, next(iter(copied.values()))
-
-        def offset(context: Tensor) -> Tensor:
-            return functional_call(module.hyper, copied, context)
-
+        *hidden, last = module.hyper
+        before = nn.Sequential(*hidden)
+        copied = {key: weight.clone() for key, weight in before.named_parameters()}
+        outputs, like = module.hyper.out_features, last.weight
+        final = None if last.bias is None else last.bias.clone()
+        offset = Term(like.clone(), final, before=partial(functional_call, before, copied))
     else:
         raise _unknown(f"{name}.hyper", module.hyper)
     features = outputs // module.total

@@ -62,7 +62,7 @@ class MaskedEngine(PlainEngine):
 
     def bytes_per_sample(self, guided: bool) -> int:
         """Returns the bytes of memory that a sample takes, see `BlockEngine.bytes_per_sample`."""
-        units = sum(layer.weight.shape[1] + 3 * len(layer.rows) for layer in self.transform.layers)
+        units = sum(layer.weight.shape[1] + 3 * len(layer.bias) for layer in self.transform.layers)
         return (units + 6 * self.tokens) * self.dtype.itemsize
 
     def begin(self, z: Tensor, condition: Condition, reuse: BlockState | None = None) -> BlockState:

@@ -2,7 +2,7 @@
 
 from .fixed import Elementwise, Fixed, Linear, Permute, Reverse, Scale
 from .flow import MaskedFlow
-from .layers import Activation, Layer
+from .layers import Activation, Layer, Term
 from .order import Order, order_of
 from .transform import MaskedTransform
 from .univariate import Affine, Shift, Spline, Univariate
@@ -22,6 +22,7 @@ __all__ = [
     "Scale",
     "Shift",
     "Spline",
+    "Term",
     "Univariate",
     "order_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,12 +56,45 @@ IDENTITY = Activation()
 
 
 @dataclass(frozen=True)
+class Term:
+    """What a context c gives the units of a layer, act(W before(c) + b).
+
+    Attributes:
+        weight: (O, I), W.
+        bias: (O,), b, or None.
+        activation: act.
+        before: A function of the context (…, C) that returns (…, I), or None for the context itself.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    activation: Activation = IDENTITY
+    before: Callable[[Tensor], Tensor] | None = None
+
+    def of_units(self, units: Tensor) -> Term:
+        """Returns the term of some of the units. units: (n,) int64, their numbers."""
+        return replace(self, weight=self.weight[units], bias=None if self.bias is None else self.bias[units])
+
+    def __call__(self, context: Tensor) -> Tensor:
+        """Returns (…, O). context: (…, C)."""
+        given = context if self.before is None else self.before(context)
+        return self.activation(F.linear(given, self.weight, self.bias))
+
+    def by_units(self, context: Tensor) -> Tensor:
+        """Returns (O, B), contiguous, which costs no transposition. context: (B, C)."""
+        given = context if self.before is None else self.before(context)
+        if self.bias is None:
+            return self.activation(self.weight @ given.T).contiguous()
+        return self.activation(torch.addmm(self.bias[:, None], self.weight, given.T)).contiguous()
+
+
+@dataclass(frozen=True)
 class Layer:
     """A masked linear layer, h = (W · act(scale · v + shift) + b + offset(c)) · gate(c) + w.
 
     Values have numbers: value 0 is the input x, (…, D), and value l is the result of layer l, counted from 1. Each
     layer reads one of them, v, and may add another, w, to what it computes, as residual blocks do. The context c
-    comes in by functions, whose results an engine computes once for a batch.
+    comes in by terms, which an engine computes once for a batch.
 
     Attributes:
         weight: (O, I), W, zero where masked.
@@ -73,8 +106,8 @@ class Layer:
         scale: (I,), such as of a batch norm in eval mode, or None for 1.
         shift: (I,), or None for 0.
         add: The number of the value w, or None where nothing is added.
-        offset: A function of the context (…, C) that returns (…, O), or None.
-        gate: A function of the context (…, C) that returns (…, O), or None for 1.
+        offset: The term that is added, or None.
+        gate: The term that multiplies, or None for 1.
 
     Raises:
         ArgumentError: The tensors do not fit each other.
@@ -88,8 +121,8 @@ class Layer:
     scale: Tensor | None = None
     shift: Tensor | None = None
     add: int | None = None
-    offset: Callable[[Tensor], Tensor] | None = None
-    gate: Callable[[Tensor], Tensor] | None = None
+    offset: Term | None = None
+    gate: Term | None = None
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or self.mask.shape != self.weight.shape or self.mask.dtype != torch.bool:

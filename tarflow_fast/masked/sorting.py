@@ -6,14 +6,13 @@ multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .layers import Activation, Layer
+from .layers import Activation, Layer, Term
 from .transform import MaskedTransform
 from .univariate import Univariate
 
@@ -33,9 +32,8 @@ class SortedLayer:
         shift: (I,) or None.
         add: The number of the value that is added, or None.
         add_at: (O,) int64, which of that value's units is added to each unit, or None.
-        rows: (O,) int64, the unit's number in the layer as it was described.
-        offset: See `Layer`; its results are in the layer's own order.
-        gate: See `Layer`; likewise.
+        offset: The term of these units, see `Layer`, or None.
+        gate: The same of what multiplies.
     """
 
     weight: Tensor
@@ -48,9 +46,8 @@ class SortedLayer:
     shift: Tensor | None
     add: int | None
     add_at: Tensor | None
-    rows: Tensor
-    offset: Callable[[Tensor], Tensor] | None
-    gate: Callable[[Tensor], Tensor] | None
+    offset: Term | None
+    gate: Term | None
 
     def read(self, v: Tensor, start: int) -> Tensor:
         """Returns act(scale · v + shift), (…, n). v: (…, n), the units [start, start + n) of the value that is read."""
@@ -62,8 +59,8 @@ class SortedLayer:
         return self.activation(v)
 
     def of_context(self, context: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Returns what offset and gate are for this context, each (…, O) in the sorted order, or None."""
-        offset, gate = (None if f is None else f(context)[..., self.rows] for f in (self.offset, self.gate))  # type: ignore[arg-type]
+        """Returns what offset and gate are for this context, each (…, O), or None."""
+        offset, gate = (None if term is None else term(context) for term in (self.offset, self.gate))  # type: ignore[arg-type]
         return offset, gate
 
 
@@ -157,7 +154,6 @@ def _sorted_layer(
         shift=None if layer.shift is None else layer.shift[there],
         add=layer.add,
         add_at=add_at,
-        rows=here,
-        offset=layer.offset,
-        gate=layer.gate,
+        offset=None if layer.offset is None else layer.offset.of_units(here),
+        gate=None if layer.gate is None else layer.gate.of_units(here),
     )

@@ -37,7 +37,8 @@ class FlowInverse:
         backend: "cpu" is C++, for float32 and float64 on the CPU; "triton" is one kernel a transform, for float32 on
             NVIDIA GPUs; "torch" is PyTorch; "auto" is C++ where it serves, else PyTorch.
         solver: "sequential" goes through the dimensions in order, each unit evaluated once, and is exact. "adaptive"
-            and "auto" make parallel passes, see `tarflow_fast/solvers/`; these may be quicker on a GPU.
+            makes parallel passes, see `tarflow_fast/solvers/`. "auto" takes what is quicker, which it measures, but
+            with "cpu", where any parallel pass costs as much as the sequential one, it is "sequential".
         tol: How far a dimension may still move when a parallel pass takes it as final; None is the dtype's own.
         threads: The number of threads of "cpu", by default as many as torch's.
 
@@ -99,7 +100,7 @@ class FlowInverse:
 
     def _make(self) -> list[CpuMaskedFlow | _Solved | _Factored | Fixed]:
         """Returns what runs the steps, from data to latents: runs of them in C++, or one after the other."""
-        if self.backend != "cpu" or self.solver != "sequential":
+        if self.backend != "cpu" or self.solver == "adaptive":
             return [
                 self._solved(step) if isinstance(step, MaskedTransform) else _fixed(step) for step in self.flow.steps
             ]

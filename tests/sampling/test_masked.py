@@ -46,6 +46,7 @@ def flow(dtype: torch.dtype = torch.float64) -> MaskedFlow:
         Reverse(Permute((1, 2, 0, 4, 3, 6, 5))),
         masked(1, dtype, law="spline", passed=3),
         Linear(drawn(D, D) / 4 + torch.eye(D, dtype=dtype), drawn(D)),
+        Reverse(Linear(drawn(D, D) / 4 + torch.eye(D, dtype=dtype))),
         Elementwise("softclip", 9.0),
         Reverse(Elementwise("softclip", 9.0)),
         masked(2, dtype, law="softclip").inverted_copy(),
@@ -138,6 +139,31 @@ def test_a_batch_with_contexts_goes_through_in_parts(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cpu_masked, "MOST_CONTEXT", 1)
     for ours, theirs in zip(fast.to_data(x, context), whole, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
+def test_samples_depend_neither_on_their_batch_nor_on_threads() -> None:
+    recipe = Recipe(levels=(3, 0, 2, 1, 4), context=2, gate=True)
+    steps = transform_of(recipe, torch.float32), Linear(torch.eye(5) + 0.1), transform_of(recipe, torch.float32)
+    z, context = torch.randn(700, 5), torch.randn(700, 2)
+    whole = FlowInverse(MaskedFlow(5, steps), backend="cpu", threads=1).to_data(z, context)
+    assert whole[0].isfinite().all()
+    fast = FlowInverse(MaskedFlow(5, steps), backend="cpu", threads=2)
+    for start, stop in ((0, 1), (1, 33), (33, 700)):
+        for ours, all_of_it in zip(fast.to_data(z[start:stop], context[start:stop]), whole, strict=True):
+            assert torch.equal(ours, all_of_it[start:stop])
+
+
+@pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
+def test_in_native_code_auto_is_sequential() -> None:
+    z, context = torch.randn(40, D), torch.randn(40, 2)
+    described = flow(torch.float32)
+    fast = FlowInverse(described, backend="cpu", solver="auto")
+    for ours, sequential in zip(
+        fast.to_data(z, context), FlowInverse(described, backend="cpu").to_data(z, context), strict=True
+    ):
+        assert torch.equal(ours, sequential)
+    assert not fast.passes
 
 
 def test_an_empty_batch() -> None:

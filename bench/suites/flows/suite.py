@@ -192,7 +192,8 @@ class Flows(Suite):
     def _case(self, label: dict[str, Any]) -> Case:
         D, H = label["dims"], self.chosen.hidden
         outputs = D * (2 if label["family"] == "maf" else 3 * BINS - 1)
-        weights = (D * H + H * H + H * outputs) // 2  # what autoregressive masks leave, about
+        told = min(D, H)  # dimensions that hidden units tell apart; those after them read all units
+        weights = (H * told + H * H + outputs // D * H * (2 * D - told)) // 2  # what masks leave, about
         work = Work(
             flops=2 * TRANSFORMS * weights * label["batch"],
             bytes=4 * TRANSFORMS * weights,

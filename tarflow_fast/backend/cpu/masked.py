@@ -16,7 +16,7 @@ from torch import Tensor
 from ...devices import default_threads
 from ...engine.contract import BlockState, Moved
 from ...engine.masked import MaskedEngine
-from ...masked import MaskedTransform, Permute, Reverse, Scale, Shift, Spline, Univariate
+from ...masked import Linear, MaskedTransform, Permute, Reverse, Scale, Shift, Spline, Term, Univariate
 from ...masked.flow import Step
 from ...masked.layers import ACTIVATIONS
 from ...masked.sorting import SortedLayer, SortedTransform, sort_transform
@@ -32,9 +32,7 @@ _SHIFT, _SPLINE = 4, 5
 
 def takes(step: Step) -> bool:
     """Returns whether C++ has such a step."""
-    return isinstance(step, MaskedTransform | Permute | Scale) or (
-        isinstance(step, Reverse) and isinstance(step.step, Permute | Scale)
-    )
+    return isinstance(step.step if isinstance(step, Reverse) else step, MaskedTransform | Permute | Scale | Linear)
 
 
 def _law(univariate: Univariate) -> dict[str, Any]:
@@ -89,11 +87,28 @@ class _Packing:
         }
 
 
-def pack(transforms: Sequence[SortedTransform], dtype: torch.dtype, instruction_set: str | None) -> Any:
-    """Returns the transforms with their weights packed, a `_cpu.MaskedFlow`."""
+def pack(
+    transforms: Sequence[SortedTransform],
+    dtype: torch.dtype,
+    instruction_set: str | None,
+    matrices: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Any:
+    """Returns transforms, and linear maps M x + b, with their weights packed, a `_cpu.MaskedFlow`.
+
+    Args:
+        transforms: The transforms.
+        dtype: float32 or float64.
+        instruction_set: One of `native.instruction_sets()`, by default the best.
+        matrices: (D, D) and (D,) of each linear map, M and b.
+    """
     packing = _Packing(dtype)
+    squares = [
+        {"weight": packing.at("weight", weight), "bias": packing.at("bias", bias), "size": len(bias)}
+        for weight, bias in matrices
+    ]
     return load_native().MaskedFlow(
         transforms=[packing.transform(each) for each in transforms],
+        matrices=squares,
         f64=dtype == torch.float64,
         instruction_set=choose_instruction_set(instruction_set),
     )
@@ -113,15 +128,16 @@ class Terms:
         self.kept: list[Tensor] = []
         self.offset: list[tuple[int, int]] = []
         self.gate: list[tuple[int, int]] = []
+        if context is not None and len(context) > 1:
+            context = torch.nn.functional.pad(context, (0, 0, 0, -len(context) % lanes))
         for layer in transform.layers:
-            for term, mine in zip(layer.of_context(context), (self.offset, self.gate), strict=True):
-                mine.append((0, 0) if term is None else self._add(term.detach().to("cpu", dtype), lanes))
+            for term, mine in ((layer.offset, self.offset), (layer.gate, self.gate)):
+                mine.append((0, 0) if term is None else self._add(term, context, dtype))
 
-    def _add(self, term: Tensor, lanes: int) -> tuple[int, int]:
-        rows = len(term)
-        columns = term.t().contiguous() if rows == 1 else torch.nn.functional.pad(term.t(), (0, -rows % lanes))
-        self.kept.append(columns.contiguous())
-        return address("context", self.kept[-1], term.dtype), columns.shape[1]
+    def _add(self, term: Term, context: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
+        assert context is not None
+        self.kept.append(term.by_units(context).detach().to("cpu", dtype))
+        return address("context", self.kept[-1], dtype), len(context)
 
 
 class CpuMaskedFlow:
@@ -144,9 +160,10 @@ class CpuMaskedFlow:
     ):
         self.dtype, self.threads = dtype, threads
         self._sorted: list[SortedTransform] = []
+        self._matrices: list[tuple[Tensor, Tensor]] = []
         self._steps: list[dict[str, Any]] = []
         self._packing = _Packing(dtype)
-        self._constant = 0.0  # log|det dz/dx| of the scales
+        self._constant = 0.0  # log|det dz/dx| of the scales and linear maps
         column: list[int] = []  # where in the batch each feature is, as permutations have left it
         for step in steps:
             if isinstance(step, MaskedTransform):
@@ -161,14 +178,18 @@ class CpuMaskedFlow:
             elif isinstance(fixed, Scale):
                 column = column or list(range(len(fixed.scale)))
                 self._add_scale(fixed, back, column)
+            elif isinstance(fixed, Linear):
+                column = column or list(range(len(fixed.weight)))
+                self._add_linear(fixed, back, column)
         self.column = column
-        self._native = pack(self._sorted, dtype, instruction_set)
+        self._native = pack(self._sorted, dtype, instruction_set, self._matrices)
 
     def _add_transform(self, step: MaskedTransform, column: list[int]) -> None:
         transform = sort_transform(step)
         self._steps.append(
             {
                 "transform": len(self._sorted),
+                "matrix": -1,
                 "forward": not step.inverted,
                 "row": [column[i] for i in transform.dims.tolist()],
                 "scale": 0,
@@ -185,10 +206,24 @@ class CpuMaskedFlow:
         scale, shift = scale[places], shift[places]
         ways = {True: (scale, shift), False: (1 / scale, -shift / scale)}
         plain = {
-            way: {name: self._packing.at(name, each) for name, each in zip(("scale", "shift"), pair, strict=True)}
+            way: {"matrix": -1}
+            | {name: self._packing.at(name, each) for name, each in zip(("scale", "shift"), pair, strict=True)}
             for way, pair in ways.items()
         }
         self._constant += float(scale.abs().log().sum())
+        self._steps.append({"transform": -1, "row": [], "forward": True, "ways": plain})
+
+    def _add_linear(self, fixed: Linear, back: bool, column: list[int]) -> None:
+        weight = fixed.weight.detach().double().cpu()
+        bias = weight.new_zeros(len(weight)) if fixed.bias is None else fixed.bias.detach().double().cpu()
+        inverse = torch.linalg.inv(weight)
+        places = torch.tensor(_inverse(column))
+        plain = {}
+        for way, matrix, shift in ((not back, weight, bias), (back, inverse, -inverse @ bias)):
+            plain[way] = {"matrix": len(self._matrices), "scale": 0, "shift": 0}
+            self._matrices.append((matrix[places][:, places], shift[places]))
+        log_det = float(torch.linalg.slogdet(weight).logabsdet)
+        self._constant += -log_det if back else log_det
         self._steps.append({"transform": -1, "row": [], "forward": True, "ways": plain})
 
     @torch.no_grad()
@@ -200,7 +235,7 @@ class CpuMaskedFlow:
             context: (B, C), or (1, C) for one that all samples share, or None.
             to_latents: The direction.
         """
-        units = sum(len(layer.rows) for each in self._sorted for layer in each.layers if layer.offset or layer.gate)
+        units = sum(len(layer.bias) for each in self._sorted for layer in each.layers if layer.offset or layer.gate)
         rows = len(values)
         if context is not None and len(context) > 1 and units:
             rows = max(self._native.lanes, MOST_CONTEXT // (units * self.dtype.itemsize))

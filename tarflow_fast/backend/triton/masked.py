@@ -57,7 +57,7 @@ class TritonMasked:
             counts["rows"] += count
             return counts["rows"] - count
 
-        widths = [len(t.dims), *(len(layer.rows) for layer in t.layers)]
+        widths = [len(t.dims), *(len(layer.bias) for layer in t.layers)]
         read = [rows(layer.weight.shape[1]) for layer in t.layers]
         reader = {layer.source: i for i, layer in enumerate(t.layers)}
         raw = {layer.add: 0 for layer in t.layers if layer.add is not None}
@@ -71,9 +71,9 @@ class TritonMasked:
         self._terms: list[tuple[int, int]] = []
         for layer in t.layers:
             found = []
-            for function in (layer.offset, layer.gate):
-                found.append(counts["terms"] if function else -1)
-                counts["terms"] += widths[len(self._terms) + 1] if function else 0
+            for term in (layer.offset, layer.gate):
+                found.append(counts["terms"] if term else -1)
+                counts["terms"] += widths[len(self._terms) + 1] if term else 0
             self._terms.append((found[0], found[1]))
 
         def known(value: int, first: int) -> dict[str, int]:
