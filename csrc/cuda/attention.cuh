@@ -49,22 +49,27 @@ DEVICE int64_t statistics(const Params& p, const Rows& rows) {
   return (static_cast<int64_t>(rows.count()) * p.heads * p.splits * p.head_dim + 1) / 2 * 2;
 }
 
-// Asks for the keys and values of a part before they are needed.
+// Asks for keys [first, last) and values of a part before they are needed.
 template <class T, int WARPS>
-DEVICE void prefetch_part(const Params& p, const Rows& rows, int layer, const Part& part) {
+DEVICE void prefetch_part(const Params& p, const Rows& rows, int layer, const Part& part, int first, int last) {
   const Global<T> cache(p.keys_values);
   const int64_t keys = rows.cached(layer, 0, part.row, part.head), values = rows.cached(layer, 1, part.row, part.head);
 #pragma unroll 1
-  for (int key = part.first + thread(); key < part.last; key += WARPS * 32) {
+  for (int key = first + thread(); key < last; key += WARPS * 32) {
     prefetch(cache, keys + static_cast<int64_t>(key) * p.head_dim);
     prefetch(cache, values + static_cast<int64_t>(key) * p.head_dim);
   }
 }
 
-// Asks for the keys and values before this token's while other blocks still compute this token's.
+// Asks for keys and values of this block's first part while other blocks still compute this token's, or the layer before:
+// `early` as many as the L2 cache keeps until then, and later the others. Memory would else be idle while the attention's
+// other phases run, and the bound of the attention itself.
 template <class T, int WARPS>
-DEVICE void prefetch_keys(const Params& p, const Rows& rows, int layer) {
-  if (block() < rows.count() * p.heads * p.splits) prefetch_part<T, WARPS>(p, rows, layer, Part(p, rows, block()));
+DEVICE void prefetch_keys(const Params& p, const Rows& rows, int layer, bool early) {
+  if (block() >= rows.count() * p.heads * p.splits) return;
+  const Part part(p, rows, block());
+  const int middle = part.first + p.early_keys < part.last ? part.first + p.early_keys : part.last;
+  prefetch_part<T, WARPS>(p, rows, layer, part, early ? part.first : middle, early ? middle : part.last);
 }
 
 // Some channels of a query, on their way.
@@ -114,7 +119,10 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
   for (int index = block(); index < parts; index += blocks()) {
     const Part part(p, rows, index);
     if (part.first == part.last) continue;
-    if (index + blocks() < parts) prefetch_part<T, WARPS>(p, rows, layer, Part(p, rows, index + blocks()));
+    if (index + blocks() < parts) {
+      const Part following(p, rows, index + blocks());
+      prefetch_part<T, WARPS>(p, rows, layer, following, following.first, following.last);
+    }
     const int64_t keys = rows.cached(layer, 0, part.row, part.head) + channel;
     const int64_t values = rows.cached(layer, 1, part.row, part.head) + channel;
     const int own_key = warp * side + lane / width;
