@@ -38,7 +38,7 @@ as they are, and as the layer that reads them has them. add: where in `adds` the
 gate: rows of `terms`. active: whether the layer that reads has an activation.
 """
 UNITS, PARAMETERS, TRANSFORMED, PASSED = range(4)
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "tanh", "sigmoid", "silu", "softplus", "gelu")
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "tanh", "sigmoid", "silu", "softplus", "gelu", "sin", "wrap")
 LAWS = ("softclip", "softplus", "sigmoid", "exp", "shift", "spline")
 
 
@@ -75,6 +75,10 @@ def _activated(h, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
         h = _softplus(h)
     elif ACTIVATION == 8:
         h *= 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+    elif ACTIVATION == 9:
+        h = tl.sin(h)
+    elif ACTIVATION == 10:
+        h -= 2.0 * ALPHA * tl.floor(h / (2.0 * ALPHA)) + ALPHA
     return h
 
 

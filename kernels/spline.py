@@ -106,7 +106,7 @@ def _bin(
     They are x0, y0, w, h, d0, d1 and their number, (N,) fp64, then the softmax of widths and of heights with the
     derivatives of their clips, (N, BLOCK_K), and those of d0 and d1 by their parameters, (N,).
     """
-    P: tl.constexpr = 3 * BINS - 1 if TAILS else 3 * BINS + 1
+    P: tl.constexpr = 3 * BINS - 1 if TAILS == 1 else 3 * BINS + 1
     TINY: tl.constexpr = 1.5e-154  # so that a bin whose size was rounded to 0 divides nothing by it
     k = tl.arange(0, BLOCK_K)[None, :]
     there = inside[:, None] & (k < BINS)
@@ -124,7 +124,7 @@ def _bin(
     w = _at_least(_pick(x_right, here) - x0, TINY)
     h = _at_least(_pick(y_right, here) - y0, TINY)
     slopes = first + 2 * BINS + number
-    if TAILS:
+    if TAILS == 1:
         d0, s0 = _derivative(slopes - 1, inside & (number > 0), CLIP, MIN_DERIVATIVE, EXPONENTIAL)
         d1, s1 = _derivative(slopes, inside & (number < BINS - 1), CLIP, MIN_DERIVATIVE, EXPONENTIAL)
     else:
@@ -259,13 +259,13 @@ def _spline_backward_kernel(
     g_t = gy * slope * w + gl * l_t
     g_w = gy * y_w + gl * l_w - g_t * t / w
     g_h = gy * y_h + gl * l_h
-    P: tl.constexpr = 3 * BINS - 1 if TAILS else 3 * BINS + 1
+    P: tl.constexpr = 3 * BINS - 1 if TAILS == 1 else 3 * BINS + 1
     k = tl.arange(0, BLOCK_K)[None, :]
     place = d_parameters + row.to(tl.int64)[:, None] * P + k
     there = inside[:, None] & (k < BINS)
     _size_gradient(place, there, k, number, -g_t / w - g_w, g_w, x_softmax, x_slope, BINS, HIGH - LOW, MIN_WIDTH)
     _size_gradient(place + BINS, there, k, number, gy - g_h, g_h, y_softmax, y_slope, BINS, HIGH - LOW, MIN_HEIGHT)
-    lower = number[:, None] - 1 if TAILS else number[:, None]  # which parameter d0 comes of; d1 comes of the next
+    lower = number[:, None] - 1 if TAILS == 1 else number[:, None]  # which parameter d0 comes of; d1 comes of the next
     g0 = ((gy * y_d0 + gl * l_d0) * s0)[:, None]
     g1 = ((gy * y_d1 + gl * l_d1) * s1)[:, None]
     for start in tl.static_range(0, P - 2 * BINS, BLOCK_K):
@@ -279,6 +279,7 @@ def law_constants(law: SplineLaw) -> dict[str, object]:
     """Returns the constants of a law that kernels are compiled for."""
     given = {name.upper(): value for name, value in asdict(law).items()}
     given["CLIP"] = given.pop("SOFT_CLIP")
+    given["TAILS"] = int(law.tails) + int(given.pop("ENDS") and law.tails)  # 2 with tails and ends
     return given
 
 

@@ -1,7 +1,8 @@
 """tarflow_fast is a fast, drop-in sampler for TarFlow, the transformer autoregressive flow (arXiv 2412.06329).
 
-Names are imported at first use, so that `import tarflow_fast`, and the command line's --help, do not wait for torch. No
-module here may bear the name of a public function: importing it would put the module in its place.
+`tarflow_fast.flows` has the other families of flows. Names are imported at first use, so that `import tarflow_fast`,
+and the command line's --help, do not wait for torch. No module here may bear the name of a public function: importing
+it would put the module in its place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import flows as flows
     from .adapters import accelerate
     from .backend import backends
     from .checkpoints import load, load_pretrained, model_card, push_to_hub, save
@@ -109,6 +111,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("tarflow_fast")
+    elif name == "flows":
+        value = importlib.import_module(".flows", __name__)
     elif name in _HOME:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     else:

@@ -130,3 +130,18 @@ class NonFiniteError(TarFlowError, ArithmeticError):
             f"non-finite value in flow block {block}, token {token} (in the block's order), sample {sample}; "
             "lower the guidance, use a wider dtype, or pass on_nonfinite='redraw'"
         )
+
+
+class ODEDiverged(TarFlowError, ArithmeticError):
+    """The ODE of a continuous flow cannot be solved: its state is not finite, or it takes too many or too small steps.
+
+    Attributes:
+        time: The time that the solution had reached.
+    """
+
+    def __init__(self, time: float, why: str):
+        self.time = time
+        super().__init__(
+            f"the ODE diverged at t = {time:.4g}: {why}; train with a lower learning rate, or solve it with another "
+            "solver, more steps or a wider tolerance"
+        )

@@ -277,14 +277,15 @@ def spline_knots(
     divisor: float = 1.0,
     exponential: bool = False,
     tails: bool = True,
+    ends: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns x and y of the knots of rational-quadratic splines, and the derivatives there, (..., bins + 1) each.
 
     parameters: (..., P), bins widths, bins heights, then derivatives: bins - 1 with tails, where the outer two are 1,
-    else bins + 1. soft_clip: c, the parameters of derivatives are p / (1 + |p| / c), those of sizes p / (1 + 2|p| / c);
-    0 for p itself. min_width, min_height: the least share of the interval from low to high that a bin takes.
-    min_derivative: what is added to the derivatives, which are exp(p) if exponential, else log(1 + exp(p)); above 20
-    that is p itself, as torch has it. divisor: what the parameters of sizes are divided by.
+    else, or with ends, bins + 1. soft_clip: c, the parameters of derivatives are p / (1 + |p| / c), those of sizes
+    p / (1 + 2|p| / c); 0 for p itself. min_width, min_height: the least share of the interval from low to high that a
+    bin takes. min_derivative: what is added to the derivatives, which are exp(p) if exponential, else log(1 + exp(p));
+    above 20 that is p itself, as torch has it. divisor: what the parameters of sizes are divided by.
     """
 
     def clipped(p: Tensor, c: float) -> Tensor:
@@ -300,7 +301,7 @@ def spline_knots(
     widths, heights, p = parameters.split([bins, bins, parameters.shape[-1] - 2 * bins], dim=-1)
     p = clipped(p, soft_clip)
     derivatives = min_derivative + (p.exp() if exponential else F.softplus(p))
-    if tails:
+    if tails and not ends:
         derivatives = F.pad(derivatives, (1, 1), value=1.0)
     return corners(widths, min_width), corners(heights, min_height), derivatives
 

@@ -49,6 +49,8 @@ class SplineLaw:
         exponential: Whether derivatives are exponentials, else softplus.
         tails: Whether the map is the identity outside of the interval, and the derivative 1 at both of its ends: K − 1
             derivatives are parameters. Without, there are K + 1, and a value outside has no image: it becomes NaN.
+        ends: Whether there are K + 1 derivatives with tails too, as circular splines have them, of which the first and
+            the last one are equal.
     """
 
     bins: int
@@ -61,6 +63,7 @@ class SplineLaw:
     divisor: float = 1.0
     exponential: bool = False
     tails: bool = True
+    ends: bool = False
 
     def __post_init__(self) -> None:
         if self.bins < 1:
@@ -115,8 +118,13 @@ class SplineLaw:
 
     @property
     def parameters(self) -> int:
-        """Returns the number of parameters of one value: 3K − 1, or 3K + 1 without tails."""
-        return 3 * self.bins + (-1 if self.tails else 1)
+        """Returns the number of parameters of one value: 3K − 1, or 3K + 1 without tails or with ends."""
+        return 3 * self.bins + (-1 if self.inner else 1)
+
+    @property
+    def inner(self) -> bool:
+        """Returns whether the derivatives at both ends are 1, and no parameters."""
+        return self.tails and not self.ends
 
 
 class Knots(NamedTuple):
@@ -153,7 +161,7 @@ def knots(parameters: Tensor, law: SplineLaw) -> Knots:
     K = law.bins
     p = _clip(parameters[..., 2 * K :], law.soft_clip)
     derivative = law.min_derivative + (p.exp() if law.exponential else F.softplus(p))
-    if law.tails:
+    if law.inner:
         derivative = F.pad(derivative, (1, 1), value=1.0)
     return Knots(
         _edges(parameters[..., :K], law, law.min_width),

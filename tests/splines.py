@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ LAWS = {
     "nflows, divided": SplineLaw.nflows(4, 1.0, divisor=6.0),
     "nflows, no tails": SplineLaw.nflows(6, None),
     "normflows, one bin": SplineLaw.normflows(1),
+    "circular": replace(SplineLaw.normflows(5), ends=True),
 }
 NO_LEAST_SIZE = SplineLaw.nflows(5, 2.0, min_bin_width=0.0, min_bin_height=0.0, min_derivative=0.0)
 """A law under which extreme parameters make bins that are narrower than the rounding of their ends."""

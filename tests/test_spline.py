@@ -172,7 +172,7 @@ def test_a_nan_stays(way: Spline, inverse: bool) -> None:
         assert of.isnan().tolist() == [True, True, True, False]
 
 
-@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("inverse", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "name", ["zuko", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nflows, divided", "nflows, no tails"))]
 )

@@ -21,6 +21,15 @@ SAME_F32 = 1e-5
 # fp32: a row of a batch against the same row alone or in another batch.
 BATCH = 1e-4
 
+# Families of flows: ∫ p over the plane against 1; log-det against the Jacobian's in float64; the inverse of forward in
+# fp32.
+FAMILY_INTEGRAL = 0.01
+FAMILY_LOG_DET = 1e-6
+FAMILY_INVERSE = 1e-5
+
+# How many standard errors a random figure may be off.
+STANDARD_ERRORS = 4.5
+
 # bf16 and fp16: what an error may be beside twice that of the same expression in PyTorch, in units of the
 # dtype's resolution at the size of the result: ½ is one rounding.
 HALF_FLOOR = 0.5

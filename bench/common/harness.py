@@ -111,9 +111,10 @@ def spread(values: Sequence[float]) -> Spread:
 def ratio(baseline: Sequence[float], ours: Sequence[float]) -> Spread:
     """Returns baseline / ours, round by round: how many times faster ours was; drift of the machine cancels.
 
-    A baseline that was too slow to be run again has one sample, and every round is set against that.
+    One of the two may have been too slow to be run again: its one sample is set against every round of the other.
     """
     baseline = list(baseline) * len(ours) if len(baseline) == 1 else baseline
+    ours = list(ours) * len(baseline) if len(ours) == 1 else ours
     ratios = [a / b for a, b in zip(baseline, ours, strict=True)]
     return {"samples": ratios, **spread(ratios)}
 
@@ -237,25 +238,28 @@ def measure_cell(
     rounds: Rounds,
     *,
     all_or_none: bool = True,
-    baseline_share: float = math.inf,
+    once: Mapping[str, float] = MappingProxyType({}),
+    parts: Mapping[str, float] = MappingProxyType({}),
     **how: Any,
 ) -> Any:
     """Returns the cell of a case, which has a label, a model's sizes, and work. candidates: the baseline first.
 
-    all_or_none: nothing is timed if one candidate fails; else the others are, unless it is the baseline. A baseline
-    that takes longer than baseline_share of the budget is not run again. how: see `admit_all`.
+    all_or_none: nothing is timed if one candidate fails; else the others are, unless it is the baseline. once: the
+    share of the budget beyond which a candidate is not run again. parts: the share of the case's work that a candidate
+    does, where that is not all; its times are scaled by it, and its run has the "part". how: see `admit_all`.
     """
     trials, check = admit_all(candidates, timer=rounds.seconds, **how)
     baseline = next(iter(candidates))
     warm = {name: trial.run for name, trial in trials.items() if trial.run is not None}
     samples: dict[str, list[float]] = {}
     if baseline in warm and (check["passed"] or not all_or_none):
-        if trials[baseline].run_seconds > baseline_share * rounds.budget:
-            samples[baseline] = [trials[baseline].run_seconds]
-            del warm[baseline]
-        samples |= rounds.alternate(warm)
+        slow = [name for name in warm if trials[name].run_seconds > once.get(name, math.inf) * rounds.budget]
+        samples = {name: [trials[name].run_seconds] for name in warm}
+        samples |= rounds.alternate({name: run for name, run in warm.items() if name not in slow})
+        samples |= {name: [each / part for each in samples[name]] for name, part in parts.items() if name in samples}
     runs = runs_of(samples, case.work)
     for run in runs:
+        run |= {"part": parts[run["name"]]} if run["name"] in parts else {}
         run["first_seconds"], run["max_error"] = trials[run["name"]].first_seconds, trials[run["name"]].error
     return {**unmeasured(case, check), "left_out": left_out(trials), "runs": runs}
 

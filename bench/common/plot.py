@@ -45,13 +45,15 @@ class Series(NamedTuple):
 @dataclass
 class Panel:
     """What one panel shows. groups: bars side by side by the name below them; there are none where a check failed.
-    failed: where that is said beside. level: where a grey line is. axes: what `Axes.set` takes."""
+    failed: where that is said beside. level: where a grey line is. image: (H, W) or (H, W, 3) of a picture. axes:
+    what `Axes.set` takes."""
 
     title: str = ""
     groups: dict[str, list[Bar]] = field(default_factory=dict)
     series: list[Series] = field(default_factory=list)
     failed: list[tuple[float, float]] = field(default_factory=list)
     level: float | None = None
+    image: Any = None
     axes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,8 +93,12 @@ def _draw(axes: Any, panel: Panel, small: int) -> dict[str, Any]:
         axes.annotate("check\nfailed", at, (0, 4), textcoords="offset points", ha="center", color=RED)
     if panel.level is not None:
         axes.axhline(panel.level, color=GREY, linewidth=1.2, zorder=0)
+    if panel.image is not None:
+        axes.imshow(panel.image, cmap="gray")
     axes.set_title(panel.title, fontsize=11)
     axes.set(**panel.axes)
+    if "xticks" in panel.axes:
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.spines[["top", "right"]].set_visible(False)
     return handles
 

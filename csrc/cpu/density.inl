@@ -39,7 +39,7 @@ void multiply(const typename M::act* a, int64_t stride, int64_t rows, const floa
       const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
       if (column + NB < columns)
         fetch_panel<Transposed>(weight + (column + NB) * (Transposed ? ld : 1), ld, k, b, blocks);
-      choose_tile<M>(count, 1)(a + row * stride, stride, panel, 0, padded, y);
+      choose_tile<M>(count, 1)(a + row * stride, stride, panel, 0, padded, true, streaming(panel), y);
       finish(row, count, column, y, shift);
     }
   }
@@ -158,7 +158,8 @@ void scores_of(const float* a, const float* packed, const Head& h, int64_t rows,
   for (int64_t column = begin; column < end; column += NB)
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-      choose_tile<F32>(count, 1)(a + row * h.stride, h.stride, packed + column * h.d, 0, h.d, y);
+      const float* panel = packed + column * h.d;
+      choose_tile<F32>(count, 1)(a + row * h.stride, h.stride, panel, 0, h.d, true, streaming(panel), y);
       for (int64_t i = 0; i < count; i++)
         for (int half = 0; half < 2; half++)
           store(scores + (row + i) * row_stride + column + half * VW, load(y + i * NB + half * VW));
@@ -175,8 +176,9 @@ void weighted(const float* weights, int64_t row_stride, const float* packed, int
   for (int64_t column = 0; column < h.d; column += NB)
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-      choose_tile<F32>(count, 1)(weights + row * row_stride + begin, row_stride, packed + column * all + begin * NB, 0,
-                                 end - begin, y);
+      const float* panel = packed + column * all + begin * NB;
+      choose_tile<F32>(count, 1)(weights + row * row_stride + begin, row_stride, panel, 0, end - begin, true,
+                                 streaming(panel), y);
       for (int64_t i = 0; i < count; i++)
         for (int64_t c = 0; c < NB && column + c < h.d; c += VW)
           finish(row + i, column + c, load(y + i * NB + c), h.d - column - c);

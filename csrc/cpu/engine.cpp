@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t TEAM_ROWS = 8;    // threads that would have fewer rows each share rows and divide columns
 constexpr int64_t LEAST_ROWS = 12;
-constexpr int64_t GROUP_ROWS = 96;  // rows that one evaluation takes at most
 
 // Returns the bytes of the last-level cache, or a modest guess where the system does not tell.
 int64_t last_level_cache() {
@@ -78,7 +77,8 @@ struct Plan {
 struct Team {
   Team(const Block& b, int64_t rows, int64_t size) : barrier(static_cast<int>(size)), workers(size) {
     const int64_t shared = rows * (b.channel_stride + 2 * b.attention_stride + b.hidden_stride + b.out_stride);
-    const int64_t own = rows * (b.channel_stride + b.in_stride) + round_up(b.head_dim, 16);
+    const int64_t near = NEAR_BYTES / int64_t{sizeof(float)};
+    const int64_t own = rows * (b.channel_stride + b.in_stride) + round_up(b.head_dim, 16) + near;
     memory = allocate((shared + size * own) * sizeof(float));
     float* at = static_cast<float*>(memory.get());
     const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
@@ -95,6 +95,7 @@ struct Team {
       all.normed = take(rows * b.channel_stride);
       all.gathered = take(rows * b.in_stride);
       all.scratch = take(round_up(b.head_dim, 16));
+      all.near = take(near);
       workers[rank] = all;
     }
   }

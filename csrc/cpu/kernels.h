@@ -84,6 +84,9 @@ struct Batch {
   int64_t samples;
 };
 
+constexpr int64_t GROUP_ROWS = 96;        // rows of both branches that an evaluation takes at most
+constexpr int64_t NEAR_BYTES = 16 << 10;  // of weights that stay near while all rows pass, half of a small L1 cache
+
 // A row of activations is the evaluation of one token of one sample. input: (D,), the token in x, or a copy of it.
 struct Row {
   int64_t sample, token;
@@ -96,7 +99,7 @@ struct Worker {
   int64_t rank, size;
   Barrier* barrier;
   float *stream, *query, *attended, *hidden, *out;  // shared by the team
-  float *normed, *gathered, *scratch;               // the worker's own
+  float *normed, *gathered, *scratch, *near;        // the worker's own; near: NEAR_BYTES
 };
 
 // A step evaluates the transformer on `count` rows, each `ahead` tokens further on than the row says, writes their keys

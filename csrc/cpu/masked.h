@@ -17,7 +17,7 @@ struct MaskedGroup {
 };
 
 // The names are in the order of tarflow_fast/backend/cpu/masked.py.
-enum MaskedActivation { IDENTITY, RELU, LEAKY_RELU, ELU, TANH, SIGMOID, SILU, SOFTPLUS, GELU };
+enum MaskedActivation { IDENTITY, RELU, LEAKY_RELU, ELU, TANH, SIGMOID, SILU, SOFTPLUS, GELU, SIN, WRAP };
 enum MaskedLaw { AFFINE_SOFTCLIP, AFFINE_SOFTPLUS, AFFINE_SIGMOID, AFFINE_EXP, SHIFT, SPLINE };
 
 // h = (W · act(scale · v + shift) + b + offset) · gate + w, see tarflow_fast/masked/layers.py.

@@ -56,6 +56,21 @@ INLINE vd gelu_wide(vd x) {
   return load_wide(t);
 }
 
+INLINE vd sin_wide(vd x) {
+  double t[VD];
+  store_wide(t, x);
+  for (int64_t i = 0; i < VD; i++) t[i] = __builtin_sin(t[i]);
+  return load_wide(t);
+}
+
+// x modulo 2 bound, in [0, 2 bound), less the bound.
+INLINE vd wrap_wide(vd x, double bound) {
+  double t[VD];
+  store_wide(t, x);
+  for (int64_t i = 0; i < VD; i++) t[i] -= 2.0 * bound * __builtin_floor(t[i] / (2.0 * bound)) + bound;
+  return load_wide(t);
+}
+
 template <class T, class F>
 INLINE void each_wide(T* h, const F& f) {
   for (int64_t i = 0; i < LANES<T>; i += VD) store_wide(h + i, f(load_wide(h + i)));
@@ -86,6 +101,8 @@ void activate(int64_t activation, double alpha, T* h) {
     case SILU: each_wide(h, [](vd x) INLINE_LAMBDA { return x * sigmoid_wide(x); }); break;
     case SOFTPLUS: each_wide(h, [](vd x) INLINE_LAMBDA { return softplus_wide(x); }); break;
     case GELU: each_wide(h, [](vd x) INLINE_LAMBDA { return gelu_wide(x); }); break;
+    case SIN: each_wide(h, [](vd x) INLINE_LAMBDA { return sin_wide(x); }); break;
+    case WRAP: each_wide(h, [=](vd x) INLINE_LAMBDA { return wrap_wide(x, alpha); }); break;
     default: break;
   }
 }

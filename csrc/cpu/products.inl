@@ -20,26 +20,43 @@ struct BF16 {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// Asks for the weights 4 KiB ahead, because the processor's prefetchers stop at the end of a page, and wait for a core
-// that streams little and computes much. There are P panels, `panel` bytes apart, and a step over k takes NB · 4 bytes
-// of each.
+// What a tile asks the L2 cache for while it computes: a share of the weights that come after its own, because the
+// processor's prefetchers stop at the end of a page, and wait for a core that streams little and computes much.
+constexpr int64_t STEP = NB * 4;                // bytes that a step over k takes of a panel, in fp32 and in bf16
+constexpr int64_t LINE = STEP < 64 ? STEP : 64;  // of which a request is made for each such part
+
+struct Ahead {
+  const char* at;  // the first of P parts, which are as far apart as the panels
+  int64_t pace;    // bytes between two requests, LINE for as many as are taken
+};
+
+// Returns the requests for a panel that is read once from end to end.
+INLINE Ahead streaming(const void* weight) { return {static_cast<const char*>(weight) + 4096, LINE}; }
+
 template <int P>
-INLINE void fetch_ahead(const void* weight, int64_t panel) {
-  constexpr int64_t ahead = 4096, line = 64;
-  for (int j = 0; j < P; j++)
-    for (int64_t at = 0; at < NB * 4; at += line)
-      __builtin_prefetch(static_cast<const char*>(weight) + j * panel + ahead + at);
+INLINE void fetch_ahead(Ahead& ahead, int64_t panel) {
+  constexpr int64_t lines = STEP / LINE;
+  UNROLL for (int64_t line = 0; line < lines; line++) {
+    UNROLL for (int j = 0; j < P; j++) __builtin_prefetch(ahead.at + j * panel);
+    ahead.at += ahead.pace;
+  }
 }
 
+// Whether sums may go on from what a tile left in memory. Where pairs are taken apart, registers are too few for that.
+template <class M>
+constexpr bool resumes = M::depth == 1 || TARFLOW_DOT;
+
+// out (R, 2·P vectors) = a Wᵀ over k, added to what is there unless this begins the sums.
 template <class M, int R, int P>
-void tile(const typename M::act* a, int64_t stride, const typename M::weight* w, int64_t panel, int64_t k, float* out) {
+void tile(const typename M::act* a, int64_t stride, const typename M::weight* w, int64_t panel, int64_t k, bool begins,
+          Ahead ahead, float* out) {
   vf acc[R][2 * P];
   UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] = vf{};
+    UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] = begins || !resumes<M> ? vf{} : load(out + (r * 2 * P + j) * VW);
   constexpr bool fetches = R >= 4;  // fewer rows wait for memory alone, and the processor sees that
   if constexpr (M::depth == 1) {
     for (int64_t i = 0; i < k; i++, w += NB) {
-      if constexpr (fetches) fetch_ahead<P>(w, panel * sizeof *w);
+      if constexpr (fetches) fetch_ahead<P>(ahead, panel * sizeof *w);
       vf column[2 * P];
       UNROLL for (int j = 0; j < 2 * P; j++) column[j] = load(w + (j / 2) * panel + (j % 2) * VW);
       UNROLL for (int r = 0; r < R; r++) {
@@ -49,7 +66,8 @@ void tile(const typename M::act* a, int64_t stride, const typename M::weight* w,
     }
   } else {
     for (int64_t i = 0; i < k; i += 2, w += 2 * NB) {
-      if constexpr (fetches) fetch_ahead<P>(w, panel * sizeof *w);
+      if constexpr (!resumes<M>) ahead = streaming(w);
+      if constexpr (fetches) fetch_ahead<P>(ahead, panel * sizeof *w);
       vu column[2 * P];
       UNROLL for (int j = 0; j < 2 * P; j++) column[j] = load_u32(w + (j / 2) * panel + (j % 2) * 2 * VW);
       UNROLL for (int r = 0; r < R; r++) {
@@ -74,7 +92,8 @@ void tile(const typename M::act* a, int64_t stride, const typename M::weight* w,
 }
 
 template <class M>
-using Tile = void (*)(const typename M::act*, int64_t, const typename M::weight*, int64_t, int64_t, float*);
+using Tile = void (*)(const typename M::act*, int64_t, const typename M::weight*, int64_t, int64_t, bool, Ahead,
+                      float*);
 
 // Computes the tile of `rows` rows and one panel or two, at most ACCUMULATORS / 2 rows where it is one panel.
 template <class M, int R = 1>
@@ -89,24 +108,53 @@ Tile<M> choose_tile(int64_t rows, int64_t panels) {
   }
 }
 
+// Brings `depth` k of a panel of bf16 weights into fp32, in which the sums are the same.
+inline void widen(const bf16* w, int64_t depth, float* out) {
+  for (int64_t i = 0; i < depth; i += 2, w += 2 * NB, out += 2 * NB)
+    UNROLL for (int j = 0; j < 2; j++) {
+      const vu pair = load_u32(w + j * 2 * VW);
+      store(out + j * VW, low_half(pair));
+      store(out + NB + j * VW, high_half(pair));
+    }
+}
+
 // Calls finish(row, rows, column, columns, y) for every tile y (rows, columns) of this worker's share of the columns.
+// rows: at most GROUP_ROWS. If they are more than a tile has, all pass over as many k of a panel as stay in the L1
+// cache, NEAR_BYTES, before any passes over the next; their sums so far wait in memory, which changes no bit of them.
 template <class M, class Finish>
 void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t rows, const Worker& worker,
              const Finish& finish) {
+  using W = typename M::weight;
   const int64_t first = l.panels * worker.rank / worker.size, last = l.panels * (worker.rank + 1) / worker.size;
   constexpr int64_t most = ACCUMULATORS / 2;
   const int64_t blocks = (rows + most - 1) / most, tallest = (rows + blocks - 1) / blocks;
+  const bool widens = !resumes<M> && blocks >= 4;  // fewer tiles do not repay it
   // Two panels give few rows enough independent sums; with four, hardware prefetchers lose track (−10%).
   const int64_t widest = 4 * tallest <= ACCUMULATORS ? 2 : 1;
-  const int64_t panel = l.k * NB;
-  const auto* weight = static_cast<const typename M::weight*>(l.weight);
-  alignas(64) float y[ACCUMULATORS * VW];
+  const bool divides = widens || (resumes<M> && blocks > 1);
+  const int64_t panel = l.k * NB, deepest = divides ? NEAR_BYTES / STEP : l.k;
+  const auto* weight = static_cast<const W*>(l.weight);
+  alignas(64) float y[GROUP_ROWS * NB];
   for (int64_t p = first, wide; p < last; p += wide) {
     wide = widest < last - p ? widest : last - p;
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-      choose_tile<M>(count, wide)(a + row * stride, stride, weight + p * panel, panel, l.k, y);
-      finish(row, count, p * NB, wide * NB, y);
+    for (int64_t k = 0, depth; k < l.k; k += depth) {
+      depth = deepest < l.k - k ? deepest : l.k - k;
+      const bool ends = k + depth == l.k;
+      const W *now = weight + p * panel + k * NB, *next = now + depth * NB;
+      if constexpr (!resumes<M>)
+        if (widens) widen(now, depth, worker.near);
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
+        const Ahead shared{reinterpret_cast<const char*>(next + depth * NB * b / blocks),
+                           (widens ? LINE / 2 : LINE) / blocks};
+        const Ahead ahead = blocks > 1 ? shared : streaming(now);
+        const auto* from = a + row * stride + k;
+        float* to = y + row * wide * NB;
+        if constexpr (!resumes<M>)
+          if (widens) choose_tile<F32>(count, 1)(from, stride, worker.near, 0, depth, k == 0, ahead, to);
+        if (!widens) choose_tile<M>(count, wide)(from, stride, now, panel, depth, k == 0, ahead, to);
+        if (ends) finish(row, count, p * NB, wide * NB, to);
+      }
     }
   }
 }

@@ -6,12 +6,12 @@
 namespace tarflow {
 
 // What the parameters of a spline mean, named and told as in tarflow_fast/spline.py: `bins` widths, `bins` heights and
-// the derivatives, of which there are bins − 1 with tails, and bins + 1 without; `parameters` in all.
+// the derivatives, of which there are bins − 1 with tails, and bins + 1 without or with `ends`; `parameters` in all.
 // clang-format off
 #define TARFLOW_SPLINE_FIELDS(X)                                                                          \
   X(int64_t, bins) X(double, low) X(double, high) X(double, soft_clip) X(double, min_width)               \
   X(double, min_height) X(double, min_derivative) X(double, divisor) X(bool, exponential) X(bool, tails)  \
-  X(int64_t, parameters)
+  X(bool, ends) X(int64_t, parameters)
 // clang-format on
 
 struct SplineLaw {

@@ -115,10 +115,11 @@ INLINE void spline_lanes(const SplineLaw& law, bool inverse, const T* parameters
   const vd width_scale = spline_sizes(law, parameters, stride, law.min_width, width);
   const vd height_scale = spline_sizes(law, parameters + bins * stride, stride, law.min_height, height);
   const T* slopes = parameters + 2 * bins * stride;
+  const bool inner = law.tails && !law.ends;  // the derivatives at both ends are 1
 
   const vd given = load_wide(value);
   const vd v = at_most(at_least(given, law.low), law.high);
-  vd x_left = wide(law.low), y_left = wide(law.low), slope_left = law.tails ? vd{} : load_wide(slopes);
+  vd x_left = wide(law.low), y_left = wide(law.low), slope_left = inner ? vd{} : load_wide(slopes);
   vd x0 = x_left, y0 = y_left, x1 = x_left, y1 = y_left, d0 = slope_left, d1 = slope_left;
   vd width_sum = {}, height_sum = {}, bin = {};
   for (int64_t k = 0; k < bins; k++) {
@@ -131,7 +132,7 @@ INLINE void spline_lanes(const SplineLaw& law, bool inverse, const T* parameters
       x_right = law.low + range * (law.min_width * before + width_sum * width_scale);
       y_right = law.low + range * (law.min_height * before + height_sum * height_scale);
     }
-    if (!law.tails) slope_right = load_wide(slopes + (k + 1) * stride);
+    if (!inner) slope_right = load_wide(slopes + (k + 1) * stride);
     else if (!last) slope_right = load_wide(slopes + k * stride);
     vl here = k == 0 ? vl{} - 1 : (vl)((inverse ? y_left : x_left) <= v);
     x0 = here ? x_left : x0, x1 = here ? x_right : x1;
@@ -141,7 +142,7 @@ INLINE void spline_lanes(const SplineLaw& law, bool inverse, const T* parameters
     x_left = x_right, y_left = y_right, slope_left = slope_right;
   }
   d0 = spline_derivative(law, d0), d1 = spline_derivative(law, d1);
-  if (law.tails) {
+  if (inner) {
     d0 = bin == 0.0 ? wide(1.0) : d0;
     d1 = bin == (double)(bins - 1) ? wide(1.0) : d1;
   }

@@ -23,13 +23,15 @@ class Style(NamedTuple):
     parts: The library's module with the network and its parts. linear: The class of its linear layers. first: Whether
     the activation follows the first layer where blocks are not residual. gated: Whether the context of a residual block
     is a gate on what the block adds, the sigmoid of a linear map, rather than an addition to its first layer; without,
-    the context of the network's first layer goes through the activation.
+    the context of the network's first layer goes through the activation. features: The function that makes layers of
+    the first one and of a module before it, whose name and whose inputs' dimensions it is given, or None.
     """
 
     parts: Any
     linear: Any
     first: bool
     gated: bool
+    features: Callable[[Layer, Any, str, Tensor], list[Layer]] | None = None
 
 
 def unknown(name: str, module: object, known: str = "a layer that engines know") -> ArgumentError:
@@ -77,6 +79,15 @@ class Network:
         weight, mask = linear.weight * mask, mask.bool()
         self.layers.append(Layer(weight, mask, bias, len(self.layers), activation, **terms))
         return len(self.layers)
+
+    def add_features(self, net: Any, name: str, place: Tensor) -> None:
+        """Put what is done to a network's inputs before its first layer. place: (I,), the dimension of each input."""
+        features = getattr(net, "preprocessing", None)
+        if features is None or type(features) is nn.Identity:
+            return
+        if self.style.features is None:
+            raise unknown(f"{name}.preprocessing", features)
+        self.layers = self.style.features(self.layers[0], features, f"{name}.preprocessing", place)
 
     def add_residual(self, block: Any, name: str) -> Activation:
         """Add v + W₂ act(norm₂(W₁ act(norm₁(v)))), with the context in its place; nothing follows it."""
@@ -132,15 +143,13 @@ def made_layers(made: Any, name: str, style: Style) -> tuple[Layer, ...]:
     parts = style.parts
     if type(made) is not parts.MADE:
         raise unknown(name, made, "a masked network that engines know")
-    preprocessing = getattr(made, "preprocessing", None)
-    if preprocessing is not None and type(preprocessing) is not nn.Identity:
-        raise unknown(f"{name}.preprocessing", preprocessing)
     network = Network(style, hasattr(made, "context_layer"))
     terms: dict[str, Term] = {}
     if network.conditional:
         function = None if style.gated else _activation(made.activation, f"{name}.activation")
         terms["offset"] = _of_context(made.context_layer, function)
     network.add(made.initial_layer, f"{name}.initial_layer", Activation(), **terms)
+    network.add_features(made, name, torch.arange(network.layers[0].inputs))
     after = Activation()
     if style.first and not made.use_residual_blocks:
         after = _activation(made.activation, f"{name}.activation")

@@ -53,6 +53,11 @@ class FastFlow(Flow):
     def __init__(self, flow: Flow, **options: Any):
         super().__init__(_FastTransform(flow._transform, **options), flow._distribution, flow._embedding_net)
 
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Returns how many passes each transform took in the last call, see `FlowInverse.passes`."""
+        return tuple(self._transform.both.inverse.passes)
+
     def refresh(self) -> None:
         """Take the flow's weights as they are now."""
         self._transform.both.refresh()

@@ -67,9 +67,7 @@ def _steps(module: Any, name: str, features: int, orders: Orders) -> Iterator[St
         orders[name] = masked.order
         yield masked
     elif kind in COUPLINGS:
-        masked = coupling(module, name, orders.get(name))
-        orders[name] = masked.order
-        yield masked
+        yield from coupling(module, name, orders)
     elif kind in (nt.RandomPermutation, nt.ReversePermutation, Permutation) and module._dim == 1:
         yield Permute(tuple(module._permutation.tolist()))
     elif kind is nt.LULinear:

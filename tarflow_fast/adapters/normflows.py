@@ -60,6 +60,11 @@ class _Fast:
         super().__init__(model.q0, [_FastLayer(model.flows, **options)], model.p)  # type: ignore[call-arg]
         self._layer: _FastLayer = self.flows[0]  # type: ignore[attr-defined]
 
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Returns how many passes each transform took in the last call, see `FlowInverse.passes`."""
+        return tuple(self._layer.both.inverse.passes)
+
     def refresh(self) -> None:
         """Take the model's weights as they are now."""
         self._layer.both.refresh()

@@ -12,14 +12,16 @@ from normflows.nets import made as made_module
 from torch import nn
 
 from ..errors import ArgumentError
-from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Univariate
+from ..masked import Affine, Linear, MaskedFlow, MaskedTransform, Order, Permute, Reverse, Scale, Spline, Univariate
 from ..masked.flow import Step
 from ..spline import SplineLaw
 from .made import Style, made_layers, unknown
-from .rational_quadratic import spline_of
+from .normflows_coupling import COUPLINGS, ResidualNet, coupling
+from .periodic import periodic
+from .rational_quadratic import spline_of, tied
 
 Orders = dict[str, Order]
-STYLE = Style(made_module, made_module.MaskedLinear, first=False, gated=True)
+STYLE = Style(made_module, made_module.MaskedLinear, first=False, gated=True, features=periodic)
 
 
 def describe(flows: nn.ModuleList, orders: Orders | None = None) -> MaskedFlow:
@@ -38,7 +40,7 @@ def describe(flows: nn.ModuleList, orders: Orders | None = None) -> MaskedFlow:
     steps = tuple(step for i in reversed(range(len(flows))) for step in _steps(flows[i], f"flows.{i}", orders))
     masked = [step for step in steps if isinstance(step, MaskedTransform)]
     if not masked:
-        expected = "one with a masked autoregressive layer, affine or rational-quadratic"
+        expected = "one with a masked autoregressive or coupling layer, affine or rational-quadratic"
         raise ArgumentError("model", expected, f"layers {', '.join(type(flow).__name__ for flow in flows) or 'none'}")
     return MaskedFlow(masked[0].features, steps)
 
@@ -52,10 +54,12 @@ def _steps(flow: Any, name: str, orders: Orders) -> Iterator[Step]:
     elif kind is nf.Reverse:
         for step in reversed(list(_steps(flow.flow, f"{name}.flow", orders))):
             yield step.inverted_copy() if isinstance(step, MaskedTransform) else Reverse.of(step)
-    elif kind is nf.AutoregressiveRationalQuadraticSpline:
+    elif kind in (nf.AutoregressiveRationalQuadraticSpline, nf.CircularAutoregressiveRationalQuadraticSpline):
         yield _masked(flow.mprqat, f"{name}.mprqat", orders)
     elif kind in (nf.MaskedAffineAutoregressive, MaskedPiecewiseRationalQuadraticAutoregressive):
         yield _masked(flow, name, orders).inverted_copy()  # an inverse autoregressive flow: sampling is one pass
+    elif kind in COUPLINGS:
+        yield from coupling(flow, name, orders)
     elif kind is nf.Permute:
         yield Permute(_permutation(flow))
     elif kind is nf.LULinearPermute:
@@ -84,10 +88,17 @@ def _permutation(flow: Any) -> tuple[int, ...]:
 
 def _masked(flow: Any, name: str, orders: Orders) -> MaskedTransform:
     """Returns the transform whose parallel direction is the layer's own `forward`."""
+    features = flow.autoregressive_net.initial_layer.in_features
+    layers, univariate = (
+        made_layers(flow.autoregressive_net, f"{name}.autoregressive_net", STYLE),
+        _univariate(flow, name),
+    )
+    if isinstance(univariate, Spline):
+        layers = (*layers[:-1], tied(layers[-1], flow, univariate, features))
     masked = MaskedTransform(
-        features=flow.autoregressive_net.initial_layer.in_features,
-        layers=made_layers(flow.autoregressive_net, f"{name}.autoregressive_net", STYLE),
-        univariate=_univariate(flow, name),
+        features=features,
+        layers=layers,
+        univariate=univariate,
         name=name,
         known=orders.get(name),
     )
@@ -108,4 +119,6 @@ def context_of(flows: Any) -> int:
     for module in flows.modules():
         if type(module) is made_module.MADE and isinstance(getattr(module, "context_layer", None), nn.Linear):
             return int(module.context_layer.in_features)
+        if type(module) is ResidualNet:
+            return int(module.context_features or 0)
     return 0

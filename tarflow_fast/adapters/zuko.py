@@ -53,6 +53,11 @@ class FastFlow:
         self._orders: dict[str, Order] = {}
         self._both = BothWays(lambda: describe(flow, self._orders), flow.parameters, **options)
 
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Returns how many passes each transform took in the last call, see `FlowInverse.passes`."""
+        return tuple(self._both.inverse.passes)
+
     def refresh(self) -> None:
         """Take the flow's weights as they are now."""
         self._both.refresh()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from zuko import transforms as zt
 from zuko.flows.autoregressive import MaskedAutoregressiveTransform
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.flows.gaussianization import ElementWiseTransform
+from zuko.flows.spline import CircularRQSTransform
 from zuko.nn import MLP, MaskedMLP
 
 from ..errors import ArgumentError
@@ -90,7 +93,7 @@ def _steps(module: Any, name: str, orders: Orders) -> Iterator[Step]:
         for step in reversed(list(_steps(module.transform, f"{name}.transform", orders))):
             yield step.inverted_copy() if isinstance(step, MaskedTransform) else Reverse.of(step)
     elif kind is MaskedAutoregressiveTransform:
-        yield _masked(module, name, orders)
+        yield from _masked(module, name, orders)
     elif kind is GeneralCouplingTransform:
         yield _coupling(module, name, orders)
     elif kind is ElementWiseTransform:
@@ -123,17 +126,24 @@ def _fixed(transform: Any, name: str) -> Fixed:
     raise _unknown(name, transform)
 
 
+def _constructor(module: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns what makes the univariate transforms of a lazy transform, and its keyword arguments."""
+    constructor = module.univariate
+    if isinstance(constructor, partial) and not constructor.args:
+        return constructor.func, dict(constructor.keywords)
+    return constructor, {}
+
+
 def _univariate(module: Any, name: str) -> Univariate:
     """Returns the univariate transform of a lazy transform, by its constructor and the shapes of its parameters."""
-    constructor: Any = module.univariate
-    keywords: dict[str, Any] = {}
-    if isinstance(constructor, partial) and not constructor.args:
-        constructor, keywords = constructor.func, dict(constructor.keywords)
+    constructor, keywords = _constructor(module)
     shapes = [tuple(shape) for shape in module.shapes]
     if constructor is zt.MonotonicAffineTransform and shapes == [(), ()] and keywords.keys() <= {"slope"}:
         return Affine("softclip", float(keywords.get("slope", 1e-3)), shift_first=True)
     if constructor is zt.AdditiveTransform and shapes == [()] and not keywords:
         return Shift()
+    if constructor is CircularRQSTransform and type(module) is MaskedAutoregressiveTransform:
+        constructor, keywords = zt.MonotonicRQSTransform, {"bound": math.pi, **keywords}
     if constructor is zt.MonotonicRQSTransform and len(shapes) == 3 and keywords.keys() <= {"slope", "bound"}:
         bins = shapes[0][0] if len(shapes[0]) == 1 else 0
         if bins and shapes == [(bins,), (bins,), (bins - 1,)]:
@@ -214,15 +224,18 @@ def _finished(network: _Network, module: Any, name: str, orders: Orders, dims: l
     return transform
 
 
-def _masked(module: Any, name: str, orders: Orders) -> MaskedTransform:
-    """Returns zuko's MaskedAutoregressiveTransform."""
+def _masked(module: Any, name: str, orders: Orders) -> Iterator[Step]:
+    """Yields the steps of zuko's MaskedAutoregressiveTransform: of a circular spline, first the turn half around."""
     hyper = module.hyper
     if type(hyper) is not MaskedMLP:
         raise _unknown(f"{name}.hyper", hyper)
     features = hyper.out_features // module.total
     network = _Network(name, features, [*range(features), *[-1] * (hyper.in_features - features)])
     network.add_all(hyper, f"{name}.hyper")
-    return _finished(network, module, name, orders, list(range(features)))
+    if _constructor(module)[0] is CircularRQSTransform:
+        yield Elementwise("wrap", math.pi)
+        network.layers[0] = replace(network.layers[0], activation=Activation("wrap", math.pi))  # which turns back
+    yield _finished(network, module, name, orders, list(range(features)))
 
 
 def _coupling(module: Any, name: str, orders: Orders) -> MaskedTransform:

@@ -26,7 +26,7 @@ from . import hub
 from .assembly import build
 from .file_names import read_name
 from .inference import fitting_patch, infer_config, open_sizes
-from .settings import check_metadata, find_settings, recorded
+from .settings import FAMILY_HEADER, check_metadata, find_settings, recorded
 from .stored import INDEX, StoredTensor, open_content, read_json
 from .weight_sets import choose
 
@@ -133,6 +133,8 @@ def _load(
 ) -> tuple[TarFlow, list[str]]:
     """Returns a model and notes on it. Raises CheckpointError and ArgumentError without the file's name."""
     content = open_content(file, stack)
+    if FAMILY_HEADER in content.header:
+        raise CheckpointError("no TarFlow, but a model of another family, which tarflow_fast.flows.load reads")
     taken, note = choose(content.tree, weights)
     notes = [note] if note else []
     state = _checked_tensors(taken.tensors)

@@ -14,6 +14,10 @@ _NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 _ALIGNMENT = 8  # the first tensor begins at a multiple of so many bytes
 
@@ -25,7 +29,7 @@ def save_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     the metadata in an order that changes from run to run. The format is the header's length as eight bytes, little
     endian; then the header, JSON padded with spaces; then the tensors.
 
-    tensors: floats by name, contiguous, on the CPU. metadata: text by name. path: the file. Raises OSError where the
+    tensors: by name, contiguous, on the CPU. metadata: text by name. path: the file. Raises OSError where the
     system refuses.
     """
     # The reader wants no gaps, and every tensor at a multiple of its dtype's size: the widest dtypes come first.

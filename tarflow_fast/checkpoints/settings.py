@@ -13,6 +13,7 @@ from ..sampling.rule import CHECKS
 from .pickles import Foreign
 
 HEADER = "tarflow_fast"  # this entry of a safetensors file's metadata is ours: JSON of {"config": …, "metadata": …}
+FAMILY_HEADER = "tarflow_fast.flows"  # this entry is that of a model of another family, which is no TarFlow
 NOISE_TYPES = ("gaussian", "uniform")
 # Training scripts keep their settings under these names, ours and Lightning's among them.
 _PLACES = ("config", "hyper_parameters", "model_config", "hparams", "args", "cfg", "params", "settings", "metadata")

@@ -16,6 +16,7 @@ from .check import check_command
 from .convert import convert_command
 from .eval import eval_command
 from .fid import fid_command
+from .flows import flows_command
 from .info import info_command
 from .messages import error_text, in_flags
 from .options import Command
@@ -127,6 +128,6 @@ def main(traceback: bool) -> None:
 
 for command in (
     *(sample_command, train_command, eval_command, convert_command, info_command, check_command),
-    *(fid_command, prepare_stats_command, tune_command),
+    *(fid_command, prepare_stats_command, tune_command, flows_command),
 ):
     main.add_command(command)

@@ -9,6 +9,7 @@ import click
 
 from ..errors import TarFlowWarning
 from .convert import read_names
+from .families import PathOrDemonstration, holds_family, score_family, score_lines
 from .options import (
     BATCH,
     NOISE_STD,
@@ -97,13 +98,14 @@ Examples:
 @option(
     "--data",
     "data_path",
-    type=click.Path(exists=True),
+    type=PathOrDemonstration(exists=True),
     required=True,
     metavar="PATH",
     section="Data",
     help="A folder with a sub-folder of pictures for each class, or with MNIST's IDX files; an IDX file; a .npz file "
     "with images (N,H,W[,ch] or N,ch,H,W) or sequences (N,T,D), and labels; or a .npy file. Classes are matched "
-    "by name, and by number where the data has no names.",
+    "by name, and by number where the data has no names. For a model of another family also the name of a "
+    "demonstration (`tarflow-fast flows` lists them).",
 )
 @option(
     "--split",
@@ -214,6 +216,16 @@ def eval_command(
     """Measure bits per dimension on a data set and, for a class-conditional model, the accuracy of the
     classifier that Bayes' rule makes of it."""
     bars = show_progress(progress, quiet)
+    if holds_family(model_path):
+        if accuracy:
+            raise click.UsageError("--accuracy is for TarFlow")
+        how_read = {"split": split, "layout": layout, "values": values, "cache": cache, "progress": bars}
+        score = score_family(str(model_path), data_path, limit, seed, batch_size, device, threads, **how_read)
+        if as_json:
+            print_json({"model": model_path, "data": data_path, "split": split, **score.to_dict()})
+        elif not quiet:
+            echo(*score_lines(score, str(model_path), data_path))
+        return
 
     from ..devices import pick_device
 

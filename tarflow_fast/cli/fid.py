@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from .features import add_all, add_features, features_folder, own_device, run_folder
 from .options import (
     BATCH,
     SIZE_OR_SIZES,
     Command,
     device_option,
+    features_option,
+    inception_option,
     json_option,
+    load_inception,
     option,
     print_json,
     progress_option,
@@ -26,9 +29,7 @@ from .outputs import output_path
 from .terminal import echo
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..evaluation import Features, Inception
+    from ..evaluation import Extractor, FeatureSet, ImageSource
     from ..sizes import Size
 
 LINES = {
@@ -44,7 +45,7 @@ LINES = {
 @click.command(
     "fid",
     cls=Command,
-    aliases={"path": "IMAGES", "images": "IMAGES", "size": "--size"},
+    aliases={"path": "IMAGES", "images": "IMAGES", "size": "--size", "out": "--features", "statistics": "--stats"},
     short_help="Measure the FID of images, or write their statistics.",
     epilog="""\b
 Examples:
@@ -54,6 +55,8 @@ Examples:
       FID, sFID, Inception score, KID, precision and recall.
   tarflow-fast fid photos/ --size 256 --save photos.npz
       The statistics of a folder of pictures, to be given as --stats.
+  torchrun --nproc-per-node 8 -m tarflow_fast fid photos/ --size 256 --stats photos.npz --features kept/
+      The same by eight processes; however they end, the same command goes on.
 """,
 )
 @click.argument("images_path", metavar="IMAGES", type=click.Path())
@@ -81,7 +84,13 @@ Examples:
     "and with --reference KID, precision and recall. That holds 12 KB an image in memory. --save keeps mu_s and "
     "sigma_s.",
 )
-@option("--save", type=click.Path(), metavar="FILE", section="Output", help="Write the images' own statistics, a .npz.")
+@option(
+    "--save",
+    type=click.Path(),
+    metavar="FILE",
+    section="Output",
+    help="Write the images' own statistics: a .npz, or a .pth for ml-tarflow's evaluate_fid.py.",
+)
 @option(
     "--size",
     type=SIZE_OR_SIZES,
@@ -89,14 +98,8 @@ Examples:
     section="Images",
     help="Pixels along the sides that pictures of a folder get, cropped to the centre (bicubic); shards have theirs.",
 )
-@option(
-    "--inception",
-    type=click.Path(),
-    metavar="FILE",
-    section="Machine",
-    show_default="torch-fidelity's cache",
-    help="torch-fidelity's file of the weights of Inception-v3.",
-)
+@features_option
+@inception_option("Machine")
 @option("--batch-size", type=BATCH, default=64, metavar="N", section="Machine", help="Number of images in one pass.")
 @device_option
 @progress_option
@@ -109,6 +112,7 @@ def fid_command(
     everything: bool,
     save: str | None,
     size: Size | None,
+    features: str | None,
     inception: str | None,
     batch_size: int,
     device: str | None,
@@ -125,32 +129,42 @@ def fid_command(
     bars = show_progress(progress, quiet)
     if stats is None and reference is None and save is None and not everything:
         raise click.UsageError("nothing to do: give --stats, --reference, --all or --save")
-    out = None if save is None else output_path("--save", save, (".npz",))
 
-    from ..devices import pick_device
-    from ..evaluation import FeatureSet, Inception, compute_measures, read_spatial_statistics, read_statistics
-    from ..progress import Bar
+    from ..evaluation import (
+        SUFFIXES,
+        FeatureSet,
+        compute_measures,
+        read_spatial_statistics,
+        read_statistics,
+        save_statistics,
+    )
+    from ..sampling.sharded import processes_of_environment
 
+    out = None if save is None else output_path("--save", save, SUFFIXES)
+    kept = features_folder(features, "images", "reference")
     statistics = None if stats is None else read_statistics(stats)
     spatial = None if stats is None or not everything else read_spatial_statistics(stats)
-    place = pick_device(device)
-    extractor = functools.cache(lambda: Inception(inception, device=place))
+    paths = {"images": images_path} if reference is None else {"images": images_path, "reference": reference}
+    readers = {name: _reader(name, path, size, kept) for name, path in paths.items()}
+    place = own_device(device)
+    extractor = load_inception(inception, place) if any(reader.source for reader in readers.values()) else None
+    if out is not None and out.suffix.lower() == ".pth" and extractor is None:
+        raise click.UsageError(
+            "--save: a .pth has the network's weights, which a folder of features has not; give .npz"
+        )
+
     started = time.perf_counter()
-
-    def collected(path: str, desc: str) -> FeatureSet:
-        found = FeatureSet(keep=everything)
-        with Bar(unit="image", desc=desc, disable=not bars) as bar:
-            for part in _features(path, size, batch_size, extractor):
-                found.add(part)
-                bar.update(len(part))
-        return found
-
-    images = collected(images_path, "features")
-    other = None if reference is None else collected(reference, "reference")
+    sets = {name: FeatureSet(everything, like=statistics) for name in readers}
+    for name, reader in readers.items():
+        reader.add_to(sets[name], extractor, batch_size, bars)
+    if processes_of_environment()[0] > 0:
+        return  # the first of several processes goes on
+    images = sets["images"]
     if out is not None:
-        images.gaussian().save(out, images.spatial_gaussian())
+        network = extractor.network if extractor is not None and out.suffix.lower() == ".pth" else None
+        save_statistics(out, images.sums, network, images.spatial_gaussian())
     double = place if place.type == "cuda" else "cpu"  # mps has no fp64
-    found = compute_measures(images, other, statistics=statistics, spatial=spatial, device=double)
+    found = compute_measures(images, sets.get("reference"), statistics=statistics, spatial=spatial, device=double)
     seconds = time.perf_counter() - started
     if as_json:
         print_json({"images": images.n, "fid": None, **found, "saved": save, "seconds": seconds})
@@ -166,31 +180,37 @@ def fid_command(
             echo(f"{save}: statistics of {images.n} images")
 
 
-def _features(path: str, size: Size | None, batch_size: int, extractor: Callable[[], Inception]) -> Iterator[Features]:
-    """Yields the features of images, batch by batch. extractor: gives the network, where features are not there yet."""
-    from ..evaluation import holds_features, read_features
+@dataclass(frozen=True)
+class _Reader:
+    """A `_Reader` gets the features of images.
 
-    if holds_features(path):
-        if size is not None:
-            raise click.UsageError("--size has no effect on shards")
-        yield from read_features(path)
-        return
-    for batch in _batches(path, size, batch_size):
-        yield extractor().features(batch)
+    name: what they are. path: where they are. source: the images, or None where there are features in their place.
+    folder: where their features are kept, if anywhere.
+    """
+
+    name: str
+    path: str
+    source: ImageSource | None
+    folder: Path | None
+
+    def add_to(self, found: FeatureSet, extractor: Extractor | None, batch_size: int, bars: bool) -> None:
+        """Adds the features to those that were found, of several processes in the first one."""
+        from ..evaluation import read_features
+        from ..sampling.sharded import processes_of_environment
+
+        if self.source is not None and extractor is not None:
+            add_features(found, self.source, extractor, self.folder, batch_size=batch_size, bars=bars, desc=self.name)
+        elif processes_of_environment()[0] == 0:
+            add_all(found, read_features(self.path, batch_size))
 
 
-def _batches(path: str, size: Size | None, batch_size: int) -> Iterator[Tensor]:
-    """Yields the images (B, ch, H, W) uint8 of a folder of shards, or of other data."""
-    from ..data import load_images
-    from ..sampling.sharded import read_shards
-    from ..sampling.sharded.job import JOB
+def _reader(name: str, path: str, size: Size | None, kept: Path | None) -> _Reader:
+    """Returns the reader of images, whose features, if they are kept, go into a folder of that name. Raises
+    click.UsageError for a size that has no effect."""
+    from ..evaluation import holds_features, open_images
+    from ..sampling.sharded import is_run
 
-    if (Path(path) / JOB).is_file():
-        if size is not None:
-            raise click.UsageError("--size has no effect on shards")
-        yield from read_shards(path, batch_size)
-        return
-    images = load_images(path, size=size).images
-    if images.is_floating_point():
-        raise click.UsageError(f"IMAGES: expected pictures, got other data in {path!r}")
-    yield from images.split(batch_size)
+    if is_run(path) and size is not None:
+        raise click.UsageError("--size has no effect on shards")
+    source = None if holds_features(path) else open_images(path, size)
+    return _Reader(name, path, source, None if kept is None else run_folder("--features", kept / name))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..sizes import by
+from .families import describe_family, family_lines, holds_family, load_family
 from .messages import in_flags
 from .options import Command, json_option, load_model, model_options, print_json
 from .terminal import echo
@@ -116,11 +117,12 @@ def info_command(file: str | None, model_path: str | None, as_json: bool, **whic
         raise click.UsageError("FILE and --model are two names for one thing; give one")
     model_path = model_path if file is None else file
     installation = describe_installation()
-    model = describe_model(load_model(model_path, **which))
+    family = load_family(model_path) if holds_family(model_path) else None
+    model = describe_model(load_model(model_path, **which)) if family is None else describe_family(family)
     if as_json:
         print_json({**installation, "model": model})
         return
     lines = installation_lines(installation)
     lines += ["", f"Model {model_path or 'shipped with the package'}:"]
-    lines += ["  " + line for line in model_lines(model)]
+    lines += ["  " + line for line in (model_lines(model) if family is None else family_lines(model))]
     echo(*lines)

@@ -40,15 +40,21 @@ class Chosen:
 
 
 def choose(text: str | None, model: TarFlow, seed: int) -> Chosen:
+    """Returns the labels of a TarFlow that --labels asks for, as `choose_of`."""
+    from ..flow import known_names
+
+    return choose_of(text, known_names(model.metadata), model.config.num_classes, seed)
+
+
+def choose_of(text: str | None, names: Sequence[str], classes: int, seed: int) -> Chosen:
     """Returns the labels that --labels asks for, or, without it, all classes in turn.
 
-    Raises click.UsageError for a class that is not known, and ArgumentError for a number that the model does not have.
+    names: the names of the classes, or none. classes: their number. Raises click.UsageError for a class that is not
+    known, and ArgumentError for a number that the model does not have.
     """
     from ..checks import find_class
-    from ..flow import known_names
     from ..sampling.noise import random_label
 
-    names, classes = known_names(model.metadata), model.config.num_classes
     word = None if text is None else text.strip()
     special = None if word is None or find_class(word, names) is not None else word.casefold()
     if special in ("all", "balanced", "random") and classes == 0:

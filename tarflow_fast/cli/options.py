@@ -22,6 +22,7 @@ from .terminal import echo
 if TYPE_CHECKING:
     import torch
 
+    from ..evaluation import Inception
     from ..models.tarflow import TarFlow
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -210,6 +211,28 @@ cache_option = option(
     show_default="the system's temporary folder",
     help="Folder for images that memory has no room for, or that several processes share.",
 )
+
+
+def inception_option(section: str, purpose: str = "") -> Callable[[F], F]:
+    return option(
+        "--inception",
+        type=click.Path(),
+        metavar="FILE|download",
+        section=section,
+        show_default="that of torch-fidelity's cache",
+        help=f"torch-fidelity's file of the weights of Inception-v3{purpose}; download stands for fetching it into its "
+        "cache, 91 MB, where it is not there.",
+    )
+
+
+features_option = option(
+    "--features",
+    type=click.Path(),
+    metavar="FOLDER",
+    section="Many images",
+    help="Keep the features in this folder as they are computed: however the command is stopped, the same one goes on, "
+    "and any number of processes may run it, by torchrun or on machines that share FOLDER.",
+)
 json_option = option("--json", "as_json", is_flag=True, section="Output", help="Print the report as JSON.")
 
 
@@ -232,6 +255,15 @@ def load_model(
         if value is not None:
             raise click.UsageError(f"--{name.replace('_', '-')} goes with --model")
     return load_pretrained()
+
+
+def load_inception(inception: str | None, device: torch.device) -> Inception:
+    """Returns the network that --inception names; its weights are read when features are wanted."""
+    from .. import evaluation
+
+    if inception == "download":
+        return evaluation.Inception(device=device, download=True)
+    return evaluation.Inception(inception, device=device)
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

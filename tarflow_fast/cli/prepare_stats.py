@@ -6,13 +6,17 @@ import time
 
 import click
 
+from .features import add_features, features_folder, own_device
 from .options import (
     BATCH,
     SEED,
     SIZE,
     Command,
     device_option,
+    features_option,
+    inception_option,
     json_option,
+    load_inception,
     option,
     print_json,
     progress_option,
@@ -26,12 +30,14 @@ from .terminal import echo
 @click.command(
     "prepare-stats",
     cls=Command,
-    aliases={"path": "DATA", "images": "DATA"},
+    aliases={"path": "DATA", "images": "DATA", "out": "--features"},
     short_help="Write the statistics of data, for the FID.",
     epilog="""\b
 Examples:
   tarflow-fast prepare-stats data/afhq --size 256 --out afhq_256.npz
   tarflow-fast fid samples/ --stats afhq_256.npz
+  torchrun --nproc-per-node 8 -m tarflow_fast prepare-stats data/afhq --size 256 --out afhq_256.npz --features kept/
+      The same by eight processes; however they end, the same command goes on.
 """,
 )
 @click.argument("data", metavar="DATA", type=click.Path())
@@ -39,15 +45,18 @@ Examples:
 @option(
     "--seed", type=SEED, default=0, metavar="N", section="Data", help="Seed by which half of the images are mirrored."
 )
-@option("-o", "--out", type=click.Path(), metavar="FILE", required=True, section="Output", help="The file, a .npz.")
 @option(
-    "--inception",
+    "-o",
+    "--out",
+    "target",
     type=click.Path(),
     metavar="FILE",
-    section="Machine",
-    show_default="torch-fidelity's cache",
-    help="torch-fidelity's file of the weights of Inception-v3.",
+    required=True,
+    section="Output",
+    help="The file: a .npz, or a .pth for ml-tarflow's evaluate_fid.py.",
 )
+@features_option
+@inception_option("Machine")
 @option("--batch-size", type=BATCH, default=64, metavar="N", section="Machine", help="Number of images in one pass.")
 @device_option
 @progress_option
@@ -57,7 +66,8 @@ def prepare_stats_command(
     data: str,
     size: int,
     seed: int,
-    out: str,
+    target: str,
+    features: str | None,
     inception: str | None,
     batch_size: int,
     device: str | None,
@@ -68,32 +78,25 @@ def prepare_stats_command(
     """Write the statistics of all pictures in the folder DATA and below, for `tarflow-fast fid --stats`.
 
     Pictures are prepared as ml-tarflow's prepare_fid_stats.py prepares them: the shorter side is brought to the size
-    (bilinear), the middle is taken, and half of them, drawn at random, are mirrored. The file has mu and sigma of FID,
-    mu_s and sigma_s of sFID.
+    (bilinear), the middle is taken, and half of them, drawn at random, are mirrored. A .npz has mu and sigma of FID,
+    mu_s and sigma_s of sFID; a .pth is that script's own file, with FID's sums and the weights of Inception-v3.
     """
     bars = show_progress(progress, quiet)
-    path = output_path("--out", out, (".npz",))
 
-    from ..data import centre_crops, find_below
-    from ..devices import pick_device
-    from ..evaluation import FeatureSums, Inception
-    from ..progress import Bar
+    from ..evaluation import SUFFIXES, FeatureSet, save_statistics, training_images
+    from ..sampling.sharded import processes_of_environment
 
-    started, found = time.perf_counter(), find_below(data)
-    extractor = Inception(inception, device=pick_device(device))
-    sums: list[FeatureSums] = []
-    with Bar(total=len(found), unit="image", desc="features", disable=not bars) as bar:
-        for batch in centre_crops(found, size, batch_size, seed):
-            features = extractor.features(batch)
-            kinds = (features.pooled, features.spatial)
-            sums = sums or [FeatureSums(kind.shape[1]) for kind in kinds]
-            for total, kind in zip(sums, kinds, strict=True):
-                total.add(kind)
-            bar.update(len(batch))
-    pooled, spatial = (total.gaussian() for total in sums)
-    pooled.save(path, spatial)
+    path, kept = output_path("--out", target, SUFFIXES), features_folder(features)
+    source = training_images(data, size, seed)
+    extractor = load_inception(inception, own_device(device))
+    started, found = time.perf_counter(), FeatureSet(spatial=True)
+    add_features(found, source, extractor, kept, batch_size=batch_size, bars=bars, desc="features")
+    if processes_of_environment()[0] > 0:
+        return  # the first of several processes goes on
+    network = extractor.network if path.suffix.lower() == ".pth" else None
+    save_statistics(path, found.sums, network, found.spatial_gaussian())
     seconds = time.perf_counter() - started
     if as_json:
-        print_json({"images": len(found), "size": size, "seed": seed, "saved": out, "seconds": seconds})
+        print_json({"images": found.n, "size": size, "seed": seed, "saved": target, "seconds": seconds})
     elif not quiet:
-        echo(f"{out}: statistics of {len(found)} images of {size}×{size}  ({seconds:.1f} s)")
+        echo(f"{target}: statistics of {found.n} images of {size}×{size}  ({seconds:.1f} s)")

@@ -9,6 +9,7 @@ import click
 
 from ..errors import TarFlowWarning
 from ..limits import MOST_ATTN_TEMP, MOST_GUIDANCE, MOST_SCALE
+from .options import NOISE_STD, combine, option
 
 if TYPE_CHECKING:
     from ..models.tarflow import TarFlow
@@ -18,8 +19,46 @@ GUIDE_WHAT = click.Choice(["a", "b", "ab"])
 ATTN_TEMP = click.FloatRange(0, MOST_ATTN_TEMP, min_open=True)
 SCALE = click.FloatRange(0, MOST_SCALE)
 
+guidance_options = combine(
+    option(
+        "--guide-what",
+        type=GUIDE_WHAT,
+        section="How to draw",
+        show_default="as the model records, else ab",
+        help="Guide log-scales (a), shifts (b) or both.",
+    ),
+    option(
+        "--attn-temp",
+        type=ATTN_TEMP,
+        metavar="T",
+        section="How to draw",
+        show_default="as the model records, else 1",
+        help="Temperature of attention in the branch that guidance leads away from.",
+    ),
+    option(
+        "--annealed-guidance/--constant-guidance",
+        default=None,
+        section="How to draw",
+        show_default="as the model records, else constant",
+        help="Let guidance grow from token to token.",
+    ),
+)
+noise_std_option = option(
+    "--noise-std",
+    type=NOISE_STD,
+    metavar="SIGMA",
+    section="How to draw",
+    show_default="as recorded",
+    help="Level of the noise that denoising takes off.",
+)
+
 GUIDANCE_DETAILS = ("guide_what", "attn_temp", "annealed_guidance")
 DENOISING_DETAILS = ("noise_std", "denoise_scale")
+
+
+def records_noise(model: TarFlow) -> bool:
+    """Returns whether the model records the Gaussian noise that it was trained with, which denoising takes off."""
+    return "noise_std" in model.metadata and model.metadata.get("noise_type") != "uniform"
 
 
 def drawing_rule(model: TarFlow, given: dict[str, Any], labelled: bool) -> dict[str, Any]:
@@ -34,10 +73,9 @@ def drawing_rule(model: TarFlow, given: dict[str, Any], labelled: bool) -> dict[
     steerable = labelled or told.get("attn_temp", 1) != 1
     if told.get("guidance") and not steerable:
         raise click.UsageError("--guidance has no effect without classes, unless --attn-temp differs from 1")
-    noisy = "noise_std" in model.metadata and model.metadata.get("noise_type") != "uniform"
     rule: dict[str, Any] = {
         "guidance": known.get("guidance", 0.0) if steerable else 0.0,
-        "denoise": known.get("denoise", noisy or "noise_std" in told),
+        "denoise": known.get("denoise", records_noise(model) or "noise_std" in told),
     }
     for switch, needed, details in (
         ("guidance", "a --guidance above 0", GUIDANCE_DETAILS),

@@ -12,17 +12,20 @@ import click
 
 from ..limits import MOST_NUMBER, MOST_SIZE, MOST_TOL
 from ..sizes import Size
+from .families import holds_family, sample_family, sample_lines
+from .features import check_pictures, own_device, run_folder
 from .labels import choose
 from .layout import MOST_ROWS, PER_CLASS, PIXELS, default_count, default_scale, layout
 from .messages import in_flags
 from .options import (
     BATCH,
     DTYPES,
-    NOISE_STD,
     SEED,
     Command,
     device_option,
+    inception_option,
     json_option,
+    load_inception,
     load_model,
     model_options,
     option,
@@ -35,8 +38,8 @@ from .options import (
 )
 from .outputs import Outputs, Run
 from .recipes import RECIPES, recipe_line, with_recipe
-from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE, drawing_rule, warn_undenoised
-from .shards import FORMATS, check_options, draw_shards, own_device, shard_folder, wants_shards
+from .rule import GUIDANCE, SCALE, drawing_rule, guidance_options, noise_std_option, warn_undenoised
+from .shards import FORMATS, check_options, draw_shards, wants_shards
 from .summary import Totals, summary_lines
 from .terminal import echo
 
@@ -124,28 +127,7 @@ Examples:
     show_default="as the model records, else 0",
     help="Weight of classifier-free guidance; 0 is none.",
 )
-@option(
-    "--guide-what",
-    type=GUIDE_WHAT,
-    section="How to draw",
-    show_default="as the model records, else ab",
-    help="Guide log-scales (a), shifts (b) or both.",
-)
-@option(
-    "--attn-temp",
-    type=ATTN_TEMP,
-    metavar="T",
-    section="How to draw",
-    show_default="as the model records, else 1",
-    help="Temperature of attention in the branch that guidance leads away from.",
-)
-@option(
-    "--annealed-guidance/--constant-guidance",
-    default=None,
-    section="How to draw",
-    show_default="as the model records, else constant",
-    help="Let guidance grow from token to token.",
-)
+@guidance_options
 @option(
     "--denoise/--no-denoise",
     default=None,
@@ -153,14 +135,7 @@ Examples:
     show_default="as the model records, else on if it records the noise",
     help="Take off the Gaussian noise that the model was trained with (Tweedie).",
 )
-@option(
-    "--noise-std",
-    type=NOISE_STD,
-    metavar="SIGMA",
-    section="How to draw",
-    show_default="as recorded",
-    help="Level of the noise that --denoise takes off.",
-)
+@noise_std_option
 @option(
     "--denoise-scale",
     type=SCALE,
@@ -283,14 +258,7 @@ Examples:
     "in their place. If unguided, log_prob is beside images. Any number of processes may run the same command, by "
     "torchrun or on machines that share FOLDER; however they end, it goes on.",
 )
-@option(
-    "--inception",
-    type=click.Path(),
-    metavar="FILE",
-    section="Many images",
-    show_default="torch-fidelity's cache",
-    help="Weights of Inception-v3 for --shards features; see `tarflow-fast fid`.",
-)
+@inception_option("Many images", ", for --shards features")
 @option(
     "--shard-size",
     type=click.IntRange(1, MOST_NUMBER),
@@ -331,10 +299,19 @@ def sample_command(
     Without arguments: the shipped Fashion-MNIST model, a row of images for each class, in samples.png.
     """
     bars = show_progress(progress, quiet)
+    if holds_family(model_path):
+        which = {"weights": weights, "patch_size": patch_size, "img_size": img_size, "in_channels": in_channels}
+        which |= {"head_dim": head_dim, "columns": columns, "scale": scale, "recipe": recipe}
+        family_facts = sample_family(str(model_path), count, labels, no_grid, {**given, **which})
+        if as_json:
+            print_json(family_facts)
+        elif not quiet:
+            echo(*sample_lines(family_facts))
+        return
     check_options({**given, "columns": columns, "scale": scale})
     if no_grid and given["out"] is not None:
         raise click.UsageError("--out and --no-grid exclude each other")
-    folder = shard_folder(given["out"]) if wants_shards(given) else None
+    folder = run_folder("--out", given["out"]) if wants_shards(given) else None
     if folder is not None:
         given["out"] = None
     outputs = Outputs.checked(None if no_grid else given["out"] or GRID, given["singles"], given["npz"], given["gif"])
@@ -342,6 +319,7 @@ def sample_command(
         raise click.UsageError("--no-grid leaves nothing to write: give --singles, --npz or --gif")
 
     device = own_device(given["device"])
+    network = load_inception(given["inception"], device) if given["shards"] == "features" else None
     from ..checks import environment_count
 
     sizes = {"patch_size": patch_size, "img_size": img_size, "in_channels": in_channels, "head_dim": head_dim}
@@ -354,6 +332,8 @@ def sample_command(
             echo(recipe_line(recipe, told))
         count, labels = (told.pop(name) for name in ("count", "labels"))
         given = told
+    if given["shards"] == "features":
+        check_pictures(model)
     sequences = model.config.layout == "tokens"
     if sequences and folder is None:
         check_sequences(outputs, given)
@@ -382,7 +362,7 @@ def sample_command(
     if folder is not None:
         # what serves must not depend on when a probe in the background is done
         sampler = make_sampler(probe="never" if given["probe"] == "never" else "now")
-        draw_shards(sampler, folder, n, chosen, given, rule, bars=bars, quiet=quiet, as_json=as_json)
+        draw_shards(sampler, folder, n, chosen, given, rule, network=network, bars=bars, quiet=quiet, as_json=as_json)
         warn_undenoised(model_path, model, given, rule)
         return
     run = Run(

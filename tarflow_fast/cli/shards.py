@@ -12,12 +12,10 @@ import click
 from ..sizes import by
 from .labels import Chosen
 from .options import print_json
-from .outputs import output_folder
 from .terminal import echo
 
 if TYPE_CHECKING:
-    import torch
-
+    from ..evaluation import Extractor
     from ..sampling.sampler import Sampler
     from ..sampling.sharded import Format, Run
 
@@ -50,29 +48,6 @@ def check_options(given: dict[str, Any]) -> None:
         raise click.UsageError("--inception has no effect without --shards features")
 
 
-def shard_folder(path: str) -> Path:
-    """Returns the folder of a run. Raises click.UsageError where it cannot be one."""
-    from ..errors import ArgumentError
-    from ..sampling.sharded.job import check_folder
-
-    folder = output_folder("--out", path)
-    try:
-        check_folder(folder)
-    except ArgumentError as error:
-        raise click.UsageError(f"--{error}") from error
-    return folder
-
-
-def own_device(name: str | None) -> torch.device:
-    """Returns the device of this process: of several GPUs that of torchrun's LOCAL_RANK, unless one is named."""
-    from ..checks import environment_count
-    from ..devices import check_device, pick_device
-
-    device = pick_device(name)
-    local = environment_count("LOCAL_RANK", 0, 0)
-    return check_device(f"cuda:{local}") if device.type == "cuda" and name in (None, "cuda") else device
-
-
 def draw_shards(
     sampler: Sampler,
     folder: Path,
@@ -81,13 +56,15 @@ def draw_shards(
     given: dict[str, Any],
     rule: dict[str, Any],
     *,
+    network: Extractor | None,
     bars: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Draws n images into shards, or with --dry-run tells what it would take, and prints what was done.
 
-    Of several processes the first one prints. given: the options by name. rule: guidance and denoising.
+    Of several processes the first one prints. given: the options by name. rule: guidance and denoising. network:
+    what makes features, where shards hold them.
     """
     from ..sampling.sharded import SHARD_SIZE, Run, estimate
 
@@ -98,7 +75,7 @@ def draw_shards(
         chosen.labels,
         seed=given["seed"],
         first=given["first"],
-        format=_format(given, sampler.device),
+        format=_format(given["shards"], network),
         shard_size=given["shard_size"] or SHARD_SIZE,
         rule={**rule, "on_nonfinite": given["on_nonfinite"]},
     )
@@ -116,14 +93,10 @@ def draw_shards(
         echo(*lines)
 
 
-def _format(given: dict[str, Any], device: torch.device) -> str | Format:
-    """Returns the format of the shards, for features with the network that makes them, which is on this device."""
-    format: str = given["shards"] or FORMATS[0]
-    if format != "features":
-        return format
-    from ..evaluation import Inception, feature_format
+def _format(name: str | None, network: Extractor | None) -> str | Format:
+    from ..evaluation import feature_format
 
-    return feature_format(Inception(given["inception"], device=device))
+    return (name or FORMATS[0]) if network is None else feature_format(network)
 
 
 def _run_lines(run: Run, facts: dict[str, Any], chosen: Chosen) -> list[str]:
@@ -136,7 +109,7 @@ def _run_lines(run: Run, facts: dict[str, Any], chosen: Chosen) -> list[str]:
     shape = run.flow.data_shape
     kind, size = ("images", by(shape[1:])) if len(shape) == 3 else ("sequences", "×".join(map(str, shape)))
     lines = [
-        f"{run.out}: {facts['images']} {kind} of {size} in {facts['shards']} shards ({run.format.name}), {how}",
+        f"{run.out}: {facts['images']} {kind} of {size} in {facts['shards']} shards ({run.format.described}), {how}",
         f"this process drew {facts['drawn']} of them in {facts['seconds']:.2f} s, "
         f"{facts['images_per_second']:.3g} {kind}/s",
     ]

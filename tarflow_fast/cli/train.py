@@ -48,7 +48,8 @@ data_options = combine(
         section="Data",
         help="Images to learn: a folder with a sub-folder of pictures for each class, a .npz file (images or "
         "sequences, labels), a .npy file, an IDX file, or a folder of MNIST's four IDX files; or a folder with train "
-        "and val or test halves. Required unless --resume is given.",
+        "and val or test halves. With --flow also the name of a demonstration (`tarflow-fast flows` lists them), or an "
+        "array of vectors (N,D) or of tokens (N,T), which are integers. Required unless --resume is given.",
     ),
     option(
         "--eval-data",
@@ -133,6 +134,45 @@ size_options = combine(
     ),
 )
 
+family_options = combine(
+    option(
+        "--flow",
+        metavar="NAME",
+        section="Another family",
+        show_default="a TarFlow",
+        help="Family of flow that is trained in place of a TarFlow; `tarflow-fast flows` lists them. Sizes above, but "
+        "for data, are for TarFlow alone, and schedule and precision have other defaults.",
+    ),
+    option(
+        "--option",
+        "family_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        section="Another family",
+        help="An option of the family, such as couplings=12 or hidden=64,64; may be given several times.",
+    ),
+    option(
+        "--dequantization",
+        type=click.Choice(["uniform", "variational"]),
+        default="uniform",
+        section="Another family",
+        help="Noise that makes 8-bit images continuous; variational noise is learnt.",
+    ),
+    option(
+        "--logit/--no-logit",
+        default=True,
+        section="Another family",
+        help="Bring 8-bit images from their box to all of space.",
+    ),
+    numbers("Another family", ("--alpha", 0.05, "A", "How far the logit keeps away from black and white.")),
+    option(
+        "--manifold",
+        type=click.Choice(["sphere", "torus"]),
+        section="Another family",
+        help="Take vectors of a file as points of the unit sphere, or as angles.",
+    ),
+)
+
 schedule_options = combine(
     numbers("Schedule", ("--epochs", 100, "N", "Number of passes over the data.")),
     option(
@@ -143,10 +183,18 @@ schedule_options = combine(
         show_default="256, or all images where there are fewer",
         help="Number of images in a step, over all processes.",
     ),
+    option(
+        "--schedule",
+        type=click.Choice(["cosine", "polynomial"]),
+        default="cosine",
+        section="Schedule",
+        help="How the learning rate falls after the warm-up.",
+    ),
     numbers(
         "Schedule",
         ("--lr", 1e-4, "RATE", "Highest learning rate."),
-        ("--min-lr", 1e-6, "RATE", "Learning rate at which the cosine ends."),
+        ("--min-lr", 1e-6, "RATE", "Learning rate at the end."),
+        ("--decay-power", 1.0, "P", "Power of the polynomial."),
         ("--warmup-steps", 1000, "N", "Number of steps in which the highest learning rate is reached."),
         ("--weight-decay", 1e-4, "X", "Weight decay of AdamW."),
         ("--clip-norm", 1.0, "X", "Limit of the gradient's norm; 0 is none."),
@@ -218,7 +266,7 @@ def keep_freed_memory() -> None:
 @click.command(
     "train",
     cls=Command,
-    aliases={"path": "--init", "weights": "convert --weights"},
+    aliases={"options": "--option", "path": "--init", "weights": "convert --weights"},
     short_help="Train a model on images.",
     epilog="""\b
 Examples:
@@ -237,11 +285,15 @@ Examples:
       Images that are 48 pixels high and 32 wide.
   tarflow-fast train --data series.npy --layout tokens --unconditional --out run
       Sequences (N,T,D) of floats, as they are.
+  tarflow-fast train --flow realnvp --data moons --out run
+      Another family of flows on a demonstration, half of which is held out.
+  tarflow-fast train --flow realnvp --option couplings=4 --data digits --conditional --sample-every 500 --out run
   tarflow-fast sample -m run/model.safetensors
 """,
 )
 @data_options
 @size_options
+@family_options
 @schedule_options
 @machine_options
 @output_options
@@ -252,6 +304,7 @@ def train_command(
     in_channels: str,
     class_names: str | None,
     clip_norm: float,
+    flow: str | None,
     resume: bool,
     progress: bool | None,
     quiet: bool,
@@ -271,6 +324,12 @@ def train_command(
 
     from ..errors import ArgumentError, TrainingStopped
     from ..trainer import CHECKPOINT, TrainConfig, continued, read_init, sizes_of, train
+    from .families import flow_config, with_family_defaults
+
+    family = flow_config(flow, options, given)
+    if family is not None:
+        options = with_family_defaults(family.name, options, given) | {"flow": family}
+        given["flow"] = family
 
     how: dict[str, Any] = {"resume": resume, "progress": shown}
     try:
@@ -281,7 +340,9 @@ def train_command(
         elif options["data"] is None:
             raise click.MissingParameter(ctx=ctx, param=next(p for p in ctx.command.params if p.name == "data"))
         else:
-            if init is not None:
+            if init is not None and family is not None:
+                how["init"] = init
+            elif init is not None:
                 how["init"] = read_init(init, given)
                 options |= sizes_of(how["init"].model, given)
             config = TrainConfig(**options)

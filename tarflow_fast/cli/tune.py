@@ -9,15 +9,18 @@ from typing import Any
 import click
 
 from ..limits import MOST_NUMBER
+from .features import check_pictures, features_folder, own_device
 from .labels import choose
 from .options import (
     BATCH,
     DTYPES,
-    NOISE_STD,
     SEED,
     Command,
     device_option,
+    features_option,
+    inception_option,
     json_option,
+    load_inception,
     load_model,
     model_options,
     option,
@@ -28,7 +31,7 @@ from .options import (
     torch_dtype,
 )
 from .outputs import output_path
-from .rule import ATTN_TEMP, GUIDANCE, GUIDE_WHAT, SCALE
+from .rule import GUIDANCE, SCALE, guidance_options, noise_std_option, records_noise
 from .terminal import echo
 
 
@@ -49,12 +52,13 @@ class Numbers(click.ParamType):
 @click.command(
     "tune",
     cls=Command,
-    aliases={"n": "-n", "path": "--model", "model": "--model"},
+    aliases={"n": "-n", "path": "--model", "model": "--model", "out": "--features", "statistics": "--stats"},
     short_help="Sweep guidance and denoising for the lowest FID.",
     epilog="""\b
 Examples:
   tarflow-fast tune -m afhq.pth --stats afhq_256.npz --guidance 2,2.5,3,3.5 --denoise-scale 1,1.2,1.4 \\
-      --out curve.json --plot curve.png
+      --out curve.json --plot curve.png --features kept/
+      However it is stopped, the same command goes on.
 """,
 )
 @model_options
@@ -91,36 +95,8 @@ Examples:
     show_default="0.8,1,1.2 if the model records its noise, else 0",
     help="Denoising rates, multipliers of the optimal step; 0 is none.",
 )
-@option(
-    "--noise-std",
-    type=NOISE_STD,
-    metavar="SIGMA",
-    section="How to draw",
-    show_default="as recorded",
-    help="Level of the noise that denoising takes off.",
-)
-@option(
-    "--guide-what",
-    type=GUIDE_WHAT,
-    section="How to draw",
-    show_default="as the model records, else ab",
-    help="Guide a, b or both.",
-)
-@option(
-    "--attn-temp",
-    type=ATTN_TEMP,
-    metavar="T",
-    section="How to draw",
-    show_default="as the model records, else 1",
-    help="Temperature of attention in the branch that guidance leads away from.",
-)
-@option(
-    "--annealed-guidance/--constant-guidance",
-    default=None,
-    section="How to draw",
-    show_default="as the model records, else constant",
-    help="Let guidance grow from token to token.",
-)
+@noise_std_option
+@guidance_options
 @option(
     "--stats",
     type=click.Path(),
@@ -129,14 +105,8 @@ Examples:
     section="Reference",
     help="Statistics of the reference, as `tarflow-fast fid` takes them.",
 )
-@option(
-    "--inception",
-    type=click.Path(),
-    metavar="FILE",
-    section="Machine",
-    show_default="torch-fidelity's cache",
-    help="torch-fidelity's file of the weights of Inception-v3.",
-)
+@features_option
+@inception_option("Machine")
 @option("--backend", default="auto", metavar="NAME", section="Machine", help="Name of a backend.")
 @device_option
 @option("--dtype", type=click.Choice(DTYPES), section="Machine", show_default="float32", help="Dtype of the weights.")
@@ -149,7 +119,7 @@ Examples:
     show_default="what fits in memory",
     help="Number of images drawn together.",
 )
-@option("-o", "--out", type=click.Path(), metavar="FILE", section="Output", help="Write the curve, a .json.")
+@option("-o", "--out", "target", type=click.Path(), metavar="FILE", section="Output", help="Write the curve, a .json.")
 @option(
     "--plot", type=click.Path(), metavar="FILE", section="Output", help="Draw the curve, a .png (needs matplotlib)."
 )
@@ -169,13 +139,14 @@ def tune_command(
     attn_temp: float | None,
     annealed_guidance: bool | None,
     stats: str,
+    features: str | None,
     inception: str | None,
     backend: str,
     device: str | None,
     dtype: str | None,
     solver: str,
     batch_size: int | None,
-    out: str | None,
+    target: str | None,
     plot: str | None,
     progress: bool | None,
     quiet: bool,
@@ -190,29 +161,26 @@ def tune_command(
     """
     bars = show_progress(progress, quiet)
     files = {
-        "--out": None if out is None else output_path("--out", out, (".json",)),
+        "--out": None if target is None else output_path("--out", target, (".json",)),
         "--plot": None if plot is None else output_path("--plot", plot, (".png",)),
     }
 
-    from ..devices import pick_device
-    from ..evaluation import Inception, read_statistics, require_matplotlib, save_curve, tune
+    from ..evaluation import read_statistics, require_matplotlib, save_curve, tune
     from ..progress import Bar
     from ..sampling.sampler import Sampler
     from ..sampling.sharded.job import write_json
 
     if plot is not None:
         require_matplotlib()
-    reference = read_statistics(stats)
+    kept = features_folder(features, "guidance-*")
+    reference, place = read_statistics(stats), own_device(device)
+    extractor = load_inception(inception, place)
     model = load_model(model_path, weights=weights, **sizes)
+    check_pictures(model)
     if denoise_scale is None:
-        noisy = noise_std is not None or (
-            "noise_std" in model.metadata and model.metadata.get("noise_type") != "uniform"
-        )
-        denoise_scale = (0.8, 1.0, 1.2) if noisy else (0.0,)
+        denoise_scale = (0.8, 1.0, 1.2) if noise_std is not None or records_noise(model) else (0.0,)
     chosen = choose(labels or ("random" if model.config.num_classes else None), model, seed)
-    place = pick_device(device)
     sampler = Sampler(model, backend=backend, device=place, dtype=torch_dtype(dtype), solver=solver, probe="now")
-    extractor = Inception(inception, device=place)
     given = {"guide_what": guide_what, "attn_temp": attn_temp, "annealed_guidance": annealed_guidance}
     recorded = model.metadata.get("sampling", {}) if any(guidance) else {}
     details: dict[str, Any] = {
@@ -233,9 +201,12 @@ def tune_command(
             seed=seed,
             batch_size=batch_size,
             noise_std=noise_std,
+            out=kept,
             progress=bar.update,
             **details,
         )
+    if not points:
+        return  # the first of several processes goes on
     best = min(points, key=lambda point: point.fid)
     facts = {
         "images": count,

@@ -7,9 +7,9 @@ back, the fraction that torchmetrics cuts off is all but a whole level.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import DataError, first_line
 from ..files import PathLike
-from .load import cores
+from ..read_ahead import read_ahead
 from .pictures import reading_pictures
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
@@ -46,25 +46,31 @@ def _is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def centre_crop(path: str, size: int) -> NDArray[np.uint8]:
-    """Returns the middle of a picture, (size, size, 3), whose shorter side is brought to that size.
-
-    Raises DataError where it cannot be read.
-    """
+def _middle(path: str, size: int) -> Image.Image:
+    """Returns the middle of a picture, whose shorter side is brought to that size. Raises DataError where it cannot."""
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGB")
+            picture = file if file.mode == "RGB" else file.convert("RGB")
             width, height = picture.size
             short = min(width, height)
             across, down = (size if side == short else int(size * side / short) for side in (width, height))
             if (across, down) != picture.size:
                 picture = picture.resize((across, down), Image.Resampling.BILINEAR)
+            left, top = round((across - size) / 2), round((down - size) / 2)
+            return picture.crop((left, top, left + size, top + size))
     except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
         raise DataError(f"{path!r}: no picture that can be read ({first_line(error)})") from error
-    left, top = round((across - size) / 2), round((down - size) / 2)
-    return np.asarray(picture)[top : top + size, left : left + size]
 
 
+def centre_crop(path: str, size: int) -> NDArray[np.uint8]:
+    """Returns the middle of a picture, (size, size, 3), whose shorter side is brought to that size.
+
+    Raises DataError where it cannot be read.
+    """
+    return np.asarray(_middle(path, size))
+
+
+@functools.cache
 def levels() -> Tensor:
     """Returns what each of 256 levels is after the way to -1 … 1 and back, in fp32, its fraction cut off: (256,)
     uint8."""
@@ -72,29 +78,28 @@ def levels() -> Tensor:
     return (0.5 * (x + 1) * 255).byte()
 
 
-def centre_crops(paths: Sequence[str], size: int, batch_size: int, seed: int = 0) -> Iterator[Tensor]:
-    """Yields pictures (B, 3, size, size) uint8, while the next batch is read by as many threads as there are cores.
+def is_mirrored(i: int, seed: int) -> bool:
+    """Returns whether picture i is mirrored, which depends on (seed, i) alone."""
+    return bool(Generator(Philox(SeedSequence(entropy=seed, spawn_key=(i,)))).random() < 0.5)
+
+
+def centre_crops(paths: Sequence[str], size: int, numbers: range, seed: int = 0) -> Iterator[NDArray[np.uint8]]:
+    """Yields pictures (3, size, size), while those after them are read by as many threads as there are cores.
 
     Args:
-        paths: The pictures.
+        paths: All pictures.
         size: Pixels along a side.
-        batch_size: The number of pictures in a batch; the last one may have fewer.
-        seed: The seed by which picture i is mirrored or not; that depends on (seed, i) alone.
+        numbers: Those that are read.
+        seed: The seed by which half of the pictures are mirrored.
 
     Raises:
         DataError: A picture cannot be read.
     """
-    table = levels().numpy()
+    table = levels().tolist() * 3
 
     def read(i: int) -> NDArray[np.uint8]:
-        pixels = table[centre_crop(paths[i], size)]
-        mirrored = Generator(Philox(SeedSequence(entropy=seed, spawn_key=(i,)))).random() < 0.5
-        return (pixels[:, ::-1] if mirrored else pixels).transpose(2, 0, 1)
+        pixels = np.asarray(_middle(paths[i], size).point(table))
+        return (pixels[:, ::-1] if is_mirrored(i, seed) else pixels).transpose(2, 0, 1)
 
-    starts = range(0, len(paths), batch_size)
-    with reading_pictures(), ThreadPoolExecutor(cores()) as pool:
-        parts = [pool.map(read, range(start, min(start + batch_size, len(paths)))) for start in starts[:1]]
-        for start in starts:
-            ahead = range(start + batch_size, min(start + 2 * batch_size, len(paths)))
-            parts.append(pool.map(read, ahead))
-            yield torch.from_numpy(np.stack(list(parts.pop(0))))
+    with reading_pictures():
+        yield from read_ahead(read, numbers)

@@ -17,6 +17,7 @@ from ..checks import check_choice
 from ..errors import ArgumentError, DataError, TarFlowWarning
 from ..files import PathLike
 from ..limits import MOST_SIZE
+from ..read_ahead import own_cores
 from ..scalars import check_flag, plain
 from ..sizes import Size, checked_size, pair
 from .arrays import image_data, load_npy, load_npz
@@ -171,11 +172,6 @@ def _load_folder(
     return ImageData(torch.from_numpy(out), labels, found.class_names), found.notes
 
 
-def cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def read_pictures(
     paths: list[str], out: np.ndarray, progress: bool = False, stop: threading.Event | None = None
 ) -> None:
@@ -198,7 +194,7 @@ def read_pictures(
             done[0] = max(done[0], i + 1)
 
     done = [0]
-    threads = min(cores(), len(paths))
+    threads = min(own_cores(), len(paths))
     usual = threads * DECODED_BYTES if max(out.shape[2:]) <= USUAL_SIZE else 0
     room = Room(max(int(DECODED_SHARE * out.nbytes), usual))
     bar = tqdm(total=len(paths), desc="reading", unit="picture", disable=not progress, leave=False, dynamic_ncols=True)

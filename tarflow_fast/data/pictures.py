@@ -135,9 +135,10 @@ def _put(out: NDArray[np.uint8], picture: Image.Image) -> None:
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    whole = size == (width, height) and height <= STRIP
     for row in range(0, height, STRIP):
         rows = min(STRIP, height - row)
-        strip = np.asarray(picture.crop((left, top + row, left + width, top + row + rows)))
+        strip = np.asarray(picture if whole else picture.crop((left, top + row, left + width, top + row + rows)))
         out[:, row : row + rows] = strip.reshape(rows, width, channels).transpose(2, 0, 1)
 
 

@@ -115,6 +115,12 @@ def feature_sums(images: Iterable[Tensor], extractor: Extractor) -> FeatureSums:
     return sums
 
 
+def check_size(d: int, statistics: Gaussian) -> None:
+    """Raises ArgumentError unless statistics are of features of d values."""
+    if len(statistics.mean) != d:
+        raise ArgumentError("statistics", f"features of {d} values, as the images have", len(statistics.mean))
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), in fp64, as torchmetrics computes it.
 
@@ -128,8 +134,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     Raises:
         ArgumentError: Their features have different sizes.
     """
-    if len(a.mean) != len(b.mean):
-        raise ArgumentError("statistics", f"features of {len(a.mean)} values, as the images have", len(b.mean))
+    check_size(len(a.mean), b)
     between = (a.mean - b.mean).square().sum()
     within = a.covariance.trace() + b.covariance.trace()
     root = torch.linalg.eigvals(a.covariance @ b.covariance).sqrt().real.sum()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .features import Features
-from .fid import FeatureSums, Gaussian, frechet_distance
+from .fid import FeatureSums, Gaussian, check_size, frechet_distance
 from .manifold import NEIGHBOURS, precision_recall
 from .mmd import kernel_distance
 from .score import SPLITS, inception_score
@@ -18,10 +18,13 @@ class FeatureSet:
 
     Args:
         keep: Whether it keeps features and logits themselves, 12 KB an image, and not only the sums of the pooled ones.
+        spatial: Whether it keeps the sums of the spatial ones, by default where it keeps features.
+        like: What they will be compared to, if there is anything: features of another size are refused at once.
     """
 
-    def __init__(self, keep: bool = False):
-        self.keep = keep
+    def __init__(self, keep: bool = False, *, spatial: bool | None = None, like: Gaussian | None = None):
+        self.keep, self._like = keep, like
+        self._with_spatial = keep if spatial is None else spatial
         self._pooled: list[Tensor] = []
         self._logits: list[Tensor] = []
         self._sums: FeatureSums | None = None
@@ -32,25 +35,33 @@ class FeatureSet:
         return 0 if self._sums is None else self._sums.n
 
     def add(self, features: Features) -> None:
-        """Adds the features of a batch. Raises ArgumentError for infinities and NaNs."""
+        """Adds the features of a batch. Raises ArgumentError for infinities and NaNs, and for another size."""
         if self._sums is None or self._spatial is None:
+            if self._like is not None:
+                check_size(features.pooled.shape[1], self._like)
             self._sums = FeatureSums(features.pooled.shape[1])
             self._spatial = FeatureSums(features.spatial.shape[1])
         self._sums.add(features.pooled)
-        if self.keep:
+        if self._with_spatial:
             self._spatial.add(features.spatial)
+        if self.keep:
             self._pooled.append(features.pooled.detach().cpu())
             self._logits.append(features.logits.detach().cpu())
 
-    def gaussian(self) -> Gaussian:
-        """Returns the statistics of the pooled features. Raises ArgumentError for fewer than two images."""
+    @property
+    def sums(self) -> FeatureSums:
+        """The sums of the pooled features. Raises ArgumentError where there are none."""
         if self._sums is None:
             raise ArgumentError("images", "at least two, to have a covariance", 0)
-        return self._sums.gaussian()
+        return self._sums
+
+    def gaussian(self) -> Gaussian:
+        """Returns the statistics of the pooled features. Raises ArgumentError for fewer than two images."""
+        return self.sums.gaussian()
 
     def spatial_gaussian(self) -> Gaussian | None:
         """Returns the statistics of the spatial features, or None where they are not kept."""
-        return self._spatial.gaussian() if self.keep and self._spatial is not None else None
+        return self._spatial.gaussian() if self._with_spatial and self._spatial is not None else None
 
     def pooled(self) -> Tensor:
         """Returns the pooled features (n, d) that were kept."""

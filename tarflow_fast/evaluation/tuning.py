@@ -6,19 +6,20 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ..checks import Count, check_count
 from ..errors import ArgumentError, BackendError
 from ..files import PathLike, check_path, replacing
-from ..images import to_uint8
 from ..limits import MOST_NUMBER
 from ..sampling.labels import LabelsByNumber
 from ..sampling.sampler import Sampler
+from ..sampling.sharded import draw_shards, processes_of_environment
 from .fid import Extractor, FeatureSums, Gaussian, frechet_distance
+from .rate_shards import Rates
 
+SHARD_SIZE = 256  # images, the most that a stop loses of each process
 DETAILS = ("guide_what", "attn_temp", "annealed_guidance")  # of guidance
 
 
@@ -50,6 +51,7 @@ def tune(
     batch_size: Count | None = None,
     noise_std: float | None = None,
     on_nonfinite: str = "raise",
+    out: PathLike | None = None,
     progress: Callable[[int], object] = lambda drawn: None,
     **details: Any,
 ) -> list[TuningPoint]:
@@ -71,12 +73,20 @@ def tune(
         batch_size: As in `Sampler.sample`.
         noise_std: As in `Sampler.sample`.
         on_nonfinite: As in `Sampler.sample`.
-        progress: A function that is told how many images have just been drawn.
+        out: A folder in which the features of the images are kept, if they are to be: a new or empty one, or that of
+            the same call. However that is stopped, it then goes on; any number of processes, by RANK and WORLD_SIZE of
+            the environment, divide the images; and what is there of a guidance serves another call that has it.
+        progress: A function that is told how many images have just been drawn, or are there.
         details: guide_what, attn_temp and annealed_guidance, as in `Sampler.sample`, where there is guidance.
 
+    Returns:
+        The points; of several processes only the first has any.
+
     Raises:
-        ArgumentError: An argument has the wrong type or range, or would have no effect.
+        ArgumentError: An argument has the wrong type or range, or would have no effect; or the folder holds something
+            else.
         NonFiniteError: As in `Sampler.sample`.
+        OSError: The system refuses to write.
         OutOfMemoryError: A batch does not fit in memory.
     """
     n = check_count("n", n, 2, MOST_NUMBER)
@@ -106,25 +116,58 @@ def tune(
         )
         for weight in guidance  # all arguments are checked before the first image is drawn
     ]
+    rates = Rates(list(denoise_scale), extractor, reference)
     points = []
     for weight, stream in zip(guidance, streams, strict=True):
-        sums: dict[float, FeatureSums] = {}
-        with contextlib.closing(stream):
-            for part in stream:
-                x = part.images if part.trajectory is None else part.trajectory[-1]
-                for rate in denoise_scale:
-                    features = extractor(_at_rate(x, part.images, rate))
-                    sums.setdefault(rate, FeatureSums(features.shape[1])).add(features)
-                progress(len(x))
-        points += [
-            TuningPoint(weight, rate, frechet_distance(found.gaussian(), reference)) for rate, found in sums.items()
-        ]
+        if out is None:
+            found = _drawn(stream, rates, progress)
+        else:
+            folder = Path(out) / f"guidance-{float(weight)!r}"
+            rule = {"guidance": weight, "on_nonfinite": on_nonfinite, **(details if weight else {}), **how}
+            found = _kept(sampler, folder, n, labels, rates, rule, progress, seed=seed, batch_size=batch_size)
+        if processes_of_environment()[0] == 0:
+            points += [
+                TuningPoint(weight, rate, frechet_distance(sums.gaussian(), reference))
+                for rate, sums in zip(rates.rates, found, strict=True)
+            ]
     return points
 
 
-def _at_rate(x: Tensor, y: Tensor, rate: float) -> Tensor:
-    """Returns 8-bit images of which x is at rate 0 and y at rate 1."""
-    return to_uint8(x if rate == 0 else x + rate * (y - x))
+def _drawn(stream: Any, rates: Rates, progress: Callable[[int], object]) -> list[FeatureSums]:
+    """Returns the sums of the features of images at each rate, as they are drawn."""
+    sums: list[FeatureSums] = []
+    with contextlib.closing(stream):
+        for part in stream:
+            features = rates.features(part)
+            sums = sums or [FeatureSums(each.shape[1]) for each in features]
+            for total, each in zip(sums, features, strict=True):
+                total.add(each)
+            progress(len(part.images))
+    return sums
+
+
+def _kept(
+    sampler: Sampler,
+    folder: Path,
+    n: int,
+    labels: LabelsByNumber,
+    rates: Rates,
+    rule: dict[str, Any],
+    progress: Callable[[int], object],
+    **how: Any,
+) -> list[FeatureSums]:
+    """Returns the sums of the features of images at each rate, which are kept in a folder."""
+    drawn = 0
+
+    def told(count: int) -> None:
+        nonlocal drawn
+        drawn += count
+        progress(count)
+
+    format = rates.format(bool(rule.get("denoise")), told)
+    draw_shards(sampler, folder, n, labels, format=format, shard_size=SHARD_SIZE, **how, **rule)
+    progress(n - drawn)  # those that were there, or that other processes have drawn
+    return rates.read(folder)
 
 
 def require_matplotlib() -> None:

@@ -90,6 +90,11 @@ FUNCTIONS: dict[str, tuple[Function, Function, Function]] = {
         lambda z, bound: bound * torch.atanh(z / bound),
         lambda x, bound: 2 * (math.log(2) - x / bound - torch.nn.functional.softplus(-2 * x / bound)),
     ),
+    "wrap": (
+        lambda x, bound: torch.remainder(x, 2 * bound) - bound,
+        lambda z, bound: torch.remainder(z, 2 * bound) - bound,
+        lambda x, bound: torch.zeros_like(x),
+    ),
     "exp": (lambda x, bound: x.exp(), lambda z, bound: z.log(), lambda x, bound: x),
     "sigmoid": (
         lambda x, bound: x.sigmoid(),
@@ -105,8 +110,9 @@ class Elementwise:
     """An elementwise function, z = f(x).
 
     Attributes:
-        name: "softclip", x / (1 + |x / bound|); "tanh", bound · tanh(x / bound); "exp"; or "sigmoid".
-        bound: The bound of the first two.
+        name: "softclip", x / (1 + |x / bound|); "tanh", bound · tanh(x / bound); "wrap", x modulo 2 bound less the
+            bound, which goes half around the circle [−bound, bound); "exp"; or "sigmoid".
+        bound: The bound of the first three.
 
     Raises:
         ArgumentError: The name is unknown.

@@ -22,6 +22,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda h, alpha: F.silu(h),
     "softplus": lambda h, alpha: F.softplus(h),
     "gelu": lambda h, alpha: F.gelu(h),
+    "sin": lambda h, alpha: torch.sin(h),
+    "wrap": lambda h, alpha: torch.remainder(h, 2 * alpha) - alpha,
 }
 """The activations by name, as functions of values and of alpha."""
 
@@ -32,7 +34,8 @@ class Activation:
 
     Attributes:
         name: One of `ACTIVATIONS`.
-        alpha: The negative slope of "leaky_relu", and the alpha of "elu"; no other has one.
+        alpha: The negative slope of "leaky_relu", the alpha of "elu", and the bound of "wrap", h modulo 2 alpha less
+            alpha; no other has one.
 
     Raises:
         ArgumentError: The name is unknown.

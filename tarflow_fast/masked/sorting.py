@@ -109,7 +109,7 @@ def sort_transform(transform: MaskedTransform) -> SortedTransform:
     place = torch.full((D,), -1)
     place[list(transform.dims)] = torch.arange(len(transform.dims))
     last = (place[dims[place[dims] >= 0]][:, None] * P + torch.arange(P)).flatten()
-    units = [*order.units[:-1], order.dims[list(transform.dims)].repeat_interleave(P)]
+    units = [*order.units, order.dims[list(transform.dims)].repeat_interleave(P)]
     ready = [order.dims + 1, *units]  # for each value, from which step on its units may be read
     rows = [dims, *(torch.argsort(steps, stable=True) for steps in units[:-1]), last]
     rows = [kept if v == 0 else kept[ready[v][kept] < S] for v, kept in enumerate(rows)]

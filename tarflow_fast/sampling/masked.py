@@ -18,7 +18,7 @@ from ..engine.backend import Request
 from ..engine.masked import ContextCondition, MaskedEngine, enter, leave
 from ..errors import ArgumentError, BackendError
 from ..limits import most_threads
-from ..masked import Fixed, MaskedFlow, MaskedTransform
+from ..masked import Fixed, Linear, MaskedFlow, MaskedTransform, Reverse
 from ..masked.flow import Step
 from ..masked.sorting import sort_transform
 from ..masked.stepping import invert
@@ -40,6 +40,10 @@ class FlowInverse:
             and "auto" make parallel passes, see `tarflow_fast/solvers/`; these may be quicker on a GPU.
         tol: How far a dimension may still move when a parallel pass takes it as final; None is the dtype's own.
         threads: The number of threads of "cpu", by default as many as torch's.
+
+    Attributes:
+        passes: How many passes each transform took when a solver last inverted it, in the order in which that was; with
+            the sequential solver one for each dimension, or nothing where C++ or Triton goes through all of them.
 
     Raises:
         ArgumentError: An option is unknown or does not fit the others.
@@ -69,6 +73,7 @@ class FlowInverse:
         if lacking is not None:
             raise BackendError(f"backend {backend!r} cannot be had: {lacking}")
         self.backend = ("torch" if missing else "cpu") if backend == "auto" else backend
+        self.passes: list[int] = []
         with torch.no_grad():
             self._pieces = self._make()
 
@@ -92,17 +97,19 @@ class FlowInverse:
                 missing = masked_missing(sort_transform(step), self.dtype)
         return missing
 
-    def _make(self) -> list[CpuMaskedFlow | _Solved | Fixed]:
+    def _make(self) -> list[CpuMaskedFlow | _Solved | _Factored | Fixed]:
         """Returns what runs the steps, from data to latents: runs of them in C++, or one after the other."""
         if self.backend != "cpu" or self.solver != "sequential":
-            return [self._solved(step) if isinstance(step, MaskedTransform) else step for step in self.flow.steps]
-        pieces: list[CpuMaskedFlow | _Solved | Fixed] = []
+            return [
+                self._solved(step) if isinstance(step, MaskedTransform) else _fixed(step) for step in self.flow.steps
+            ]
+        pieces: list[CpuMaskedFlow | _Solved | _Factored | Fixed] = []
         for native, run in groupby(self.flow.steps, takes):
             steps = list(run)
             if native and any(isinstance(step, MaskedTransform) for step in steps):
                 pieces.append(CpuMaskedFlow(steps, dtype=self.dtype, threads=self.threads))
             else:
-                pieces.extend(step for step in steps if not isinstance(step, MaskedTransform))
+                pieces.extend(_fixed(step) for step in steps if not isinstance(step, MaskedTransform))
         return pieces
 
     def _solved(self, step: MaskedTransform) -> _Solved:
@@ -117,7 +124,15 @@ class FlowInverse:
             solver = functools.partial(adaptive, tol=self.tol, dtype=self.dtype)
         elif self.solver == "auto":
             solver = Auto(self.tol, PassEstimate(engine.tokens, {}, {}), CostTable(), None, self.dtype)
-        return _Solved(step, functools.partial(_by_engine, engine, solver))
+        return _Solved(step, functools.partial(self._by_engine, engine, solver))
+
+    def _by_engine(
+        self, engine: MaskedEngine, solver: Solver, values: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the inverse of a transform at these values, (B, D), and its log|det|, (B,)."""
+        state = engine.begin(enter(engine.transform, values), ContextCondition(context=context))
+        self.passes.append(solver(engine, state).passes)
+        return leave(engine.transform, state.x), state.log_det
 
     @torch.no_grad()
     def to_data(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -143,8 +158,9 @@ class FlowInverse:
         values = values.detach().to(self.device, self.dtype)
         context = None if context is None else context.detach().to(self.device, self.dtype)
         total = values.new_zeros(len(values))
+        self.passes.clear()
         for piece in self._pieces if to_latents else reversed(self._pieces):
-            if isinstance(piece, CpuMaskedFlow | _Solved):
+            if isinstance(piece, CpuMaskedFlow | _Solved | _Factored):
                 values, log_det = piece.run(values, context, to_latents=to_latents)
             else:
                 values, log_det = piece.forward(values) if to_latents else piece.inverse(values)
@@ -163,11 +179,30 @@ class _Solved:
         return (self.step.forward if to_latents != self.step.inverted else self.solve)(values, context)
 
 
-def _by_engine(engine: MaskedEngine, solver: Solver, values: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the inverse of a transform at these values, (B, D), and its log|det|, (B,)."""
-    state = engine.begin(enter(engine.transform, values), ContextCondition(context=context))
-    solver(engine, state)
-    return leave(engine.transform, state.x), state.log_det
+class _Factored:
+    """A linear map whose LU factors and determinant are computed once."""
+
+    def __init__(self, step: Linear, *, inverted: bool):
+        self.step, self.inverted = step, inverted
+        self.factors = torch.linalg.lu_factor(step.weight)
+        self.log_det = torch.linalg.slogdet(step.weight).logabsdet
+
+    def run(self, values: Tensor, context: Tensor | None, *, to_latents: bool) -> tuple[Tensor, Tensor]:
+        """Returns the image of values, (B, D), and log|det| of the map, (B,). context: none counts."""
+        bias, rows = self.step.bias, values.shape[:1]
+        if to_latents != self.inverted:
+            return torch.nn.functional.linear(values, self.step.weight, bias), self.log_det.expand(rows)
+        centred = values if bias is None else values - bias
+        return torch.linalg.lu_solve(*self.factors, centred.T).T, -self.log_det.expand(rows)
+
+
+def _fixed(step: Fixed) -> _Factored | Fixed:
+    """Returns what runs a step that no network conditions."""
+    if isinstance(step, Linear):
+        return _Factored(step, inverted=False)
+    if isinstance(step, Reverse) and isinstance(step.step, Linear):
+        return _Factored(step.step, inverted=True)
+    return step
 
 
 def differentiable(

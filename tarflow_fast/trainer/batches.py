@@ -34,6 +34,36 @@ def add_noise(v: Tensor, noise_type: str, noise_std: float, noise: Tensor) -> Te
     return scaled(v.to(torch.float32)) + noise_std * noise
 
 
+class Order:
+    """`Order` gives the numbers of the data in batch number `step`: an epoch is a permutation cut into batches.
+
+    count: how many data there are. size: how many are in a batch. seed: the seed of the permutations. world: the number
+    of processes that share a batch. kind: what messages call the data. Raises ArgumentError for a batch size that
+    cannot be.
+    """
+
+    def __init__(self, count: int, size: int, seed: int, world: int, kind: str):
+        if size > count:
+            raise ArgumentError("batch_size", f"at most {count}, the number of {kind}", size)
+        if size % world:
+            raise ArgumentError("batch_size", f"a multiple of the {world} processes", size)
+        self.count, self.size, self.seed = count, size, seed
+        self._epoch, self._order = -1, torch.empty(0, device="cpu")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of whole batches in the data; the rest of a permutation is left out, another rest every epoch."""
+        return self.count // self.size
+
+    def __call__(self, step: int) -> Tensor:
+        """Returns (B,) int64 on the CPU."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = torch.randperm(self.count, generator=stream(self.seed, "order", epoch), device="cpu")
+            self._epoch = epoch
+        return self._order[position * self.size : (position + 1) * self.size]
+
+
 class Batches:
     """`Batches` gives batch number `step`: images in the order of the epoch's permutation, noised, some labels dropped.
 
@@ -46,10 +76,7 @@ class Batches:
 
     def __init__(self, data: ImageData, config: TrainConfig, device: torch.device, rank: int, world: int):
         self.size = config.batch_size_for(len(data), world)
-        if self.size > len(data):
-            raise ArgumentError("batch_size", f"at most {len(data)}, the number of {data.kind}", self.size)
-        if self.size % world:
-            raise ArgumentError("batch_size", f"a multiple of the {world} processes", self.size)
+        self.order = Order(len(data), self.size, config.seed, world, data.kind)
         if data.images.is_floating_point() and config.noise_type == "uniform":
             raise ArgumentError("noise_type", "'gaussian', as only 8-bit values can be dequantised", "'uniform'")
         self.data, self.config, self.device = data, config, device
@@ -58,12 +85,11 @@ class Batches:
         self.labels = data.labels if config.conditional else None
         if config.conditional and data.labels is None:
             raise ArgumentError("conditional", "False, as the data has no labels", True)
-        self._epoch, self._order = -1, torch.empty(0, device="cpu")
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of whole batches in the data; the rest of a permutation is left out, another rest every epoch."""
-        return len(self.data) // self.size
+        """The number of whole batches in the data."""
+        return self.order.steps_per_epoch
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Returns (x, y), this process's rows of batch number `step`.
@@ -72,11 +98,7 @@ class Batches:
         when unconditional.
         """
         config, B = self.config, self.size
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._order = torch.randperm(len(self.data), generator=stream(config.seed, "order", epoch), device="cpu")
-            self._epoch = epoch
-        picked = self._order[position * B : (position + 1) * B][self.rows]
+        picked = self.order(step)[self.rows]
         v = self.data.images[picked].to(self.device)
         random = stream(config.seed, "noise", step, self.device)
         draw = torch.rand if config.noise_type == "uniform" else torch.randn

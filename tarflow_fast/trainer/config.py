@@ -11,9 +11,11 @@ from ..data import LAYOUTS, VALUES
 from ..errors import ArgumentError
 from ..scalars import check_flag, plain
 from ..sizes import Size, checked_size
+from .flow_config import ONLY_TARFLOW, FlowConfig, defaults_for
 
 NOISE_TYPES = ("gaussian", "uniform")
 DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("cosine", "polynomial")
 
 # These options may differ between a run and its continuation. `epochs` is among them as the schedule is a function of
 # the step: a run continued with another number of epochs follows the new schedule from there on.
@@ -84,7 +86,9 @@ class TrainConfig:
         batch_size: The number of images in a step, over all processes, by default 256, or where there are fewer images,
             as many of them as the processes share evenly.
         lr: The highest learning rate, reached by a linear warm-up.
-        min_lr: The learning rate at the end, reached by a cosine.
+        min_lr: The learning rate at the end.
+        schedule: The way from `lr` to `min_lr`: "cosine", or "polynomial", (1 − share of steps done)^decay_power.
+        decay_power: The power of the polynomial.
         warmup_steps: The number of steps of the warm-up.
         weight_decay: The weight decay of AdamW, whose betas are 0.9 and 0.95.
         clip_norm: The limit of the gradient's norm, or None for none.
@@ -103,6 +107,8 @@ class TrainConfig:
         sample_rows: The number of rows of a grid, in which each class has a column.
         sample_guidance: The weight of the samples' guidance.
         tensorboard: Whether event files for TensorBoard are written too.
+        flow: The family of flow that is trained in place of a TarFlow, or None. Its defaults of the other options are
+            those of `for_flow`.
 
     Raises:
         ArgumentError: An option has the wrong type or range, or does not go with the others.
@@ -132,6 +138,8 @@ class TrainConfig:
     batch_size: int | None = None
     lr: float = 1e-4
     min_lr: float = 1e-6
+    schedule: str = "cosine"
+    decay_power: float = 1.0
     warmup_steps: int = 1000
     weight_decay: float = 1e-4
     clip_norm: float | None = 1.0
@@ -149,6 +157,24 @@ class TrainConfig:
     sample_rows: int = 4
     sample_guidance: float = 0.0
     tensorboard: bool = False
+    flow: FlowConfig | None = None
+
+    @classmethod
+    def for_flow(cls, flow: str | FlowConfig, **options: Any) -> TrainConfig:
+        """Returns the configuration of a run of a family, with defaults that fit families.
+
+        Args:
+            flow: The name of the family, or its whole configuration.
+            **options: The fields of `TrainConfig`.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ArgumentError: As in `TrainConfig`.
+        """
+        flow = FlowConfig(flow) if isinstance(flow, str) else flow
+        return cls(**{**defaults_for(flow.name, options.get("data")), **options, "flow": flow})
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -193,6 +219,8 @@ class TrainConfig:
         check_number("drop_label", self.drop_label, 0, 1)
         check_number("lr", self.lr, 0, open_low=True)
         check_number("min_lr", self.min_lr, 0, self.lr)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_number("decay_power", self.decay_power, 0, open_low=True)
         check_number("weight_decay", self.weight_decay, 0)
         check_number("sample_guidance", self.sample_guidance, 0)
         if self.clip_norm is not None:
@@ -200,12 +228,28 @@ class TrainConfig:
         check_number("ema_decay", self.ema_decay, 0)
         if self.ema_decay >= 1:
             raise ArgumentError("ema_decay", "a number < 1", repr(self.ema_decay))
-        if self.eval_every and self.eval_data is None:
+        flow: Any = self.flow
+        if isinstance(flow, dict):  # a checkpoint has it so
+            object.__setattr__(self, "flow", FlowConfig(**flow))
+        if self.flow is not None:
+            self._check_for_flow(self.flow)
+        elif self.eval_every and self.eval_data is None:
             raise ArgumentError("eval_data", "a path, as eval_every is given", None)
         if not isinstance(self.device, str):
             raise ArgumentError("device", "a string", repr(self.device))
         if self.layout == "tokens":
             self.check_for_sequences()
+
+    def _check_for_flow(self, flow: FlowConfig) -> None:
+        """Raises ArgumentError for an option that means nothing for a family and is not at its default."""
+        if not isinstance(flow, FlowConfig):
+            raise ArgumentError("flow", "a FlowConfig or None", repr(flow))
+        if self.layout == "tokens":
+            raise ArgumentError("layout", "'auto', as families take tokens (N, T) of integers", repr(self.layout))
+        for field in fields(self):
+            if field.name in ONLY_TARFLOW and getattr(self, field.name) != field.default:
+                expected = f"{field.default!r}, its default, as {flow.name!r} has no such option"
+                raise ArgumentError(field.name, expected, repr(getattr(self, field.name)))
 
     def check_for_sequences(self) -> None:
         """Checks that no option is given that means nothing where the data are sequences.
@@ -246,7 +290,7 @@ class TrainConfig:
         return max(min(DEFAULT_BATCH, images) // processes, 1) * processes
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """Returns the learning rate of a step: a linear warm-up to `lr`, then a cosine down to `min_lr`.
+        """Returns the learning rate of a step: a linear warm-up to `lr`, then `schedule` down to `min_lr`.
 
         Args:
             step: The number of the optimiser step, from 0.
@@ -257,5 +301,7 @@ class TrainConfig:
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
-        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        done = min((step - self.warmup_steps) / max(1, steps - self.warmup_steps), 1.0)
+        if self.schedule == "cosine":
+            return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.min_lr + (self.lr - self.min_lr) * (1 - done) ** self.decay_power

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import ImageData, renamed
 from ..devices import own_defaults, torch_threads
 from ..errors import (
     ArgumentError,
     CheckpointError,
     OutOfMemoryError,
     TarFlowError,
-    TarFlowWarning,
     TrainingDiverged,
     TrainingStopped,
 )
-from ..models.tarflow import TarFlow
-from .batches import Batches
-from .config import DEFAULT_BATCH, TrainConfig
+from .config import TrainConfig
+from .family import FamilyLearner
 from .folder import locked
-from .limits import check_fits
+from .learner import Learner
 from .metrics import MetricsLog
-from .outputs import MODEL, SAMPLES, draw_grid, held_out_bits, is_written, write_model
+from .outputs import MODEL, SAMPLES
 from .processes import Processes, processes
 from .progress import Progress, progress_kind
-from .refusals import check_grid, check_options, resumes
-from .run_data import DataReader, model_config, run_metadata
-from .start import Init, Start, given_options, read_init, sizes_of, with_classes_of
-from .state import CHECKPOINT, SUMS, TrainState, begun_with
-
-MOST_STEPS = 10**10  # at a thousandth of a second each they take months
+from .refusals import resumes
+from .start import Init
+from .state import CHECKPOINT, TrainState
+from .tarflow import TarFlowLearner
 
 
-def train(
-    config: TrainConfig, *, resume: bool = False, init: Init | None = None, progress: bool | str = True
-) -> TarFlow:
+def train(config: TrainConfig, *, resume: bool = False, init: Init | None = None, progress: bool | str = True) -> Any:
     """Minimise E[½ |z|² − log|det dz/dx|] / (T·D) over noised images (arXiv 2412.06329, section 2).
 
     The run writes into config.out: `checkpoint.pt` (all that is needed to go on), `model.safetensors` (the averaged
     weights, with noise_type, noise_std and class_names), `train.csv`, `eval.csv`, `samples/*.png`, `tensorboard/`.
+    A family of flows is trained by its own loss, and writes `layers.csv` too, the log-dets of its layers.
     While it runs, no other trainer can in that folder. Under torchrun all processes share each batch. SIGINT and
     SIGTERM end the run after the step under way.
 
@@ -65,7 +58,7 @@ def train(
         progress: "bar" or "lines" on standard error, "none" or False, or True for a bar on a terminal, else lines.
 
     Returns:
-        The averaged model.
+        The averaged model: a TarFlow, or a `FamilyFlow` where `config.flow` names a family.
 
     Raises:
         ArgumentError: An argument or option has the wrong type or range, or does not go with the data, the model, the
@@ -99,7 +92,7 @@ def train(
             if isinstance(error, TarFlowError) or not _is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
-                f"a step of {run.batches.size} {run.batches.data.kind} does not fit in the memory of {group.device}; "
+                f"a step of {run.batches.size} {run.learner.kind} does not fit in the memory of {group.device}; "
                 "lower batch_size, or train a smaller model"
             ) from error
         finally:
@@ -134,54 +127,23 @@ class _Run:
     ):
         self.out = Path(config.out)
         resume = resumes(self.out, resume, killed)
-        start = None if init is None else read_init(init, given_options(config))
-        source = None if start is None else start.model
-        if source is not None:
-            config = replace(config, **sizes_of(source, given_options(config)))
-        self.config, self.group = config, group
-        check_options(config, group.device, math.ceil((config.batch_size or 1) / group.world), source)
-
-        reader = DataReader(config, group, group.first and progress == "bar")
-        own = reader.read(config.data, "train")
-        if own.sequences:
-            config.check_for_sequences()
-        data = own if config.class_names is None else renamed(own, config.class_names)
-        begun = begun_with(self.out / CHECKPOINT) if resume else None
-        if source is not None:
-            begun = source.config, source.metadata.get("class_names")
-        if begun is not None:
-            data = with_classes_of(begun[0].num_classes, begun[1], data)
-            own = own if own.numbers is None else replace(data, class_names=None)  # the numbers are the model's labels
-        sizes = model_config(config, data) if begun is None else begun[0]
-        shape = tuple(data.images.shape[1:])
-        if shape != sizes.data_shape:
-            raise ArgumentError("init", f"a model of {data.kind} of shape {shape}", sizes.data_shape)
-        config = self.config = self._with_batch_size(data)
-        self.batches = Batches(data, config, group.device, group.rank, group.world)
-        check_fits(sizes, self.batches.size // group.world, group.device)
-        self.steps = config.epochs * self.batches.steps_per_epoch
-        if self.steps > MOST_STEPS:
-            most = MOST_STEPS // self.batches.steps_per_epoch
-            raise ArgumentError("epochs", f"at most {most}, which are {MOST_STEPS:,} steps", config.epochs)
-        self.held_out = reader.read_held_out(data, own)
-        check_grid(config, sizes)
+        kind = TarFlowLearner if config.flow is None else FamilyLearner
+        bar, checkpoint = group.first and progress == "bar", self.out / CHECKPOINT if resume else None
+        self.learner: Learner = kind(config, group, init, checkpoint, bar)
+        learner = self.learner
+        config = self.config = learner.config
+        self.group, self.batches, self.steps, self.held_out = group, learner.batches, learner.steps, learner.held_out
         with own_defaults():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                model = TarFlow.from_config(sizes).to(group.device)
-            if source is not None:
-                model.load_state_dict(source.state_dict())
-            self.state = TrainState(model, config)
-        self.fingerprint = data.fingerprint
-        self.state.average.metadata = run_metadata(config, data) | ({} if start is None else {"init": start.name})
+            sums = ("loss", *learner.figures, "grad_norm")
+            self.state = TrainState(learner.model, config, sums, learner.sizes, learner.data_shape)
         if resume:
-            self.state.restore(self.out / CHECKPOINT, config, self.fingerprint)
+            self.state.restore(self.out / CHECKPOINT, config, learner.fingerprint)
             if self.state.step > self.steps:
                 done = f"enough for the {self.state.step} steps already done"
                 raise ArgumentError("epochs", done, config.epochs)
-        self.state.average.metadata["steps"] = self.state.step
+        self.state.metadata["steps"] = self.state.step
 
-        self.forward: Callable[..., Any] = torch.compile(model) if config.compile else model
+        self.forward: Callable[..., Any] = torch.compile(learner.trained) if config.compile else learner.trained
         if group.world > 1:
             ids = [group.device] if group.device.type == "cuda" else None
             with warnings.catch_warnings():
@@ -196,40 +158,27 @@ class _Run:
         if group.first and config.sample_every:
             (self.out / SAMPLES).mkdir(exist_ok=True)
         shown = progress if group.first else "none"
-        self.progress = Progress(shown, self.state.step, self.steps, self.batches.size, data.kind)
+        self.progress = Progress(shown, self.state.step, self.steps, self.batches.size, learner.kind)
         if group.first:
-            self._say_where_it_starts(resume, start)
+            self._say_where_it_starts(resume)
             self._write_first(resume)
 
-    def _with_batch_size(self, data: ImageData) -> TrainConfig:
-        """Returns the configuration with its batch size, which a warning tells where it is not the usual default."""
-        config, world = self.config, self.group.world
-        size = config.batch_size_for(len(data), world)
-        if config.batch_size is None and size != DEFAULT_BATCH and self.group.first:
-            among = f" and {world} processes" if world > 1 else ""
-            said = f"for {len(data)} {data.kind}{among} batch_size={size} is taken, not {DEFAULT_BATCH}"
-            warnings.warn(said, TarFlowWarning, stacklevel=4)
-        return replace(config, batch_size=size)
-
-    def _say_where_it_starts(self, resumed: bool, start: Start | None) -> None:
+    def _say_where_it_starts(self, resumed: bool) -> None:
         if not self.progress.shown:
             return
         if resumed:
             self.progress.say(f"{self.out}: goes on after step {self.state.step} of {self.steps}")
-        if start is not None:
-            for key, now in self.state.average.metadata.items():
-                before = start.model.metadata.get(key, now)
-                if key.startswith("noise") and before != now:
-                    self.progress.say(f"{start.name} was trained with {key} {before!r}; this run has {now!r}")
+        for line in self.learner.starts():
+            self.progress.say(line)
 
     def _write_first(self, resumed: bool) -> None:
         """Writes what a run has before its first step and has to have at the end: a checkpoint and its model."""
         if not resumed:
             self._save()
-        elif not is_written(self.state.average, self.out / MODEL):
-            write_model(self.state.average, self.out / MODEL)
+        elif not self.learner.is_written(self.state.average, self.out / MODEL):
+            self.learner.write(self.state.average, self.out / MODEL)
 
-    def go(self) -> TarFlow:
+    def go(self) -> Any:
         state, config = self.state, self.config
         state.model.train()
         started = time.perf_counter() - state.seconds
@@ -256,32 +205,22 @@ class _Run:
 
     def _step(self) -> None:
         """Takes one optimiser step, and adds its figures to the sums."""
-        state, config, kind = self.state, self.config, self.group.device.type
+        state, config = self.state, self.config
         lr = config.learning_rate(state.step, self.steps)
         for parameters in state.optimizer.param_groups:
             parameters["lr"] = lr
-        x, y = self.batches(state.step)
-        with torch.autocast(kind, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            z, _, log_det = self.forward(x, y)
-        loss = state.model.get_loss(z, log_det)
+        outcome = self.learner.outcome(self.forward, state.step)
         state.optimizer.zero_grad()
-        loss.backward()
+        outcome.loss.backward()
         limit = math.inf if config.clip_norm is None else config.clip_norm
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
         state.optimizer.step()
         with torch.no_grad():
-            if not config.nvp:
-                self._update_prior(z)
+            self.learner.after_step(outcome)
             state.ema.update_parameters(state.model)
-            state.sums += torch.stack([loss, 0.5 * z.square().mean(), log_det.mean(), norm])
+            state.sums += torch.stack([outcome.loss, *outcome.figures, norm])
         state.summed += 1
         state.step += 1
-
-    def _update_prior(self, z: Tensor) -> None:
-        """Updates the prior of a volume-preserving model by the z of all processes."""
-        if self.group.world > 1:
-            z = self.group.mean(z.square().mean(0, keepdim=True)).sqrt()
-        self.state.model.update_prior(z)
 
     def _write_metrics(self) -> dict[str, str]:
         """Writes a row of means over the steps since the last. Returns what the progress bar shows."""
@@ -291,6 +230,8 @@ class _Run:
         if self.log is not None:
             row = {"epoch": self._epoch(), "lr": lr, **means, "seconds": state.seconds}
             self.log.write("train", state.step, row)
+            if layers := self.learner.layers():
+                self.log.write("layers", state.step, layers)
         state.sums.zero_()
         state.summed = 0
         return {"loss": f"{means['loss']:.4f}", "epoch": f"{self._epoch():.2f}"}
@@ -300,7 +241,7 @@ class _Run:
 
     def _checked(self, values: Tensor) -> dict[str, float]:
         """Returns the figures of a row by name. Raises TrainingDiverged for one that is not finite."""
-        named = dict(zip(SUMS, values.tolist(), strict=True))
+        named = dict(zip(self.state.names, values.tolist(), strict=True))
         for name, value in named.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(f"{name} is {value} by step {self.state.step}; try a lower lr or clip_norm")
@@ -310,7 +251,7 @@ class _Run:
         """Writes what is due after this step. stop: whether the run ends here, so that a checkpoint is due."""
         config = self.config
         if self.held_out is not None and self._due(config.eval_every):
-            self._evaluate(self.held_out)
+            self._evaluate()
         if config.sample_every and self._due(config.sample_every):
             self._sample()
         if stop or self._due(config.checkpoint_every):
@@ -321,25 +262,27 @@ class _Run:
         """Writes the checkpoint, of which the model can be had again, and the model."""
         if self.log is not None:
             self.log.sync()  # the checkpoint takes these rows for written
-        self.state.average.metadata["steps"] = self.state.step
-        self.state.save(self.out / CHECKPOINT, self.config, self.fingerprint)
-        write_model(self.state.average, self.out / MODEL)
+        self.state.metadata["steps"] = self.state.step
+        self.state.save(self.out / CHECKPOINT, self.config, self.learner.fingerprint)
+        self.learner.write(self.state.average, self.out / MODEL)
 
-    def _evaluate(self, held_out: ImageData) -> None:
-        """Writes bits/dim of held-out data under the averaged model, or says why there are none."""
-        step = self.state.step
+    def _evaluate(self) -> None:
+        """Writes figures of held-out data under the averaged model, or says why there are none."""
+        step, learner = self.state.step, self.learner
         try:
-            bits = held_out_bits(self.state.average, held_out, self.config.seed)
+            row = learner.evaluate(self.state.average)
         except TarFlowError as error:
-            self.progress.say(f"step {step}: no bits/dim of held-out {held_out.kind}: {error}")
+            self.progress.say(f"step {step}: no {learner.measure} of held-out {learner.kind}: {error}")
             return
         if self.log is not None:
-            self.log.write("eval", step, {"epoch": self._epoch(), "bits_per_dim": bits})
+            self.log.write("eval", step, {"epoch": self._epoch(), **row})
+        if self.progress.shown and (line := learner.told(row)):
+            self.progress.say(f"step {step}: {line}")
 
     def _sample(self) -> None:
         """Writes a grid of the averaged model's samples, or says why there is none."""
         step = self.state.step
         try:
-            draw_grid(self.state.average, self.config, self.out / SAMPLES / f"step_{step:07d}.png")
+            self.learner.draw(self.state.average, self.out / SAMPLES / f"step_{step:07d}.png")
         except TarFlowError as error:
             self.progress.say(f"step {step}: no grid of samples: {error}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Row = dict[str, float]
+KINDS = ("train", "eval", "layers")
 
 
 def _event_writer(folder: Path, step: int) -> SummaryWriter:
@@ -28,7 +29,7 @@ def _event_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 class MetricsLog:
-    """A `MetricsLog` writes `<out>/train.csv` and `<out>/eval.csv`: a header and one row a call, in the file at once.
+    """A `MetricsLog` writes `<out>/KIND.csv` for each of KINDS: a header and one row a call, in the file at once.
 
     out: the folder of the run. step: the number of steps done when the run starts; rows after it, left by a run that
     was killed later than its last checkpoint, are removed. tensorboard: whether to write event files too. Raises
@@ -37,7 +38,7 @@ class MetricsLog:
 
     def __init__(self, out: Path, step: int = 0, tensorboard: bool = False):
         self.out = out
-        for path in (self._path("train"), self._path("eval")):
+        for path in map(self._path, KINDS):
             if path.exists():
                 self._truncate(path, step)
         self._events = _event_writer(out / "tensorboard", step) if tensorboard else None
@@ -65,7 +66,7 @@ class MetricsLog:
     def write(self, kind: str, step: int, row: Row) -> None:
         """Writes a row: it is in the file whole, or, where OSError is raised, not at all.
 
-        kind: "train" or "eval". step: the number of optimiser steps done. row: numbers by name, with the same names at
+        kind: one of KINDS. step: the number of optimiser steps done. row: numbers by name, with the same names at
         every call.
         """
         path, text = self._path(kind), io.StringIO(newline="")
@@ -89,7 +90,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Returns when the disk has all rows."""
-        for path in (self._path("train"), self._path("eval")):
+        for path in map(self._path, KINDS):
             if path.exists():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())

@@ -17,7 +17,7 @@ from .limits import check_fits
 from .outputs import MODEL, SAMPLES, UNCONDITIONAL_COLUMNS
 from .state import CHECKPOINT
 
-OURS = (CHECKPOINT, MODEL, "train.csv", "eval.csv")
+OURS = (CHECKPOINT, MODEL, "train.csv", "eval.csv", "layers.csv")
 MOST_PIXELS = 10**9  # a grid of samples has no more
 
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..checkpoints.torch_files import save_torch
+from ..data import DEMONSTRATIONS
 from ..errors import ArgumentError, CheckpointError, TrainingDiverged, first_line
 from ..files import replacing
 from ..models.config import TarFlowConfig
-from ..models.tarflow import TarFlow
 from .config import FREE_ON_RESUME, PATHS, TrainConfig
+from .flow_config import FlowConfig
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
-SUMS = ("loss", "half_z2", "log_det", "grad_norm")  # these are summed over the steps since the last row of metrics
 
 
 def ema_decay(limit: float, s: int) -> float:
@@ -34,28 +34,44 @@ class TrainState:
     unfinished row of metrics.
 
     There is no state of a random generator: whatever is random is a function of (seed, step), see `Batches`.
+
+    model: the model, whose `metadata` its file records. config: the run. names: what is summed over the steps since the
+    last row of metrics. sizes: what the checkpoint records of the model's shape. data_shape: the shape of one datum.
     """
 
-    def __init__(self, model: TarFlow, config: TrainConfig):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        names: tuple[str, ...],
+        sizes: dict[str, Any],
+        data_shape: tuple[int, ...],
+    ):
         def average(means: Any, values: Any, _: Tensor | int) -> None:
             torch._foreach_lerp_(means, values, 1 - ema_decay(config.ema_decay, self.step))
 
-        self.model = model
+        self.model, self.names, self.sizes, self.data_shape = model, names, sizes, data_shape
         self.ema = AveragedModel(model, multi_avg_fn=average)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
         )
         self.step = 0
         self.seconds = 0.0
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float32, device=model.device)
+        self.sums = torch.zeros(len(names), dtype=torch.float32, device=next(model.parameters()).device)
         self.summed = 0
 
     @property
-    def average(self) -> TarFlow:
+    def average(self) -> nn.Module:
         """The averaged model, which is evaluated and saved."""
-        module = self.ema.module
-        assert isinstance(module, TarFlow)
+        module: nn.Module = self.ema.module
         return module
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the file of the averaged model records beside its weights."""
+        found: Any = self.average.metadata
+        assert isinstance(found, dict)
+        return found
 
     def save(self, path: Path, config: TrainConfig, fingerprint: int) -> None:
         """Writes the whole state; the file appears whole or not at all. Raises TrainingDiverged for weights that broke.
@@ -68,10 +84,10 @@ class TrainState:
         recorded = config.to_dict()
         content = {
             "format": FORMAT,
-            "config": recorded | {name: os.path.abspath(recorded[name]) for name in PATHS if recorded[name]},
+            "config": recorded | {name: _whole(recorded[name]) for name in PATHS if recorded[name]},
             "fingerprint": fingerprint,
-            "sizes": self.model.config.to_dict(),  # these two make it a model's file, for `load`
-            "metadata": {**self.average.metadata, "steps": self.step},
+            "sizes": self.sizes,  # these two make it a model's file, for `load`
+            "metadata": {**self.metadata, "steps": self.step},
             "model": self.model.state_dict(),
             "ema": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -86,17 +102,16 @@ class TrainState:
     def restore(self, path: Path, config: TrainConfig, fingerprint: int) -> None:
         """Takes over what `save` wrote. Raises CheckpointError for a broken file, ArgumentError for another run's."""
         content = _read(path, self.sums.device)
-        _changed(_recorded(path, content), config.to_dict())
+        _changed(_recorded(path, content), {field.name: getattr(config, field.name) for field in fields(config)})
         if content["fingerprint"] != fingerprint:
             raise ArgumentError("data", "the images of the run to be continued", "others")
         metadata = content.get("metadata", {})
-        before, now = metadata.get("class_names"), self.average.metadata.get("class_names")
+        before, now = metadata.get("class_names"), self.metadata.get("class_names")
         if metadata and before != now:
             raise ArgumentError("data", f"the classes of the run to be continued, {before!r}", repr(now))
-        sizes = self.model.config.to_dict()
-        if content.get("sizes", sizes) != sizes:
-            raise ArgumentError("data", "data of the shape in the run to be continued", self.model.config.data_shape)
-        self.average.metadata.update(metadata)
+        if content.get("sizes", self.sizes) != self.sizes:
+            raise ArgumentError("data", "data of the shape in the run to be continued", self.data_shape)
+        self.metadata.update(metadata)
         try:
             for module, name in ((self.model, "model"), (self.average, "ema")):
                 _check_weights(module, content[name])
@@ -110,6 +125,11 @@ class TrainState:
             raise CheckpointError(f"{path}: not a whole training checkpoint ({first_line(error)})") from error
         self.step, self.seconds, self.summed = content["step"], content["seconds"], content["summed"]
         self.ema.n_averaged.fill_(self.step)
+
+
+def _whole(path: str) -> str:
+    """Returns the absolute path, or the name of a demonstration as it is."""
+    return path if path in DEMONSTRATIONS and not os.path.exists(path) else os.path.abspath(path)
 
 
 def continued(out: Path, given: Mapping[str, Any]) -> TrainConfig:
@@ -128,7 +148,8 @@ def _changed(recorded: TrainConfig, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         before = getattr(recorded, name)
         if name not in FREE_ON_RESUME and before != value:
-            raise ArgumentError(name, f"{before!r}, as in the run to be continued", repr(value))
+            expected, got = (str(each) if isinstance(each, FlowConfig) else repr(each) for each in (before, value))
+            raise ArgumentError(name, f"{expected}, as in the run to be continued", got)
 
 
 def _read(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, Any]:
@@ -146,11 +167,7 @@ def _read(path: Path, device: torch.device, *, mmap: bool = False) -> dict[str, 
     for name, kind in {**kinds, "step": int, "seconds": (int, float), "sums": Tensor, "summed": int}.items():
         if not isinstance(content.get(name), kind):
             raise CheckpointError(f"{path}: not a whole training checkpoint (no {name})")
-    if (
-        content["step"] < 0
-        or content["sums"].shape != (len(SUMS),)
-        or not isinstance(content.get("metadata", {}), dict)
-    ):
+    if content["step"] < 0 or content["sums"].dim() != 1 or not isinstance(content.get("metadata", {}), dict):
         raise CheckpointError(f"{path}: not a whole training checkpoint (a wrong step, sums or metadata)")
     return content
 

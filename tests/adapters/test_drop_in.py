@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import random_images, random_latents, random_model
+from children import draw
 from tolerances import GOLDEN, assert_close
 from torch import Tensor, nn
 
@@ -184,10 +185,6 @@ def test_copies(backend: str) -> None:
         with torch.no_grad():  # neither is another's
             copy.deepcopy(sampler).flow.prior_var.mul_(2)
         assert torch.equal(sampler.sample(3, "dog", denoise=True).images, wanted.images)
-
-
-def draw(sampler: Sampler) -> Tensor:
-    return sampler.sample(2, 1, denoise=True).images.clone()
 
 
 @pytest.mark.slow

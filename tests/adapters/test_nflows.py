@@ -90,6 +90,7 @@ def flows(draw: st.DrawFn) -> tuple[Flow, int, int]:
     return stirred(Flow(nt.CompositeTransform(steps), StandardNormal([features]))), features, context
 
 
+@pytest.mark.slow
 @given(made=flows())
 @settings(max_examples=40, deadline=None)
 def test_any_flow_of_the_library(made: tuple[Flow, int, int]) -> None:
@@ -281,6 +282,9 @@ def test_couplings(context: int) -> None:
         nt.PiecewiseRationalQuadraticCouplingTransform(
             [1, 0, 1, 0, 0], net, num_bins=5, tails="linear", tail_bound=3.0
         ),
+        nt.PiecewiseRationalQuadraticCouplingTransform(
+            [0, 1, 0, 0, 1], net, 4, tails="linear", tail_bound=2.0, apply_unconditional_transform=True
+        ),
         nt.LULinear(5),
         nt.AffineCouplingTransform([0, 1, 0, 1, 1], net),
         AFFINE(5, 12, context_features=context or None),
@@ -288,8 +292,11 @@ def test_couplings(context: int) -> None:
     ]
     flow = stirred(Flow(nt.CompositeTransform(steps), StandardNormal([5])))
     check(flow, 5, context)
-    check(Flow(nt.CompositeTransform(steps[:3]), StandardNormal([5])), 5, context)
-    for unknown in ({"apply_unconditional_transform": True}, {"transform_net_create_fn": nn.Linear}):
-        keywords = {"mask": [0, 1], "transform_net_create_fn": net, "tails": "linear", **unknown}
-        with pytest.raises(ArgumentError, match=r"_transform\.(unconditional_transform|transform_net)"):
-            tff.accelerate(Flow(nt.PiecewiseRationalQuadraticCouplingTransform(**keywords), StandardNormal([2])))
+    check(Flow(nt.CompositeTransform(steps[:4]), StandardNormal([5])), 5, context)
+    other = nt.PiecewiseRationalQuadraticCouplingTransform([0, 1], nn.Linear, tails="linear")
+    with pytest.raises(ArgumentError, match=r"_transform\.transform_net.*Linear"):
+        tff.accelerate(Flow(other, StandardNormal([2])))
+    other = nt.PiecewiseRationalQuadraticCouplingTransform([0, 1], net, tails="linear")
+    other.eval().unconditional_transform = nt.PointwiseAffineTransform(1.0, 2.0)
+    with pytest.raises(ArgumentError, match=r"_transform\.unconditional_transform.*Pointwise"):
+        tff.accelerate(Flow(other, StandardNormal([2])))

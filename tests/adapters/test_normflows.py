@@ -19,6 +19,7 @@ nf = pytest.importorskip("normflows", reason="normflows is not installed; it is 
 SPLINE = pytest.importorskip(
     "normflows.flows.neural_spline.autoregressive"
 ).MaskedPiecewiseRationalQuadraticAutoregressive
+COUPLING = pytest.importorskip("normflows.flows.neural_spline.coupling").PiecewiseRationalQuadraticCoupling
 pytestmark = pytest.mark.filterwarnings("ignore:torch.(lu|triangular_solve) is deprecated")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 F = nf.flows
@@ -98,10 +99,120 @@ def models(draw: st.DrawFn) -> tuple[Any, int, int]:
     return model_of(features, layers, context), features, context
 
 
+@pytest.mark.slow
 @given(made=models())
 @settings(max_examples=40, deadline=None)
 def test_any_model_of_the_library(made: tuple[Any, int, int]) -> None:
     check(*made, batch=5)
+
+
+@st.composite
+def couplings(draw: st.DrawFn) -> tuple[Any, int, int]:
+    """Splines and affine maps; only splines have a context."""
+    features, context = draw(st.integers(2, 7)), draw(st.integers(0, 2))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    hidden, layers = draw(st.integers(1, 20)), []
+    outputs = draw(st.sampled_from([{}, {"output_fn": "tanh"}, {"dropout": 0.5}]))
+    for _ in range(draw(st.integers(1, 3))):
+        kind = "spline" if context else draw(st.sampled_from(["spline", "bare spline", "split", "mask"]))
+        if kind == "spline":
+            keywords = {"num_bins": draw(st.integers(1, 9)), "tail_bound": draw(st.sampled_from([1.0, 4.0]))}
+            keywords |= {"reverse_mask": draw(st.booleans()), "num_context_channels": context or None}
+            layers.append(F.CoupledRationalQuadraticSpline(features, draw(st.integers(1, 2)), hidden, **keywords))
+        elif kind == "bare spline":
+            mask = [1, *[draw(st.integers(0, 1)) for _ in range(features - 2)], 0]
+            constant, bound = draw(st.booleans()), draw(st.sampled_from([1.0, 4.0]))
+            layers.append(
+                COUPLING(torch.tensor(mask), net_of(hidden), 5, "linear", bound, apply_unconditional_transform=constant)
+            )
+        elif kind == "split":
+            scale, modes = draw(st.sampled_from(["exp", "sigmoid_inv", ""])), ["channel", "channel_inv"]
+            modes += ["checkerboard", "checkerboard_inv"] if features % 2 == 0 else []
+            mode = draw(st.sampled_from(modes))
+            given = features // 2 if mode in ("channel_inv",) or "checkerboard" in mode else (features + 1) // 2
+            net = nf.nets.MLP([given, hidden, (features - given) * (2 if scale else 1)], leaky=0.1, **outputs)
+            layers.append(F.AffineCouplingBlock(net, bool(scale), scale, mode))
+        else:
+            s, t = (nf.nets.MLP([features, hidden, hidden, features], **outputs) for _ in range(2))
+            which = draw(st.sampled_from([(t, s), (t, None), (None, s), (None, None)]))
+            layers.append(F.MaskedAffineFlow(torch.randint(0, 2, (features,)).double(), *which))
+        layers.append(F.LULinearPermute(features, identity_init=False))
+    return model_of(features, layers, context), features, context
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+@torch.no_grad()
+def test_any_circular_spline(data: st.DataObject) -> None:
+    """Alone, of the network's inputs too, and among linear ones; of values within the bound, as the next test says."""
+    features, context = data.draw(st.integers(2, 6)), data.draw(st.integers(0, 2))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    circular = data.draw(st.lists(st.integers(0, features - 1), min_size=1, unique=True))
+    keywords: dict[str, Any] = {"ind_circ": circular, "num_context_channels": context or None, "init_identity": False}
+    keywords |= {"num_bins": data.draw(st.integers(2, 6)), "tail_bound": 3.0}
+    layers = [
+        F.CircularAutoregressiveRationalQuadraticSpline(features, 1, 12, **keywords),
+        F.CircularCoupledRationalQuadraticSpline(features, 1, 12, **keywords, reverse_mask=data.draw(st.booleans())),
+        SPLINE(features, 12, context or None, 4, "circular", 3.0, init_identity=False),
+    ]
+    made = model_of(features, layers, context)
+    for dtype in (torch.float32, torch.float64):
+        model = copy.deepcopy(made).to(dtype)
+        fast = tff.accelerate(model, check=False)
+        given = {"context": torch.randn(5, context, dtype=dtype)} if context else {}
+        values = torch.rand(5, features, dtype=dtype) * 6 - 3
+        for way, order in (("forward", 1), ("inverse", -1)):
+            results = []
+            for each in (fast, model):
+                x, total = values, 0.0
+                for layer in list(each.flows)[::order]:
+                    x, log_det = getattr(layer, way)(x, **given)
+                    total = total + log_det
+                results.append((x, total))
+            for got, wanted in zip(*results, strict=True):
+                assert_close(got, wanted, TOLERANCE[dtype] * features**0.5)
+
+
+def test_values_outside_of_a_circular_spline_stay() -> None:
+    """Where tails are in a list, the library makes 0 of them, of which there is no way back."""
+    torch.manual_seed(0)
+    model = model_of(4, [F.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, ind_circ=[1], tail_bound=1.0)])
+    x = torch.tensor([[2.0, -3, 0.5, 5]])
+    assert model.inverse(x)[0, [0, 1, 3]].tolist() == [0, 0, 0]
+    fast = tff.accelerate(model, check=False)
+    z = fast.inverse(x)
+    assert z[0, [0, 1, 3]].tolist() == [2, -3, 5]
+    assert_close(fast.forward(z), x, 1e-5)
+
+
+def net_of(hidden: int) -> Any:
+    return lambda inputs, outputs: nf.nets.ResidualNet(inputs, outputs, hidden)
+
+
+@pytest.mark.slow
+@given(made=couplings())
+@settings(max_examples=40, deadline=None)
+def test_any_coupling_of_the_library(made: tuple[Any, int, int]) -> None:
+    check(*made, batch=5)
+
+
+@pytest.mark.parametrize("scale_map", ["exp", "sigmoid_inv", None])
+@pytest.mark.parametrize("mode", ["channel", "channel_inv", "checkerboard", "checkerboard_inv"])
+def test_affine_couplings(mode: str, scale_map: str | None) -> None:
+    torch.manual_seed(0)
+    layers = [
+        block(nf.nets.MLP([2, 8, 4 if scale_map else 2]), scale=bool(scale_map), scale_map=scale_map, split_mode=mode)
+    ]
+    check(model_of(4, [*layers, F.Permute(4), *copy.deepcopy(layers)], amount=0.3), 4)
+
+
+@pytest.mark.parametrize("nets", ["ts", "t", "s", ""])
+def test_masked_affine_flows(nets: str) -> None:
+    torch.manual_seed(0)
+    of = {each: nf.nets.MLP([4, 8, 8, 4], output_fn="tanh") for each in nets}
+    layers = [F.MaskedAffineFlow(torch.tensor(mask), **of) for mask in ([1.0, 0, 0, 1], [0.0, 1, 1, 0])]
+    check(model_of(4, layers, amount=0.3), 4)
 
 
 @torch.no_grad()
@@ -171,6 +282,22 @@ def test_refresh_takes_new_weights() -> None:
 MAF = F.MaskedAffineAutoregressive
 
 
+def with_features(module: Any) -> Any:
+    layer = SPLINE(4, 8, tails="linear")
+    layer.autoregressive_net.preprocessing = module
+    return layer
+
+
+def with_tails(tails: Any) -> Any:
+    layer = SPLINE(4, 8, tails="linear")
+    layer.tails = tails
+    return layer
+
+
+def block(net: Any = None, **options: Any) -> Any:
+    return F.AffineCouplingBlock(nf.nets.MLP([2, 8, 4]) if net is None else net, **options)
+
+
 @pytest.mark.parametrize(
     ("layers", "named"),
     [
@@ -178,15 +305,21 @@ MAF = F.MaskedAffineAutoregressive
         (lambda: [MAF(4, 8), F.ActNorm((4,))], r"flows\.1.*seen data"),
         (lambda: [MAF(4, 8, use_batch_norm=True)], r"flows\.0\.autoregressive_net\.blocks\.0\.batch_norm.*eval mode"),
         (lambda: [MAF(4, 8, activation=nn.Hardswish())], r"flows\.0\..*activation.*Hardswish"),
+        (lambda: [SPLINE(4, 8, tails="linear", tail_bound=torch.ones(4))], r"flows\.0.*one tail bound.*\(4,\)"),
+        (lambda: [with_features(nf.utils.nn.PeriodicFeaturesCat(4, [1]))], r"net\.preprocessing.*FeaturesCat"),
         (
-            lambda: [F.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, ind_circ=[1]), MAF(4, 8)],
-            r"flows\.0.*CircularAutoregressive",
-        ),
-        (
-            lambda: [SPLINE(4, 8, tails=["linear"] * 3 + ["circular"])],
-            r"flows\.0\..*preprocessing.*PeriodicFeatures",
+            lambda: [with_features(nf.utils.nn.PeriodicFeaturesElementwise(4, [1], activation=nn.Tanh()))],
+            r"net\.preprocessing\.activation.*Tanh",
         ),
         (lambda: [F.LULinearPermute(4)], "masked autoregressive.*LULinearPermute"),
+        (lambda: [block(scale_map="sigmoid")], r"flows\.0\.flows\.1.*sigmoid_inv.*sigmoid$"),
+        (lambda: [block(nn.Linear(2, 4))], r"flows\.0\.flows\.1\.param_map.*Linear"),
+        (
+            lambda: [block(nf.nets.MLP([2, 8, 4], output_fn="clampexp"))],
+            r"flows\.0\.flows\.1\.param_map\.net\.3.*ClampExp",
+        ),
+        (lambda: [F.MaskedAffineFlow(torch.tensor([0.5, 1, 0, 0]))], r"flows\.0.*zeros and ones"),
+        (lambda: [with_tails("other")], r"flows\.0.*linear or circular tails.*other"),
     ],
 )
 def test_what_engines_do_not_know_is_named(layers: Any, named: str) -> None:

@@ -51,9 +51,9 @@ def check(flow: Any, features: int, context: int = 0, batch: int = 20, **options
 def flows(draw: st.DrawFn) -> tuple[Any, int, int]:
     features, context = draw(st.integers(1, 9)), draw(st.integers(0, 3))
     torch.manual_seed(draw(st.integers(0, 1000)))
-    kind = draw(st.sampled_from(["MAF", "NSF", "NICE", "RealNVP"]))
+    kind = draw(st.sampled_from(["MAF", "NSF", "NCSF", "NICE", "RealNVP"]))
     keywords: dict[str, Any] = {"transforms": draw(st.integers(1, 3))}
-    if kind in ("MAF", "NSF"):
+    if kind in ("MAF", "NSF", "NCSF"):
         keywords |= {"randperm": draw(st.booleans()), "residual": draw(st.booleans())}
         keywords["passes"] = draw(st.sampled_from([None, 2, 3]))
     elif features == 1:
@@ -205,6 +205,11 @@ def test_a_certificate_is_the_librarys_own_word() -> None:
     assert fast().certified_sample((10,))[2].count(1e-3)[0] == 10
 
 
+def coupled(univariate: Any) -> Any:
+    of = {"univariate": univariate, "shapes": [(3,), (3,), (2,)]}
+    return zuko.lazy.Flow([FLOWS.GeneralCouplingTransform(4, **of)], FLOWS.MAF(4).base)
+
+
 class Doubled(zuko.transforms.MonotonicAffineTransform):
     pass
 
@@ -214,7 +219,7 @@ class Doubled(zuko.transforms.MonotonicAffineTransform):
     [
         (FLOWS.BPF(4), r"transform\.transforms\.0.*univariate.*BoundedBernstein"),
         (FLOWS.GF(4), r"transform\.transforms\.0.*Gaussianization"),
-        (FLOWS.NCSF(4), r"transform\.transforms\.0.*CircularRQS"),
+        (coupled(FLOWS.spline.CircularRQSTransform), r"transform\.transforms\.0.*CircularRQS"),
         (FLOWS.MAF(4, activation=nn.Hardswish), r"transform\.transforms\.0\.hyper\.1.*Hardswish"),
         (FLOWS.MAF(4, univariate=Doubled), r"transform\.transforms\.0.*Doubled"),
         (FLOWS.NICE(4, normalize=True), r"transform\.transforms\.0\.hyper\.2.*LayerNorm"),

@@ -131,7 +131,7 @@ def test_only_what_is_right_is_admitted(wrong: str) -> None:
 
 def entry_of(candidates: dict[str, Callable[[], Tensor]], **more: Any) -> dict[str, Any]:
     rounds = Rounds(3, more.pop("seconds", 100.0), timer=steady())
-    options: dict[str, Any] = {"exact": EXACT, "tolerance": 0.1, "all_or_none": False, "baseline_share": 0.25, **more}
+    options: dict[str, Any] = {"exact": EXACT, "tolerance": 0.1, "all_or_none": False, "once": {"base": 0.25}, **more}
     made = {name: constant(run) for name, run in candidates.items()}
     found: Any = measure_cell(cell_of("afhq:2:guided"), made, rounds, **options)
     return found

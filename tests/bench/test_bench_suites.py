@@ -14,7 +14,21 @@ from bench.common import record
 from bench.common.machine import ROOT
 from bench.suites import find_suites, suite_of
 
-COMMANDS = ["auto", "cpu", "density", "flows", "gpu", "kernels", "load", "peers", "show", "solver"]
+COMMANDS = [
+    "auto",
+    "cpu",
+    "density",
+    "families",
+    "flows",
+    "gpu",
+    "kernels",
+    "load",
+    "peers",
+    "pictures",
+    "show",
+    "solver",
+    "tuning",
+]
 SUITES = ROOT / "bench" / "suites"
 RECORDS = sorted((ROOT / "bench" / "results").glob("*.json"))
 
@@ -116,8 +130,8 @@ def test_every_committed_record_is_shown(path: Path, tmp_path: Path) -> None:
 
 
 def test_records_of_no_suite_are_told() -> None:
-    assert len(RECORDS) == 10
-    assert len(find_suites()) == 9
+    assert len(RECORDS) == 14
+    assert len(find_suites()) == 12
     with pytest.raises(LookupError):
         suite_of({"suite": "none"})
 

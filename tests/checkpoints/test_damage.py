@@ -104,7 +104,7 @@ TENSORS: list[Tensor] = [
 
 
 @pytest.mark.filterwarnings("ignore::tarflow_fast.errors.TarFlowWarning")
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_wrong_types_are_one_error_or_a_whole_model(tmp_path: Path, legacy: bool) -> None:
     chance, path = random.Random(int(legacy)), tmp_path / "m.pth"
     for _ in range(150):

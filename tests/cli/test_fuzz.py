@@ -31,6 +31,8 @@ import tarflow_fast as tff
 from tarflow_fast.checkpoints.settings import HEADER
 from tarflow_fast.cli import main
 from tarflow_fast.cli.options import Option
+from tarflow_fast.errors import BackendError
+from tarflow_fast.evaluation import Features
 from tarflow_fast.limits import MOST_NUMBER
 
 EXIT_CODES = (0, 1, 2, 130, 143)
@@ -59,6 +61,7 @@ FILES = [
         "mixed",
         "t10k-images-idx3-ubyte",
         "empty.npz",
+        "s.npz",
         "empty.pth",
         "one.png",
     ),
@@ -121,7 +124,7 @@ WORDS: dict[str, list[str]] = {
     "--columns": [*INTS, "65536"],
 }
 LEFT_OUT = {"--compile", "--tensorboard", "--help"}
-OUTPUTS = {"--out", "--npz", "--gif", "--singles"}
+OUTPUTS = {"--out", "--npz", "--gif", "--singles", "--save", "--plot", "--features"}
 TRAINED = "done"  # a run that is copied to `run` where a line goes on with one
 BASES = {
     "sample": ["sample", "-m", "m.safetensors", "-n", "2"],
@@ -129,6 +132,9 @@ BASES = {
     "convert": ["convert", "m.safetensors", "out.safetensors"],
     "eval": ["eval", "-m", "m.safetensors", "--data", "d.npz", "--limit", "2"],
     "eval by name": ["eval", "-m", "m.safetensors", "--data", "named.npz", "--limit", "2", "--class-names", "cat,1"],
+    "fid": ["fid", "pictures", "--size", "4", "--save", "out.npz"],
+    "prepare-stats": ["prepare-stats", "pictures", "--size", "4", "--out", "out.npz"],
+    "tune": ["tune", "-m", "m.safetensors", "--stats", "s.npz", "-n", "2", "--guidance", "0", "--denoise-scale", "0"],
     "resume": ["train", "--resume", "--out", "run"],
     "train": [
         "train",
@@ -160,6 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "alpha.npz", images=channels, labels=np.arange(6) % 3)
     np.savez(folder / "floats.npz", images=pixels / 255, labels=np.arange(6.0))
     np.savez(folder / "empty.npz", images=pixels[:0])
+    np.savez(folder / "s.npz", mu=np.zeros(3), sigma=np.eye(3))
     for name in ("a", TITLE.replace("/", "")):
         for i in range(2):
             for where in ("pictures", "mixed"):
@@ -178,9 +185,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Small:
+    """A small extractor in the place of Inception-v3, which nothing here may download."""
+
+    device, name = torch.device("cpu"), "small"
+
+    def __init__(self, weights: str | None = None, *, device: Any = "cpu", download: bool = False):
+        assert not download
+        if weights is not None and not os.path.isfile(weights):
+            raise BackendError(f"weights of Inception-v3: no such file as {weights!r}")
+        self.network = torch.nn.Linear(3, 3)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.features(images).pooled
+
+    def features(self, images: torch.Tensor) -> Features:
+        x = images.expand(-1, 3, -1, -1).float() / 255
+        return Features(x.mean((2, 3)), x.amax((2, 3)), x.amin((2, 3)))
+
+
 @pytest.fixture
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("tarflow_fast.evaluation.Inception", Small)
     monkeypatch.delenv("TARFLOW_FAST_TRACEBACK", raising=False)
     threads = torch.get_num_threads()
     yield folder
@@ -300,7 +327,16 @@ def check_words(command: click.Command, code: int, stderr: str, said: str) -> No
         param = None if named is None else options.get(named[1])
         assert named is None or (isinstance(param, Option) and param.outside), said
     if code == 2:
-        parts = ["Missing argument", "unexpected extra argument", "No such option", "SOURCE", "TARGET", "FILE"]
+        parts = [
+            "Missing argument",
+            "unexpected extra argument",
+            "No such option",
+            "SOURCE",
+            "TARGET",
+            "FILE",
+            "IMAGES",
+            "DATA",
+        ]
         named = re.search(rf"(?<![\w-])({'|'.join([*options, *parts])})(?![\w-])", lines[-1])
         assert named is not None, said
 

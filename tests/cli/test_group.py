@@ -143,6 +143,7 @@ class TestProcess:
         assert python("-c", TORCH_PROBE, *COMMANDS[0]).stdout == "torch with OMP_WAIT_POLICY active\n"
 
     @pytest.mark.skipif(sys.platform != "linux", reason="torch comes with libgomp on Linux")
+    @pytest.mark.slow
     def test_the_library_of_openmp_has_read_it(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import random_model
 from command_lines import Run
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from tarflow_fast.evaluation import Gaussian, read_statistics, tune
 
 class Small:
     """A small extractor in the place of Inception-v3."""
+
+    name = "small"
 
     def __init__(self, weights: Any = None, *, device: Any = "cpu"):
         pass
@@ -92,3 +95,14 @@ def test_what_a_model_records_is_the_default(run: Run) -> None:
 )
 def test_refusals(run: Run, options: tuple[object, ...], code: int, message: str) -> None:
     assert message in " ".join(run("tune", "-m", "m.safetensors", *options, code=code).stderr.split())
+
+
+@pytest.mark.parametrize(
+    "line", [("tune", "--stats", "s.npz"), ("sample", "--shards", "features", "--out", "drawn", "-n", 2)], ids=str
+)
+def test_models_of_no_pictures_are_refused(run: Run, line: tuple[object, ...]) -> None:
+    tff.save(random_model(in_channels=4, img_size=4, patch_size=2), "latent.safetensors")
+    said = run(*line, "-m", "latent.safetensors", code=2).stderr
+    wanted = "--model: expected a model of pictures, of which Inception-v3 has features, got images of 4 channels"
+    assert wanted in " ".join(said.split())
+    assert not Path("drawn").exists()

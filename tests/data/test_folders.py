@@ -135,7 +135,7 @@ def test_reading_by_threads_is_in_order_and_names_the_first_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path, *(f"a/{i:03d}.png" for i in range(200)))
-    monkeypatch.setattr(load_module, "cores", lambda: 4)
+    monkeypatch.setattr(load_module, "own_cores", lambda: 4)
     assert levels(tmp_path)[0] == list(range(200))
     for i in (31, 40, 150):
         (tmp_path / "a" / f"{i:03d}.png").write_text("broken")

@@ -263,7 +263,7 @@ def test_decoded_pictures_share_the_room_that_there_is(
                 now -= 1
 
     monkeypatch.setattr(Room, "take", watched)
-    monkeypatch.setattr(load_module, "cores", lambda: 4)
+    monkeypatch.setattr(load_module, "own_cores", lambda: 4)
     monkeypatch.setattr(load_module, "DECODED_SHARE", 0.0)
     monkeypatch.setattr(load_module, "DECODED_BYTES", limit // 4)
     assert load_images(tmp_path, size=S).images.equal(wanted)

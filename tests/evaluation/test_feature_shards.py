@@ -34,6 +34,8 @@ N, SIZE = 22, 4
 class Small:
     """A small extractor, whose process is killed in its call of that number."""
 
+    device = torch.device("cpu")
+
     def __init__(self, name: str = "small", killed: int = -1):
         self.name, self.left = name, killed
 

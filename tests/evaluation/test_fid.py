@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tarflow_fast.devices import torch_threads
 from tarflow_fast.errors import ArgumentError, BackendError, DataError
 from tarflow_fast.evaluation import (
     FeatureSums,
     Gaussian,
     Inception,
+    compute_features,
     feature_sums,
     frechet_distance,
     read_spatial_statistics,
@@ -221,31 +223,71 @@ def test_without_the_library_one_error_says_so(monkeypatch: pytest.MonkeyPatch) 
         Inception()
 
 
-def test_features_are_those_of_torch_fidelity(tmp_path: Path) -> None:
-    """With random weights, as the real ones are nowhere in the tests."""
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random weights, as the real ones are nowhere in the tests."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    with pytest.raises(BackendError, match="no such file"):
-        Inception(tmp_path / "none.pth")
-    (tmp_path / "bad.pth").write_bytes(b"no weights")
-    with pytest.raises(BackendError, match=r"weights of Inception-v3 are not in .*bad.pth"):
-        Inception(tmp_path / "bad.pth")
-    plain = module.FeatureExtractorInceptionV3
+    folder = tmp_path_factory.mktemp("weights")
     made: dict[str, Tensor] = {}
 
-    class Random(plain):  # type: ignore[misc, valid-type]
+    class Random(module.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
         def load_state_dict(self, *args: Any, **how: Any) -> Any:
             made.update(self.state_dict())
 
-    torch.save({}, tmp_path / "empty.pth")
-    Random("random", ["2048"], feature_extractor_weights_path=str(tmp_path / "empty.pth"))
-    torch.save(made, tmp_path / "weights.pth")
+    torch.save({}, folder / "empty.pth")
+    Random("random", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    torch.save(made, folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+def test_weights_are_read_when_features_are_wanted(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BackendError, match="no such file"):
+        Inception("none.pth")
+    Path("bad.pth").write_bytes(b"no weights")
+    bad = Inception("bad.pth")
+    for _ in range(2):
+        with pytest.raises(BackendError, match=r"weights of Inception-v3 are not in 'bad.pth'"):
+            bad(pictures(2, 0))
+    torch.save({"hook": _Hostile()}, "evil.pth")
+    with pytest.raises(BackendError, match=r"weights of Inception-v3 are not in 'evil.pth'"):
+        Inception("evil.pth").name  # noqa: B018
+    assert not Path("ran").exists()
+
+
+def test_nothing_is_downloaded_unless_that_is_asked_for(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(url: str, to: str, start: str, progress: bool) -> None:
+        asked.append(f"{url} {start}")
+        Path(to).write_bytes(weights.read_bytes())
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with pytest.raises(BackendError, match=r"is not in its cache, .*hub.*; weights=… or --inception FILE names it"):
+        Inception()
+    wanted = Inception(download=True)
+    assert asked == []
+    name = wanted.name
+    assert len(asked) == 1
+    assert asked[0].endswith("weights-inception-2015-12-05-6726825d.pth 6726825d")  # and the start of its SHA-256
+    assert Inception().name == Inception(download=True).name == name
+    assert len(asked) == 1
+
+
+def test_features_are_those_of_torch_fidelity(weights: Path) -> None:
+    module = sys.modules["torch_fidelity.feature_extractor_inceptionv3"]
     images = pictures(3, 0)
     layers = ["2048", "logits_unbiased"]
-    network = plain("theirs", layers, feature_extractor_weights_path=str(tmp_path / "weights.pth"))
+    network = module.FeatureExtractorInceptionV3("theirs", layers, feature_extractor_weights_path=str(weights))
     seen: list[Tensor] = []
     network.Mixed_6d.register_forward_hook(lambda _, __, out: seen.append(out))
     theirs, logits = network(images)
-    ours = Inception(tmp_path / "weights.pth")
+    ours = Inception(weights)
     assert torch.equal(ours(images), theirs)
     assert theirs.shape == (3, 2048)
     found = ours.features(images)
@@ -258,7 +300,19 @@ def test_features_are_those_of_torch_fidelity(tmp_path: Path) -> None:
     assert torch.equal(ours(grey), ours(grey.repeat(1, 3, 1, 1)))
     name = ours.name
     with torch.no_grad():
-        next(ours._network.parameters()).add_(1)
+        next(ours.network.parameters()).add_(1)
     del ours.name
     assert name.startswith("inception-v3-compat (")
     assert ours.name != name
+
+
+def test_passes_at_once_give_what_one_gives(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, though each is on a thread of its own."""
+    monkeypatch.setattr("tarflow_fast.evaluation.feature_shards.own_cores", lambda: 3)
+    network, parts, threads = Inception(weights), pictures(5, 0).split(1), torch.get_num_threads()
+    found = list(compute_features(parts, network))
+    assert torch.get_num_threads() == threads
+    with torch_threads(1):
+        wanted = [network.features(part) for part in parts]
+    for kind in ("pooled", "spatial", "logits"):
+        assert torch.equal(torch.cat([getattr(f, kind) for f in found]), torch.cat([getattr(w, kind) for w in wanted]))

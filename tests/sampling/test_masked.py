@@ -101,7 +101,13 @@ def test_both_directions_by_triton() -> None:
 
 def test_the_fixed_steps_invert_themselves() -> None:
     x = torch.randn(5, D, dtype=torch.float64).sigmoid()
-    for step in (*flow().steps, Elementwise("tanh", 2.0), Elementwise("exp"), Elementwise("sigmoid")):
+    for step in (
+        *flow().steps,
+        Elementwise("tanh", 2.0),
+        Elementwise("wrap", 2.0),
+        Elementwise("exp"),
+        Elementwise("sigmoid"),
+    ):
         if isinstance(step, MaskedTransform):
             continue
         z, log_det = step.forward(x)

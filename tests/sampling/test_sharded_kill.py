@@ -63,7 +63,9 @@ def killed_at(point: int, action: Callable[[], object]) -> Callable[[], object]:
     return act
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format", ["npz", *(pytest.param(name, marks=pytest.mark.slow) for name in FORMATS if name != "npz")]
+)
 def test_killed_at_any_point(tmp_path: Path, format: str) -> None:
     assert fork(draw(tmp_path / "one", format)).wait() == 0
     expected = contents(tmp_path / "one")

@@ -79,7 +79,7 @@ def cell(device: torch.device, case: Any, repeat: int, seconds: float, seed: int
 
     def measure() -> Any:
         inputs = Inputs.of(this, device, seed)
-        how: dict[str, Any] = {"all_or_none": False, "baseline_share": BASELINE_SHARE}
+        how: dict[str, Any] = {"all_or_none": False, "once": {cases.BASELINE: BASELINE_SHARE}}
         if this.kind == "density":  # results are taken in units of the exact ones
             exact, candidates = cases.densities(this, inputs, theirs, device)
             how |= {"view": lambda result: result / exact, "tolerance": DENSITY_TOLERANCE}

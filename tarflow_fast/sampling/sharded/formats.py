@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -171,13 +172,22 @@ def _tar(shard: Shard) -> Iterator[Add]:
 class Format:
     """A `Format` is a way to write a shard.
 
-    name: what a run records, and all its processes have to agree on. writing: gives a function that takes the shard's
-    images, batch by batch; the shard has its name when the block ends. suffix: that of the shard's own file.
+    name: a word for it. writing: gives a function that takes the shard's images, batch by batch; the shard has its name
+    when the block ends. suffix: that of the shard's own file. made_by: gives what else the shards depend on, which is
+    asked when all that can be checked without it has been, or is None. trajectory: whether it takes samples with the
+    images after each block.
     """
 
     name: str
     writing: Callable[[Shard], AbstractContextManager[Add]]
     suffix: str
+    made_by: Callable[[], str] | None = None
+    trajectory: bool = False
+
+    @functools.cached_property
+    def described(self) -> str:
+        """What a run records, and all its processes have to agree on."""
+        return self.name if self.made_by is None else f"{self.name} of {self.made_by()}"
 
 
 FORMATS = {

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,42 @@ class Job:
             text = f"{self.out}: {lock.refused.strerror} for a lock: processes that share it may draw a shard twice"
             warnings.warn(text, TarFlowWarning, stacklevel=2)
         return lock
+
+    def claims(
+        self, order: Iterable[int], seconds: float, look: Callable[[], object]
+    ) -> Generator[tuple[int, Lock], None, None]:
+        """Yields shards, each with the claim to it, until all of them are done, whoever does them.
+
+        A claim ends when the next one is asked for. Where other processes have all that is missing, it waits, as they
+        may end before that is done. order: all shards, in the order in which this process tries them. seconds: the time
+        between two looks. look: called at each of them.
+        """
+        order = list(order)
+        while missing := [shard for shard in order if not self.done(shard)]:
+            idle = True
+            for shard in missing:
+                claim = self.take(shard)
+                if claim is None:
+                    continue
+                idle = False
+                try:
+                    yield shard, claim
+                finally:
+                    claim.release()
+            if idle:
+                look()
+                time.sleep(seconds)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Adds to whatever ends the block how much is there, as the same call goes on with it."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                there = sum(len(self.plan.numbers(shard)) for shard in range(len(self.plan)) if self.done(shard))
+                error.add_note(f"{self.out}: {there} of {self.plan.n} images are there; the same run goes on")
+            raise
 
     def record(self, shard: int, file: Path, facts: Mapping[str, Any]) -> None:
         """Counts a shard as done, whose file is whole. facts: what else is recorded of it."""

@@ -24,7 +24,6 @@ from ...errors import ArgumentError
 from ...files import PathLike
 from ...limits import MOST_NUMBER, MOST_SEED
 from ...locks import Lock
-from ...progress import Bar
 from ...scalars import check_flag
 from ...solvers import Auto
 from ..labels import LabelRule, LabelsByNumber
@@ -34,6 +33,7 @@ from ..rule import Rule
 from ..sampler import Sampler
 from .formats import FORMATS, Format, Shard, check_shape, class_folders
 from .job import Job, model_hash
+from .job_bar import JobBar
 from .plan import ShardPlan
 
 SHARD_SIZE = 1024  # images of a shard
@@ -148,7 +148,7 @@ class Run:
         check_shape(self.format.name, self.flow.data_shape)
         self.rule = {**RULE, **rule}
         label_of = LabelRule(labels, self.flow.num_classes, self.flow.class_names)
-        self.checked = Rule.checked(self.flow, label_of.none, trajectory=False, **self.rule)
+        self.checked = Rule.checked(self.flow, label_of.none, trajectory=self.format.trajectory, **self.rule)
         self.rank, self.world = processes_of_environment()
         self.out = Path(out)
         self.folders = class_folders(self.flow.num_classes, self.flow.class_names)
@@ -172,7 +172,7 @@ class Run:
             "denoise": rule.denoise,
             "noise_std": rule.noise_std,
             "denoise_scale": rule.denoise_scale,
-            "format": self.format.name,
+            "format": self.format.described,
             "shard_size": plan.size,
             "dtype": str(sampler.dtype).removeprefix("torch."),
             "backend": sampler.backend,
@@ -184,7 +184,13 @@ class Run:
     def stream(self, numbers: range, batch: int) -> Any:
         """Returns a stream of the images of these numbers."""
         return self._settled.stream(
-            len(numbers), self.labels, seed=self.seed, first=numbers.start, batch_size=batch, **self.rule
+            len(numbers),
+            self.labels,
+            seed=self.seed,
+            first=numbers.start,
+            batch_size=batch,
+            trajectory=self.format.trajectory,
+            **self.rule,
         )
 
     def prepare(self, batch_size: Count | None) -> int:
@@ -232,29 +238,14 @@ class Run:
         self.begin(batch_size)
         started, drawn = time.perf_counter(), 0
         report: Report | None = None
-        with _Progress(self.job, progress and self.rank == 0) as bar:
-            try:
-                while missing := [s for s in self.plan.order(self.rank, self.world) if not self.job.done(s)]:
-                    idle = True
-                    for shard in missing:
-                        claim = self.job.take(shard)
-                        if claim is None:
-                            continue
-                        try:
-                            report = _merged(report, self._draw(shard, claim, bar.update))
-                        finally:
-                            claim.release()
-                        drawn, idle = drawn + len(self.plan.numbers(shard)), False
-                        bar.update()
-                    if idle:  # other processes draw what is missing, and may end before it is done
-                        bar.update()
-                        time.sleep(LOOK_SECONDS)
-                self.job.finish(LOOK_SECONDS)
-            except BaseException as error:
-                with contextlib.suppress(OSError):
-                    there = sum(len(self.plan.numbers(s)) for s in range(len(self.plan)) if self.job.done(s))
-                    error.add_note(f"{self.out}: {there} of {self.plan.n} images are there; the same run goes on")
-                raise
+        with JobBar(self.job, progress and self.rank == 0, "sampling", LOOK_SECONDS) as bar, self.job.noting():
+            claims = self.job.claims(self.plan.order(self.rank, self.world), LOOK_SECONDS, bar.update)
+            with contextlib.closing(claims):
+                for shard, claim in claims:
+                    report = _merged(report, self._draw(shard, claim, bar.update))
+                    drawn += len(self.plan.numbers(shard))
+                    bar.update()
+            self.job.finish(LOOK_SECONDS)
         seconds = time.perf_counter() - started
         return {
             "images": self.plan.n,
@@ -289,30 +280,3 @@ def _merged(whole: Report | None, part: Report) -> Report:
         return part
     whole.merge(part)
     return whole
-
-
-class _Progress:
-    """A `_Progress` shows on one bar how many images all processes have drawn."""
-
-    def __init__(self, job: Job, shown: bool):
-        self._job, self._shown, self._next = job, shown, 0.0
-        initial = job.images() if shown else 0
-        self._bar = Bar(
-            total=job.plan.n, initial=initial, unit="image", desc="sampling", disable=not shown, smoothing=0
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._next = 0.0
-            self.update()
-        self._bar.close()
-
-    def update(self) -> None:
-        """Looks at what is there, if the last look was some time ago."""
-        if self._shown and time.monotonic() >= self._next:
-            self._next = time.monotonic() + LOOK_SECONDS
-            self._bar.n = max(self._bar.n, self._job.images())
-            self._bar.refresh()

@@ -1,0 +1,96 @@
+"""`build` makes a model of a family by its name, and tells by name what it cannot make."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+
+import tarflow_fast as tff
+from tarflow_fast.errors import ArgumentError, BackendError
+from tarflow_fast.flows import FAMILIES, Family, build
+from tarflow_fast.flows.options import read_options
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """One option of each type."""
+
+    count: int = 1
+    rate: float = 0.5
+    on: bool = True
+    widths: tuple[int, ...] = (8,)
+    trace: Literal["exact", "hutchinson"] = "exact"
+    word: str = ""
+
+
+def test_the_package_has_it() -> None:
+    model = tff.flows.build("realnvp", data_shape=(2,), num_classes=3, couplings=2)
+    assert (model.name, model.data_shape, model.num_classes, model.options.couplings) == ("realnvp", (2,), 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"name": "realnpv"}, r"^name: expected one of nice, .*\(did you mean 'realnvp'\?\), got 'realnpv'$"),
+        ({"name": 3}, "^name: expected one of nice"),
+        ({"coupling": 3}, r"^options: expected one of couplings, .* \(did you mean 'couplings'\?\), got 'coupling'$"),
+        ({"couplings": 0}, "^couplings: expected an integer >= 1, got 0$"),
+        ({"couplings": 1.5}, r"^couplings: expected an integer .*, got 1\.5$"),
+        ({"couplings": "many"}, "^couplings: expected an integer .*, got 'many'$"),
+        ({"hidden": 3}, "^hidden: expected integers"),
+        ({"data_shape": (2, 3)}, r"^data_shape: expected \(size,\) or \(channels, height, width\), .*, got \(2, 3\)$"),
+        ({"data_shape": 2}, "^data_shape: expected the shape of one sample"),
+        ({"data_shape": (0,)}, "^data_shape: expected an integer >= 1, got 0$"),
+        ({"data_shape": (1, 6, 6)}, "^scales: expected at most 2, as 6×6 pixels cannot be halved more often, got 3$"),
+        ({"num_classes": -1}, "^num_classes: expected an integer >= 0, got -1$"),
+    ],
+)
+def test_what_cannot_be_made_is_told_by_name(arguments: Mapping[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        build(**{"name": "realnvp", "data_shape": (2,), **arguments})
+
+
+def test_options_come_as_values_or_as_text() -> None:
+    values = {"count": 3, "rate": 1.0, "on": False, "widths": (4, 5), "trace": "hutchinson", "word": "a"}
+    text = {"count": "3", "rate": "1", "on": "false", "widths": "4,5", "trace": "hutchinson", "word": "a"}
+    assert read_options("kinds", Kinds, values) == read_options("kinds", Kinds, text) == Kinds(**values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("count", "1.5"), ("rate", "fast"), ("on", "maybe"), ("widths", "4,x"), ("trace", "guess"), ("word", 3)],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"^{name}: expected "):
+        read_options("kinds", Kinds, {name: value})
+
+
+def test_a_missing_library_is_told_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = builtins.__import__
+
+    def without_zuko(name: str, *rest: Any) -> Any:
+        if name == "zuko":
+            raise ModuleNotFoundError("No module named 'zuko'", name="zuko")
+        return plain(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_zuko)
+    monkeypatch.setattr("tarflow_fast.flows.registry.__package__", "tarflow_fast.adapters")
+    monkeypatch.delitem(__import__("sys").modules, "tarflow_fast.adapters.zuko", raising=False)
+    with pytest.raises(BackendError, match=r"FastFlow needs zuko, .* pip install 'tarflow_fast\[flows\]' brings it$"):
+        Family("zuko.FastFlow", "", ("vectors",)).load()
+
+
+def test_a_seed_tells_the_weights() -> None:
+    for name in FAMILIES:
+        kinds = FAMILIES[name].kinds
+        shape = (3,) if {"vectors", "sphere", "tokens"} & set(kinds) else (1, 8, 8)
+        states = []
+        for seed in (0, 0):
+            torch.manual_seed(seed)
+            states.append(build(name, data_shape=shape).state_dict())
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items()), name
