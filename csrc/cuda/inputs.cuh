@@ -18,9 +18,8 @@ DEVICE void stage_value(const Scratch<T>& scratch, int row, int k, float value) 
 template <int WARPS, int V, class From, class Put>
 DEVICE void stage_rows(Global<From> from, int width, int first, int count, int k0, int k, Put put) {
   constexpr int AT_ONCE = 8, STRIDE = WARPS * 32;
-  const int vectors = k / V, step_rows = STRIDE / vectors, step = STRIDE - step_rows * vectors;
-  int row = thread() / vectors, column = thread() - row * vectors;
-  instructions(60);  // the two divisions
+  const int vectors = k / V, step_rows = divide(STRIDE, vectors), step = STRIDE - step_rows * vectors;
+  int row = divide(thread(), vectors), column = thread() - row * vectors;
 #pragma unroll 1
   for (int begin = 0; begin < count * vectors; begin += AT_ONCE * STRIDE) {
     Vector<From, V> values[AT_ONCE];
@@ -179,8 +178,7 @@ DEVICE void stage_stream(const Stream& stream, const Scratch<T>& scratch, int fi
   const int vectors = stream.width() / 4;
 #pragma unroll 1
   for (int i = thread(); i < count * vectors; i += WARPS * 32) {
-    const int row = i / vectors, k = (i - row * vectors) * 4;
-    instructions(30);
+    const int row = divide(i, vectors), k = (i - row * vectors) * 4;
     Vector<float, 4> v = load_vector<4>(Global<float>(stream.p.h), stream.at(first + row) + k), other{};
     if (stream.rests()) other = load_vector<4>(Global<float>(stream.p.rest), stream.rest_at(0, first + row) + k);
     Vector<T, 4> y;
@@ -210,8 +208,8 @@ DEVICE void stage_attended(const Params& p, const Rows& rows, const Scratch<T>& 
   const int vectors = k / V;
 #pragma unroll 1
   for (int i = thread(); i < count * vectors; i += WARPS * 32) {
-    const int row = i / vectors, column = (i - row * vectors) * V;
-    instructions(60);
+    const int row = divide(i, vectors), column = (i - row * vectors) * V;
+    instructions(30);
     Vector<T, V> y{};
     if (k0 + column < p.channels) y = attended<V, T>(p, rows, first + row, k0 + column);
     store_vector(scratch.staged, row * scratch.stride + column, y);

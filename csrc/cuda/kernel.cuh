@@ -115,11 +115,11 @@ struct Pass {
     const Global<T> cache(p.keys_values);
     const int which = (n >= p.channels) + (n >= 2 * p.channels) + (n >= 3 * p.channels);
     const int channel = n - which * p.channels;
-    instructions(40);
+    instructions(10);
     if (which == 0) {
       store(Global<float>(p.queries), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
     } else if (which < 3 && rows.token(row) >= 0) {
-      const int head = channel / p.head_dim, c = channel % p.head_dim;
+      const int head = divide(channel, p.head_dim), c = channel - head * p.head_dim;
       store(cache, rows.cached(layer, which - 1, row, head) + rows.token(row) * p.head_dim + c, from_float<T>(y));
     }
   }

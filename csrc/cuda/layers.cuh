@@ -6,6 +6,13 @@
 namespace tarflow {
 
 DEVICE int divide_up(int n, int by) { return (n + by - 1) / by; }
+
+// Returns n / by rounded down, for 0 ≤ n < 2^19, in half of the time of a division of integers. (n + ½) / by is at least
+// 1 / (2 by) away from a whole number, which is more than its error.
+DEVICE int divide(int n, int by) {
+  instructions(15);
+  return static_cast<int>(quotient(n + 0.5f, static_cast<float>(by)));
+}
 DEVICE int whole_tiles(int n) { return divide_up(n, TILE) * TILE; }
 
 // Returns how often the inputs of a phase's product are halved among blocks.
