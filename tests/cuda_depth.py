@@ -6,8 +6,9 @@ is printed is a model's figure and no measurement. `python tests/cuda_depth.py` 
     time of a step = T(n + 1 steps) − T(n steps) over fewer layers, scaled to all layers
 
 The launches that are compared begin at the middle token, T/2, and have LAYERS layers; what is not proj_in, proj_out or
-the update of tokens is scaled to the model's layers, and the L2 cache is made smaller by the same ratio, so that
-weights and keys are forgotten from one step to the next as they are in the whole model.
+the update of tokens is scaled to the model's layers. The L2 cache is made smaller where it needs to be, to half of what
+a step of so few layers reads: weights and keys are then forgotten from one step to the next, as they are in the whole
+model, but not within a layer.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ONCE = ("EMBED", "PROJ_OUT", "update")  # the phases that do not come once a lay
 MULTIPROCESSORS = 132
 DRAM = {"H100": 3.0e12, "H200": 4.3e12}  # bytes/s, what copies attain
 L2_BYTES = 40e6
-LAYERS = 1
+LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def step(case: Case, gpu: str = "H200", sinks: bool = False, **values: float) ->
     native = timed()
     native.set_device(MULTIPROCESSORS, 227 * 1024)
     ratio = case.config.layers_per_block / LAYERS
-    set_gpu(native, dram=DRAM[gpu], l2_bytes=L2_BYTES / ratio, sinks=sinks, **values)
+    set_gpu(native, dram=DRAM[gpu], l2_bytes=min(L2_BYTES, step_bytes(case) / 2), sinks=sinks, **values)
     engine = _engine(case.config)
     first, second = (_run(engine, case, native, count) for count in (1, 2))
     scale = np.array([1.0 if name in ONCE else ratio for name in PHASES])
@@ -114,6 +115,13 @@ def step(case: Case, gpu: str = "H200", sinks: bool = False, **values: float) ->
     causes = second.causes - first.causes
     totals = (second.totals - first.totals) * scale[:, None, None]
     return Timing(float(time), spent, causes * time / causes.sum(), totals)
+
+
+def step_bytes(case: Case) -> float:
+    """Returns the bytes of weights and of keys and values that a step at token T/2 reads in LAYERS layers."""
+    shape = case.config.block_shape
+    keys = case.batch * (2 if case.guided else 1) * shape.tokens // 2 * 2 * shape.channels
+    return 2.0 * LAYERS * (shape.channels * (4 * shape.channels + 2 * shape.hidden) + keys)
 
 
 @functools.cache

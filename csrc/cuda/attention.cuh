@@ -24,7 +24,7 @@ DEVICE float rescale(float m, float M) { return m == LOWEST ? 0.0f : exp2f(m - M
 
 // Returns how many of `keys` a split takes.
 DEVICE int split_keys(const Params& p, int keys) {
-  const int even = divide_up(keys, p.splits);
+  const int even = divide(keys + p.splits - 1, p.splits);
   return even < p.least_keys ? p.least_keys : even;
 }
 
@@ -32,12 +32,14 @@ DEVICE int split_keys(const Params& p, int keys) {
 struct Part {
   int row, head, split, first, last;
 
-  DEVICE Part(const Params& p, const Rows& rows, int index)
-      : row(index / p.splits / p.heads), head(index / p.splits % p.heads), split(index % p.splits) {
+  DEVICE Part(const Params& p, const Rows& rows, int index) {
+    const int pair = divide(index, p.splits);
+    split = index - pair * p.splits;
+    row = divide(pair, p.heads);
+    head = pair - row * p.heads;
     const int keys = rows.token(row) + 1, each = split_keys(p, keys);
     first = split * each < keys ? split * each : keys;
     last = first + each < keys ? first + each : keys;
-    instructions(120);  // the divisions
   }
   DEVICE int64_t index(const Params& p) const {
     return (static_cast<int64_t>(row) * p.heads + head) * p.splits + split;
@@ -49,22 +51,27 @@ DEVICE int64_t statistics(const Params& p, const Rows& rows) {
   return (static_cast<int64_t>(rows.count()) * p.heads * p.splits * p.head_dim + 1) / 2 * 2;
 }
 
-// Asks for the keys and values of a part before they are needed.
+// Asks for keys [first, last) and values of a part before they are needed.
 template <class T, int WARPS>
-DEVICE void prefetch_part(const Params& p, const Rows& rows, int layer, const Part& part) {
+DEVICE void prefetch_part(const Params& p, const Rows& rows, int layer, const Part& part, int first, int last) {
   const Global<T> cache(p.keys_values);
   const int64_t keys = rows.cached(layer, 0, part.row, part.head), values = rows.cached(layer, 1, part.row, part.head);
 #pragma unroll 1
-  for (int key = part.first + thread(); key < part.last; key += WARPS * 32) {
+  for (int key = first + thread(); key < last; key += WARPS * 32) {
     prefetch(cache, keys + static_cast<int64_t>(key) * p.head_dim);
     prefetch(cache, values + static_cast<int64_t>(key) * p.head_dim);
   }
 }
 
-// Asks for the keys and values before this token's while other blocks still compute this token's.
+// Asks for keys and values of this block's first part while other blocks still compute this token's, or the layer before:
+// `early` as many as the L2 cache keeps until then, and later the others. Memory would else be idle while the attention's
+// other phases run, and the bound of the attention itself.
 template <class T, int WARPS>
-DEVICE void prefetch_keys(const Params& p, const Rows& rows, int layer) {
-  if (block() < rows.count() * p.heads * p.splits) prefetch_part<T, WARPS>(p, rows, layer, Part(p, rows, block()));
+DEVICE void prefetch_keys(const Params& p, const Rows& rows, int layer, bool early) {
+  if (block() >= rows.count() * p.heads * p.splits) return;
+  const Part part(p, rows, block());
+  const int middle = part.first + p.early_keys < part.last ? part.first + p.early_keys : part.last;
+  prefetch_part<T, WARPS>(p, rows, layer, part, early ? part.first : middle, early ? middle : part.last);
 }
 
 // Some channels of a query, on their way.
@@ -114,7 +121,10 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
   for (int index = block(); index < parts; index += blocks()) {
     const Part part(p, rows, index);
     if (part.first == part.last) continue;
-    if (index + blocks() < parts) prefetch_part<T, WARPS>(p, rows, layer, Part(p, rows, index + blocks()));
+    if (index + blocks() < parts) {
+      const Part following(p, rows, index + blocks());
+      prefetch_part<T, WARPS>(p, rows, layer, following, following.first, following.last);
+    }
     const int64_t keys = rows.cached(layer, 0, part.row, part.head) + channel;
     const int64_t values = rows.cached(layer, 1, part.row, part.head) + channel;
     const int own_key = warp * side + lane / width;
@@ -240,11 +250,10 @@ template <int V, class T>
 DEVICE Vector<T, V> attended(const Params& p, const Rows& rows, int row, int channel) {
   constexpr int AT_ONCE = 8;
   const Global<float> partials(p.partials);
-  const int d = p.head_dim, keys = rows.token(row) + 1,
-            parts = keys == 0 ? 0
-                    : p.tiles ? p.splits
-                              : divide_up(keys, split_keys(p, keys));
-  const int64_t first = (static_cast<int64_t>(row) * p.heads + channel / d) * p.splits;
+  const int d = p.head_dim, keys = rows.token(row) + 1, each = p.tiles ? 1 : split_keys(p, keys);
+  const int parts = keys == 0 ? 0 : p.tiles ? p.splits : divide(keys + each - 1, each);
+  const int head = divide(channel, d), of_head = channel - head * d;
+  const int64_t first = (static_cast<int64_t>(row) * p.heads + head) * p.splits;
   const int64_t of_first = statistics(p, rows) + 2 * first;
   float y[V] = {}, most = LOWEST, weights = 0;
 #pragma unroll 1
@@ -257,7 +266,7 @@ DEVICE Vector<T, V> attended(const Params& p, const Rows& rows, int row, int cha
       of[i] = {{LOWEST, 0.0f}};
       sum[i] = {};
       if (begin + i >= parts) continue;
-      sum[i] = load_vector<V>(partials, (first + begin + i) * d + channel % d);
+      sum[i] = load_vector<V>(partials, (first + begin + i) * d + of_head);
       of[i] = load_vector<2>(partials, of_first + 2 * (begin + i));
     }
 #pragma unroll
@@ -286,8 +295,8 @@ DEVICE void merge(const Params& p, const Rows& rows) {
   const int width = whole_tiles(p.channels), vectors = p.channels / V;
 #pragma unroll 1
   for (int i = block() * WARPS * 32 + thread(); i < rows.count() * vectors; i += blocks() * WARPS * 32) {
-    const int row = i / vectors, channel = (i - row * vectors) * V;
-    instructions(60);
+    const int row = divide(i, vectors), channel = (i - row * vectors) * V;
+    instructions(30);
     store_vector(Global<T>(p.attended), static_cast<int64_t>(row) * width + channel,
                  attended<V, T>(p, rows, row, channel));
   }

@@ -268,6 +268,10 @@ template <>
 DEVICE fp16 from_float<fp16>(float value) {
   return __float2half_rn(value);
 }
+
+// a / b, not to the last bit.
+DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
+
 DEVICE float to_float(float value) { return value; }
 DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
 DEVICE float to_float(fp16 value) { return __half2float(value); }

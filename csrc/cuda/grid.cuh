@@ -9,7 +9,8 @@ class Grid {
  public:
   DEVICE explicit Grid(const Params& p) : counter_(p.barrier) {}
 
-  // After it, every block sees all that any block wrote before. meanwhile() does what needs no other block.
+  // After it, every block sees all that any block wrote before. meanwhile() does what needs no other block. A signal waits
+  // for all stores of its block, so another warp than the one that signals looks for those of the others.
   template <class Meanwhile>
   DEVICE void sync(Meanwhile meanwhile) {
     sync_block();
@@ -18,7 +19,7 @@ class Grid {
     meanwhile();
     section(BARRIER);
     passed_ += blocks();
-    if (thread() == 0) await(counter_, passed_);
+    if (thread() == 32) await(counter_, passed_);
     sync_block();
   }
 

@@ -4,6 +4,7 @@
 #include "affine.cuh"
 #include "attention.cuh"
 #include "linear.cuh"
+#include "stream.cuh"
 
 namespace tarflow {
 
@@ -17,9 +18,8 @@ DEVICE void stage_value(const Scratch<T>& scratch, int row, int k, float value) 
 template <int WARPS, int V, class From, class Put>
 DEVICE void stage_rows(Global<From> from, int width, int first, int count, int k0, int k, Put put) {
   constexpr int AT_ONCE = 8, STRIDE = WARPS * 32;
-  const int vectors = k / V, step_rows = STRIDE / vectors, step = STRIDE - step_rows * vectors;
-  int row = thread() / vectors, column = thread() - row * vectors;
-  instructions(60);  // the two divisions
+  const int vectors = k / V, step_rows = divide(STRIDE, vectors), step = STRIDE - step_rows * vectors;
+  int row = divide(thread(), vectors), column = thread() - row * vectors;
 #pragma unroll 1
   for (int begin = 0; begin < count * vectors; begin += AT_ONCE * STRIDE) {
     Vector<From, V> values[AT_ONCE];
@@ -44,97 +44,147 @@ DEVICE void stage_rows(Global<From> from, int width, int first, int count, int k
   }
 }
 
-// (h − mean) / std for `count` rows from row `first` on, of which this warp takes `from` and every `stride`-th after it,
-// ROWS at a time, as far as registers allow. put(row, k, vector) stores 4 elements.
-template <int ROWS, class T, class Put>
-DEVICE void normalise(const Params& p, int first, int count, int from, int stride, Put put) {
+// (h − mean) / std of the residual stream, which each block makes of all rows that it multiplies: a warp takes a row at a
+// time, as far as registers allow.
+template <int WARPS, class T>
+DEVICE void stage_normed(const Stream& stream, const Scratch<T>& scratch, int first, int count) {
   constexpr int KEPT = 6, STEP = 128;
-  const Global<float> h(p.h);
-  const int width = whole_tiles(p.channels), lane = thread() % 32;
+  const Global<float> h(stream.p.h), rest(stream.p.rest);
+  const int width = stream.width(), lane = thread() % 32, channels = stream.p.channels;
+  const bool in_parts = stream.rests() > 0;
 #pragma unroll 1
-  for (int begin = from; begin < count; begin += stride * ROWS) {
-    const auto read = [&](int row, int k) {
-      Vector<float, 4> v{};
-      if (k < width && row < count) v = load_vector<4>(h, static_cast<int64_t>(first + row) * width + k);
-      return v;
+  for (int row = thread() / 32; row < count; row += WARPS) {
+    const int64_t at = stream.at(first + row), rest_at = stream.rest_at(0, first + row);
+    const auto read = [&](int k, Vector<float, 4>& of_h, Vector<float, 4>& of_rest) {
+      of_h = of_rest = {};
+      if (k >= width) return;
+      of_h = load_vector<4>(h, at + k);
+      if (in_parts) of_rest = load_vector<4>(rest, rest_at + k);
     };
-    Vector<float, 4> kept[ROWS][KEPT];
+    const auto add = [&](Vector<float, 4>& to, const Vector<float, 4>& other) {
+      for (int i = 0; i < 4; i++) to.at[i] += other.at[i];
+    };
+    Vector<float, 4> kept[KEPT], others[KEPT];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-      for (int j = 0; j < KEPT; j++)
-        if (j * STEP < width) kept[r][j] = read(begin + r * stride, j * STEP + lane * 4);
+    for (int j = 0; j < KEPT; j++)
+      if (j * STEP < width) read(j * STEP + lane * 4, kept[j], others[j]);
     sync_warp();
-    const auto each = [&](int r, auto take) {
+    instructions(width / 32);
+#pragma unroll
+    for (int j = 0; j < KEPT; j++)
+      if (j * STEP < width) add(kept[j], others[j]);
+    const auto each = [&](auto take) {
 #pragma unroll
       for (int j = 0; j < KEPT; j++)
-        if (j * STEP < width) take(j * STEP + lane * 4, kept[r][j]);
+        if (j * STEP < width) take(j * STEP + lane * 4, kept[j]);
 #pragma unroll 1
-      for (int k = KEPT * STEP; k < width; k += STEP) take(k + lane * 4, read(begin + r * stride, k + lane * 4));
+      for (int k = KEPT * STEP + lane * 4; k < width; k += STEP) {
+        Vector<float, 4> v, other;
+        read(k, v, other);
+        add(v, other);
+        take(k, v);
+      }
     };
-    float mean[ROWS], scale[ROWS];
+    float mean = 0, scale = 0;
+    instructions(width / 32);
+    each([&](int, const Vector<float, 4>& v) {
+      mean += (v.at[0] + v.at[1]) + (v.at[2] + v.at[3]);  // the values beyond the channels are 0
+    });
+    mean = sum_lanes(mean) / channels;
+    instructions(2 * width / 32);
+    each([&](int k, const Vector<float, 4>& v) {
+      for (int i = 0; i < 4; i++)
+        if (k + i < channels) scale += (v.at[i] - mean) * (v.at[i] - mean);
+    });
+    scale = sum_lanes(scale);
+    instructions(2 * width / 32);
+    const float by = 1 / sqrtf(scale / channels + 1e-5f);
+    each([&](int k, const Vector<float, 4>& v) {
+      Vector<T, 4> y;
+      for (int i = 0; i < 4; i++) y.at[i] = from_float<T>(k + i < channels ? (v.at[i] - mean) * by : 0.0f);
+      if (k < width) store_vector(scratch.staged, row * scratch.stride + k, y);
+    });
+  }
+}
+
+// Returns the sum of a value over the block's threads, in the order of its warps. memory: (WARPS,), which nobody else
+// reads or writes before the next sync_block.
+template <int WARPS>
+DEVICE float sum_block(float value, Shared<float> memory, int at) {
+  value = sum_lanes(value);
+  if (thread() % 32 == 0) store(memory, at + thread() / 32, value);
+  sync_block();
+  Loaded<float> of[WARPS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      instructions(width / 32);
-      mean[r] = 0;
-      each(r, [&](int, const Vector<float, 4>& v) {
-        mean[r] += (v.at[0] + v.at[1]) + (v.at[2] + v.at[3]);
-      });  // the values beyond the channels are 0
+  for (int w = 0; w < WARPS; w++) of[w] = load(memory, at + w);
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum += of[w];
+  return sum;
+}
+
+// Adds up the residual stream into h, and its norms, or itself without `normed`, into `norms`, in the weights' type. This
+// is done once for all blocks, which take a row each: many rows are then read in half the bytes. memory: (2 WARPS + C',).
+template <int WARPS, class T>
+DEVICE void keep_norms(const Stream& stream, const Rows& rows, bool normed, Shared<float> memory) {
+  const Params& p = stream.p;
+  const Global<float> h(p.h), rest(p.rest);
+  const Global<T> norms(p.norms);
+  const int width = stream.width(), rests = stream.rests();
+#pragma unroll 1
+  for (int row = block(); row < rows.count(); row += blocks()) {
+    float mean = 0, scale = 0;
+#pragma unroll 1
+    for (int k = thread() * 4; k < width; k += WARPS * 128) {
+      Vector<float, 4> v = load_vector<4>(h, stream.at(row) + k), others[MOST_PARTS - 1];
+#pragma unroll
+      for (int i = 0; i < MOST_PARTS - 1; i++) {
+        others[i] = {};
+        if (i < rests) others[i] = load_vector<4>(rest, stream.rest_at(i, row) + k);
+      }
+#pragma unroll
+      for (int i = 0; i < MOST_PARTS - 1; i++)
+        for (int j = 0; j < 4; j++) v.at[j] += others[i].at[j];
+      instructions(40);
+      if (rests) store_vector(h, stream.at(row) + k, v);
+      store_vector(memory, 2 * WARPS + k, v);
+      mean += (v.at[0] + v.at[1]) + (v.at[2] + v.at[3]);  // the values beyond the channels are 0
     }
-    sum_lanes<ROWS>(mean);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      instructions(2 * width / 32);
-      mean[r] /= p.channels;
-      scale[r] = 0;
-      each(r, [&](int k, const Vector<float, 4>& v) {
+    if (normed) {
+      mean = sum_block<WARPS>(mean, memory, 0) / p.channels;
+#pragma unroll 1
+      for (int k = thread() * 4; k < width; k += WARPS * 128) {
+        const Vector<float, 4> v = load_vector<4>(memory, 2 * WARPS + k);
+        instructions(12);
         for (int i = 0; i < 4; i++)
-          if (k + i < p.channels) scale[r] += (v.at[i] - mean[r]) * (v.at[i] - mean[r]);
-      });
+          if (k + i < p.channels) scale += (v.at[i] - mean) * (v.at[i] - mean);
+      }
+      scale = sum_block<WARPS>(scale, memory, WARPS);
     }
-    sum_lanes<ROWS>(scale);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      instructions(2 * width / 32);
-      const float by = 1 / sqrtf(scale[r] / p.channels + 1e-5f);
-      each(r, [&](int k, const Vector<float, 4>& v) {
-        Vector<T, 4> y;
-        for (int i = 0; i < 4; i++) y.at[i] = from_float<T>(k + i < p.channels ? (v.at[i] - mean[r]) * by : 0.0f);
-        const int row = begin + r * stride;
-        if (k < width && row < count) put(row, k, y);
-      });
+    const float by = normed ? 1 / sqrtf(scale / p.channels + 1e-5f) : 1.0f, less = normed ? mean : 0.0f;
+#pragma unroll 1
+    for (int k = thread() * 4; k < width; k += WARPS * 128) {
+      const Vector<float, 4> v = load_vector<4>(memory, 2 * WARPS + k);
+      Vector<T, 4> y;
+      for (int i = 0; i < 4; i++) y.at[i] = from_float<T>(k + i < p.channels ? (v.at[i] - less) * by : 0.0f);
+      store_vector(norms, stream.at(row) + k, y);
     }
   }
 }
 
-// The same, which each block makes of all rows that it multiplies.
-template <int WARPS, int ROWS, class T>
-DEVICE void stage_normed(const Params& p, const Scratch<T>& scratch, int first, int count) {
-  normalise<ROWS, T>(p, first, count, thread() / 32, WARPS, [&](int row, int k, const Vector<T, 4>& y) {
-    store_vector(scratch.staged, row * scratch.stride + k, y);
-  });
-}
-
-// The same, once for all blocks, which divide the rows among them: many rows are then read in half the bytes.
+// The residual stream itself.
 template <int WARPS, class T>
-DEVICE void keep_norms(const Params& p, const Rows& rows) {
-  const Global<T> norms(p.norms);
-  const int width = whole_tiles(p.channels);
-  normalise<1, T>(
-      p, 0, rows.count(), block() + thread() / 32 * blocks(), WARPS * blocks(),
-      [&](int row, int k, const Vector<T, 4>& y) { store_vector(norms, static_cast<int64_t>(row) * width + k, y); });
-}
-
-// The residual stream h itself.
-template <int WARPS, class T>
-DEVICE void stage_stream(const Params& p, const Scratch<T>& scratch, int first, int count) {
-  const int width = whole_tiles(p.channels);
-  stage_rows<WARPS, 4>(Global<float>(p.h), width, first, count, 0, width,
-                       [&](int row, int column, const Vector<float, 4>& v) {
+DEVICE void stage_stream(const Stream& stream, const Scratch<T>& scratch, int first, int count) {
+  const int vectors = stream.width() / 4;
+#pragma unroll 1
+  for (int i = thread(); i < count * vectors; i += WARPS * 32) {
+    const int row = divide(i, vectors), k = (i - row * vectors) * 4;
+    Vector<float, 4> v = load_vector<4>(Global<float>(stream.p.h), stream.at(first + row) + k), other{};
+    if (stream.rests()) other = load_vector<4>(Global<float>(stream.p.rest), stream.rest_at(0, first + row) + k);
     Vector<T, 4> y;
-    for (int i = 0; i < 4; i++) y.at[i] = from_float<T>(v.at[i]);
-    store_vector(scratch.staged, row * scratch.stride + column, y);
-  });
+    for (int j = 0; j < 4; j++) y.at[j] = from_float<T>(v.at[j] + other.at[j]);
+    store_vector(scratch.staged, row * scratch.stride + k, y);
+  }
 }
 
 // Columns [k0, k0 + k) of a buffer that is in the weights' type already, and has so many columns.
@@ -151,17 +201,18 @@ DEVICE void stage_ready(const Buffer& buffer, int columns, const Scratch<T>& scr
   });
 }
 
-// The attended values, from the parts that blocks left of them.
+// Columns [k0, k0 + k) of the attended values, from the parts that blocks left of them.
 template <int WARPS, int V, class T>
-DEVICE void stage_attended(const Params& p, const Rows& rows, const Scratch<T>& scratch, int first, int count) {
-  const int vectors = whole_tiles(p.channels) / V;
+DEVICE void stage_attended(const Params& p, const Rows& rows, const Scratch<T>& scratch, int first, int count, int k0,
+                           int k) {
+  const int vectors = k / V;
 #pragma unroll 1
   for (int i = thread(); i < count * vectors; i += WARPS * 32) {
-    const int row = i / vectors, k = i % vectors * V;
-    instructions(60);
+    const int row = divide(i, vectors), column = (i - row * vectors) * V;
+    instructions(30);
     Vector<T, V> y{};
-    if (k < p.channels) y = attended<V, T>(p, rows, first + row, k);
-    store_vector(scratch.staged, row * scratch.stride + k, y);
+    if (k0 + column < p.channels) y = attended<V, T>(p, rows, first + row, k0 + column);
+    store_vector(scratch.staged, row * scratch.stride + column, y);
   }
 }
 

@@ -3,7 +3,7 @@
 //   for each token:  proj_in | LayerNorm, qkv | attention | proj, + | LayerNorm, fc1, GELU | fc2, + | … | proj_out
 //
 // where | is a barrier: 5 L + 2 a token, and where LayerNorm or the sum of the attention's parts is a step of its own,
-// up to 8 L + 2. The affine update of a token is part of the next token's proj_in. Every output has one block that
+// up to 8 L + 3. The affine update of a token is part of the next token's proj_in. Every output has one block that
 // computes it, so nothing is added atomically and a pass gives the same bits each time.
 #pragma once
 
@@ -38,7 +38,7 @@ struct Pass {
 
   // Stages the input of a phase's product. begin: the first token of a pass is there; the others follow from
   // parameters.
-  DEVICE void stage(Phase phase, bool begin, int first, int count, int k0, int k) {
+  DEVICE void stage(Phase phase, int layer, bool begin, int first, int count, int k0, int k) {
     switch (phase) {
       case EMBED: {
         const bool keeps = load(work, 0) == 0 && load(work, 1) > 0;
@@ -46,36 +46,37 @@ struct Pass {
       }
       case PROJ:
         if (p.splits == 1 || p.merges) return stage_ready<WARPS>(p.attended, p.channels, scratch, first, count, k0, k);
-        return p.head_dim % 4 == 0 ? stage_attended<WARPS, 4>(p, rows, scratch, first, count)
-                                   : stage_attended<WARPS, 1>(p, rows, scratch, first, count);
+        return p.head_dim % 4 == 0 ? stage_attended<WARPS, 4>(p, rows, scratch, first, count, k0, k)
+                                   : stage_attended<WARPS, 1>(p, rows, scratch, first, count, k0, k);
       case FC2: return stage_ready<WARPS>(p.hidden, p.hidden_dim, scratch, first, count, k0, k);
-      case PROJ_OUT: return stage_stream<WARPS>(p, scratch, first, count);
       default:
-        if constexpr (NORMS)
-          return stage_ready<WARPS>(p.norms, p.channels, scratch, first, count, k0, k);
-        else
-          return stage_normed<WARPS, NT>(p, scratch, first, count);
+        if constexpr (NORMS) return stage_ready<WARPS>(p.norms, p.channels, scratch, first, count, k0, k);
+        if (phase == PROJ_OUT) return stage_stream<WARPS>(stream(phase, layer), scratch, first, count);
+        if constexpr (!NORMS) return stage_normed<WARPS>(stream(phase, layer), scratch, first, count);
     }
   }
 
-  // Loads what `finish` needs besides output n of a row.
-  DEVICE Loaded<float> before(Phase phase, int n, int row) {
-    switch (phase) {
-      case EMBED: {
-        const int token = rows.token_at(row) < 0 ? 0 : rows.token_at(row);
-        if (n >= p.channels) return {};
-        return constant(Global<const float>(p.position), static_cast<int64_t>(token) * p.channels + n);
-      }
-      case PROJ:
-      case FC2: return load(Global<float>(p.h), static_cast<int64_t>(row) * whole_tiles(p.channels) + n);
-      default: return {};
-    }
+  // Returns the residual stream as it is where a phase begins.
+  DEVICE Stream stream(Phase phase, int layer) const {
+    return {p, phase == FC1 || phase == FC2 ? PROJ : layer == 0 ? EMBED : FC2};
   }
 
-  // Does with output n of a row what its phase does.
-  DEVICE void finish(Phase phase, int layer, int n, int row, float y, float loaded) {
+  // Loads what `finish` needs besides output n of a row, of a part of the inputs.
+  DEVICE LoadedStream before(Phase phase, int layer, int part, int n, int row) {
+    LoadedStream of;
+    if (phase == EMBED && n < p.channels) {
+      const int token = rows.token_at(row) < 0 ? 0 : rows.token_at(row);
+      of.h = constant(Global<const float>(p.position), static_cast<int64_t>(token) * p.channels + n);
+    }
+    if ((phase == PROJ || phase == FC2) && part == 0)
+      of.load_from(NORMS ? Stream{p, EMBED} : stream(phase, layer), row, n);
+    return of;
+  }
+
+  // Does with output n of a row, or a part's sum, what its phase does.
+  DEVICE void finish(Phase phase, int layer, int part, int n, int row, float y, const LoadedStream& loaded) {
     switch (phase) {
-      case EMBED: return embedded(n, row, y + loaded);
+      case EMBED: return embedded(n, row, y + loaded.h);
       case QKV: return queried(layer, n, row, y);
       case FC1: {
         instructions(30);
@@ -85,8 +86,11 @@ struct Pass {
       }
       case PROJ_OUT:
         return store(Global<float>(p.parameters), static_cast<int64_t>(row) * whole_tiles(p.out_dim) + n, y);
-      default:  // h += y, as one thread takes each element
-        return store(Global<float>(p.h), static_cast<int64_t>(row) * whole_tiles(p.channels) + n, loaded + y);
+      default: {
+        const Stream after{p, phase};
+        if (part > 0) return store(Global<float>(p.rest), after.rest_at(part - 1, row) + n, y);
+        return store(Global<float>(p.h), after.at(row) + n, loaded.sum() + y);  // as one thread takes each element
+      }
     }
   }
 
@@ -109,12 +113,13 @@ struct Pass {
   // Stores queries, and puts keys and values into the cache.
   DEVICE void queried(int layer, int n, int row, float y) {
     const Global<T> cache(p.keys_values);
-    const int which = n / p.channels, channel = n % p.channels;
-    instructions(60);
+    const int which = (n >= p.channels) + (n >= 2 * p.channels) + (n >= 3 * p.channels);
+    const int channel = n - which * p.channels;
+    instructions(10);
     if (which == 0) {
       store(Global<float>(p.queries), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
     } else if (which < 3 && rows.token(row) >= 0) {
-      const int head = channel / p.head_dim, c = channel % p.head_dim;
+      const int head = divide(channel, p.head_dim), c = channel - head * p.head_dim;
       store(cache, rows.cached(layer, which - 1, row, head) + rows.token(row) * p.head_dim + c, from_float<T>(y));
     }
   }
@@ -142,18 +147,25 @@ struct Pass {
     tile = first + load(work, 2 * of.index + 1);
     if (skipped) return skip(p, of, ring, work);
     linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch, biases, first,
-                      [&](int first, int count, int k0, int k) { stage(phase, begin, first, count, k0, k); },
-                      [&](int n, int row) { return before(phase, n, row); },
-                      [&](int n, int row, float y, float loaded) { finish(phase, layer, n, row, y, loaded); });
+                      [&](int first, int count, int k0, int k) { stage(phase, layer, begin, first, count, k0, k); },
+                      [&](int part, int n, int row) { return before(phase, layer, part, n, row); },
+                      [&](int part, int n, int row, float y, const LoadedStream& loaded) {
+      finish(phase, layer, part, n, row, y, loaded);
+    });
   }
 
-  DEVICE void barrier(Phase phase, int layer) {
+  // after: the phase that has just ended, or PHASES where that was a step of its own.
+  DEVICE void barrier(Phase after, int layer) {
     grid.sync([&] {
       ring.fill();
-      if (phase != QKV) return;
       if constexpr (WINDOWS)
-        if (p.tiles) return prefetch_window<T, WARPS>(p, rows, layer);
-      prefetch_keys<T, WARPS>(p, rows, layer);
+        if (p.tiles) {
+          if (after == QKV) prefetch_window<T, WARPS>(p, rows, layer);
+          return;
+        }
+      const int of_layer = after == FC1 ? layer + 1 : layer;  // after proj others may still wait for memory
+      if ((after == EMBED || after == FC1 || after == QKV) && of_layer < p.layers)
+        prefetch_keys<T, WARPS>(p, rows, of_layer, after != QKV);
     });
   }
 
@@ -171,13 +183,13 @@ struct Pass {
           merge<T, 4, WARPS>(p, rows);
         else
           merge<T, 1, WARPS>(p, rows);
-        barrier(phase, layer);
+        barrier(PHASES, layer);
       }
       if constexpr (NORMS)
-        if (phase == EMBED || phase == PROJ || (phase == FC2 && layer + 1 < p.layers)) {
+        if (phase == EMBED || phase == PROJ || phase == FC2) {
           section(STAGING);
-          keep_norms<WARPS, T>(p, rows);
-          barrier(phase, layer);
+          keep_norms<WARPS, T>(Stream{p, phase}, rows, phase != FC2 || layer + 1 < p.layers, parts);
+          barrier(PHASES, layer);
         }
       if (phase == PROJ_OUT) break;
       if (phase == FC2) layer++;
@@ -247,9 +259,11 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   for (int i = thread(); i < p.staged_rows * stride; i += WARPS * 32) store(scratch.staged, i, from_float<T>(0.0f));
   sync_block();
   for (int i = 0, tile = 0; i < layers && p.bias_tiles; i++) {
-    const int first = linear_at(p, i).biases + load(work, 2 * i) * TILE, count = load(work, 2 * i + 1);
+    const Linear layer = linear_at(p, i);
+    const int first = load(work, 2 * i), count = load(work, 2 * i + 1);
     for (int j = thread(); j < count * TILE; j += WARPS * 32)
-      store(biases, tile * TILE + j, constant(Global<const float>(p.biases), first + j));
+      if (first + j / TILE < layer.tiles)  // the other parts have none
+        store(biases, tile * TILE + j, constant(Global<const float>(p.biases), layer.biases + first * TILE + j));
     tile += count;
   }
   sync_block();

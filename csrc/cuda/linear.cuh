@@ -1,4 +1,5 @@
-// One linear layer of a pass, Y = X Wᵀ + b, where each block makes its own tiles of 16 outputs, for all rows.
+// One linear layer of a pass, Y = X Wᵀ + b, where each block makes its own tiles of 16 outputs, for all rows; or the sums
+// of a part of their inputs, of which b is in the first.
 //
 // A tile's inputs are divided among the block's warps, which multiply with the weights as the 16-row operand and up to
 // NT · 8 rows as the other; their sums are added up in the warps' order, so that a row's result depends on nothing but
@@ -104,34 +105,38 @@ DEVICE void multiply_plain(float (&sums)[CHAINS<NT> * NT][4], Shared<float> slot
 }
 
 // Computes a layer. stage(first, count, k0, k), called by all threads, puts columns [k0, k0 + k) of rows [first, first
-// + count) of X into scratch.staged, from row 0 and column 0 on. before(n, row) loads what finish needs, long before
-// finish(n, row, y, loaded) takes an output, on the same thread. biases: (bias_tiles, 16), of all tiles of this block,
+// + count) of X into scratch.staged, from row 0 and column 0 on. before(part, n, row) loads what finish needs, long before
+// finish(part, n, row, y, loaded) takes an output, on the same thread. biases: (bias_tiles, 16), of all tiles of this block,
 // with those of this layer from first_bias on.
 template <int NT, int WARPS, class T, class Stage, class Before, class Finish>
 DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS>& ring, Shared<int> work,
                    const Scratch<T>& scratch, Shared<float> biases, int first_bias, Stage stage, Before before,
                    Finish finish) {
   constexpr int EACH = (NT * 8 * TILE + WARPS * 32 - 1) / (WARPS * 32);  // outputs of a tile that a thread finishes
-  const int first_tile = load(work, 2 * layer.index), tiles = load(work, 2 * layer.index + 1);
+  const int units = load(work, 2 * layer.index + 1);
   const int groups = divide_up(rows, p.staged_rows), slot_tiles = p.slot_k / TILE, staged_tiles = p.staged_k / TILE;
   const int lane = thread() % 32, warp = thread() / 32, m = thread() % TILE, own_row = thread() / TILE;
   int staged_k = -1, staged_group = -1;
-  for (int tile = first_tile; tile < first_tile + tiles; tile++) {
-    Loaded<float> bias;
-    if (p.bias_tiles)
-      bias = load(biases, (first_bias + tile - first_tile) * TILE + m);
-    else
+  Unit unit(layer, load(work, 2 * layer.index));
+  for (int i = 0; i < units; i++, unit.tile++) {
+    if (unit.tile == layer.tiles) unit = {layer, layer.tiles * (unit.part + 1)};
+    const int tile = unit.tile, part = unit.part, end_k = layer.first_k(part + 1);
+    Loaded<float> bias = {};
+    if (part == 0 && p.bias_tiles)
+      bias = load(biases, (first_bias + i) * TILE + m);
+    else if (part == 0)
       bias = constant(Global<const float>(p.biases), layer.biases + tile * TILE + m);
-    Loaded<float> loaded[EACH] = {};
+    decltype(before(0, 0, 0)) loaded[EACH] = {};
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
       const int row = own_row + j * WARPS * 2;
-      if (row < rows) loaded[j] = before(tile * TILE + m, row);
+      if (row < rows) loaded[j] = before(part, tile * TILE + m, row);
     }
     float sums[CHAINS<NT> * NT][4] = {};
-    int from_k = 0;  // the first k-tile that is staged together with k
-    for (int k = 0; k < layer.k_tiles; k += slot_tiles) {
-      const int k_tiles = layer.k_tiles - k < slot_tiles ? layer.k_tiles - k : slot_tiles;
+    const int first_k = layer.first_k(part);
+    int from_k = first_k;  // the first k-tile that is staged together with k
+    for (int k = first_k; k < end_k; k += slot_tiles) {
+      const int k_tiles = end_k - k < slot_tiles ? end_k - k : slot_tiles;
       if (k + k_tiles > from_k + staged_tiles) from_k = k;
       int slot = 0;
       for (int group = 0; group < groups; group++) {
@@ -143,14 +148,14 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
             ring.release(group > 0);
             ring.fill();
           }
-          const int rest = layer.k_tiles - from_k;
+          const int rest = end_k - from_k;
           section(STAGING);
           stage(first, count, from_k * TILE, (rest < staged_tiles ? rest : staged_tiles) * TILE);
           staged_k = from_k;
           staged_group = group;
         }
         section(FETCH);
-        if (group == 0 && k > 0 && ring.empty()) {  // all that was fetched has been multiplied
+        if (group == 0 && k > first_k && ring.empty()) {  // all that was fetched has been multiplied
           sync_block();
           ring.release();
           ring.fill();
@@ -190,7 +195,7 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
       float y = bias;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) y += parts[w];
-      finish(tile * TILE + m, row, y, loaded[j]);
+      finish(part, tile * TILE + m, row, y, loaded[j]);
     }
   }
 }
@@ -198,11 +203,14 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
 // Takes the weights of a layer that is skipped.
 template <int WARPS, class T>
 DEVICE void skip(const Params& p, const Linear& layer, Ring<T, WARPS>& ring, Shared<int> work) {
-  const int slots = divide_up(layer.k_tiles, p.slot_k / TILE) * load(work, 2 * layer.index + 1);
-  for (int i = 0; i < slots; i++) {
-    ring.take();
-    ring.release();
-    ring.fill();
+  const int first = load(work, 2 * layer.index), units = load(work, 2 * layer.index + 1), slot_tiles = p.slot_k / TILE;
+  for (int i = first; i < first + units; i++) {
+    const int part = Unit(layer, i).part;
+    for (int k = layer.first_k(part); k < layer.first_k(part + 1); k += slot_tiles) {
+      ring.take();
+      ring.release();
+      ring.fill();
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 namespace tarflow {
 
 constexpr int MOST_ROWS = 64;  // the most rows R that are evaluated at once, those of the unguided branch included
+constexpr int MOST_PARTS = 8;  // the most parts of a product's inputs that blocks share
 constexpr int TILE = 16;       // the outputs, and the inputs, of a tile of a weight matrix
 
 // A buffer is memory on the device: so many elements of a type that the kernel knows.
@@ -40,14 +41,16 @@ enum Section : int { OTHER, STAGING, MULTIPLY, SUMS, EPILOGUE, ATTEND, MERGE, FE
 // The plan has slots, those of the ring; slot_k, the inputs that a slot holds for 16 outputs; staged_rows, the rows of
 // a product's input that are in shared memory at once, a multiple of 8, and staged_k their columns; tiles, the tiles of
 // up to 16 positions of one sample each whose rows attend together (see window.cuh), or 0 where each row attends alone;
+// proj_halvings and fc2_halvings, how often the inputs of proj and fc2 are halved among blocks (at most once if R ≤ 16);
 // merges, whether the attention's parts are added up in a step of their own; splits, the blocks that share the keys of a row
-// and head; least_keys, the keys that each of these takes at least; most_jobs, the most jobs of any block for a token;
+// and head; least_keys, the keys that each of these takes at least; early_keys, how many keys of a block's first part are
+// asked for phases before they are needed; most_jobs, the most jobs of any block for a token;
 // and bias_tiles, the most tiles of any block, whose biases are in shared memory, or 0 where they are not.
 // clang-format off
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(hidden_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
   X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(skip_phases) X(window) X(max_passes) X(slots) X(slot_k)             \
-  X(staged_rows) X(staged_k) X(tiles) X(merges) X(splits) X(least_keys) X(most_jobs) X(bias_tiles)
+  X(staged_rows) X(staged_k) X(tiles) X(proj_halvings) X(fc2_halvings) X(merges) X(splits) X(least_keys) X(early_keys) X(most_jobs) X(bias_tiles)
 // clang-format on
 
 // The buffers, which are fp32 unless another type is given. "type" is that of weights and cache. C', F', O', D' are C,
@@ -55,7 +58,8 @@ enum Section : int { OTHER, STAGING, MULTIPLY, SUMS, EPILOGUE, ATTEND, MERGE, FE
 // each layer, then proj_out.
 //   weights    type, see pack_linear in tarflow_fast/backend/cuda/pack.py; LayerNorm's γ and β are in qkv and fc1
 //   biases     the biases of the same layers, each a whole number of tiles
-//   work       int32 (4 L + 2, blocks, 2): the first tile and the number of tiles of each packed layer and block
+//   work       int32 (4 L + 2, blocks, 2): the first unit and the number of units of each packed layer and block; a unit
+//              is a tile and a part of its inputs: all tiles of the first part, then of the second
 //   jobs       int32 (blocks, most_jobs, 2): what a block fetches for a token, in order: a place in `weights` and a
 //              number, in tiles of 16 × 16; 0 at the end
 //   position   (T, C), class_rows (branches · samples, C) or empty: the embeddings
@@ -65,13 +69,14 @@ enum Section : int { OTHER, STAGING, MULTIPLY, SUMS, EPILOGUE, ATTEND, MERGE, FE
 //   change, residual (samples, widest) or empty: for FIXED_POINT; for FRONTIER residual is (samples,)
 //   reached, evaluations int32 (samples,), passes int32 (1,), trail (4, samples, T) or empty: for FRONTIER
 //   keys_values type (L, 2, branches · samples, H, T, d)
+//   rest       (2, MOST_PARTS − 1, MOST_ROWS, C'), see stream.cuh: of proj and of fc2
 //   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, then their maximum and weight
 //   hidden     type (R, F'); attended, norms type (R, C'); parameters (R, O')
 //   barrier    uint32 (1,): 0 at launch
 // clang-format off
 #define TARFLOW_BUFFERS(X)                                                                                     \
   X(weights) X(biases) X(work) X(jobs) X(position) X(class_rows) X(guidance) X(scale) X(z) X(x) X(input) X(guess)      \
-  X(log_det) X(change) X(residual) X(reached) X(evaluations) X(passes) X(trail) X(keys_values) X(h) X(queries) X(partials) X(hidden) X(attended) X(norms) X(parameters) X(barrier)
+  X(log_det) X(change) X(residual) X(reached) X(evaluations) X(passes) X(trail) X(keys_values) X(h) X(rest) X(queries) X(partials) X(hidden) X(attended) X(norms) X(parameters) X(barrier)
 // clang-format on
 
 struct Params {

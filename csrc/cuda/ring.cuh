@@ -14,11 +14,11 @@ class Ring {
  public:
   // jobs: (most_jobs, 2), what this block fetches for each token.
   DEVICE Ring(const Params& p, Shared<T> memory, Shared<int> jobs)
-      : p_(p), memory_(memory), jobs_(jobs), idle_(load(jobs, 1) == 0) {}
+      : p_(p), memory_(memory), jobs_(jobs), held_(load(jobs, 1) == 0 ? p.slots : 0) {}
 
   // Fetches into the slots that are free.
   DEVICE void fill() {
-    while (!idle_ && ahead_ + held_ < p_.slots) fetch();
+    while (ahead_ + held_ < p_.slots) fetch();
   }
 
   // Returns the next slot's first element when this thread's part of it has come. After sync_block all of it can be
@@ -67,10 +67,11 @@ class Ring {
   const Params& p_;
   Shared<T> memory_;
   Shared<int> jobs_;
-  bool idle_;                // whether this block has no tile of any layer
   int job_ = 0;              // the job that is fetched next
   int fill_ = 0, take_ = 0;  // the first elements of the slots that are next
-  int ahead_ = 0, held_ = 0;       // the numbers of slots that were fetched and not taken, and taken and not freed
+  // The numbers of slots that were fetched and not taken, and taken and not freed. A block that has no tile of any layer
+  // never frees a slot, and has none.
+  int ahead_ = 0, held_;
 };
 
 }  // namespace tarflow

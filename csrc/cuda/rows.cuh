@@ -15,8 +15,8 @@ struct Rows {
   int next;
 
   DEVICE int count() const { return p.positions * p.branches; }
-  DEVICE int branch(int row) const { return row / p.positions; }
-  DEVICE int position(int row) const { return row % p.positions; }
+  DEVICE int branch(int row) const { return row >= p.positions; }  // there are two at most, and no division is cheap
+  DEVICE int position(int row) const { return row - branch(row) * p.positions; }
   DEVICE int token_at(int position) const { return p.mode == SEQUENTIAL ? next : load(tokens, position); }
   DEVICE int token(int row) const { return token_at(position(row)); }
   DEVICE int cache_row(int row) const { return branch(row) * p.samples + p.sample[position(row)]; }

@@ -18,20 +18,22 @@ constexpr int WINDOW_ROW = WINDOW_HEAD + 4;  // floats of a row of `memory`: sum
 struct WindowPart {
   int head, split, row, count, keys, least, first, last;  // row: the first one; least: the fewest keys of any row
 
-  DEVICE WindowPart(const Params& p, const Rows& rows, int index)
-      : head(index / p.splits % p.heads), split(index % p.splits), keys(0), least(1 << 30) {
-    const int tile = index / p.splits / p.heads, position = load(rows.tiles, tile % p.tiles);
-    row = tile / p.tiles * p.positions + position;
-    count = load(rows.tiles, tile % p.tiles + 1) - position;
+  DEVICE WindowPart(const Params& p, const Rows& rows, int index) : keys(0), least(1 << 30) {
+    const int pair = divide(index, p.splits), of_branches = divide(pair, p.heads);
+    split = index - pair * p.splits;
+    head = pair - of_branches * p.heads;
+    const int branch = of_branches >= p.tiles, tile = of_branches - branch * p.tiles, position = load(rows.tiles, tile);
+    row = branch * p.positions + position;
+    count = load(rows.tiles, tile + 1) - position;
     for (int i = 0; i < count; i++) {
       const int of_row = rows.token_at(position + i) + 1;
       keys = of_row > keys ? of_row : keys;
       least = of_row > 0 && of_row < least ? of_row : least;
     }
-    const int each = divide_up(divide_up(keys, TILE), p.splits) * TILE;
+    const int each = divide(divide_up(keys, TILE) + p.splits - 1, p.splits) * TILE;
     first = split * each < keys ? split * each : keys;
     last = first + each < keys ? first + each : keys;
-    instructions(200);  // the divisions, and the loop
+    instructions(80);  // the loop
   }
 };
 

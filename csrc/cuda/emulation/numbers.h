@@ -54,6 +54,12 @@ inline fp16 from_float<fp16>(float value) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
+// a / b, for positive numbers, as far off as __fdividef may be: by two units in the last place, one way or the other.
+inline float quotient(float a, float b) {
+  const auto bits = bits_as<uint32_t>(a / b);
+  return bits_as<float>(bits & 1 ? bits + 2 : bits - 2);
+}
+
 inline float to_float(float value) { return value; }
 
 inline float to_float(bf16 value) { return bits_as<float>(static_cast<uint32_t>(value.bits) << 16); }

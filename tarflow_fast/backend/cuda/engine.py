@@ -35,19 +35,20 @@ from ...engine.weights import BlockWeights
 from ...engine.windows import Bounds, check_part, check_window, check_windows
 from ...errors import ArgumentError, BackendError
 from ...native import address
-from .pack import TILE, linear_sizes, pack
+from .pack import TILE, pack
 from .plan import (
+    MOST_HALVINGS,
     MOST_ROWS,
     NORMED_ROWS,
     TILE_ROWS,
+    Division,
     Plan,
     attends_together,
     count_tiles,
-    fetches,
+    early_keys,
     grid_blocks,
+    make_division,
     make_plan,
-    share,
-    slot_inputs,
     whole,
 )
 
@@ -111,6 +112,14 @@ def _index(device: torch.device) -> int:
     return index
 
 
+def _l2_bytes(device: torch.device) -> int:
+    """Returns the size of the cache that all multiprocessors share; that of an H100 in the emulation."""
+    if device.type != "cuda":
+        return 50 << 20
+    size: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return size
+
+
 def head_dim_missing(head_dim: int, dtype: torch.dtype) -> str | None:
     """Returns why this engine cannot take heads of this width, and what would mend that, or None if it can.
 
@@ -159,10 +168,9 @@ class CudaEngine(EngineBase):
         with self._on_device():
             multiprocessors, self._shared_bytes = self._native.device(index=self._index)
             self.blocks = grid_blocks(self.shape, multiprocessors)
-            sizes = linear_sizes(self.shape)
-            work = share(sizes, self.blocks)
-            self._work, self._block_tiles = work.to(device), int(work[:, :, 1].sum(0).max())
-            self._jobs = fetches(sizes, work, slot_inputs(self.shape)).to(device)
+            self._early_keys = early_keys(self.shape, dtype, self.blocks, _l2_bytes(device))
+            few, many = (make_division(self.shape, rows, self.blocks, device) for rows in (NORMED_ROWS, MOST_ROWS))
+            self._few, self._many = few, many
             self._weights, self._biases = pack(weights, device, dtype)
             self._position = self._fp32(weights.position)
             self._classes = None if weights.classes is None else self._fp32(weights.classes)
@@ -174,6 +182,9 @@ class CudaEngine(EngineBase):
             rows_of = {tiles: min(tiles * TILE_ROWS, MOST_ROWS) for tiles in range(1, 2 * MOST_ROWS // TILE_ROWS + 1)}
             together = max(rows * self.plan(rows, tiles).splits for tiles, rows in rows_of.items())
         self._most_parts = max(alone, together) * self.shape.heads
+
+    def _division(self, rows: int) -> Division:
+        return self._few if rows <= NORMED_ROWS else self._many
 
     def plan(self, rows: int, tiles: int = 0, branches: int = 1) -> Plan:
         """Returns how a launch of so many rows is divided.
@@ -194,8 +205,8 @@ class CudaEngine(EngineBase):
                 branches=branches,
                 most_rows=most_rows,
                 warps=warps,
-                jobs=self._jobs.shape[1],
-                block_tiles=self._block_tiles,
+                jobs=self._division(rows).jobs.shape[1],
+                block_tiles=self._division(rows).most_tiles,
                 blocks=self.blocks,
                 shared_bytes=self._shared_bytes,
             )
@@ -271,8 +282,8 @@ class CudaEngine(EngineBase):
     def barriers(self, batch: int, branches: int) -> list[int]:
         """Returns how many barriers of the grid a token takes in each launch of a sequential pass."""
         rows = [len(samples) * branches for samples in self._groups(list(range(batch)), MOST_ROWS // branches)]
-        each = [5 + self.plan(n).merges + (2 if n > NORMED_ROWS else 0) for n in rows]
-        return [of_layer * self.shape.layers + 2 for of_layer in each]
+        few = [(5 + self.plan(n).merges) * self.shape.layers + 2 for n in rows]
+        return [count + (2 * self.shape.layers + 1) * (n > NORMED_ROWS) for n, count in zip(rows, few, strict=True)]
 
     def max_window(self, state: BlockState) -> int:
         return self._most_rows(state)
@@ -366,6 +377,7 @@ class CudaEngine(EngineBase):
             {
                 "keys_values": keys_values,
                 "h": empty(MOST_ROWS, C),
+                "rest": empty(2, 2**MOST_HALVINGS - 1, MOST_ROWS, C),
                 "queries": empty(MOST_ROWS, C),
                 "partials": empty(self._most_parts * (d + 2) + 1),
                 "hidden": empty(MOST_ROWS, whole(shape.hidden, TILE), dtype=self.dtype),
@@ -398,15 +410,12 @@ class CudaEngine(EngineBase):
             "samples": batch,
             "guide_a": guidance.active and "a" in guidance.what,
             "guide_b": guidance.active and "b" in guidance.what,
-            "most_jobs": self._jobs.shape[1],
         }
         for name, value in sizes.items():
             launch.set_size(name, int(value))
         buffers = {
             "weights": self._weights,
             "biases": self._biases,
-            "work": self._work,
-            "jobs": self._jobs,
             "position": self._position,
         }
         self._set_buffers(launch, {**buffers, **workspace.buffers})
@@ -427,14 +436,15 @@ class CudaEngine(EngineBase):
         tiles = 0
         if sizes["mode"] != SEQUENTIAL:
             tiles = count_tiles(self.shape, self.dtype, [sample for sample, _, _ in positions], branches)
-        plan = self.plan(len(positions) * branches, tiles, branches)
-        geometry = asdict(plan)
+        rows = len(positions) * branches
+        plan, division = self.plan(rows, tiles, branches), self._division(rows)
+        geometry = {**asdict(plan), "most_jobs": division.jobs.shape[1], "early_keys": self._early_keys}
         shared_bytes = geometry.pop("shared_bytes")
         for name, value in {**geometry, **sizes}.items():
             launch.set_size(name, value)
         launch.set_positions(positions)
         tokens = {"z": state.z, "x": state.x, "log_det": state.token_log_det}
-        self._set_buffers(launch, {**tokens, **buffers})
+        self._set_buffers(launch, {"work": division.work, "jobs": division.jobs, **tokens, **buffers})
         with self._on_device():
             workspace.barrier.zero_()
             stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0

@@ -22,10 +22,21 @@ TILE = 16
 
 
 class LinearSize(NamedTuple):
-    """The size of a packed layer in tiles: `tiles` along its outputs, `k_tiles` along its inputs."""
+    """The size of a packed layer in tiles: `tiles` along its outputs, `k_tiles` along its inputs.
+
+    halvings: how often its inputs are halved, so that 2^halvings blocks share a tile of outputs.
+    """
 
     tiles: int
     k_tiles: int
+    halvings: int = 0
+
+    def part(self, part: int) -> tuple[int, int]:
+        """Returns the first tile of a part of the inputs, and the one after its last.
+
+        part: from 0 to 2^halvings − 1.
+        """
+        return self.k_tiles * part >> self.halvings, self.k_tiles * (part + 1) >> self.halvings
 
 
 def linear_sizes(shape: BlockShape) -> list[LinearSize]:
@@ -60,10 +71,10 @@ def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def pack(weights: BlockWeights, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns (weights, biases) of all packed layers, both 1-D, the weights in `dtype` and the biases in fp32."""
     sizes = linear_sizes(weights.shape)
-    packed = torch.empty(sum(n * k for n, k in sizes), TILE * TILE, dtype=dtype, device=device)
-    biases = torch.zeros(sum(n for n, _ in sizes) * TILE, dtype=torch.float32, device=device)
+    packed = torch.empty(sum(size.tiles * size.k_tiles for size in sizes), TILE * TILE, dtype=dtype, device=device)
+    biases = torch.zeros(sum(size.tiles for size in sizes) * TILE, dtype=torch.float32, device=device)
     at = bias_at = 0
-    for (weight, bias), (tiles, k_tiles) in zip(_linears(weights, device), sizes, strict=True):
+    for (weight, bias), (tiles, k_tiles, _) in zip(_linears(weights, device), sizes, strict=True):
         packed[at : at + tiles * k_tiles] = pack_linear(weight, dtype).flatten(0, 1)
         biases[bias_at : bias_at + bias.numel()] = bias
         at, bias_at = at + tiles * k_tiles, bias_at + tiles * TILE

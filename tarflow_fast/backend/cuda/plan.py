@@ -1,6 +1,7 @@
 """The division of the CUDA kernel's work: which block has which tiles, and how shared memory is used.
 
-Every tile of 16 outputs of a layer belongs to one block. Blocks fetch weights ahead of the work, so a block that has
+Every tile of 16 outputs of a layer belongs to one block; but of proj and fc2, which have few of them for all blocks,
+a tile has a block for each of several parts of its inputs. Blocks fetch weights ahead of the work, so a block that has
 more than its share in one phase may have fetched it during the phases before. What counts is that over a whole token
 all blocks fetch about as much.
 """
@@ -25,9 +26,23 @@ LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
 MERGED_ROWS = 4  # rows whose parts of the attention each block adds up for itself; those of more take a step
 NORMED_ROWS = 16  # rows that each block normalises for itself; those of more take a step, in instances of their own
+FEW_HALVINGS, MOST_HALVINGS = 1, 3  # of the inputs of proj and fc2, for at most NORMED_ROWS rows, and for more
+LEAST_K_TILES = 8  # tiles of inputs that are worth a block of their own: one for each warp
 TILE_ROWS = 16  # positions of a sample that attend together, see window.cuh
 WINDOW_HEAD, WINDOW_ROW = 64, 68  # the head_dim that this is for, and what a row takes of shared memory, in floats
 PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys
+
+
+@dataclass(frozen=True)
+class Division:
+    """The division of the linear layers among blocks, of all launches of few rows, or of all others.
+
+    work, jobs: see `share` and `fetches`. most_tiles: the most tiles of any block.
+    """
+
+    work: Tensor
+    jobs: Tensor
+    most_tiles: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,8 @@ class Plan:
     staged_k: int
     tiles: int
     bias_tiles: int
+    proj_halvings: int
+    fc2_halvings: int
     merges: bool
     splits: int
     least_keys: int
@@ -61,23 +78,45 @@ def slot_inputs(shape: BlockShape) -> int:
 
 def grid_blocks(shape: BlockShape, multiprocessors: int) -> int:
     """Returns one block for each multiprocessor, but no more blocks than have something to do in the largest layer."""
-    return min(multiprocessors, max(tiles for tiles, _ in linear_sizes(shape)))
+    return min(multiprocessors, max(size.tiles for size in linear_sizes(shape)))
+
+
+def divide(shape: BlockShape, rows: int) -> list[LinearSize]:
+    """Returns the sizes of the packed layers, with the parts of the inputs of proj and fc2 that blocks share.
+
+    The parts are added up by whoever reads the residual stream: by every block, where rows are few, and else once. They
+    depend on the grid in nothing, so that a pass gives the same bits for any.
+    """
+    most = FEW_HALVINGS if rows <= NORMED_ROWS else MOST_HALVINGS
+
+    def halved(size: LinearSize) -> LinearSize:
+        return size._replace(halvings=max(n for n in range(most + 1) if n == 0 or size.k_tiles >> n >= LEAST_K_TILES))
+
+    sizes = linear_sizes(shape)
+    return [halved(size) if i % 4 in (2, 0) and 0 < i < len(sizes) - 1 else size for i, size in enumerate(sizes)]
 
 
 def share(sizes: list[LinearSize], blocks: int) -> Tensor:
-    """Returns the first tile and the number of tiles of each layer and block, (layers, blocks, 2) int32.
+    """Returns the first unit and the number of units of each layer and block, (layers, blocks, 2) int32.
 
-    In each layer the blocks' numbers differ by one at most, and the blocks with one more are those that have the least
-    work so far.
+    A unit is a tile of outputs and a part of its inputs: all tiles of the first part, then of the second. Blocks are
+    divided among parts, as one that has several tiles of a part reads its inputs once. In each part their numbers of
+    tiles differ by one at most, and the blocks with one more are those that have the least work so far.
     """
     load = torch.zeros(blocks, dtype=torch.int64, device="cpu")
     work = torch.empty(len(sizes), blocks, 2, dtype=torch.int32, device="cpu")
-    for layer, (tiles, k_tiles) in enumerate(sizes):
-        count = torch.full((blocks,), tiles // blocks, dtype=torch.int64, device="cpu")
-        count[load.argsort(stable=True)[: tiles % blocks]] += 1
-        load += count * k_tiles
-        work[layer, :, 0] = count.cumsum(0) - count
-        work[layer, :, 1] = count
+    for layer, size in enumerate(sizes):
+        order = load.argsort(stable=True)
+        parts = 1 << size.halvings
+        groups = [order] if blocks < parts else [order[part::parts] for part in range(parts)]
+        units = size.tiles * parts // len(groups)
+        for part, group in enumerate(groups):
+            count = torch.full((blocks,), 0, dtype=torch.int64, device="cpu")
+            count[group] = units // len(group)
+            count[group[: units % len(group)]] += 1
+            work[layer, group, 0] = (part * units + count.cumsum(0) - count)[group].int()
+            work[layer, group, 1] = count[group].int()
+        load += work[layer, :, 1] * size.k_tiles // parts
     return work
 
 
@@ -89,19 +128,28 @@ def fetches(sizes: list[LinearSize], work: Tensor, slot_k: int) -> Tensor:
     most_tiles = slot_k // TILE
     jobs: list[list[tuple[int, int]]] = [[] for _ in range(work.shape[1])]
     begin = 0
-    for (tiles, k_tiles), of_layer in zip(sizes, work.tolist(), strict=True):
-        for block, (first, count) in enumerate(of_layer):
-            jobs[block] += [
-                (begin + tile * k_tiles + k, min(most_tiles, k_tiles - k))
-                for tile in range(first, first + count)
-                for k in range(0, k_tiles, most_tiles)
-            ]
-        begin += tiles * k_tiles
+    for size, of_layer in zip(sizes, work.tolist(), strict=True):
+        for block, (first_unit, count) in enumerate(of_layer):
+            for unit in range(first_unit, first_unit + count):
+                part, tile = divmod(unit, size.tiles)
+                first, stop = size.part(part)
+                jobs[block] += [
+                    (begin + tile * size.k_tiles + k, min(most_tiles, stop - k)) for k in range(first, stop, most_tiles)
+                ]
+        begin += size.tiles * size.k_tiles
     table = torch.zeros(len(jobs), max(map(len, jobs)), 2, dtype=torch.int32, device="cpu")
     for block, of_block in enumerate(jobs):
         if of_block:
             table[block, : len(of_block)] = torch.tensor(of_block, dtype=torch.int32, device="cpu")
     return table
+
+
+def make_division(shape: BlockShape, rows: int, blocks: int, device: torch.device) -> Division:
+    """Returns which block has what of the linear layers in a launch of so many rows."""
+    sizes = divide(shape, rows)
+    work = share(sizes, blocks)
+    jobs = fetches(sizes, work, slot_inputs(shape))
+    return Division(work.to(device), jobs.to(device), int(work[:, :, 1].sum(0).max()))
 
 
 def choose_splits(pairs: int, tokens: int, blocks: int) -> int:
@@ -115,6 +163,14 @@ def choose_splits(pairs: int, tokens: int, blocks: int) -> int:
         return -(-pairs * splits // blocks) * (keys + PART_KEYS) + splits * SPLIT_KEYS
 
     return min(range(1, MOST_SPLITS + 1), key=cost)
+
+
+def early_keys(shape: BlockShape, dtype: torch.dtype, blocks: int, l2_bytes: int) -> int:
+    """Returns how many keys and values each block asks for some phases before the attention: a third of the L2 cache.
+
+    The weights that pass through it in the meantime are about another third, for the largest models that this is for.
+    """
+    return l2_bytes // 3 // (blocks * 2 * shape.head_dim * dtype.itemsize)
 
 
 def attends_together(shape: BlockShape, dtype: torch.dtype) -> bool:
@@ -168,8 +224,10 @@ def make_plan(
         product = 4 * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
         return tables + 4 * TILE * bias_tiles + max(product, 4 * parts)
 
-    # All inputs of fc2 for all rows; or those of a slot; or those for some rows. Biases go before any of these does.
-    wide = max(slot_k, whole(shape.hidden, slot_k))
+    # All inputs of a part for all rows; or those of a slot; or those for some rows. Biases go before any of these does.
+    sizes = divide(shape, rows)
+    widest = max(-(-size.k_tiles // (1 << size.halvings)) for size in sizes)
+    wide = max(slot_k, TILE * widest)
     inputs = [(whole(rows, 8), wide), *((n, slot_k) for n in range(whole(rows, 8), 0, -8))]
     choices = [(*of, biases) for of in inputs for biases in (block_tiles, 0)]
     least = (8, slot_k, 0)
@@ -191,6 +249,8 @@ def make_plan(
         staged_k=staged_k,
         tiles=tiles,
         bias_tiles=bias_tiles,
+        proj_halvings=sizes[2].halvings,
+        fc2_halvings=sizes[4].halvings,
         merges=splits > 1 and rows > MERGED_ROWS,
         splits=splits,
         least_keys=LEAST_KEYS,

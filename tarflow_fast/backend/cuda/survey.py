@@ -16,8 +16,7 @@ import torch
 
 from ...engine.shape import BlockShape
 from ...machine_code import SHARED_LIMIT, Compiled, cuda_findings, resource_usage
-from .pack import linear_sizes
-from .plan import fetches, grid_blocks, make_plan, share, slot_inputs
+from .plan import grid_blocks, make_division, make_plan
 
 DTYPES = {"f": torch.float32, "6__half": torch.float16, "13__nv_bfloat16": torch.bfloat16}  # as C++ mangles them
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -76,13 +75,12 @@ def _row(architecture: int, kernel: str, used: dict[str, int], shapes: Sequence[
 def dynamic_bytes(shape: BlockShape, dtype: torch.dtype, rows: int, warps: int, architecture: int) -> int:
     """Returns the bytes of shared memory that a launch of this instance asks for."""
     sizes = {"rows": rows, "most_rows": rows, "warps": warps, "shared_bytes": SHARED_LIMIT[architecture]}
-    return make_plan(shape, dtype, **sizes, **_division(shape, architecture)).shared_bytes
+    return make_plan(shape, dtype, **sizes, **_division(shape, rows, architecture)).shared_bytes
 
 
 @cache
-def _division(shape: BlockShape, architecture: int) -> dict[str, int]:
+def _division(shape: BlockShape, rows: int, architecture: int) -> dict[str, int]:
     """Returns the most that a block fetches, the most tiles that it has, and how many blocks there are."""
-    sizes, blocks = linear_sizes(shape), grid_blocks(shape, MULTIPROCESSORS[architecture])
-    work = share(sizes, blocks)
-    jobs = fetches(sizes, work, slot_inputs(shape)).shape[1]
-    return {"jobs": jobs, "block_tiles": int(work[:, :, 1].sum(0).max()), "blocks": blocks}
+    blocks = grid_blocks(shape, MULTIPROCESSORS[architecture])
+    division = make_division(shape, rows, blocks, torch.device("cpu"))
+    return {"jobs": division.jobs.shape[1], "block_tiles": division.most_tiles, "blocks": blocks}

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tarflow_fast import BackendError
-from tarflow_fast.backend.cuda.pack import TILE, LinearSize, linear_sizes
+from tarflow_fast.backend.cuda.pack import TILE, LinearSize
 from tarflow_fast.backend.cuda.plan import (
     MOST_SLOTS,
     MOST_SPLITS,
     choose_splits,
     count_tiles,
+    divide,
+    early_keys,
     fetches,
     grid_blocks,
     make_plan,
@@ -26,17 +28,27 @@ from tarflow_fast.models.config import TarFlowConfig
 AFHQ = TarFlowConfig(3, 256, 8, 768, 8, 8, num_classes=3).block_shape
 IMAGENET64 = TarFlowConfig(3, 64, 2, 768, 8, 8, num_classes=1000).block_shape
 H200, A100 = 232448, 166912  # bytes of shared memory that a block can have
-some_sizes = st.lists(st.builds(LinearSize, st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=12)
+some_sizes = st.lists(
+    st.builds(LinearSize, st.integers(1, 40), st.integers(8, 12), st.integers(0, 3)), min_size=1, max_size=12
+)
 
 
 @given(sizes=some_sizes, blocks=st.integers(1, 30))
 def test_every_tile_is_one_blocks(sizes: list[LinearSize], blocks: int) -> None:
+    """Or one block's for each part of its inputs. Blocks have about as many tiles as others that have the same part."""
     work = share(sizes, blocks)
-    for (tiles, _), of_layer in zip(sizes, work.tolist(), strict=True):
-        taken = [tile for first, count in of_layer for tile in range(first, first + count)]
-        assert sorted(taken) == list(range(tiles))
-        counts = [count for _, count in of_layer]
-        assert max(counts) - min(counts) <= 1
+    for size, of_layer in zip(sizes, work.tolist(), strict=True):
+        taken = [unit for first, count in of_layer for unit in range(first, first + count)]
+        parts = 1 << size.halvings
+        assert sorted(taken) == list(range(size.tiles * parts))
+        if blocks < parts:
+            groups = {0: [count for _, count in of_layer]}
+        else:
+            for first, count in of_layer:  # no block has tiles of two parts
+                assert count == 0 or first // size.tiles == (first + count - 1) // size.tiles
+            groups = {p: [count for first, count in of_layer if first // size.tiles == p] for p in range(parts)}
+        for counts in groups.values():
+            assert max(counts) - min(counts) <= 1
 
 
 @given(sizes=some_sizes, blocks=st.integers(1, 30), slot_tiles=st.integers(1, 12))
@@ -50,9 +62,11 @@ def test_blocks_fetch_their_tiles_in_order(sizes: list[LinearSize], blocks: int,
             assert 0 <= count <= slot_tiles
             fetched += range(place, place + count)
         wanted = []
-        for (tiles, k_tiles), (first, count) in zip(sizes, work[:, block].tolist(), strict=True):
-            wanted += range(begin + first * k_tiles, begin + (first + count) * k_tiles)
-            begin += tiles * k_tiles
+        for size, (first, count) in zip(sizes, work[:, block].tolist(), strict=True):
+            for part, tile in (divmod(unit, size.tiles) for unit in range(first, first + count)):
+                of_part = range(*size.part(part))
+                wanted += [begin + tile * size.k_tiles + k for k in of_part]
+            begin += size.tiles * size.k_tiles
         assert fetched == wanted
         counts = jobs[block, :, 1]
         assert not counts[int((counts > 0).sum()) :].any()  # a 0 ends the list
@@ -60,10 +74,11 @@ def test_blocks_fetch_their_tiles_in_order(sizes: list[LinearSize], blocks: int,
 
 @pytest.mark.parametrize("shape", [AFHQ, IMAGENET64], ids=["AFHQ", "ImageNet"])
 @pytest.mark.parametrize("blocks", [108, 132, 148])
-def test_blocks_fetch_about_as_much(shape: BlockShape, blocks: int) -> None:
-    sizes = linear_sizes(shape)
+@pytest.mark.parametrize("rows", [2, 64])
+def test_blocks_fetch_about_as_much(shape: BlockShape, blocks: int, rows: int) -> None:
+    sizes = divide(shape, rows)
     tiles = fetches(sizes, share(sizes, blocks), slot_inputs(shape))[:, :, 1].sum(1)
-    assert tiles.sum() == sum(n * k for n, k in sizes)
+    assert tiles.sum() == sum(size.tiles * size.k_tiles for size in sizes)
     assert tiles.max() <= 1.06 * tiles.double().mean()
 
 
@@ -127,6 +142,23 @@ def test_a_model_too_wide_is_refused() -> None:
         make_plan(
             wide, torch.float32, rows=1, most_rows=8, warps=8, jobs=10, block_tiles=10, blocks=132, shared_bytes=H200
         )
+
+
+def test_inputs_are_halved_as_far_as_parts_have_something_for_each_warp() -> None:
+    """Those of proj and fc2, and for few rows into two parts, which every block adds up."""
+    small = TarFlowConfig(1, 8, 2, 64, 2, 1).block_shape
+
+    def halvings(shape: BlockShape, rows: int) -> list[int]:
+        return [size.halvings for size in divide(shape, rows)][:5]
+
+    assert [halvings(AFHQ, rows) for rows in (1, 16, 17)] == [[0, 0, 1, 0, 1], [0, 0, 1, 0, 1], [0, 0, 2, 0, 3]]
+    assert [halvings(small, rows) for rows in (1, 64)] == [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]]
+    assert divide(AFHQ, 64)[-1].halvings == 0
+
+
+def test_keys_are_asked_for_early_as_far_as_the_cache_keeps_them() -> None:
+    assert early_keys(AFHQ, torch.bfloat16, 132, 50 << 20) == 517
+    assert early_keys(AFHQ, torch.float32, 82, 6 << 20) == 49
 
 
 @given(pairs=st.integers(1, 1000), tokens=st.integers(1, 4096), blocks=st.integers(1, 200))

@@ -51,6 +51,29 @@ def test_the_same_bits_in_any_shared_memory(device: Any, monkeypatch: pytest.Mon
 
 
 @IN_EMULATION
+@pytest.mark.parametrize(("batch", "halvings"), [(2, (1, 1)), (9, (2, 3))])
+def test_the_same_bits_where_blocks_share_the_inputs_of_a_tile(
+    batch: int, halvings: tuple[int, int], device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of proj and fc2 in parts: of all parts in one block, of blocks for each, and with few keys asked for early."""
+    monkeypatch.setattr(cuda_plan, "LEAST_K_TILES", 1)
+    model = random_model(8, img_size=4, channels=64, head_dim=32, layers_per_block=2)
+    z, condition = random_latents(model, batch), Condition(None, GUIDED)
+    wanted = None
+    for dtype in (torch.float32, torch.bfloat16):
+        for multiprocessors in (1, 3, 9):
+            device(multiprocessors)
+            engine = engine_of(model, 0, dtype)
+            engine._early_keys = multiprocessors
+            plan = engine.plan(2 * batch)
+            assert (plan.proj_halvings, plan.fc2_halvings) == halvings
+            got = inverse(engine, z, condition)
+            wanted = got if multiprocessors == 1 else wanted
+            assert all(map(torch.equal, got, wanted))
+        assert_close(got[0], expected(model, 0, z, condition)[0], GOLDEN if dtype == torch.float32 else 0.1)
+
+
+@IN_EMULATION
 @pytest.mark.parametrize("batch", [1, 13])
 def test_blocks_of_eight_warps_as_on_a_gpu(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(8))
