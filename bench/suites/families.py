@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import math
 import time
@@ -33,16 +34,19 @@ IMAGES = "images"
 DATA = ("moons", "checkerboard", "breast-cancer", IMAGES, "dna", "sphere")
 BATCH, IMAGE_BATCH = 256, 64
 IMAGE_STEPS = 2000  # of images at most, as a demonstration has a number of epochs
+IMAGE_ODE = (("solver", "midpoint"), ("steps", 16))
 IMAGE_LR, WARM, CLIP = 1e-3, 100, 1.0
+STAGES = 1000  # parts of the time of training, by whose number families that train in stages know where they are
 PER = 1000  # samples, whose time is told
-TRIAL = 8  # steps by which the time of the rest is reckoned, the first two apart
+GROWTH = 16  # times as many samples are tried next, at most
 POINTS, PICTURES, TEXTS = 400, 4, 3  # samples that a record keeps
 COLUMNS = (
-    "data: {data} | family: {family} | held-out nats: {log_prob:.2f} | ±: {standard_error:.2f} | "
+    "data: {data} | family: {family} | held-out nats: {log_prob:.2f} | ±: {standard_error:.2f} | of: {held_out} | "
     "bits/dim: {bits:.3f} | parameters: {parameters:,} | steps: {steps} | training s: {training:.1f} | "
-    "sample s: {sample[median]:.3g} | passes: {sample[evaluations]} | density s: {density[median]:.3g} | "
-    "passes: {density[evaluations]} | inverse: {reconstruction:.0e}"
+    "sample s: {drawn} | passes: {passes[0]} | density s: {scored} | passes: {passes[1]} | "
+    "inverse: {reconstruction:.0e}"
 )
+FEWER = "* from fewer than {:,} samples, as so many would have taken too long; the record has their count"
 
 
 @functools.lru_cache(2)
@@ -54,29 +58,25 @@ def data_of(name: str, split: str, images: Path | None) -> FlowData:
 def fit(model: FamilyFlow, data: FlowData, most: int, seconds: float, seed: int) -> int:
     """Trains for so many seconds, or `most` steps of Adam where that is sooner; returns the number of steps.
 
-    The learning rate rises for 100 steps, at most a tenth of all, and falls to 0 in a straight line.
+    The learning rate rises for 100 steps, at most a tenth of all, and falls to 0 with the time that is left.
     """
     rate = IMAGE_LR if data.kind == IMAGES else FAMILIES[model.name].lr
     optimizer, random = torch.optim.Adam(model.parameters(), rate), torch.Generator().manual_seed(seed)
     batch = min(IMAGE_BATCH if data.kind == IMAGES else BATCH, len(data))
-    step, steps, started = 0, most, 0.0
+    step, done, started = 0, 0.0, time.perf_counter()
     model.train()
-    while step < steps:
-        if step == 2:
-            started = time.perf_counter()
-        if step == TRIAL:
-            steps = max(TRIAL, min(most, int(seconds * (TRIAL - 2) / (time.perf_counter() - started))))
-        warm = min(1.0, (step + 1) / min(WARM, 1 + steps // 10))
-        optimizer.param_groups[0]["lr"] = rate * warm * (1 - step / steps)
+    while done < 1:
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, max((step + 1) / WARM, 10 * done)) * (1 - done)
         x = data.values[torch.randint(len(data), (batch,), generator=random)]
-        model.at_step(step, steps)
+        model.at_step(int(done * STAGES), STAGES)
         optimizer.zero_grad()
         model.loss(x.float() if data.levels else x, generator=random).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         step += 1
+        done = max(step / most, (time.perf_counter() - started) / seconds)
     model.eval()
-    return steps
+    return step
 
 
 def pack(samples: Tensor, data: FlowData) -> Any:
@@ -104,20 +104,23 @@ class Families(Suite):
     """Every family of flow on the same data: how well it fits them, and what its samples and densities cost.
 
     Each is trained with its default options, for the same time on the same machine, by Adam; where the epochs of
-    `tarflow-fast train` take less, for those. Then it draws and evaluates 1,000 samples, or 50 where all would take
-    longer than twice --budget, and is scored on 1,000 that were held out, then on 200. Nats are of log p(x), the higher
-    the better; for images and tokens bits/dim say the same, the lower the better. Densities of cnf, flow-matching,
-    rectified and riemannian are an ODE's, those of residual (images) and discrete are an estimate and a bound.
+    `tarflow-fast train` take less, for those. Then it draws and evaluates 1,000 samples, and is scored on 1,000 that
+    were held out; on fewer where that takes longer than twice --budget, or four times for what is held out. So no cell
+    takes much longer than its training and ten times --budget. Nats are of log p(x), the higher the better; for images
+    and tokens bits/dim say the same, the lower the better. Densities of cnf, flow-matching, rectified and riemannian
+    are an ODE's, those of residual (images) and discrete are an estimate and a bound. ODEs of images are solved in 16
+    steps of the midpoint method, others to a tolerance.
 
     \b
     Columns of the table:
-      held-out nats, ±   the mean of log p(x), and its standard error
+      held-out nats, ±   the mean of log p(x) of so many held-out samples, and its standard error
       training s, steps  how long it was trained, and by how many steps
       sample s, passes   the time for 1,000 samples, and the evaluations of the network where that is not one
       density s, passes  the same for log p of 1,000
       inverse            max |inverse(forward(x)) − x|
 
-    The record of all that is measured by default takes some 15 minutes on two cores:
+    A second table has a row for each family, with what it is for, as Markdown. The record of all that is measured by
+    default takes some 15 minutes on two cores:
 
       python -m bench families --images /usr/share/datasets/fashion-mnist
     """
@@ -129,8 +132,10 @@ class Families(Suite):
         options.option("--images", type=click.Path(exists=True, path_type=Path), metavar="PATH",
                        help="A folder or file of images with a train and a test split, Fashion-MNIST's say; without "
                        "it none are measured.", show_default=False),
-        options.option("--seconds", type=click.FloatRange(0, min_open=True), default=12.0,
+        options.option("--seconds", type=click.FloatRange(0, min_open=True), default=10.0,
                        help="How long each model is trained."),
+        options.option("--image-seconds", type=click.FloatRange(0, min_open=True), default=25.0,
+                       help="How long each model of images is trained."),
         options.count("--samples", "Samples that are drawn, evaluated and scored.", default=1000),
         options.THREADS,
         *options.of_every_suite("families", 4.0),
@@ -158,20 +163,24 @@ class Families(Suite):
         return {"label": case.label, "check": harness.check_of(reason), **found}
 
     def _measured(self, name: str, family: str) -> dict[str, Any]:
-        chosen = self.chosen
+        chosen, of_images = self.chosen, name == IMAGES
         train, test = (data_of(name, split, chosen.images) for split in ("train", "test"))
         torch.manual_seed(chosen.seed)
-        model = model_for(FlowConfig(family), train, 0)
-        most = IMAGE_STEPS if name == IMAGES else DEMONSTRATIONS[name].epochs * math.ceil(len(train) / BATCH)
+        solved = any(field.name == "solver" for field in dataclasses.fields(FAMILIES[family].load().Options))
+        given = IMAGE_ODE if of_images and solved else ()
+        model = model_for(FlowConfig(family, given), train, 0)
+        most = IMAGE_STEPS if of_images else DEMONSTRATIONS[name].epochs * math.ceil(len(train) / BATCH)
         started = time.perf_counter()
-        steps = fit(model, train, most, chosen.seconds, chosen.seed)
-        found = {"steps": steps, "training": time.perf_counter() - started}
+        steps = fit(model, train, most, chosen.image_seconds if of_images else chosen.seconds, chosen.seed)
+        found = {"steps": steps, "training": time.perf_counter() - started, "options": dict(given)}
         model.requires_grad_(False)
         random = torch.Generator().manual_seed(chosen.seed)
         drawn, sampling = self._timed("sample", model, lambda n: model.sample(n, generator=random))
         x = drawn.repeat(math.ceil(chosen.samples / len(drawn)), *(1 for _ in drawn.shape[1:]))
         _, density = self._timed("density", model, lambda n: model.log_prob(x[:n], generator=random))
-        held_out = test.spread(max(1, density["count"], chosen.samples // 5))
+        # A score takes a density and, of some, the inverse there and back.
+        afforded = int(4 * chosen.budget_seconds * PER / (3 * density["median"]))
+        held_out = test.spread(max(2, min(afforded, chosen.samples)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TarFlowWarning)  # the table has the error of the inverse
             score = flow_score(model, held_out, seed=chosen.seed)
@@ -179,8 +188,10 @@ class Families(Suite):
             **found,
             "log_prob": score.log_prob,
             "standard_error": score.standard_error,
+            "held_out": score.samples,
             "bits": score.bits_per_dim,
             "reconstruction": score.reconstruction,
+            "figures": score.figures,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "runs": [sampling, density],
             "samples": pack(drawn, train),
@@ -189,24 +200,47 @@ class Families(Suite):
     def _timed(self, way: str, model: FamilyFlow, run: Callable[[int], Tensor]) -> tuple[Tensor, Any]:
         """Returns what `run` makes of so many samples, and its seconds for each 1,000 of them.
 
-        A twentieth is tried first, and it has to do where all would take longer than twice the budget.
+        One is tried first, and then more, as many as are reckoned to take twice the budget at most.
         """
-        made: list[Tensor] = []
-        count = max(1, self.chosen.samples // 20)
+        wanted, allowed, count = self.chosen.samples, 2 * self.chosen.budget_seconds, 1
         run(1)  # what is made at the first call is not of the time
-        seconds = [self.rounds.seconds(lambda: made.append(run(count)))]
+        made, taken = self._once(run, 1)
+        while count < wanted and 2 * taken < allowed:
+            count = min(wanted, GROWTH * count, max(count + 1, int(count * allowed / taken)))
+            made, taken = self._once(run, count)
         evaluations = model.evaluations()
-        if seconds[0] * 20 < 2 * self.chosen.budget_seconds:
-            count = self.chosen.samples
-            seconds = self.rounds.share(0.5).alternate({way: lambda: made.append(run(count))})[way]
-        seconds = [each * PER / count for each in seconds]
-        return made[-1], harness.timed(way, seconds, count=count, evaluations=evaluations)
+        again = {way: lambda: run(count)} if count == wanted and taken < allowed else {}
+        seconds = self.rounds.share(0.5).alternate(again).get(way, [taken])
+        return made, harness.timed(way, [each * PER / count for each in seconds], count=count, evaluations=evaluations)
+
+    def _once(self, run: Callable[[int], Tensor], count: int) -> tuple[Tensor, float]:
+        """Returns what `run` makes of so many samples, and the seconds that it takes."""
+        made: list[Tensor] = []
+        seconds = self.rounds.seconds(lambda: made.append(run(count)))
+        return made[0], seconds
 
     def lines(self, record: Any) -> list[str]:
-        parts = [{**cell, **cell["label"], **{run["name"]: run for run in cell["runs"]}} for cell in record["cells"]]
-        parts = [part for part in parts if part["runs"]]
+        parts = [
+            {**cell, **cell["label"], **{run["name"]: run for run in cell["runs"]}}
+            for cell in record["cells"]
+            if cell["runs"]
+        ]
+        wanted = record["settings"]["samples"]
+        for part in parts:
+            runs = part["sample"], part["density"]
+            part |= dict(zip(("drawn", "scored"), (_seconds(run, wanted) for run in runs), strict=True))
+            part["passes"] = [run["evaluations"] or 1 for run in runs]
+        fewer = [FEWER.format(wanted)] if any("*" in part["drawn"] + part["scored"] for part in parts) else []
         texts = [f"{part['data']}, {part['family']}: {', '.join(part['samples'])}" for part in parts if _is_text(part)]
-        return [*table(COLUMNS, parts, 2), *([""] if texts else []), *texts, *self.failed(record)]
+        return [
+            *table(COLUMNS, parts, 2),
+            *fewer,
+            *([""] if texts else []),
+            *texts,
+            "",
+            *by_family(parts),
+            *self.failed(record),
+        ]
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns a panel for each family and data: samples as points, of tables their first two columns, or images."""
@@ -226,9 +260,41 @@ class Families(Suite):
                 x, y = samples.astype(float).T.tolist()
                 panel.series.append(plot.Series("samples", x, y, style))
             panels.append(panel)
-        seconds = f"{record['settings']['seconds']:g} s of training each"
+        settings = record["settings"]
+        seconds = f"{settings['seconds']:g} s of training each, {settings['image_seconds']:g} s of images"
         below = f"{hardware(record)}, torch {record['machine']['torch']}, {seconds}"
         return plot.draw(panels or [plot.Panel()], 8, (1.7, 1.8), below)
+
+
+def by_family(parts: list[Any]) -> list[str]:
+    """Returns a Markdown table with a row for each family: what it is for, how well it fits, and what it costs.
+
+    Fit is in nats, the higher the better, or in bits/dim of images and tokens, the lower the better. Times are for
+    1,000 samples and 1,000 densities, of the first data that the family has, and of images.
+
+    parts: cells with their labels and runs by name.
+    """
+    data = list(dict.fromkeys(part["data"] for part in parts))
+    units = {part["data"]: "nats" if part["bits"] is None else "bits/dim" for part in parts}
+    head = ["`--flow`", "what for", *(f"{name}, {units[name]}" for name in data)]
+    times = ["1,000 samples / densities", *(["of images"] if IMAGES in data else [])]
+    rows = [[*head, *times], ["---"] * 2 + ["---:"] * (len(data) + len(times))]
+    for family in dict.fromkeys(part["family"] for part in parts):
+        of = {part["data"]: part for part in parts if part["family"] == family}
+        fits = [_fit(of[name]) if name in of else "" for name in data]
+        costs = [f"{part['drawn']} / {part['scored']} s" for part in of.values()]
+        costs = [costs[0], costs[-1] if IMAGES in of else ""][: len(times)]
+        rows.append([f"`{family}`", FAMILIES[family].purpose, *fits, *costs])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _fit(part: Any) -> str:
+    return f"{part['log_prob']:.2f}" if part["bits"] is None else f"{part['bits']:.2f}"
+
+
+def _seconds(run: Any, wanted: int) -> str:
+    """Returns the time of a run, marked where it is of fewer samples than were wanted."""
+    return f"{run['median']:.3g}{'*' if run['count'] < wanted else ''}"
 
 
 def _is_text(cell: Any) -> bool:

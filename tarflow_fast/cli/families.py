@@ -122,20 +122,18 @@ def score_family(
     **how: Any,
 ) -> FlowScore:
     """Returns what `eval` measures of a model on data. how: the arguments of `load_flow_data`."""
-    import torch
-
     from ..data import load_flow_data
+    from ..devices import torch_threads
     from ..evaluation import flow_score
 
     model = load_family(path, device)
-    if threads is not None:
-        torch.set_num_threads(threads)
     kind = model.metadata.get("kind")
     if kind == "images":
         channels, height, width = model.data_shape
         how |= {"size": (height, width), "channels": channels}
     data = load_flow_data(data_path, manifold=kind if kind in ("sphere", "torus") else None, **how)
-    return flow_score(model, data if limit is None else data.spread(limit), batch_size=batch_size, seed=seed)
+    with torch_threads(threads):
+        return flow_score(model, data if limit is None else data.spread(limit), batch_size=batch_size, seed=seed)
 
 
 def score_lines(found: FlowScore, path: str, data_path: str) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .maf import MAF
 
 
@@ -13,11 +11,5 @@ class IAF(MAF):
     It is MAF with data and latents exchanged. Training by maximum likelihood asks for the density of data, the slow
     direction, by zuko's own D passes, so that this family is for few dimensions.
     """
-
-    @dataclass(frozen=True)
-    class Options(MAF.Options):
-        """The options of an inverse autoregressive flow are those of a masked autoregressive one."""
-
-        transforms: int = 6
 
     inverted = True

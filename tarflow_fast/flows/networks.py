@@ -11,18 +11,26 @@ from torch.nn import functional as F
 
 
 class Perceptron(nn.Module):
-    """params = network([x, c]), (B, outputs, *shape): fully connected layers with SiLU.
+    """params = network([x, waves of x, c]), (B, outputs, *shape): fully connected layers with SiLU.
 
     shape: the shape of x without its batch. outputs: how many parameters each value of x gets. hidden: the widths of
-    the hidden layers. classes: the width of the context c, 0 for none. zeroed: whether the last layer begins at zero.
+    the hidden layers. classes: the width of the context c, 0 for none. octaves: how many pairs of `waves` the network
+    sees of x. zeroed: whether the last layer begins at zero.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], outputs: int, hidden: tuple[int, ...], classes: int = 0, *, zeroed: bool = True
+        self,
+        shape: tuple[int, ...],
+        outputs: int,
+        hidden: tuple[int, ...],
+        classes: int = 0,
+        *,
+        octaves: int = 0,
+        zeroed: bool = True,
     ):
         super().__init__()
-        self.shape = (outputs, *shape)
-        widths = (math.prod(shape) + classes, *hidden, math.prod(self.shape))
+        self.shape, self.octaves = (outputs, *shape), octaves
+        widths = (math.prod(shape) * (1 + 2 * octaves) + classes, *hidden, math.prod(self.shape))
         layers: list[nn.Module] = []
         for width, following in pairwise(widths):
             layers += [nn.Linear(width, following), nn.SiLU()]
@@ -32,8 +40,9 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the parameters, (B, outputs, *shape). x: (B, *shape). context: (B, classes), or None."""
-        inputs = x.flatten(1) if context is None else torch.cat([x.flatten(1), context], 1)
-        return self.layers(inputs).unflatten(1, self.shape)
+        x = x.flatten(1)
+        inputs = [x, *waves(x, self.octaves), *([] if context is None else [context])]
+        return self.layers(torch.cat(inputs, 1)).unflatten(1, self.shape)
 
 
 class Convolutions(nn.Module):
@@ -64,6 +73,11 @@ class Convolutions(nn.Module):
         for block in self.blocks:
             h = h + block(h)
         return self.last(F.silu(h)).unflatten(1, (self.outputs, x.shape[1]))
+
+
+def waves(x: Tensor, octaves: int) -> list[Tensor]:
+    """Returns sin 2ᵏx and cos 2ᵏx for k < octaves, by which a network learns sharp edges sooner. x: (B, D)."""
+    return [wave(x * 2.0**k) for k in range(octaves) for wave in (torch.sin, torch.cos)]
 
 
 def zero(layer: nn.Module) -> None:

@@ -24,7 +24,8 @@ class ODEOptions:
     """The options that all flows of ODEs have.
 
     Attributes:
-        width: The width of the network: units of the MLP of vectors, channels of the U-Net of images.
+        width: For vectors, the units of the MLP.
+        channels: For images, the channels of the U-Net at its finer resolution; the coarser one has twice as many.
         blocks: The number of residual blocks, for images at each resolution.
         octaves: How many octaves of sines and cosines of vectors their network sees beside them. They make edges
             sharper, and the ODE stiffer.
@@ -39,6 +40,7 @@ class ODEOptions:
     """
 
     width: int = 128
+    channels: int = 32
     blocks: int = 3
     octaves: int = 3
     solver: Method = "dopri5"
@@ -50,6 +52,7 @@ class ODEOptions:
 
     def __post_init__(self) -> None:
         check_count("width", self.width)
+        check_count("channels", self.channels)
         check_count("blocks", self.blocks)
         check_count("octaves", self.octaves, low=0, high=16)
         self.ode()
@@ -191,4 +194,5 @@ class ODEFlow(FamilyFlow):
     def _network(self) -> torch.nn.Module:
         """Returns the network of the velocity."""
         o = self.options
-        return velocity_network(self.data_shape, self.num_classes, o.width, o.blocks, o.octaves)
+        size = o.channels if len(self.data_shape) == 3 else o.width
+        return velocity_network(self.data_shape, self.num_classes, size, o.blocks, o.octaves)

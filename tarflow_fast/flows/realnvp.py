@@ -27,6 +27,8 @@ class RealNVP(FamilyFlow):
         Attributes:
             couplings: For vectors, the number of couplings.
             hidden: For vectors, the widths of the hidden layers of each coupling's network.
+            octaves: For vectors, how many octaves of sines and cosines of the values each network sees beside them, by
+                which it learns sharp edges.
             scales: For images, the number of scales.
             per_scale: For images, the number of couplings with one kind of mask in each scale.
             width: For images, the channels of each coupling's network.
@@ -36,6 +38,7 @@ class RealNVP(FamilyFlow):
 
         couplings: int = 8
         hidden: tuple[int, ...] = (64, 64)
+        octaves: int = 2
         scales: int = 3
         per_scale: int = 2
         width: int = 32
@@ -46,6 +49,7 @@ class RealNVP(FamilyFlow):
             for name in ("couplings", "scales", "per_scale", "width"):
                 check_count(name, getattr(self, name))
             check_count("blocks", self.blocks, low=0)
+            check_count("octaves", self.octaves, low=0, high=16)
             check_flag("actnorm", self.actnorm)
 
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
@@ -58,8 +62,9 @@ class RealNVP(FamilyFlow):
 
     def _vector_steps(self) -> list[Bijection]:
         steps: list[Bijection] = []
-        for k in range(self.options.couplings):
-            network = Perceptron(self.data_shape, 2, self.options.hidden, self.num_classes)
+        o = self.options
+        for k in range(o.couplings):
+            network = Perceptron(self.data_shape, 2, o.hidden, self.num_classes, octaves=o.octaves)
             steps += [*self._norm(self.data_shape), Coupling(alternating(self.data_shape, odd=k % 2 == 1), network)]
         return steps
 

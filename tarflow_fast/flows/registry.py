@@ -31,14 +31,14 @@ class Family:
         purpose: What the family is for, in one sentence without a full stop.
         kinds: The kinds of data that it takes, of `DIMENSIONS`.
         lr: The highest learning rate with which it learns demonstrations, but for images.
-        passes: How many times the epochs of a demonstration that are not images it takes to learn it well.
+        passes: How many times the epochs of a demonstration it takes to learn it well, or has time for, but for images.
     """
 
     where: str
     purpose: str
     kinds: tuple[str, ...]
     lr: float = 2e-3
-    passes: int = 1
+    passes: float = 1
 
     def load(self) -> type[FamilyFlow]:
         """Returns the class. Raises BackendError where a library is missing that the family is made of."""
@@ -78,7 +78,12 @@ FAMILIES: dict[str, Family] = {
         ("vectors", "images"),
         passes=2,
     ),
-    "iaf": Family("iaf.IAF", "Samples in one pass, a density value by value, for few dimensions", ("vectors",)),
+    "iaf": Family(
+        "iaf.IAF",
+        "Samples in one pass, a density value by value, for few dimensions",
+        ("vectors",),
+        passes=3,
+    ),
     "spline-coupling": Family(
         "spline.SplineCoupling",
         "Flexible and fast both ways: couplings by splines",
@@ -101,6 +106,7 @@ FAMILIES: dict[str, Family] = {
         "FFJORD: one free-form ODE, trained on its own likelihood",
         ("vectors", "images"),
         lr=5e-3,
+        passes=0.3,
     ),
     "flow-matching": Family(
         "flow_matching.FlowMatching",
@@ -120,7 +126,6 @@ FAMILIES: dict[str, Family] = {
         "discrete.DiscreteFlowMatching",
         "Sequences of tokens, by a Markov chain from masks or noise",
         ("tokens",),
-        lr=1e-3,
     ),
     "riemannian": Family(
         "riemannian.RiemannianFlowMatching",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ArgumentError
+from .networks import waves
 
 FREQUENCIES = 4  # of the features of time
 
@@ -32,7 +33,7 @@ class VectorVelocity(nn.Module):
     def __init__(self, features: int, outputs: int, num_classes: int, width: int, blocks: int, octaves: int = 0):
         """features: the size of x. outputs: the size of v. num_classes: C. width: of h. blocks: how many there are.
 
-        octaves: how many pairs sin 2ᵏx, cos 2ᵏx the network sees beside x, by which it learns sharp edges sooner.
+        octaves: how many pairs of `waves` the network sees beside x.
         """
         super().__init__()
         self.octaves = octaves
@@ -49,8 +50,7 @@ class VectorVelocity(nn.Module):
 
         x: (B, features). t: () or (B,), time. context: (B, C) one-hot classes, or None where there are no classes.
         """
-        waves = [wave(x * 2.0**k) for k in range(self.octaves) for wave in (torch.sin, torch.cos)]
-        given = [x, *waves, time_features(t.to(x.dtype), len(x))]
+        given = [x, *waves(x, self.octaves), time_features(t.to(x.dtype), len(x))]
         h = self.enter(torch.cat(given if context is None else [*given, context.to(x.dtype)], dim=1))
         for block in self.blocks:
             h = h + block(h)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import DEMONSTRATIONS, FlowData, load_flow_data
 from ..devices import own_defaults
-from ..errors import ArgumentError, TarFlowError
+from ..errors import ArgumentError
 from ..evaluation import flow_score
 from ..flows import FAMILIES, FamilyFlow, Preprocessed, build, describe, draw_picture, load, save
 from ..flows.registry import known_one
@@ -21,6 +21,7 @@ from .config import TrainConfig
 from .flow_config import FlowConfig
 from .learner import Forward, Learner, Outcome, Row, precision
 from .monitor import LayerMonitor
+from .outputs import is_written, write_model
 from .processes import Processes
 
 
@@ -141,18 +142,10 @@ class FamilyLearner(Learner):
         return self._monitor.row()
 
     def is_written(self, average: nn.Module, path: Path) -> bool:
-        try:
-            found = load(path)
-        except (TarFlowError, OSError):
-            return False
-        weights = average.state_dict()
-        same = all(torch.equal(value, weights[key].cpu()) for key, value in found.state_dict().items())
-        return same and describe(found) == describe(_family(average))
+        return is_written(_family(average), path, load, describe)
 
     def write(self, average: nn.Module, path: Path) -> None:
-        save(_family(average), path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        write_model(_family(average), path, save)
 
     def evaluate(self, average: nn.Module) -> Row:
         assert self.held_out is not None

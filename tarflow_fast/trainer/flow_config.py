@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -82,4 +83,4 @@ def defaults_for(flow: str, data: object) -> dict[str, Any]:
     family = FAMILIES.get(flow)
     if family is None or demonstration.kind == "images":
         return {**DEFAULTS, "epochs": demonstration.epochs}
-    return {**DEFAULTS, "epochs": demonstration.epochs * family.passes, "lr": family.lr}
+    return {**DEFAULTS, "epochs": math.ceil(demonstration.epochs * family.passes), "lr": family.lr}

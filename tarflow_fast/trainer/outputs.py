@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from ..checkpoints import load, save
 from ..data import ImageData
 from ..errors import TarFlowError
 from ..evaluation import Noise, bits_per_dim
@@ -19,20 +21,25 @@ from .config import TrainConfig
 MODEL, SAMPLES = "model.safetensors", "samples"
 UNCONDITIONAL_COLUMNS = 8
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def is_written(model: TarFlow, path: Path) -> bool:
-    """Returns whether the file has this model: a run may be killed between its checkpoint and its model."""
+
+def is_written(model: Model, path: Path, load: Callable[[Path], Model], facts: Callable[[Model], object]) -> bool:
+    """Returns whether the file has this model: a run may be killed between its checkpoint and its model.
+
+    load: reads such a file. facts: what a model is beside its weights.
+    """
     try:
         found = load(path)
     except (TarFlowError, OSError):
         return False
     weights = model.state_dict()
     same = all(torch.equal(value, weights[key].cpu()) for key, value in found.state_dict().items())
-    return same and (found.config, found.metadata) == (model.config, model.metadata)
+    return same and facts(found) == facts(model)
 
 
-def write_model(model: TarFlow, path: Path) -> None:
-    """Writes the model, and waits until the disk has it."""
+def write_model(model: Model, path: Path, save: Callable[[Model, Path], object]) -> None:
+    """Writes the model by `save`, and waits until the disk has it."""
     save(model, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())

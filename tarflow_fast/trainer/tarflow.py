@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints import load, save
 from ..data import ImageData, renamed
 from ..devices import own_defaults
 from ..errors import ArgumentError
@@ -105,10 +106,10 @@ class TarFlowLearner(Learner):
         return lines
 
     def is_written(self, average: nn.Module, path: Path) -> bool:
-        return is_written(_tarflow(average), path)
+        return is_written(_tarflow(average), path, load, lambda model: (model.config, model.metadata))
 
     def write(self, average: nn.Module, path: Path) -> None:
-        write_model(_tarflow(average), path)
+        write_model(_tarflow(average), path, save)
 
     def evaluate(self, average: nn.Module) -> Row:
         assert self.held_out is not None

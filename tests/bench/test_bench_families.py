@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from PIL import Image
 from stand_in import bench
 from torch import Tensor
 
-from bench.common import record
+from bench.common import harness, record
 from bench.suites import families
 from bench.suites.families import SUITE, fit, pack, unpack
 from tarflow_fast.data import FlowData, load_flow_data
@@ -31,7 +32,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(out: Path, *more: Any) -> Any:
-    sizes = ("--seconds", 100, "--samples", 20, "--repeat", 2, "--budget", 1000, "--threads", 1)
+    sizes = ("--seconds", 100, "--image-seconds", 100, "--samples", 20, "--repeat", 2, "--budget", 1000, "--threads", 1)
     return bench("families", *sizes, "--out", out, *more)
 
 
@@ -39,43 +40,85 @@ def run(out: Path, *more: Any) -> Any:
 def test_end_to_end(tmp_path: Path) -> None:
     out, pixels = tmp_path / "run.json", np.random.default_rng(0).integers(0, 256, (2, 40, 1, 8, 8), np.uint8)
     np.savez(tmp_path / "pictures.npz", x_train=pixels[0], x_test=pixels[1])
-    chosen = ("--family", "nice", "--family", "residual", "--data", "moons", "--data", "sphere", "--data", "images")
+    names = ("nice", "residual", "flow-matching")
+    chosen = tuple(part for name in names for part in ("--family", name))
+    chosen += ("--data", "moons", "--data", "sphere", "--data", "images")
     result = run(out, *chosen, "--images", tmp_path / "pictures.npz")
     assert result.exit_code == 0, result.output
     made = record.read(out)
     labels = [(cell["label"]["data"], cell["label"]["family"]) for cell in made["cells"]]
-    assert labels == [(data, family) for data in ("moons", "images") for family in ("nice", "residual")]
+    assert labels == [(data, family) for data in ("moons", "images") for family in names]
     assert made["settings"]["images"] == "pictures.npz"
     for cell in made["cells"]:
         assert cell["check"]["passed"]
         assert cell["steps"] == 3
         assert cell["training"] > 0
-        assert cell["reconstruction"] < 1e-3
+        assert cell["reconstruction"] < 1e-2
+        assert cell["held_out"] == 20
+        of_ode = cell["label"] == {"data": "images", "family": "flow-matching"}
+        assert cell["options"] == ({"solver": "midpoint", "steps": 16} if of_ode else {})
         assert (cell["bits"] is None) == (cell["label"]["data"] == "moons")
         sample, density = cell["runs"]
         assert (sample["name"], density["name"]) == ("sample", "density")
         assert sample["count"] == density["count"] == 20
         assert len(sample["seconds"]) >= 1
         assert (sample["evaluations"] is None) == (cell["label"]["family"] == "nice")
-        assert density["evaluations"] is None
+        assert (density["evaluations"] is None) == (cell["label"]["family"] != "flow-matching")
+        if of_ode:
+            assert (sample["evaluations"], density["evaluations"]) == (32, 32)
     assert SUITE.table(made) in result.output
     row = next(line for line in result.output.splitlines() if line.startswith("moons") and "residual" in line)
     assert f"{made['cells'][1]['parameters']:,}" in row
+    nice = next(line for line in result.output.splitlines() if line.startswith("| `nice` | The simplest exact flow"))
+    moons, images = (cell for cell in made["cells"] if cell["label"]["family"] == "nice")
+    assert f"| {moons['log_prob']:.2f} | {images['bits']:.2f} |" in nice
+    costs = [" / ".join(f"{run['median']:.3g}" for run in cell["runs"]) for cell in (moons, images)]
+    assert nice.endswith(f"| {costs[0]} s | {costs[1]} s |")
     with Image.open(out.with_suffix(".png")) as picture:
         picture.verify()
     panels = SUITE.figure(made).axes
     assert [axes.get_title() for axes in panels] == [f"{data}\n{family}" for data, family in labels]
     assert len(panels[0].lines[0].get_xdata()) == 20
-    assert panels[3].images[0].get_array().shape == (16, 16)
+    assert panels[-1].images[0].get_array().shape == (16, 16)
     assert str(tmp_path) not in out.read_text()
 
 
 def test_what_takes_long_is_reckoned_from_few(tmp_path: Path) -> None:
     result = run(tmp_path / "run.json", "--data", "moons", "--family", "nice", "--samples", 100, "--budget", 1e-9)
     assert result.exit_code == 0, result.output
-    (cell,) = record.read(tmp_path / "run.json")["cells"]
-    assert [(each["count"], len(each["seconds"])) for each in cell["runs"]] == [(5, 1), (5, 1)]
-    assert unpack(cell["samples"]).shape == (5, 2)
+    made = record.read(tmp_path / "run.json")
+    (cell,) = made["cells"]
+    assert [(each["count"], len(each["seconds"])) for each in cell["runs"]] == [(1, 1), (1, 1)]
+    assert cell["held_out"] == 2
+    assert unpack(cell["samples"]).shape == (1, 2)
+    assert "* from fewer than 100 samples" in result.output
+    for run_of in cell["runs"]:
+        assert f"{run_of['median']:.3g}*" in SUITE.table(made)
+
+
+def test_as_many_are_timed_as_twice_the_budget_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, counts = [0.0], list[int]()
+
+    def draw(count: int) -> Tensor:
+        counts.append(count)
+        now[0] += count / 128  # seconds
+        return torch.zeros(count, 2)
+
+    def timed(budget: float) -> tuple[list[int], Any]:
+        counts.clear()
+        suite = families.Families()
+        suite.chosen = SimpleNamespace(samples=1000, repeat=3, budget_seconds=budget)
+        made, told = suite._timed("sample", build("nice", data_shape=(2,)), draw)
+        assert len(made) == told["count"]
+        assert told["median"] == pytest.approx(1000 / 128)
+        return counts, told["count"]
+
+    monkeypatch.setattr(harness.Rounds, "seconds", lambda self, run: harness.wall(run, lambda: now[0]))
+    assert timed(1 / 32) == ([1, 1, 8], 8)
+    assert timed(25 / 32) == ([1, 1, 16, 200], 200)
+    counts, count = timed(100.0)
+    assert counts == [1, 1, 16, 256, 1000, 1000, 1000, 1000]
+    assert count == 1000
 
 
 def test_what_fails_is_told_and_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +161,16 @@ def model_and_data() -> tuple[FamilyFlow, FlowData]:
 
 
 def test_training_ends_with_its_time_or_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(10_000))  # a second passes from one look at the clock to the next
+    clock = itertools.count()  # a second passes from one look at the clock to the next
     monkeypatch.setattr("bench.suites.families.time.perf_counter", lambda: float(next(clock)))
     model, data = model_and_data()
+    stages: list[float] = []
+    model.at_step = lambda step, steps: stages.append(step / steps)  # type: ignore[method-assign]
     assert fit(model, data, 5, 100.0, 0) == 5
-    assert fit(model, data, 1000, 3.0, 0) == 18  # six steps took one second
-    assert fit(model, data, 1000, 0.1, 0) == families.TRIAL
+    assert stages == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    stages.clear()
+    assert fit(model, data, 1000, 4.0, 0) == 4
+    assert stages == pytest.approx([0, 0.25, 0.5, 0.75])
     assert not model.training
 
 

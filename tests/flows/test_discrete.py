@@ -110,7 +110,8 @@ def test_training_learns_the_law(source: str) -> None:
     model = build("discrete", data_shape=(T,), vocabulary=V, source=source, width=16, heads=2, layers=1, steps=64)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(250):
+    for step in range(250):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 250)
         x = WORDS[torch.multinomial(LAW, 256, replacement=True, generator=generator)]
         optimizer.zero_grad()
         model.loss(x, generator=generator).backward()

@@ -142,13 +142,13 @@ def test_a_batch_that_is_paired_optimally_has_a_smaller_loss_at_the_start() -> N
 
 def test_images_use_hutchinsons_estimate_which_is_right_on_average() -> None:
     shape, rows = (1, 4, 8), 200
-    model = build("flow-matching", data_shape=shape, width=4, blocks=1, solver="euler", steps=1).double()
+    model = build("flow-matching", data_shape=shape, channels=4, blocks=1, solver="euler", steps=1).double()
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.2 * torch.randn(weight.shape, dtype=weight.dtype)
         x = torch.randn(1, *shape, dtype=torch.float64).expand(rows, *shape)
         estimates = model.log_prob(x, generator=torch.Generator().manual_seed(1))
-        exact = build("flow-matching", data_shape=shape, width=4, blocks=1, solver="euler", steps=1, trace="exact")
+        exact = build("flow-matching", data_shape=shape, channels=4, blocks=1, solver="euler", steps=1, trace="exact")
         exact.double().load_state_dict(model.state_dict())
         wanted = exact.log_prob(x[:1])
     assert estimates.std() > 0
