@@ -216,7 +216,7 @@ void run_masked_block(const MaskedFlow& flow, int64_t samples, int64_t first, in
   without_gil(progress, [&](const Caller::Hook& hook) { flow.run_block(batch, threads, hook); });
 }
 
-// Returns (name, whether it can be used here) of each instruction set, worst first.
+// Returns (name, whether it can be used here) of each instruction set, the slowest first.
 std::vector<std::pair<std::string, bool>> list_instruction_sets() {
   std::vector<std::pair<std::string, bool>> out;
   for (const InstructionSet& set : instruction_sets()) out.emplace_back(set.kernels->name, set.usable);
