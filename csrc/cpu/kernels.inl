@@ -284,8 +284,9 @@ void exp_all(const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += VW) store(out + i, exp_negative(load(x + i)));
 }
 
-const Kernels table = {NAME,           VW,       TARFLOW_DOT, step<F32>,         step<BF16>,        &density_table, &masked_table,
-                       gelu_all,       gelu_slope_all, exp_all, spline_all<float>, spline_all<double>};
+const Kernels table = {NAME,           VW,            ACCUMULATORS / 2, TARFLOW_DOT, step<F32>,         step<BF16>,
+                       &density_table, &masked_table, gelu_all,         gelu_slope_all, exp_all, spline_all<float>,
+                       spline_all<double>};
 
 }  // namespace
 

@@ -133,7 +133,7 @@ inline void widen(const bf16* w, int64_t depth, float* out) {
 
 // Calls finish(row, rows, column, columns, y) for every tile y (rows, columns) of this worker's share of the columns.
 // rows: at most GROUP_ROWS. If they are more than a tile has, all pass over as many k of a panel as stay in the L1
-// cache, NEAR_BYTES, before any passes over the next; their sums so far wait in memory, which changes no bit of them.
+// cache, before any passes over the next; their sums so far wait in memory, which changes no bit of them.
 template <class M, class Finish>
 void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t rows, const Worker& worker,
              const Finish& finish) {
@@ -145,7 +145,8 @@ void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t 
   // Two panels give few rows enough independent sums; with four, hardware prefetchers lose track (−10%).
   const int64_t widest = 4 * tallest <= ACCUMULATORS ? 2 : 1;
   const bool divides = widens || (resumes<M> && blocks > 1);
-  const int64_t panel = l.k * NB, deepest = divides ? NEAR_BYTES / STEP : l.k;
+  const int64_t panel = l.k * NB, pieces = divides ? (l.k * STEP + worker.near_bytes - 1) / worker.near_bytes : 1;
+  const int64_t deepest = (l.k + 2 * pieces - 1) / (2 * pieces) * 2;  // all pieces about equal, of whole pairs
   const auto* weight = static_cast<const W*>(l.weight);
   alignas(64) float y[GROUP_ROWS * NB];
   for (int64_t p = first, wide; p < last; p += wide) {
