@@ -24,7 +24,7 @@ ROW = 1024  # columns of the matrix that a read test multiplies
 RATE, READ, COPY = "matrix_flops_per_second", "read_bandwidth", "copy_bandwidth"
 
 
-def _best(*runs: Callable[[], object], device: torch.device = CPU) -> float:
+def fastest(*runs: Callable[[], object], device: torch.device = CPU) -> float:
     """Returns the shortest run of those that fit in SECONDS, three at least of each: a limit is a best case."""
     times: list[float] = []
     for run in runs:
@@ -46,7 +46,7 @@ def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) 
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         c, d = a.to_mkldnn(), b.to_mkldnn()
         products.append(lambda: torch.nn.functional.linear(c, d))
-    return 2 * n**3 / _best(*products, device=device)
+    return 2 * n**3 / fastest(*products, device=device)
 
 
 def read_bandwidth(size: int) -> float:
@@ -57,7 +57,7 @@ def read_bandwidth(size: int) -> float:
     """
     rows = size // (4 * ROW)
     matrix, vector = torch.ones(rows, ROW), torch.ones(ROW)
-    return 4 * rows * ROW / _best(matrix.sum, matrix.view(torch.float64).sum, lambda: torch.mv(matrix, vector))
+    return 4 * rows * ROW / fastest(matrix.sum, matrix.view(torch.float64).sum, lambda: torch.mv(matrix, vector))
 
 
 def measure_gpu(device: torch.device) -> Limits:
@@ -65,7 +65,7 @@ def measure_gpu(device: torch.device) -> Limits:
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     size = max(LARGE_BYTES, 4 * cache)
     source, target = torch.ones(2, size // 4, device=device)
-    rate = 8 * source.numel() / _best(lambda: target.copy_(source), device=device)
+    rate = 8 * source.numel() / fastest(lambda: target.copy_(source), device=device)
     return {RATE: matrix_rate(torch.bfloat16, device), COPY: [{"bytes": size, "bytes_per_second": rate}]}
 
 

@@ -5,6 +5,7 @@
 
 #include <exception>
 #include <map>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -53,9 +54,23 @@ Sizes sizes_from(const std::map<std::string, int64_t>& given) {
   return s;
 }
 
-// layer(i) returns the tensors of layer i, which need to live until the next call.
+using Caches = std::map<std::string, std::pair<int64_t, int64_t>>;  // bytes, and cores that share them, by level
+
+Caches caches_of(const Machine& machine) {
+  return {{"L1", {machine.l1.bytes, machine.l1.cores}},
+          {"L2", {machine.l2.bytes, machine.l2.cores}},
+          {"L3", {machine.l3.bytes, machine.l3.cores}}};
+}
+
+// layer(i) returns the tensors of layer i, which need to live until the next call. caches: those of the machine that
+// passes are made to suit, by default this one's. meeting: the seconds that its threads take at a barrier.
 Engine make(const std::map<std::string, int64_t>& sizes, const Addresses& weights, const py::function& layer, bool bf16,
-            const std::string& instruction_set) {
+            const std::string& instruction_set, const std::optional<Caches>& caches, double meeting) {
+  Machine machine = this_machine();
+  machine.meeting = meeting;
+  if (caches)
+    for (const auto& [cache, name] : {std::pair{&machine.l1, "L1"}, {&machine.l2, "L2"}, {&machine.l3, "L3"}})
+      *cache = {caches->at(name).first, caches->at(name).second};
   Source source{tensor_named(weights, "proj_in_weight"), tensor_named(weights, "proj_in_bias"),
                 tensor_named(weights, "position"),       tensor_named(weights, "proj_out_weight"),
                 tensor_named(weights, "proj_out_bias"),  nullptr};
@@ -65,7 +80,7 @@ Engine make(const std::map<std::string, int64_t>& sizes, const Addresses& weight
   };
   const Sizes plain = sizes_from(sizes);
   const py::gil_scoped_release release;
-  return Engine(plain, source, bf16, kernels_named(instruction_set));
+  return Engine(plain, source, bf16, kernels_named(instruction_set), machine);
 }
 
 // Runs work(hook) without the GIL. The work calls hook(steps) about every 50 ms on this thread, which lets signal
@@ -112,6 +127,21 @@ void run(const Engine& engine, Address z, Address x, Address token_log_det, cons
                     unguided_scale,
                     static_cast<int64_t>(start.size())};
   without_gil(progress, [&](const Caller::Hook& hook) { engine.run(batch, sequential, threads, hook); });
+}
+
+// Returns how a sequential pass over all tokens is divided, and the seconds that are expected of its parts.
+py::dict schedule(const Engine& engine, int64_t samples, int64_t tokens, bool guided, int threads) {
+  const std::vector<int64_t> start(samples, 1), stop(samples, tokens);
+  Batch batch{};
+  const float some = 0.0f;
+  batch.start = start.data(), batch.stop = stop.data(), batch.samples = samples;
+  batch.guidance = guided ? &some : nullptr;  // whether there is one, which is not read
+  const Schedule found = engine.schedule(batch, true, threads);
+  py::dict out;
+  out["teams"] = found.teams, out["team_size"] = found.size, out["group_rows"] = found.group_rows;
+  out["tile_rows"] = engine.tile_rows(), out["near_bytes"] = engine.near();
+  out["products"] = found.products, out["attention"] = found.attention, out["waiting"] = found.waiting;
+  return out;
 }
 
 // Runs a density pass, and returns the bytes of memory that it took. blocks: in the order in which the data go through
@@ -222,7 +252,7 @@ void run_masked_block(const MaskedFlow& flow, int64_t samples, int64_t first, in
   without_gil(progress, [&](const Caller::Hook& hook) { flow.run_block(batch, threads, hook); });
 }
 
-// Returns (name, whether it can be used here) of each instruction set, worst first.
+// Returns (name, whether it can be used here) of each instruction set, the slowest first.
 std::vector<std::pair<std::string, bool>> list_instruction_sets() {
   std::vector<std::pair<std::string, bool>> out;
   for (const InstructionSet& set : instruction_sets()) out.emplace_back(set.kernels->name, set.usable);
@@ -271,6 +301,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The native CPU engine; see tarflow_fast/backend/cpu/engine.py.";
   using py::arg;
   m.def("instruction_sets", &list_instruction_sets);
+  m.def("caches", [] { return std::pair(caches_of(this_machine()), this_machine().source); });
+  m.def("read_sysfs", [](const std::string& folder) { return caches_of(read_sysfs(folder)); }, arg("folder"));
   m.def("elementary", &elementary, arg("name"), arg("instruction_set"), arg("x"), arg("out"), arg("count"));
   m.def("density", &density, py::kw_only(), arg("blocks"), arg("samples"), arg("x"), arg("outputs"), arg("log_det"),
         arg("gradient"), arg("bf16"), arg("instruction_set"), arg("threads"), arg("most_bytes"));
@@ -282,7 +314,8 @@ PYBIND11_MODULE(_cpu, m) {
         arg("memory"), arg("bytes"));
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make), py::kw_only(), arg("sizes"), arg("weights"), arg("layer"), arg("bf16"),
-           arg("instruction_set"))
+           arg("instruction_set"), arg("caches") = py::none(), arg("meeting") = MEETING_SECONDS)
+      .def("schedule", &schedule, py::kw_only(), arg("samples"), arg("tokens"), arg("guided"), arg("threads"))
       .def("run", &run, py::kw_only(), arg("z"), arg("x"), arg("token_log_det"), arg("start"), arg("stop"),
            arg("change"), arg("residual"), arg("widest"), arg("keys_values"), arg("embedding"), arg("guidance"),
            arg("guide_a"), arg("guide_b"), arg("unguided_scale"), arg("sequential"), arg("threads"), arg("progress"))

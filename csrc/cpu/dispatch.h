@@ -13,7 +13,7 @@ struct InstructionSet {
   bool usable;  // whether this machine has it
 };
 
-// Returns all instruction sets that were compiled, worst first.
+// Returns all instruction sets that were compiled, the slowest first.
 std::vector<InstructionSet> instruction_sets();
 
 // Returns the kernels of this name. Throws std::invalid_argument if they were not compiled or cannot be used here.

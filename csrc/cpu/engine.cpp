@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <fstream>
+#include <numeric>
 #include <utility>
 
 #include "pack.h"
@@ -13,22 +13,11 @@ namespace tarflow {
 
 namespace {
 
-constexpr int64_t TEAM_ROWS = 8;    // threads that would have fewer rows each share rows and divide columns
-constexpr int64_t LEAST_ROWS = 12;
-
-// Returns the bytes of the last-level cache, or a modest guess where the system does not tell.
-int64_t last_level_cache() {
-  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-  int64_t kilobytes = 0;
-  return file >> kilobytes && kilobytes > 0 ? kilobytes << 10 : int64_t{16} << 20;
-}
-
 struct Share {
   int64_t first, count;
 };
 
-// Returns part i of n items that are divided into `parts` parts of about the same size.
-Share part(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts - n * i / parts}; }
+}  // namespace
 
 // The rows of a pass, sample after sample. A sequential pass has a row for each sample, which goes through its window
 // in as many steps. A parallel pass has a row for each token, with a copy of what it reads, as x is written meanwhile.
@@ -73,11 +62,14 @@ struct Plan {
   Memory copies;
 };
 
+namespace {
+
 // A team is the threads that work on the same rows, with their scratch.
 struct Team {
-  Team(const Block& b, int64_t rows, int64_t size) : barrier(static_cast<int>(size)), workers(size) {
+  Team(const Block& b, int64_t rows, int64_t size, int64_t near_bytes)
+      : barrier(static_cast<int>(size)), workers(size) {
     const int64_t shared = rows * (b.channel_stride + 2 * b.attention_stride + b.hidden_stride + b.out_stride);
-    const int64_t near = NEAR_BYTES / int64_t{sizeof(float)};
+    const int64_t near = near_bytes / int64_t{sizeof(float)};
     const int64_t own = rows * (b.channel_stride + b.in_stride) + round_up(b.head_dim, 16) + near;
     memory = allocate((shared + size * own) * sizeof(float));
     float* at = static_cast<float*>(memory.get());
@@ -85,6 +77,7 @@ struct Team {
     Worker all{};
     all.size = size;
     all.barrier = &barrier;
+    all.near_bytes = near_bytes;
     all.stream = take(rows * b.channel_stride);
     all.query = take(rows * b.attention_stride);
     all.attended = take(rows * b.attention_stride);
@@ -108,8 +101,12 @@ struct Team {
 
 }  // namespace
 
-Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& kernels)
-    : layers_(s.layers), step_(bf16 ? kernels.step_bf16 : kernels.step_f32) {
+Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& kernels, const Machine& machine)
+    : layers_(s.layers),
+      step_(bf16 ? kernels.step_bf16 : kernels.step_f32),
+      machine_(machine),
+      lanes_(kernels.vector),
+      tile_rows_(kernels.tile_rows) {
   const int64_t width = 2 * kernels.vector;
   block_.channels = s.channels;
   block_.heads = s.channels / s.head_dim;
@@ -136,34 +133,34 @@ int64_t Engine::cache_elements() const {
   return block_.layers * block_.heads * 2 * block_.key_tokens * block_.head_dim;
 }
 
+Schedule Engine::schedule(const Batch& batch, bool sequential, int threads) const {
+  return schedule(Plan(block_, batch, sequential), batch, sequential, threads);
+}
+
+Schedule Engine::schedule(const Plan& plan, const Batch& batch, bool sequential, int threads) const {
+  const double element = block_.bf16 ? 2 : 4;
+  double tokens = 0;  // seen in a step of a sequential pass, on average; those of a window share theirs
+  if (sequential) tokens = (batch.start[0] + batch.stop[0]) / 2.0;
+  return choose_schedule({machine_, lanes_, tile_rows_, block_.heads, block_.layers, block_.hidden_stride,
+                          static_cast<double>(packed_bytes_), element,
+                          tokens / block_.key_tokens * cache_elements() * element, batch.guidance ? 2 : 1, plan.steps,
+                          threads, [&](int64_t n) { return plan.largest_part(n); }});
+}
+
 bool Engine::run(const Batch& batch, bool sequential, int threads, const Caller::Hook& hook) const {
-  threads = Pool::at_hand(threads);
   const Plan plan(block_, batch, sequential);
   const int64_t branches = batch.guidance ? 2 : 1, steps = plan.steps;
-  // Where the weights fit in the cache but the keys and values do not, fewer rows go through all tokens at a time.
-  static const int64_t cache = last_level_cache() * 2 / 5;  // at the end of a pass a row has twice the average, and
-                                                            // cores that share the cache want some of it
-  const int64_t row_bytes = cache_elements() * (block_.bf16 ? 2 : 4) / 2;  // on average half of the tokens are there
-  const int64_t weights = static_cast<int64_t>(packed_bytes_);
-  int64_t most_rows = GROUP_ROWS;
-  if (sequential && weights < cache)
-    most_rows = std::clamp((cache - weights) / std::max<int64_t>(row_bytes, 1), LEAST_ROWS, GROUP_ROWS);
-
-  // As many teams as divide the threads have at least TEAM_ROWS rows each, and none more than a third above its share.
-  const auto suits = [&](int64_t n) {
-    return threads % n == 0 && std::min(plan.count() * branches, most_rows) / n >= TEAM_ROWS &&
-           plan.largest_part(n) * n * 3 <= plan.count() * 4;
-  };
-  int64_t teams = threads;
-  while (teams > 1 && !suits(teams)) teams--;
-  const int64_t most = std::max<int64_t>(most_rows / teams / branches, 1);
+  const Schedule chosen = schedule(plan, batch, sequential, Pool::at_hand(threads));
+  const int64_t teams = chosen.teams, near_bytes = near();
+  const int64_t whole = tile_rows_ / std::gcd(tile_rows_, branches);  // samples whose rows are whole tiles
   std::vector<std::unique_ptr<Team>> team;
-  std::vector<int64_t> groups(teams);
+  std::vector<int64_t> groups(teams), group_size(teams);
   for (int64_t i = 0; i < teams; i++) {
-    const int64_t count = plan.part(i, teams).count;
+    const int64_t count = plan.part(i, teams).count, most = std::max<int64_t>(chosen.group_rows / branches, 1);
     groups[i] = (count + most - 1) / most;
-    const int64_t largest = (count + groups[i] - 1) / std::max<int64_t>(groups[i], 1);
-    team.push_back(std::make_unique<Team>(block_, largest * branches, threads / teams));
+    // Groups are about equal, and whole tiles but for the last.
+    group_size[i] = groups[i] > 1 ? std::min(round_up((count + groups[i] - 1) / groups[i], whole), most) : count;
+    team.push_back(std::make_unique<Team>(block_, group_size[i] * branches, chosen.size, near_bytes));
   }
   if (batch.change)  // no row writes beyond the end of its sample's window
     for (int64_t sample = 0; sample < batch.samples; sample++)
@@ -173,23 +170,23 @@ bool Engine::run(const Batch& batch, bool sequential, int threads, const Caller:
 
   Caller caller(hook);
   const auto job = [&](int thread) {
-    const int64_t t = thread / (threads / teams);
+    const int64_t t = thread / chosen.size;
     Team& mine = *team[t];
-    const Worker& worker = mine.workers[thread % (threads / teams)];
+    const Worker& worker = mine.workers[thread % chosen.size];
     const Share all = plan.part(t, teams);
     unsigned parity = 0;
     for (int64_t group = 0; group < groups[t]; group++) {
-      const Share some = part(all.count, group, groups[t]);
-      const Row* row = plan.rows.data() + all.first + some.first;
+      const int64_t first = group * group_size[t], count = std::min(group_size[t], all.count - first);
+      const Row* row = plan.rows.data() + all.first + first;
       for (int64_t step = 0; step < steps; step++, parity ^= 1) {
         if (worker.rank == 0) mine.stop[parity].store(caller.stopped());
-        step_(block_, batch, worker, row, some.count, step);
+        step_(block_, batch, worker, row, count, step);
         if (thread == 0) caller.attend((group * steps + step + 1) / groups[t]);
         if (mine.stop[parity].load()) return;
       }
     }
   };
-  Pool::instance().run(threads, job, [&] {
+  Pool::instance().run(static_cast<int>(teams * chosen.size), job, [&] {
     caller.attend();
     return !caller.stopped();
   });

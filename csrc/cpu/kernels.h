@@ -84,8 +84,7 @@ struct Batch {
   int64_t samples;
 };
 
-constexpr int64_t GROUP_ROWS = 96;        // rows of both branches that an evaluation takes at most
-constexpr int64_t NEAR_BYTES = 16 << 10;  // of weights that stay near while all rows pass, half of a small L1 cache
+constexpr int64_t GROUP_ROWS = 96;  // rows of both branches that an evaluation takes at most, whole tiles of all sets
 
 // A row of activations is the evaluation of one token of one sample. input: (D,), the token in x, or a copy of it.
 struct Row {
@@ -99,7 +98,8 @@ struct Worker {
   int64_t rank, size;
   Barrier* barrier;
   float *stream, *query, *attended, *hidden, *out;  // shared by the team
-  float *normed, *gathered, *scratch, *near;        // the worker's own; near: NEAR_BYTES
+  float *normed, *gathered, *scratch, *near;  // the worker's own
+  int64_t near_bytes;  // of `near`, and of weights that stay in L1 while all rows pass
 };
 
 // A step evaluates the transformer on `count` rows, each `ahead` tokens further on than the row says, writes their keys
@@ -109,6 +109,7 @@ using Step = void (*)(const Block&, const Batch&, const Worker&, const Row*, int
 struct Kernels {
   const char* name;
   int64_t vector;  // VW, fp32 lanes; a panel has 2·VW columns
+  int64_t tile_rows;
   bool bf16_operands;  // whether the rows of a bf16 product are bf16 too, or fp32
   Step step_f32, step_bf16;
   const DensityKernels* density;

@@ -156,15 +156,22 @@ void attention(const Rows& rows, int64_t index) {
   if (!by_head) rows.meet();
   const int64_t share = by_head ? b.heads : all * b.heads;
   const int64_t begin = share * w.rank / w.size, end = share * (w.rank + 1) / w.size;
-  const int64_t items = by_head ? all * (end - begin) : end - begin;
-  for (int64_t item = 0; item < items; item++) {
-    const int64_t r = by_head ? item / (end - begin) : (begin + item) / b.heads;
-    const int64_t head = by_head ? begin + item % (end - begin) : (begin + item) % b.heads;
+  const auto attend_to = [&](int64_t r, int64_t head) {
     const W* keys = keys_of<W>(rows, index, rows.cache_row(r), head);
     const int64_t offset = r * b.attention_stride + head * d;
     const float scale = b.attention_scale * (r >= rows.count ? rows.batch.unguided_scale : 1.0f);
     attend<M>(query + offset, keys, keys + b.key_tokens * d, d, rows.position(r) + 1, scale, w.scratch,
               attended + offset);
+  };
+  if (!by_head) {
+    for (int64_t item = begin; item < end; item++) attend_to(item / b.heads, item % b.heads);
+    return;
+  }
+  // The rows of a sample share its keys and values, which stay near while all of them attend to one head's.
+  for (int64_t first = 0, last; first < all; first = last) {
+    for (last = first + 1; last < all && rows.cache_row(last) == rows.cache_row(first);) last++;
+    for (int64_t head = begin; head < end; head++)
+      for (int64_t r = first; r < last; r++) attend_to(r, head);
   }
 }
 
@@ -284,8 +291,9 @@ void exp_all(const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += VW) store(out + i, exp_negative(load(x + i)));
 }
 
-const Kernels table = {NAME,           VW,       TARFLOW_DOT, step<F32>,         step<BF16>,        &density_table, &masked_table,
-                       gelu_all,       gelu_slope_all, exp_all, spline_all<float>, spline_all<double>};
+const Kernels table = {NAME,           VW,            ACCUMULATORS / 2, TARFLOW_DOT, step<F32>,         step<BF16>,
+                       &density_table, &masked_table, gelu_all,         gelu_slope_all, exp_all, spline_all<float>,
+                       spline_all<double>};
 
 }  // namespace
 

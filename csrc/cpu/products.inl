@@ -54,15 +54,26 @@ void tile(const typename M::act* a, int64_t stride, const typename M::weight* w,
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] = begins || !resumes<M> ? vf{} : load(out + (r * 2 * P + j) * VW);
   constexpr bool fetches = R >= 4;  // fewer rows wait for memory alone, and the processor sees that
+  // Three rows share a pointer. With one for each row, compilers run out of registers, and fetch the rest from vector
+  // registers through a port that multiplies.
+  const typename M::act* from[(R + 2) / 3];
+  UNROLL for (int j = 0; j < (R + 2) / 3; j++) from[j] = a + 3 * j * stride;
+  const auto advance = [&] {
+    UNROLL for (int j = 0; j < (R + 2) / 3; j++) {
+      from[j] += M::depth;
+      asm("" : "+r"(from[j]));
+    }
+  };
   if constexpr (M::depth == 1) {
     for (int64_t i = 0; i < k; i++, w += NB) {
       if constexpr (fetches) fetch_ahead<P>(ahead, panel * sizeof *w);
       vf column[2 * P];
       UNROLL for (int j = 0; j < 2 * P; j++) column[j] = load(w + (j / 2) * panel + (j % 2) * VW);
       UNROLL for (int r = 0; r < R; r++) {
-        vf x = splat(a[r * stride + i]);
+        vf x = splat(from[r / 3][r % 3 * stride]);
         UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] += x * column[j];
       }
+      advance();
     }
   } else {
     for (int64_t i = 0; i < k; i += 2, w += 2 * NB) {
@@ -73,18 +84,20 @@ void tile(const typename M::act* a, int64_t stride, const typename M::weight* w,
       UNROLL for (int r = 0; r < R; r++) {
 #if TARFLOW_DOT
         int32_t pair;
-        __builtin_memcpy(&pair, a + r * stride + i, 4);
+        __builtin_memcpy(&pair, from[r / 3] + r % 3 * stride, 4);
         __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
         UNROLL for (int j = 0; j < 2 * P; j++)
           acc[r][j] = (vf)_mm512_dpbf16_ps((__m512)acc[r][j], x, (__m512bh)column[j]);
 #else
-        vf x0 = splat(a[r * stride + i]), x1 = splat(a[r * stride + i + 1]);
+        const auto* x = from[r / 3] + r % 3 * stride;
+        vf x0 = splat(x[0]), x1 = splat(x[1]);
         UNROLL for (int j = 0; j < 2 * P; j++) {
           acc[r][j] += x0 * low_half(column[j]);
           acc[r][j] += x1 * high_half(column[j]);
         }
 #endif
       }
+      advance();
     }
   }
   UNROLL for (int r = 0; r < R; r++)
@@ -120,7 +133,7 @@ inline void widen(const bf16* w, int64_t depth, float* out) {
 
 // Calls finish(row, rows, column, columns, y) for every tile y (rows, columns) of this worker's share of the columns.
 // rows: at most GROUP_ROWS. If they are more than a tile has, all pass over as many k of a panel as stay in the L1
-// cache, NEAR_BYTES, before any passes over the next; their sums so far wait in memory, which changes no bit of them.
+// cache, before any passes over the next; their sums so far wait in memory, which changes no bit of them.
 template <class M, class Finish>
 void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t rows, const Worker& worker,
              const Finish& finish) {
@@ -132,7 +145,8 @@ void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t 
   // Two panels give few rows enough independent sums; with four, hardware prefetchers lose track (−10%).
   const int64_t widest = 4 * tallest <= ACCUMULATORS ? 2 : 1;
   const bool divides = widens || (resumes<M> && blocks > 1);
-  const int64_t panel = l.k * NB, deepest = divides ? NEAR_BYTES / STEP : l.k;
+  const int64_t panel = l.k * NB, pieces = divides ? (l.k * STEP + worker.near_bytes - 1) / worker.near_bytes : 1;
+  const int64_t deepest = (l.k + 2 * pieces - 1) / (2 * pieces) * 2;  // all pieces about equal, of whole pairs
   const auto* weight = static_cast<const W*>(l.weight);
   alignas(64) float y[GROUP_ROWS * NB];
   for (int64_t p = first, wide; p < last; p += wide) {

@@ -14,10 +14,11 @@ from click.testing import Result
 from PIL import Image
 from stand_in import bench, quick_limits, stand_in
 
-from bench.common import machine, record
+from bench.common import gemm, machine, record
 from bench.common.harness import TOLERANCE
 from bench.suites.peers import SIZES, SUITES
 from tarflow_fast.backend.cpu.engine import cpu_missing
+from tarflow_fast.native import choose_instruction_set, instruction_sets
 
 SUITE, ON_CPU = SUITES
 
@@ -149,6 +150,40 @@ def test_cpu_end_to_end(tmp_path: Path, quick: None) -> None:
     assert fp32["check"]["tolerance"] == TOLERANCE < bf16["check"]["max_error"] <= bf16["check"]["tolerance"]
     for cell in made["cells"]:
         assert [run["name"] for run in cell["runs"]] == ["ml-tarflow", "torch", "cpu"]
+        assert cell["label"]["isa"] == choose_instruction_set()
+        assert cell["gemm"]["seconds"] > 0
+    assert result.output.count("torch's products, tiny, 2, ") == 2
+    for cell in made["cells"]:
+        del cell["gemm"], cell["label"]["isa"]  # an older record is shown as it was
+    assert "torch's products" not in ON_CPU.table(made)
+
+
+@pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
+def test_every_instruction_set_is_a_case_of_its_own() -> None:
+    sets = instruction_sets()
+    command = ON_CPU.command()
+    context = command.make_context("cpu", ["--isa", "all", "--isa", sets[0], "--batch", "2", "--config", "tiny"])
+    suite = chosen(ON_CPU, **context.params)
+    assert [case.label["isa"] for case in suite.cases() if case.dtype == "float32"] == sets
+    assert bench("cpu", "--isa", "sse9", "--explain").exit_code == 1
+
+
+@pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
+def test_explain_tells_what_was_chosen_and_needs_no_checkout(quick: None) -> None:
+    result = bench("cpu", "--explain", "--config", "tiny", "--batch", "3", "--dtype", "float32", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("caches (")
+    for part in ("1 team of 1 thread; groups of up to 3 rows", "GFLOP/s expected", "attention: ", "barriers: 0 s"):
+        assert part in result.output
+    assert bench("cpu", "--config", "tiny").exit_code == 2
+
+
+def test_the_rate_of_products_counts_every_operation(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "product_rate", lambda rows, k, columns, dtype: 1.0)
+    sizes = SIZES["tiny"]
+    steps = sizes.num_blocks * (sizes.num_patches - 1) * sizes.layers_per_block
+    flops = 24 * 5 * sizes.channels**2
+    assert gemm.limit(sizes, 5, torch.float32) == {"seconds": steps * flops, "flops_per_second": 1.0}
 
 
 @pytest.mark.slow

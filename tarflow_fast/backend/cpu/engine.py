@@ -136,6 +136,16 @@ class CpuEngine(EngineBase):
         row = self._native.cache_elements * self.dtype.itemsize + 16 * shape.channels * 4
         return (2 if guided else 1) * row + 4 * shape.tokens * shape.token_dim * 4
 
+    def schedule(self, samples: int, guided: bool = False) -> dict[str, float]:
+        """Returns how a sequential pass of so many samples is divided, and what the model of the machine expects.
+
+        teams, team_size: teams of threads, and the threads of a team. group_rows: rows that a team takes through all
+        tokens at a time. tile_rows: rows whose sums stay in registers. near_bytes: of weights that stay in L1.
+        products, attention, waiting: seconds.
+        """
+        threads, tokens = self.threads or default_threads(), self.shape.tokens
+        return dict(self._native.schedule(samples=samples, tokens=tokens, guided=guided, threads=threads))
+
     def reverse(
         self, state: BlockState, progress: Progress | None = None, start: int = 1, stop: int | None = None
     ) -> None:
