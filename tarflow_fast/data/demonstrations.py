@@ -41,12 +41,14 @@ class Demonstration:
         what: What the data are, in a phrase.
         epochs: How many passes over the data a run makes unless it is told another number.
         make: A function of the split, "train" or "test", that returns the samples.
+        generated: Whether the samples are drawn from a law, many enough that no model learns them by heart.
     """
 
     kind: str
     what: str
     epochs: int
     make: Callable[[str], Arrays]
+    generated: bool = True
 
 
 def _generated(draw: Callable[[np.random.Generator, int], Arrays]) -> Callable[[str], Arrays]:
@@ -182,11 +184,13 @@ DEMONSTRATIONS: dict[str, Demonstration] = {
     "pinwheel": Demonstration("vectors", "five bent arms", 25, _generated(_pinwheel)),
     "eight-gaussians": Demonstration("vectors", "eight Gaussians on a circle", 25, _generated(_eight_gaussians)),
     "spirals": Demonstration("vectors", "two spirals", 25, _generated(_spirals)),
-    "wine": Demonstration("vectors", "13 measurements of 178 wines", 400, _table("wine")),
-    "breast-cancer": Demonstration("vectors", "30 measurements of 569 tumours", 200, _table("breast_cancer")),
-    "digits": Demonstration("images", "1,797 handwritten digits of 8×8 pixels", 150, _digits),
+    "wine": Demonstration("vectors", "13 measurements of 178 wines", 400, _table("wine"), generated=False),
+    "breast-cancer": Demonstration(
+        "vectors", "30 measurements of 569 tumours", 200, _table("breast_cancer"), generated=False
+    ),
+    "digits": Demonstration("images", "1,797 handwritten digits of 8×8 pixels", 150, _digits, generated=False),
     "dna": Demonstration("tokens", "chains of 32 bases with a TATA box in each", 20, _generated(_dna)),
-    "text": Demonstration("tokens", "windows of 32 letters of English text", 40, _text),
+    "text": Demonstration("tokens", "windows of 32 letters of English text", 40, _text, generated=False),
     "sphere": Demonstration("sphere", "a band and two caps on the unit sphere", 25, _generated(_sphere)),
     "torus": Demonstration("torus", "three clouds of pairs of angles", 25, _generated(_torus)),
 }

@@ -76,11 +76,15 @@ class FlowConfig:
 
 
 def defaults_for(flow: str, data: object) -> dict[str, Any]:
-    """Returns the defaults of a run of a family on these data; on a demonstration it has a schedule that suits both."""
+    """Returns the defaults of a run of a family on these data; on a demonstration it has a schedule that suits both.
+
+    What is not generated is learnt by heart in more epochs than its own, so a family only ever takes fewer there.
+    """
     demonstration = DEMONSTRATIONS.get(data) if isinstance(data, str) else None
     if demonstration is None:
         return DEFAULTS
     family = FAMILIES.get(flow)
     if family is None or demonstration.kind == "images":
         return {**DEFAULTS, "epochs": demonstration.epochs}
-    return {**DEFAULTS, "epochs": math.ceil(demonstration.epochs * family.passes), "lr": family.lr}
+    passes = family.passes if demonstration.generated else min(family.passes, 1)
+    return {**DEFAULTS, "epochs": math.ceil(demonstration.epochs * passes), "lr": family.lr}
