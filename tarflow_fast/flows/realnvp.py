@@ -12,6 +12,8 @@ from .composition import Chain, Multiscale, Squeeze, scale_shapes
 from .coupling import Coupling, alternating, checkerboard, half_of_channels
 from .networks import Convolutions, Perceptron
 
+MOST_WITH_OCTAVES = 3  # values of a vector
+
 
 class RealNVP(FamilyFlow):
     """z = f_n(… f_1(x)), each f scaling and shifting every other value by functions of the rest.
@@ -27,8 +29,9 @@ class RealNVP(FamilyFlow):
         Attributes:
             couplings: For vectors, the number of couplings.
             hidden: For vectors, the widths of the hidden layers of each coupling's network.
-            octaves: For vectors, how many octaves of sines and cosines of the values each network sees beside them, by
-                which it learns sharp edges.
+            octaves: For vectors of at most three values, how many octaves of sines and cosines of the values each
+                network sees beside them, by which it learns sharp edges. With more values it would learn samples by
+                heart, so that it sees none.
             scales: For images, the number of scales.
             per_scale: For images, the number of couplings with one kind of mask in each scale.
             width: For images, the channels of each coupling's network.
@@ -38,7 +41,7 @@ class RealNVP(FamilyFlow):
 
         couplings: int = 8
         hidden: tuple[int, ...] = (64, 64)
-        octaves: int = 2
+        octaves: int = 4
         scales: int = 3
         per_scale: int = 2
         width: int = 32
@@ -63,8 +66,9 @@ class RealNVP(FamilyFlow):
     def _vector_steps(self) -> list[Bijection]:
         steps: list[Bijection] = []
         o = self.options
+        octaves = o.octaves if self.dims <= MOST_WITH_OCTAVES else 0
         for k in range(o.couplings):
-            network = Perceptron(self.data_shape, 2, o.hidden, self.num_classes, octaves=o.octaves)
+            network = Perceptron(self.data_shape, 2, o.hidden, self.num_classes, octaves=octaves)
             steps += [*self._norm(self.data_shape), Coupling(alternating(self.data_shape, odd=k % 2 == 1), network)]
         return steps
 

@@ -94,3 +94,12 @@ def test_a_seed_tells_the_weights() -> None:
             torch.manual_seed(seed)
             states.append(build(name, data_shape=shape).state_dict())
         assert all(torch.equal(value, states[1][key]) for key, value in states[0].items()), name
+
+
+def test_realnvp_sees_octaves_of_few_values_only() -> None:
+    """They made the checkerboard sharp, and a table of 30 columns a thing to learn by heart."""
+    for values, seen in ((2, 2 * (1 + 2 * 4)), (3, 27), (4, 4), (30, 30)):
+        network = build("realnvp", data_shape=(values,), octaves=4, couplings=1, actnorm=False).get_submodule(
+            "bijection.steps.0.network"
+        )
+        assert next(network.parameters()).shape == (64, seen)
