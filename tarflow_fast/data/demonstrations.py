@@ -184,7 +184,7 @@ DEMONSTRATIONS: dict[str, Demonstration] = {
     "pinwheel": Demonstration("vectors", "five bent arms", 25, _generated(_pinwheel)),
     "eight-gaussians": Demonstration("vectors", "eight Gaussians on a circle", 25, _generated(_eight_gaussians)),
     "spirals": Demonstration("vectors", "two spirals", 25, _generated(_spirals)),
-    "wine": Demonstration("vectors", "13 measurements of 178 wines", 400, _table("wine"), generated=False),
+    "wine": Demonstration("vectors", "13 measurements of 178 wines", 60, _table("wine"), generated=False),
     "breast-cancer": Demonstration(
         "vectors", "30 measurements of 569 tumours", 200, _table("breast_cancer"), generated=False
     ),

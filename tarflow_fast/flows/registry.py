@@ -31,8 +31,8 @@ class Family:
         purpose: What the family is for, in one sentence without a full stop.
         kinds: The kinds of data that it takes, of `DIMENSIONS`.
         lr: The highest learning rate with which it learns demonstrations, but for images.
-        passes: How many times the epochs of a demonstration it takes to learn it well, or has time for, but for images;
-            never more than once those of data that are not generated.
+        passes: How many times the epochs of a demonstration it takes to learn it well, or has time for, where data are
+            generated.
     """
 
     where: str

@@ -78,7 +78,7 @@ class FlowConfig:
 def defaults_for(flow: str, data: object) -> dict[str, Any]:
     """Returns the defaults of a run of a family on these data; on a demonstration it has a schedule that suits both.
 
-    What is not generated is learnt by heart in more epochs than its own, so a family only ever takes fewer there.
+    What is not generated is learnt by heart in more epochs than its own, which are those of every family there.
     """
     demonstration = DEMONSTRATIONS.get(data) if isinstance(data, str) else None
     if demonstration is None:
@@ -86,5 +86,5 @@ def defaults_for(flow: str, data: object) -> dict[str, Any]:
     family = FAMILIES.get(flow)
     if family is None or demonstration.kind == "images":
         return {**DEFAULTS, "epochs": demonstration.epochs}
-    passes = family.passes if demonstration.generated else min(family.passes, 1)
+    passes = family.passes if demonstration.generated else 1
     return {**DEFAULTS, "epochs": math.ceil(demonstration.epochs * passes), "lr": family.lr}
