@@ -4,6 +4,7 @@ where it is needed; a Figure without pyplot draws with Agg."""
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -133,9 +134,12 @@ def draw(
     for axes in grid[len(panels) :]:
         axes.remove()
     figure.supylabel(ylabel, fontsize=10)
-    figure.supxlabel(footer, fontsize=8, color="#555555")
+    letters = int(14 * figure.get_figwidth())  # of the footer, whose size has about 14 an inch
+    lines = (textwrap.fill(line, letters) for line in footer.splitlines())
+    figure.supxlabel("\n".join(lines), fontsize=8, color="#555555")
     if handles:
-        many = legend_columns or len(handles)
+        needed = sum(0.55 + 0.085 * len(name) for name in handles)  # inches, for all in a row
+        many = legend_columns or max(1, int(len(handles) * min(1.0, figure.get_figwidth() / needed)))
         figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=many, frameon=False)
     return figure
 
