@@ -50,6 +50,7 @@ def cycles(
     return cuda_depth.last_timing(native()).microseconds * 1e-6 * CLOCK
 
 
+@pytest.mark.slow
 def test_loads_that_wait_for_each_other_take_a_latency_each() -> None:
     serial = cycles("loads", 9) - cycles("loads", 1)
     assert serial == pytest.approx(8 * (DRAM + ISSUE), rel=0.03)
