@@ -55,13 +55,15 @@ int64_t cores_in(const std::string& list) {
 void ask_system(Machine& machine) {
   const int names[] = {_SC_LEVEL1_DCACHE_SIZE, _SC_LEVEL2_CACHE_SIZE, _SC_LEVEL3_CACHE_SIZE};
   const int64_t cores = sysconf(_SC_NPROCESSORS_CONF);
+  bool told = false;
   for (int level = 1; level <= 3; level++) {
     Cache& cache = *level_of(machine, level);
     const int64_t bytes = sysconf(names[level - 1]);
     if (cache.bytes > 0 || bytes <= 0) continue;
     cache = {bytes, level < 3 || cores < 1 ? 1 : cores};
-    machine.source += machine.source.empty() ? "sysconf" : ", sysconf";
+    told = true;
   }
+  if (told) machine.source += machine.source.empty() ? "sysconf" : ", sysconf";
 }
 #elif defined(__APPLE__)
 int64_t asked(const char* name) {

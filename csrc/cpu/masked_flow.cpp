@@ -69,20 +69,17 @@ T* pack_group(const T* dense, int64_t stride, MaskedGroup& group, T* to) {
 MaskedFlow::MaskedFlow(const std::vector<MaskedSource>& transforms, const std::vector<MaskedMatrixSource>& matrices,
                        bool f64, const Kernels& kernels)
     : kernels_(*kernels.masked), f64_(f64), lanes_(f64 ? kernels_.lanes_f64 : kernels_.lanes_f32) {
-  matrices_.resize(matrices.size());
-  for (size_t i = 0; i < matrices.size(); i++) {
-    if (f64)
-      pack<double>(matrices[i], matrices_[i]);
-    else
-      pack<float>(matrices[i], matrices_[i]);
-  }
-  transforms_.resize(transforms.size());
-  for (size_t i = 0; i < transforms.size(); i++) {
-    if (f64)
-      pack<double>(transforms[i], transforms_[i]);
-    else
-      pack<float>(transforms[i], transforms_[i]);
-  }
+  const auto pack_all = [&](const auto& given, auto& packed) {
+    packed.resize(given.size());
+    for (size_t i = 0; i < given.size(); i++) {
+      if (f64)
+        pack<double>(given[i], packed[i]);
+      else
+        pack<float>(given[i], packed[i]);
+    }
+  };
+  pack_all(matrices, matrices_);
+  pack_all(transforms, transforms_);
 }
 
 void MaskedFlow::add_groups(int64_t row, int64_t stop, int64_t inputs, std::vector<MaskedGroup>& groups) const {
