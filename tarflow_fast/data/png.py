@@ -60,7 +60,9 @@ class PlainPng:
 
 
 def open_plain_png(path: str) -> PlainPng | None:
-    """Returns the picture of a file, or None where that is not a plain PNG. Raises OSError as `open` does."""
+    """Returns the picture of a file, or None where that is not a plain PNG, named so. Raises OSError as `open` does."""
+    if not path.lower().endswith(".png"):
+        return None  # a JPEG would be read twice
     handle = os.open(path, os.O_RDONLY | BINARY)
     try:
         size = os.fstat(handle).st_size
