@@ -118,26 +118,40 @@ void Pool::run(int threads, const Job& job, const Idle& idle) {
     Inside() { running = true; }
     ~Inside() { running = false; }
   } inside;
-  std::unique_lock<std::timed_mutex> turn(turn_, std::defer_lock);
-  while (!turn.try_lock_for(std::chrono::milliseconds(20)))
+  struct Turn {
+    Pool& pool;
+    bool mine;
+    ~Turn() {
+      if (!mine) return;
+      {
+        const std::lock_guard<std::mutex> lock(pool.mutex_);
+        pool.taken_ = false;
+      }
+      pool.turn_.notify_one();
+    }
+  } turn{*this, false};
+  std::unique_lock<std::mutex> lock(mutex_);  // is let go before the turn, whatever is thrown
+  while (!turn_.wait_for(lock, std::chrono::milliseconds(20), [this] { return !taken_; })) {
+    lock.unlock();
     if (!idle()) return;
+    lock.lock();
+  }
+  turn.mine = taken_ = true;
   while (static_cast<int>(workers_.size()) < threads - 1) {
     const int rank = static_cast<int>(workers_.size()) + 1;
     workers_.emplace_back([this, rank] { work(rank); });
     workers_.back().detach();
   }
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    job_ = &job;
-    wanted_ = threads;
-    running_.store(threads - 1, std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_release);
-  }
+  job_ = &job;
+  wanted_ = threads;
+  running_.store(threads - 1, std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  lock.unlock();
   wake_.notify_all();
   job(0);
   const auto finished = [&] { return running_.load(std::memory_order_acquire) == 0; };
   if (!await(finished, LINGER)) {
-    std::unique_lock<std::mutex> lock(mutex_);
+    lock.lock();
     while (!done_.wait_for(lock, std::chrono::milliseconds(20), finished)) {
       lock.unlock();
       idle();

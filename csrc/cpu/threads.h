@@ -47,9 +47,9 @@ class Pool {
  private:
   void work(int rank);
 
-  std::timed_mutex turn_;
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable turn_, wake_, done_;
+  bool taken_ = false;  // whether a job has the workers
   std::vector<std::thread> workers_;
   const Job* job_ = nullptr;
   int wanted_ = 0;  // ranks below this one take part in the current job

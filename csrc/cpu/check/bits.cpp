@@ -1,10 +1,12 @@
-// A check of the engine without Python, for machines that are emulated: a block of random weights gives the same bits by
-// one thread and by three, for the caches of this machine and for tiny ones, token by token and in windows. It prints
-// the sum of the results of every instruction set that is usable, to be compared across machines.
+// A check of the engine without Python, for machines that are emulated and for ThreadSanitizer: a block of random weights
+// gives the same bits by one thread and by three, to two callers at once, for the caches of this machine and for tiny
+// ones, token by token and in windows. It prints the sum of the results of every instruction set that is usable, to be
+// compared across machines.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../dispatch.h"
@@ -73,7 +75,11 @@ int main() {
       double sum = 0;
       for (const float x : wanted) sum += x;
       bool equal = std::isfinite(sum);
-      for (const Values& got : {inverse(tiny, z, true, 1), inverse(tiny, z, true, 3), inverse(tiny, z, false, 2)})
+      Values beside;
+      std::thread caller([&] { beside = inverse(engine, z, false, 3); });
+      const Values meanwhile = inverse(tiny, z, true, 3);
+      caller.join();
+      for (const Values& got : {inverse(tiny, z, true, 1), meanwhile, beside, inverse(tiny, z, false, 2)})
         equal = equal && std::memcmp(got.data(), wanted.data(), got.size() * sizeof(float)) == 0;
       std::printf("%-12s %s  sum %.5f  %s\n", set.kernels->name, bf16 ? "bf16" : "fp32", sum, equal ? "" : "DIFFERS");
       same = same && equal;
