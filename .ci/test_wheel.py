@@ -17,8 +17,8 @@ QUICK = (
     "data/test_png.py",
     "checkpoints/test_checkpoint.py",
 )
-# The engine has to be in a wheel: where it is missing, its tests are skipped. So has the reader of PNGs, but for Windows,
-# which has no zlib.
+# The native modules have to be in a wheel: where they are missing, their tests are skipped. On Windows there is no
+# zlib, and so no reader of PNGs.
 CHECK = """
 import pathlib, sys
 import tarflow_fast, tarflow_fast._cpu, tarflow_fast.kernels
