@@ -1,7 +1,6 @@
 // What Python sees; see tarflow_fast/data/png.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pybind11/stl/filesystem.h>
 
 #include "png.h"
 
@@ -11,8 +10,8 @@ using namespace tarflow;
 namespace {
 
 // Reads file i to out + i · height · width · channels, and returns of which files the pixels are there. out: an address.
-std::vector<bool> read_pngs(const std::vector<std::filesystem::path>& paths, int64_t height, int64_t width,
-                            int64_t channels, uintptr_t out) {
+std::vector<bool> read_pngs(const std::vector<std::string>& paths, int64_t height, int64_t width, int64_t channels,
+                            uintptr_t out) {
   const Pixels wanted{height, width, channels};
   PngReader reader(wanted);
   std::vector<bool> done;

@@ -1,20 +1,22 @@
 #include "png.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
+#include <memory>
 #include <new>
-#include <system_error>
 
 namespace tarflow {
 
 namespace {
 
-constexpr uintmax_t MOST_BYTES = 1 << 22;  // a larger file is not held in memory
+constexpr int64_t MOST_BYTES = 1 << 22;  // a larger file is not held in memory
 constexpr int64_t STRIP = 1 << 16;         // bytes of rows that are inflated at once, if a row has no more
 constexpr uint8_t SIGNATURE[8] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
-constexpr std::size_t HEAD = 33;           // bytes of the signature and the first chunk
+constexpr int HEAD = 33;                   // bytes of the signature and the first chunk
 constexpr std::size_t AROUND = 12;  // bytes of a chunk beside its content: length and name before it, checksum after it
 
 uint32_t number(const uint8_t* at) {
@@ -93,22 +95,24 @@ PngReader::PngReader(const Pixels& wanted) : wanted_(wanted) {
 
 PngReader::~PngReader() { inflateEnd(&stream_); }
 
-bool PngReader::read(const std::filesystem::path& path, uint8_t* out) {
+bool PngReader::read(const std::string& path, uint8_t* out) {
   return load(path) && find_levels() && (channels_ == 1 ? decode<1>(out) : decode<3>(out));
 }
 
-// Reads the file into memory, unless it is too large, of another size or kind, or none that has a size: to open a pipe
-// would be to wait.
-bool PngReader::load(const std::filesystem::path& path) {
-  std::error_code failed;
-  const uintmax_t size = std::filesystem::file_size(path, failed);
-  if (failed || size < HEAD || size > MOST_BYTES) return false;
-  std::ifstream file;
-  file.rdbuf()->pubsetbuf(nullptr, 0);
-  file.open(path, std::ios::binary);
-  content_.resize(size);
-  char* to = reinterpret_cast<char*>(content_.data());
-  return file.read(to, HEAD) && is_wanted() && file.read(to + HEAD, static_cast<std::streamsize>(size - HEAD));
+// Reads the file into memory, unless it is too large, of another size or kind, or no file: to open a pipe would be to
+// wait.
+bool PngReader::load(const std::string& path) {
+  struct stat found;
+  if (stat(path.c_str(), &found) != 0 || (found.st_mode & S_IFMT) != S_IFREG) return false;
+  if (found.st_size < HEAD || found.st_size > MOST_BYTES) return false;
+  const auto close = [](std::FILE* file) { std::fclose(file); };
+  const std::unique_ptr<std::FILE, decltype(close)> file(std::fopen(path.c_str(), "rb"), close);
+  if (file == nullptr) return false;
+  content_.resize(static_cast<std::size_t>(found.st_size));
+  const auto get = [&](std::size_t from, std::size_t to) {
+    return std::fread(content_.data() + from, 1, to - from, file.get()) == to - from;
+  };
+  return get(0, HEAD) && is_wanted() && get(HEAD, content_.size());
 }
 
 // Whether the file begins as a plain PNG of the wanted size does.

@@ -6,7 +6,7 @@
 #include <zlib.h>
 
 #include <cstdint>
-#include <filesystem>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -30,10 +30,10 @@ class PngReader {
 
   // Returns whether the file is a plain PNG of the wanted size, whose pixels are now in `out`; if not, `out` holds
   // anything.
-  bool read(const std::filesystem::path& path, uint8_t* out);
+  bool read(const std::string& path, uint8_t* out);
 
  private:
-  bool load(const std::filesystem::path& path);
+  bool load(const std::string& path);
   bool is_wanted();
   bool find_levels();
   bool inflate_rows(uint8_t* rows, int64_t bytes, bool last);

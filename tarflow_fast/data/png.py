@@ -6,6 +6,7 @@ leaves it to Pillow, which reads or refuses it; so are all files where the nativ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
@@ -38,7 +39,7 @@ def read_plain_pngs(paths: Sequence[str], out: NDArray[np.uint8]) -> list[bool]:
     """
     if NATIVE is None:
         return [False] * len(paths)
-    named = [path if path.lower().endswith(".png") else "" for path in paths]
+    named = [os.fsencode(path) if path.lower().endswith(".png") else b"" for path in paths]
     channels, height, width = out.shape[1:]
     sizes = {"height": height, "width": width, "channels": channels}
     target = address("out", torch.from_numpy(out), torch.uint8, count=len(paths) * height * width * channels)
