@@ -168,7 +168,14 @@ def test_what_is_not_plain_is_left_to_pillow(tmp_path: Path) -> None:
         assert read_natively([path]) == [None]
     picture.save(path, save_all=True, append_images=[Image.new("RGB", (W, H))])
     assert read_natively([path]) == [None]
+    levels = zlib.compress(filtered(PIXELS, [4] * H))
+    for pieces in ([levels + b"more"], [levels, b"more"]):  # after the end of the levels
+        parts = [chunk(b"IDAT", piece) for piece in pieces]
+        path.write_bytes(png(PIXELS, [4] * H)[:33] + b"".join(parts) + chunk(b"IEND", b""))
+        assert read_natively([path]) == [None]
     picture.save(path)
+    picture.save(tmp_path / "a.jpg", "PNG")  # a JPEG would be read twice
+    assert read_natively([path, tmp_path / "a.jpg"])[1] is None
     assert read_natively([path], channels=1) == read_natively([path], (W, H)) == [None]
 
 
