@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the engine and the reader of PNGs with sanitizers in a folder of their own, and runs their tests there, on every
-# instruction set that this machine has. The first finding fails. It needs g++ and what the tests need; arguments go to pytest.
+# instruction set that this machine has. The first finding fails. It needs g++, zlib's headers and what the tests need;
+# arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export TARFLOW_FAST_SANITIZERS=address,undefined TARFLOW_FAST_CUDA=0
