@@ -13,10 +13,10 @@ namespace tarflow {
 
 namespace {
 
-constexpr int64_t MOST_BYTES = 1 << 22;  // a larger file is not held in memory
-constexpr int64_t STRIP = 1 << 16;         // bytes of rows that are inflated at once, if a row has no more
 constexpr uint8_t SIGNATURE[8] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n'};
-constexpr int HEAD = 33;                   // bytes of the signature and the first chunk
+constexpr int64_t MOST_BYTES = 1 << 22;  // a larger file is not held in memory
+constexpr int64_t STRIP = 1 << 16;  // bytes of rows that are inflated at once, if a row has no more
+constexpr int HEAD = 33;  // bytes of the signature and the first chunk
 constexpr std::size_t AROUND = 12;  // bytes of a chunk beside its content: length and name before it, checksum after it
 
 uint32_t number(const uint8_t* at) {
@@ -39,8 +39,8 @@ struct Chunk {
 };
 
 // Of what is left, above and above left, the one that is nearest to left + above − corner; of equally near ones the
-// first. It is the corner between the smaller and the larger of left and above, and beyond them the one across. Without
-// branches, which noise would make the processor guess wrongly.
+// first. That is the corner if 3 corner − left − above lies between the two others, the larger of them if it lies below
+// both, and the smaller if above. There are no branches, as noise would make a processor guess them wrongly.
 int paeth(int left, int above, int corner) {
   const int small = std::min(left, above), large = left + above - small, other = 3 * corner - left - above;
   const int nearest = large <= other ? small : corner;
