@@ -1,6 +1,6 @@
 """The parts of the build that pyproject.toml cannot say: where the packages lie, and the native code.
 
-`kernels/` is a folder of its own at the top and is installed as `tarflow_fast.kernels`. The native engines are
+`kernels/` is a folder of its own at the top and is installed as `tarflow_fast.kernels`. The native modules are
 optional: what cannot be built is left out, which one line of the build and `tarflow-fast info` tell, and the install
 goes through. csrc/README.md has the compilers and the environment variables.
 """
@@ -22,7 +22,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, ExecError
 
-CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
+CPU, CUDA, PNG = Path("csrc/cpu"), Path("csrc/cuda"), Path("csrc/png")
 sys.path.insert(0, str(CUDA.absolute()))  # a build in isolation has not even this folder there
 import nvcc  # noqa: E402
 
@@ -43,11 +43,12 @@ INTEL = platform.machine().lower() in ("x86_64", "amd64")
 
 CUDA_WANTED = nvcc.wanted(os.environ)
 ARCHITECTURES = nvcc.architectures(os.environ)
+COMPILER = "LLVM (clang-cl) beside Visual Studio's build tools" if WINDOWS else "a C++17 compiler (g++ or clang++)"
+AGAIN = "and install tarflow_fast again"
 MENDS = {
-    "tarflow_fast._cpu": "backend 'torch' serves in its place; to have it, install "
-    + ("LLVM (clang-cl) beside Visual Studio's build tools" if WINDOWS else "a C++17 compiler (g++ or clang++)")
-    + " and install tarflow_fast again",
-    "tarflow_fast._cuda": f"to have it, install the CUDA toolkit, and install tarflow_fast again with {nvcc.WANTED}=1",
+    "tarflow_fast._cpu": f"backend 'torch' serves in its place; to have it, install {COMPILER} {AGAIN}",
+    "tarflow_fast._png": f"Pillow serves in its place; to have it, install {COMPILER} and zlib's headers {AGAIN}",
+    "tarflow_fast._cuda": f"to have it, install the CUDA toolkit, {AGAIN} with {nvcc.WANTED}=1",
 }
 
 
@@ -88,18 +89,19 @@ class BuildNative(build_ext):
             if ext.name == CUDA_ENGINE.name:
                 self.build_cuda(ext)
             else:
-                self.build_cpu(ext)
+                self.build_host(ext)
         except (BaseError, CCompilerError) as reason:
             if not ext.optional:
                 raise
             self.warn(f"{ext.name} was left out: {reason}; {MENDS[ext.name]}")
 
-    def build_cpu(self, ext: Extension) -> None:
+    def build_host(self, ext: Extension) -> None:
         runtime = self.use_clang_cl() if WINDOWS else []
         self.compile_all(ext, self.compile_host)
         self.compiler.link_shared_object(
             [*(str(self.object_of(ext, source)) for source in ext.sources), *runtime],
             self.get_ext_fullpath(ext.name),
+            libraries=ext.libraries,
             extra_postargs=ext.extra_link_args,
             export_symbols=self.get_export_symbols(ext),
             debug=self.debug,
@@ -195,6 +197,17 @@ CPU_ENGINE = Extension(
     language="c++",
     optional=True,
 )
+PNG_READER = Extension(
+    "tarflow_fast._png",
+    sources=sorted(map(str, PNG.glob("*.cpp"))),
+    depends=sorted(map(str, PNG.glob("*.h"))),
+    include_dirs=[pybind11.get_include()],
+    libraries=["zlib" if WINDOWS else "z"],
+    extra_compile_args=FLAGS,
+    extra_link_args=SANITIZE,
+    language="c++",
+    optional=True,
+)
 CUDA_ENGINE = Extension(
     "tarflow_fast._cuda",
     sources=sorted(map(str, [*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")])),
@@ -213,6 +226,6 @@ setup(
     ],
     package_dir={"tarflow_fast": "tarflow_fast", "tarflow_fast.kernels": "kernels"},
     package_data={"tarflow_fast": ["py.typed"], "tarflow_fast.pretrained": ["*"]},
-    ext_modules=[CPU_ENGINE, CUDA_ENGINE],
+    ext_modules=[CPU_ENGINE, PNG_READER, CUDA_ENGINE],
     cmdclass={"build_ext": BuildNative},
 )

@@ -9,11 +9,21 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ("test_package.py", "test_reference.py", "backend/cpu", "test_images.py", "checkpoints/test_checkpoint.py")
-# The engine has to be in a wheel: where it is missing, its tests are skipped.
+QUICK = (
+    "test_package.py",
+    "test_reference.py",
+    "backend/cpu",
+    "test_images.py",
+    "data/test_png.py",
+    "checkpoints/test_checkpoint.py",
+)
+# The native modules have to be in a wheel: where they are missing, their tests are skipped. On Windows there is no
+# zlib, and so no reader of PNGs.
 CHECK = """
 import pathlib, sys
 import tarflow_fast, tarflow_fast._cpu, tarflow_fast.kernels
+if sys.platform != "win32":
+    import tarflow_fast._png
 sys.exit(pathlib.Path(sys.argv[1]) in pathlib.Path(tarflow_fast.__file__).resolve().parents)
 """
 

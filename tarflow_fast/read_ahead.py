@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from .checks import environment_count
 from .devices import usable_cores
 
-Key = TypeVar("Key")
 Item = TypeVar("Item")
 
 IN_A_TASK = 4  # items: a task of one would cost as much as a small picture
@@ -23,24 +24,39 @@ def own_cores() -> int:
     return max(1, (usable_cores() or os.cpu_count() or 1) // environment_count("LOCAL_WORLD_SIZE", 1, 1))
 
 
-def read_ahead(read: Callable[[Key], Item], keys: Sequence[Key]) -> Iterator[Item]:
-    """Yields read(key) of each key, in their order.
+def read_ahead(
+    read: Callable[[range], Iterable[Item]], numbers: range, in_a_task: int = IN_A_TASK
+) -> Generator[Item, None, None]:
+    """Yields the items of these numbers, in their order.
 
-    No more than 16 items a core are held, whatever their number. read: a function that leaves Python's lock to other
-    threads for the most part, as decoding does. keys: what it is called with. Raises what `read` raises, when the
-    item's turn comes.
+    No more than 4 · in_a_task items a core are held, whatever their number.
+
+    Args:
+        read: The function that yields the items of some numbers, and leaves Python's lock to other threads for the most
+            part, as decoding does.
+        numbers: The numbers, which are divided among tasks.
+        in_a_task: How many a task has at most; there are some tasks for each thread.
+
+    Raises:
+        Exception: What `read` raises, when the turn of its task comes.
     """
-    threads = min(own_cores(), max(1, len(keys)))
+    threads = min(own_cores(), max(1, len(numbers)))
+    in_a_task = max(1, min(in_a_task, len(numbers) // (AHEAD * threads)))
     tasks: deque[Future[list[Item]]] = deque()
+    left = threading.Event()
+
+    def work(part: range) -> list[Item]:
+        return list(itertools.takewhile(lambda _: not left.is_set(), read(part)))
+
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for start in range(0, len(keys), IN_A_TASK):
-                part = keys[start : start + IN_A_TASK]
-                tasks.append(pool.submit(lambda part: [read(key) for key in part], part))
+            for start in range(0, len(numbers), in_a_task):
+                tasks.append(pool.submit(work, numbers[start : start + in_a_task]))
                 if len(tasks) == AHEAD * threads:
                     yield from tasks.popleft().result()
             while tasks:
                 yield from tasks.popleft().result()
         finally:
+            left.set()
             for task in tasks:
                 task.cancel()

@@ -15,7 +15,7 @@ import pytest
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).parents[1]
-ENGINES = ("_cpu", "_cuda")
+ENGINES = ("_cpu", "_png", "_cuda")
 
 
 def load_nvcc() -> ModuleType:
@@ -206,13 +206,17 @@ def source(tmp_path: Path) -> Source:
     return Source(tmp_path)
 
 
-def names(folder: str) -> set[str]:
-    return {path.name for path in (ROOT / "csrc" / folder).iterdir() if path.suffix in (".cpp", ".cu")}
+def names(*folders: str) -> set[str]:
+    paths = [path for folder in folders for path in (ROOT / "csrc" / folder).iterdir()]
+    return {path.name for path in paths if path.suffix in (".cpp", ".cu")}
+
+
+HOST = ("cpu", "png")
 
 
 def test_a_second_build_compiles_what_has_changed(source: Source) -> None:
     source.with_gpu("9.0")
-    everything = names("cpu") | names("cuda")
+    everything = names(*HOST, "cuda")
 
     def built(**environment: str) -> set[str]:
         done = source.build(**environment)
@@ -229,23 +233,23 @@ def test_a_second_build_compiles_what_has_changed(source: Source) -> None:
         file.write("\n")
     assert built() == names("cuda")
     assert built(TARFLOW_FAST_CUDA_ARCHITECTURES="80;90a") == {name for name in everything if name.endswith(".cu")}
-    assert built(TARFLOW_FAST_CUDA_ARCHITECTURES="80;90a", CXX="g++ -DOTHER") >= names("cpu")
+    assert built(TARFLOW_FAST_CUDA_ARCHITECTURES="80;90a", CXX="g++ -DOTHER") >= names(*HOST)
     program(source.bin, COMPILER.replace("1.0", "2.0"), "g++")
-    assert built(TARFLOW_FAST_CUDA_ARCHITECTURES="80;90a", CXX="g++ -DOTHER") >= names("cpu")
+    assert built(TARFLOW_FAST_CUDA_ARCHITECTURES="80;90a", CXX="g++ -DOTHER") >= names(*HOST)
 
 
 def test_an_object_that_was_not_finished_is_made_again(source: Source) -> None:
     assert source.build(BROKEN="1", TARFLOW_FAST_CUDA="0").returncode == 0
     assert source.engines() == []
     assert source.build(TARFLOW_FAST_CUDA="0").returncode == 0
-    assert source.compiled() == names("cpu")
-    assert source.engines() == ["_cpu"]
+    assert source.compiled() == names(*HOST)
+    assert source.engines() == ["_cpu", "_png"]
 
 
 def test_without_a_compiler_the_install_goes_through_without_the_engine(source: Source) -> None:
     """That of an earlier install goes too: it may be of other sources."""
     assert source.build().returncode == 0
-    assert source.engines() == ["_cpu"]
+    assert source.engines() == ["_cpu", "_png"]
     done = source.build(CXX="/nonexistent/g++")
     assert done.returncode == 0
     line = source.left_out("_cpu", done.stdout)
@@ -254,10 +258,23 @@ def test_without_a_compiler_the_install_goes_through_without_the_engine(source: 
     assert source.engines() == []
 
 
+@pytest.mark.parametrize("broken", ["*csrc/png/png.cpp*", pytest.param("*' '-lz*", marks=pytest.mark.slow)])
+def test_without_zlib_the_install_goes_through_without_the_reader_of_pngs(broken: str, source: Source) -> None:
+    """Where its headers are missing, or the library."""
+    program(source.bin, COMPILER.replace('case "$*" in', f'case "$*" in\n  {broken}) exit 1;;'), "g++")
+    done = source.build()
+    assert done.returncode == 0, done.stdout
+    line = source.left_out("_png", done.stdout)
+    assert (
+        "Pillow serves in its place; to have it, install a C++17 compiler (g++ or clang++) and zlib's headers" in line
+    )
+    assert source.engines() == ["_cpu"]
+
+
 def test_nvcc_runs_where_there_is_a_gpu_and_for_that_alone(source: Source) -> None:
     done = source.build()
     assert done.returncode == 0
-    assert source.compiled() == names("cpu")
+    assert source.compiled() == names(*HOST)
     line = source.left_out("_cuda", done.stdout)
     assert "no NVIDIA driver here" in line
     assert "TARFLOW_FAST_CUDA=1" in line
@@ -269,7 +286,7 @@ def test_nvcc_runs_where_there_is_a_gpu_and_for_that_alone(source: Source) -> No
 
     done = source.build(TARFLOW_FAST_CUDA="0")
     assert source.architectures() == set()
-    assert source.engines() == ["_cpu"]
+    assert source.engines() == ["_cpu", "_png"]
     assert "TARFLOW_FAST_CUDA=0" in source.left_out("_cuda", done.stdout)
 
 
@@ -297,4 +314,4 @@ def test_a_gpu_without_a_working_nvcc_does_not_stop_the_install(source: Source) 
     done = source.build()
     assert done.returncode == 0
     assert "nvcc" in source.left_out("_cuda", done.stdout)
-    assert source.engines() == ["_cpu"]
+    assert source.engines() == ["_cpu", "_png"]

@@ -22,8 +22,10 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 5, 47, 48, 49, 200])
 def test_all_items_come_in_order(n: int) -> None:
-    keys = [f"{i}" for i in range(n)]
-    assert list(read_ahead(lambda key: int(key) ** 2, keys)) == [i**2 for i in range(n)]
+    for size in (1, module.IN_A_TASK, 7):
+        assert list(read_ahead(lambda part: (i**2 for i in part), range(3, n + 3), size)) == [
+            i**2 for i in range(3, n + 3)
+        ]
 
 
 def test_no_more_than_a_few_are_held() -> None:
@@ -35,7 +37,7 @@ def test_no_more_than_a_few_are_held() -> None:
             most = max(most, next(read) - taken)
         return i
 
-    for _ in read_ahead(one, range(1000)):
+    for _ in read_ahead(lambda part: map(one, part), range(1000)):
         taken += 1
         if taken % 50 == 0:
             time.sleep(0.01)  # the readers could run far ahead
@@ -51,7 +53,7 @@ def test_as_many_threads_read_at_once_as_there_are_cores() -> None:
             barrier.wait(timeout=20)
         return threading.get_ident()
 
-    assert len(set(read_ahead(one, range(CORES * module.IN_A_TASK)))) == CORES
+    assert len(set(read_ahead(lambda part: map(one, part), range(CORES * module.IN_A_TASK)))) == CORES
 
 
 def test_an_error_comes_in_its_turn_and_ends_the_reading() -> None:
@@ -65,9 +67,23 @@ def test_an_error_comes_in_its_turn_and_ends_the_reading() -> None:
 
     found: list[int] = []
     with pytest.raises(ValueError, match=r"^9$"):
-        found.extend(read_ahead(one, range(10**5)))
+        found.extend(read_ahead(lambda part: map(one, part), range(10**5)))
     assert found == list(range(8))  # those of the task of number 9 go with it
     assert len(started) < 200
+
+
+def test_whoever_leaves_does_not_wait_for_whole_tasks() -> None:
+    read = itertools.count()
+
+    def one(i: int) -> int:
+        next(read)
+        time.sleep(0.0 if i < 1000 else 0.02)
+        return i
+
+    items = read_ahead(lambda part: map(one, part), range(10**5), 1000)
+    assert next(items) == 0
+    items.close()
+    assert next(read) < 2000  # and not all 4000 of the tasks that had begun
 
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +30,8 @@ from ..common.suite import Suite
 from ..common.table import labelled
 
 THREADS, PROCESSES = "Pillow, a thread a core", "Pillow, a process a core"
+OURS = ("load_images", "open_images", "training_images")
+RUNS = (THREADS, PROCESSES, *OURS)
 IN_A_TASK = 16  # pictures that Pillow's workers take at once
 COLUMNS = "run: {name} | seconds: {median:.4g} | p20-p80: {p20:.4g}-{p80:.4g} | n: {n} | faster: {faster}"
 
@@ -67,9 +68,20 @@ def write_pictures(folder: Path, count: int, size: int, seed: int) -> None:
         list(pool.map(write, range(count)))
 
 
+def verdict(cell: Any) -> str:
+    """Returns a sentence on the slowest of ours beside the faster of Pillow's ways, by the median of their ratios."""
+    seconds = {run["name"]: np.array(run["seconds"]) for run in cell["runs"]}
+    pillow = np.minimum(seconds[THREADS], seconds[PROCESSES])
+    ratio, slowest = min((float(np.median(pillow / seconds[name])), name) for name in OURS)
+    size, holds = cell["label"]["size"], "at least as fast" if ratio >= 1 else "slower"
+    return (
+        f"{size} x {size} pixels: ours are {holds}: {slowest}, the slowest, {ratio:.2f} times as fast as Pillow's best"
+    )
+
+
 class Pictures(Suite):
-    """A folder of PNGs: what `load_images` (training), `open_images` and `training_images` (FID) take to read it,
-    beside Pillow's decoder in as many threads, or processes, as there are cores.
+    """A folder of PNGs: what `load_images`, which training calls, `open_images` (`fid`) and `training_images`
+    (`prepare-stats`) take to read it, beside Pillow's decoder in as many threads, or processes, as there are cores.
 
     Pillow's part is the shortest that reads each file as an array and keeps nothing. Ours gives arrays of channels
     first, upright and on white, cropped to a size that the pictures have already; `training_images` also mirrors half
@@ -117,19 +129,15 @@ class Pictures(Suite):
             found = by_training_images(folder, size)
             return wanted if found.shape == wanted.shape else found
 
-        candidates: dict[str, Callable[[], Tensor]] = {
-            THREADS: threads,
-            PROCESSES: lambda: by_pillow(processes, paths),
-            "load_images": lambda: by_load_images(folder, size),
-            "open_images": lambda: by_open_images(folder, size),
-            "training_images": training,
-        }
-        makers = {name: functools.partial(lambda run: run, run) for name, run in candidates.items()}
+        ours = (lambda: by_load_images(folder, size), lambda: by_open_images(folder, size), training)
+        candidates = zip(RUNS, (threads, lambda: by_pillow(processes, paths), *ours), strict=True)
+        makers = {name: functools.partial(lambda run: run, run) for name, run in candidates}
         return harness.measure_cell(case, makers, self.rounds, exact=wanted, tolerance=0.0)
 
     def lines(self, record: Any) -> list[str]:
         rows = [(cell, run) for cell in record["cells"] for run in cell["runs"]]
-        return [*labelled(COLUMNS, rows), *self.failed(record)] if rows else self.failed(record)
+        verdicts = [verdict(cell) for cell in record["cells"] if len(cell["runs"]) == len(RUNS)]
+        return [*labelled(COLUMNS, rows), "", *verdicts, *self.failed(record)] if rows else self.failed(record)
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns bars of the ratio to Pillow's threads, in groups by size."""

@@ -8,7 +8,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -16,7 +15,6 @@
 #include "dispatch.h"
 #include "engine.h"
 #include "masked_flow.h"
-#include "png.h"
 
 namespace py = pybind11;
 using namespace tarflow;
@@ -283,18 +281,6 @@ void spline(const std::map<std::string, double>& law, Address parameters, Addres
   (wide ? kernels.spline_f64 : kernels.spline_f32)(plain, batch);
 }
 
-// See png.h. rows: as many bytes as the sizes say. out: the address of the pixels.
-bool unfilter(const py::bytes& rows, int64_t height, int64_t width, int64_t channels, bool planar, Address out) {
-  const std::string_view plain = rows;
-  if ((channels != 1 && channels != 3) || static_cast<int64_t>(plain.size()) != height * (1 + width * channels))
-    throw std::invalid_argument("rows: not as many bytes as the sizes say");
-  const auto* first = reinterpret_cast<const uint8_t*>(plain.data());
-  const auto work = [&] { return unfilter_png(first, height, width, channels, planar, at<uint8_t>(out)); };
-  if (plain.size() < (1 << 14)) return work();  // to give the GIL away and wait for it would take longer
-  const py::gil_scoped_release release;
-  return work();
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -308,8 +294,6 @@ PYBIND11_MODULE(_cpu, m) {
         arg("gradient"), arg("bf16"), arg("instruction_set"), arg("threads"), arg("most_bytes"));
   m.def("spline", &spline, py::kw_only(), arg("law"), arg("parameters"), arg("value"), arg("image"),
         arg("log_derivative"), arg("count"), arg("wide"), arg("inverse"), arg("instruction_set"));
-  m.def("unfilter_png", &unfilter, py::kw_only(), arg("rows"), arg("height"), arg("width"), arg("channels"),
-        arg("planar"), arg("out"));
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); },
         arg("memory"), arg("bytes"));
   py::class_<Engine>(m, "Engine")

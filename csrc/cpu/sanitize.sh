@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the engine with sanitizers in a folder of its own, and runs its tests there, on every instruction set that this
-# machine has. The first finding fails. It needs g++ and what the tests need; arguments go to pytest.
+# Builds the engine and the reader of PNGs with sanitizers in a folder of their own, and runs their tests there, on every
+# instruction set that this machine has. The first finding fails. It needs g++, zlib's headers and what the tests need;
+# arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export TARFLOW_FAST_SANITIZERS=address,undefined TARFLOW_FAST_CUDA=0
@@ -11,7 +12,7 @@ cp -R csrc kernels tarflow_fast setup.py pyproject.toml README.md LICENSE "$fold
 cp -R csrc tests pyproject.toml "$folder"  # csrc is for the emulation of CUDA, which some of these tests need
 cd "$folder"
 CXX=g++ python -m pip install --quiet --no-deps --target . ./source
-ls tarflow_fast/_cpu* > /dev/null  # the extension is optional: without it the tests would be skipped
+ls tarflow_fast/_cpu* tarflow_fast/_png* > /dev/null  # the extensions are optional: without them tests would be skipped
 
 # Python itself is not instrumented, so the runtime has to be there before it, and the library whose throw it watches.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
@@ -22,5 +23,5 @@ export UBSAN_OPTIONS=print_stacktrace=1
 # The sanitizer itself takes more memory than the test of peak memory allows, so that test is left out.
 python -m pytest tests/backend/cpu tests/models/test_cpu_density.py tests/models/test_cpu_density_fallback.py \
   tests/engine/test_contract.py tests/engine/test_windows.py tests/backend/test_masked.py tests/sampling/test_masked.py \
-  tests/test_spline.py \
-  -k "cpu and not peak_memory" "$@"
+  tests/test_spline.py tests/data/test_png.py \
+  -k "(cpu or png) and not peak_memory" "$@"

@@ -24,6 +24,7 @@ def describe_installation() -> dict[str, Any]:
 
     from .. import __version__
     from ..backend import backends
+    from ..data.png import NATIVE
     from ..probe.store import kept
 
     return {
@@ -33,6 +34,7 @@ def describe_installation() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": [status.to_dict() for status in backends()],
+        "plain_pngs": "Pillow" if NATIVE is None else "native",
         "probes": [
             {"backend": key["backend"], "device": key["device"]["name"], **verdict.to_dict()} for key, verdict in kept()
         ],
@@ -50,6 +52,8 @@ def installation_lines(facts: dict[str, Any]) -> list[str]:
         reason = in_flags(info_command, status["reason"])
         state = "available" if status["available"] else "not available"
         lines.append(f"  {status['name']:<7} on {status['device']:<5} {state:<14} {reason}")
+    without = "Pillow: the native reader was not built; install zlib's headers and install tarflow_fast again"
+    lines += ["", f"Plain PNGs are read by {'native code' if facts['plain_pngs'] == 'native' else without}"]
     counts = Counter((each["backend"], each["device"], each["proven"]) for each in facts["probes"])
     if counts:
         lines += ["", "Probes that are kept (`tarflow-fast check` shows what was tried):"]

@@ -23,8 +23,8 @@ from torch import Tensor
 from ..errors import DataError, first_line
 from ..files import PathLike
 from ..read_ahead import read_ahead
-from .pictures import is_too_large, reading_pictures
-from .png import open_plain_png
+from .pictures import check_is_file, read_pictures, reading_pictures
+from .png import in_a_task
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
@@ -49,33 +49,23 @@ def _is_picture(name: str) -> bool:
 
 
 def centre_crop(path: str, size: int) -> NDArray[np.uint8]:
-    """Returns the middle of a picture, (size, size, 3), whose shorter side is brought to that size.
+    """Returns the middle of a picture, (3, size, size), whose shorter side is brought to that size.
 
     Raises DataError where it cannot be read.
     """
     try:
-        png = open_plain_png(path)
-        if png is not None and not is_too_large(png.width, png.height):
-            out = np.empty((size, size, 3), np.uint8)
-            if (png.height, png.width, png.channels) == out.shape and png.put(out, planar=False):
-                return out
-            if (picture := png.picture()) is not None:
-                return _cropped(picture, size)
+        check_is_file(path)
         with Image.open(path) as file:
-            return _cropped(file, size)
+            picture = file if file.mode == "RGB" else file.convert("RGB")
+            width, height = picture.size
+            short = min(width, height)
+            across, down = (size if side == short else int(size * side / short) for side in (width, height))
+            if (across, down) != picture.size:
+                picture = picture.resize((across, down), Image.Resampling.BILINEAR)
+            left, top = round((across - size) / 2), round((down - size) / 2)
+            return np.asarray(picture.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
         raise DataError(f"{path!r}: no picture that can be read ({first_line(error)})") from error
-
-
-def _cropped(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-    width, height = picture.size
-    short = min(width, height)
-    across, down = (size if side == short else int(size * side / short) for side in (width, height))
-    if (across, down) != picture.size:
-        picture = picture.resize((across, down), Image.Resampling.BILINEAR)
-    left, top = round((across - size) / 2), round((down - size) / 2)
-    return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
 @functools.cache
@@ -86,10 +76,11 @@ def levels() -> Tensor:
     return (0.5 * (x + 1) * 255).byte()
 
 
-def is_mirrored(i: int, seed: int) -> bool:
-    """Returns whether picture i is mirrored, which depends on (seed, i) alone."""
-    stream: Any = Philox(SeedSequence(entropy=seed, spawn_key=(i,)))
-    return bool(stream.random_raw() < 2**63)
+def are_mirrored(numbers: range, seed: int) -> NDArray[np.bool_]:
+    """Returns which pictures are mirrored: picture i by the first of the four numbers that block i of a stream holds,
+    so that it depends on (seed, i) alone."""
+    stream: Any = Philox(SeedSequence(seed)).advance(numbers.start)
+    return stream.random_raw(4 * len(numbers))[::4] < 2**63
 
 
 def centre_crops(paths: Sequence[str], size: int, numbers: range, seed: int = 0) -> Iterator[NDArray[np.uint8]]:
@@ -106,10 +97,14 @@ def centre_crops(paths: Sequence[str], size: int, numbers: range, seed: int = 0)
     """
     table = bytes(levels().tolist())
 
-    def read(i: int) -> NDArray[np.uint8]:
-        content = centre_crop(paths[i], size).tobytes().translate(table)
-        pixels = np.frombuffer(content, np.uint8).reshape(size, size, 3)
-        return (pixels[:, ::-1] if is_mirrored(i, seed) else pixels).transpose(2, 0, 1)
+    def crop(path: str, out: NDArray[np.uint8]) -> None:
+        out[:] = centre_crop(path, size)
+
+    def some(part: range) -> Iterator[NDArray[np.uint8]]:
+        pictures = read_pictures(paths[part.start : part.stop], np.empty((len(part), 3, size, size), np.uint8), crop)
+        for picture, mirrored in zip(pictures, are_mirrored(part, seed), strict=True):
+            made = np.frombuffer(bytearray(picture).translate(table), np.uint8).reshape(picture.shape)
+            yield made[..., ::-1] if mirrored else made
 
     with reading_pictures():
-        yield from read_ahead(read, numbers)
+        yield from read_ahead(some, numbers, in_a_task(3 * size**2))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import count
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..checks import check_choice
 from ..errors import ArgumentError, DataError, TarFlowWarning
 from ..files import PathLike
 from ..limits import MOST_SIZE
-from ..read_ahead import own_cores
+from ..read_ahead import own_cores, read_ahead
 from ..scalars import check_flag, plain
 from ..sizes import Size, checked_size, pair
 from .arrays import image_data, load_npy, load_npz
@@ -25,14 +26,14 @@ from .folders import find_pictures
 from .idx import find_idx, labels_beside, read_idx
 from .image_data import ImageData
 from .labels import read_labels
-from .pictures import Room, read_picture_into, reading_pictures
+from .pictures import Room, read_picture_into, read_pictures, reading_pictures
+from .png import in_a_task
 from .store import Store
 from .values import LAYOUTS, PICTURE_CHANNELS, VALUES
 
 SPLITS = ("train", "val", "test")
 DECODED_SHARE = 0.15  # decoded pictures take at most this share of the memory of the pixels asked for
 DECODED_BYTES, USUAL_SIZE = 64 * 2**20, 1024  # or so many bytes a thread, for pictures made no larger
-REDRAWN = 0.1  # seconds between looks at a bar
 
 
 def load_images(
@@ -167,46 +168,28 @@ def _load_folder(
 ) -> tuple[ImageData, list[str]]:
     found = find_pictures(path, split)
     out = store.empty((len(found.paths), channels, *pair(size)), np.uint8)
-    read_pictures(found.paths, out, progress, store.stop)
+    read_folder(found.paths, out, progress, store.stop)
     labels = None if found.labels is None else torch.tensor(found.labels)
     return ImageData(torch.from_numpy(out), labels, found.class_names), found.notes
 
 
-def read_pictures(
-    paths: list[str], out: np.ndarray, progress: bool = False, stop: threading.Event | None = None
-) -> None:
+def read_folder(paths: list[str], out: np.ndarray, progress: bool = False, stop: threading.Event | None = None) -> None:
     """Reads picture i into out[i].
 
     There are as many threads as cores, as decoding frees Python's lock; they decode no more pictures at once than there
     is room for. paths: the N pictures. out: (N, channels, H, W) uint8. stop: an event that ends reading early. Raises
     DataError for the first picture that cannot be read.
     """
-    numbers, failed = count(), dict[int, DataError]()
-    stop = threading.Event() if stop is None else stop
+    usual = min(own_cores(), len(paths)) * DECODED_BYTES if max(out.shape[2:]) <= USUAL_SIZE else 0
+    read = functools.partial(read_picture_into, room=Room(max(int(DECODED_SHARE * out.nbytes), usual)))
 
-    def work() -> None:
-        while not stop.is_set() and (i := next(numbers)) < len(paths):
-            try:
-                read_picture_into(out[i], paths[i], room)
-            except DataError as error:
-                failed[i] = error
-                stop.set()
-            done[0] = max(done[0], i + 1)
+    def some(part: range) -> Iterator[np.ndarray]:
+        return read_pictures(paths[part.start : part.stop], out[part.start : part.stop], read)
 
-    done = [0]
-    threads = min(own_cores(), len(paths))
-    usual = threads * DECODED_BYTES if max(out.shape[2:]) <= USUAL_SIZE else 0
-    room = Room(max(int(DECODED_SHARE * out.nbytes), usual))
+    pictures = read_ahead(some, range(len(paths)), in_a_task(out[0].nbytes))
     bar = tqdm(total=len(paths), desc="reading", unit="picture", disable=not progress, leave=False, dynamic_ncols=True)
-    with reading_pictures(), ThreadPoolExecutor(threads) as pool, bar:
-        try:
-            working = [pool.submit(work) for _ in range(threads)]
-            while wait(working, timeout=REDRAWN).not_done:
-                bar.update(done[0] - bar.n)
-            for future in working:
-                future.result()
-            bar.update(done[0] - bar.n)
-        finally:
-            stop.set()
-    if failed:
-        raise failed[min(failed)]
+    with reading_pictures(), contextlib.closing(pictures), bar:
+        for _ in pictures:
+            bar.update()
+            if stop is not None and stop.is_set():
+                return

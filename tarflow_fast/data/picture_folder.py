@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,8 @@ from ..sizes import Size, pair
 from .folders import Pictures, find_pictures
 from .idx import find_idx
 from .load import DECODED_BYTES
-from .pictures import Room, read_picture_into, reading_pictures
+from .pictures import Room, read_picture_into, read_pictures, reading_pictures
+from .png import in_a_task
 
 
 class PictureFolder:
@@ -36,15 +39,15 @@ class PictureFolder:
         Raises:
             DataError: A picture cannot be read.
         """
-        room = Room(own_cores() * DECODED_BYTES)
+        shape = (channels, *pair(size))
+        read = functools.partial(read_picture_into, room=Room(own_cores() * DECODED_BYTES))
 
-        def one(i: int) -> NDArray[np.uint8]:
-            out = np.empty((channels, *pair(size)), np.uint8)
-            read_picture_into(out, self.paths[i], room)
-            return out
+        def some(part: range) -> Iterator[NDArray[np.uint8]]:
+            out = np.empty((len(part), *shape), np.uint8)
+            return read_pictures(self.paths[part.start : part.stop], out, read)
 
         with reading_pictures():
-            yield from read_ahead(one, numbers)
+            yield from read_ahead(some, numbers, in_a_task(math.prod(shape)))
 
 
 def open_pictures(path: PathLike, split: str = "train") -> PictureFolder | None:

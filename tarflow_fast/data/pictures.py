@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import os
+import stat
 import threading
 import warnings
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from PIL import Image
 
 from ..errors import DataError, printable
 from ..sizes import Size, pair
-from .png import open_plain_png
+from .png import read_plain_pngs
 
 PICTURES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -47,7 +49,7 @@ class _Refused(Exception):
     """A `_Refused` says why a whole picture is not taken."""
 
 
-@cache
+@functools.cache
 def _formats() -> tuple[str, ...]:
     """Returns the formats that Pillow may take a file for: not all that it knows, as some run other programs."""
     for plugin in (*PLUGINS, *LATER_PLUGINS):
@@ -100,11 +102,24 @@ class Room:
 def read_picture(path: str, size: Size, channels: int) -> NDArray[np.uint8]:
     """Returns a picture, (channels, H, W) uint8, as `read_picture_into` reads it. size: (H, W), or one number."""
     out = np.empty((channels, *pair(size)), np.uint8)
-    read_picture_into(out, path, Room(0))
-    return out
+    return next(read_pictures([path], out[None], functools.partial(read_picture_into, room=Room(0))))
 
 
-def read_picture_into(out: NDArray[np.uint8], path: str, room: Room) -> None:
+def read_pictures(
+    paths: Sequence[str], out: NDArray[np.uint8], read: Callable[[str, NDArray[np.uint8]], None]
+) -> Iterator[NDArray[np.uint8]]:
+    """Yields out[i] when it holds picture i: native code puts plain PNGs of that size there, and `read` all others.
+
+    paths: the N pictures. out: contiguous, (N, channels, H, W) uint8. read: reads a path into an array.
+    """
+    plain = [False] * len(paths) if _why_refused(out.shape[:1:-1]) else read_plain_pngs(paths, out)
+    for path, picture, is_there in zip(paths, out, plain, strict=True):
+        if not is_there:
+            read(path, picture)
+        yield picture
+
+
+def read_picture_into(path: str, out: NDArray[np.uint8], room: Room) -> None:
     """Reads a picture into `out`: resized until it just covers H×W, then cropped to the centre.
 
     The picture is as a viewer shows it: the first frame of an animation, turned by its EXIF orientation, transparent
@@ -115,10 +130,10 @@ def read_picture_into(out: NDArray[np.uint8], path: str, room: Room) -> None:
     """
     mode = "L" if out.shape[0] == 1 else "RGB"
     try:
-        if _read_plain(out, path, mode, room):
-            return
+        check_is_file(path)
         with Image.open(path, formats=_formats()) as file:
-            _check_size(file.size)
+            if why := _why_refused(file.size):  # before anything is decoded
+                raise _Refused(why)
             # Pillow takes four bytes a pixel, one if it is grey, and holds two pictures where one is converted.
             nbytes = file.width * file.height * (1 if file.mode == mode == "L" else 4 if file.mode == mode else 8)
             with room.take(nbytes):
@@ -145,35 +160,21 @@ def _put(out: NDArray[np.uint8], picture: Image.Image) -> None:
         out[:, row : row + rows] = strip.reshape(rows, width, channels).transpose(2, 0, 1)
 
 
-def _read_plain(out: NDArray[np.uint8], path: str, mode: str, room: Room) -> bool:
-    """Reads a plain PNG into `out`, and returns whether the file is one."""
-    png = open_plain_png(path)
-    if png is None:
-        return False
-    _check_size((png.width, png.height))
-    as_it_is = (png.channels, png.height, png.width) == out.shape and out.flags.c_contiguous
-    with room.take(png.width * png.height * (4 if as_it_is else 8)):
-        if as_it_is:
-            return png.put(out, planar=True)
-        picture = png.picture()
-        if picture is not None:
-            _put(out, picture if picture.mode == mode else picture.convert(mode))
-        return picture is not None
+def check_is_file(path: str) -> None:
+    """Raises OSError for a pipe or a device, whose end might never come, and where there is nothing of that name."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a folder is an error in any case
+        raise OSError("a pipe or a device, no file")
 
 
-def is_too_large(width: int, height: int) -> bool:
-    """Returns whether these are more pixels than Pillow is to decode."""
-    return Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    """Raises _Refused for a picture that is too large or too long, before anything is decoded. size: (W, H)."""
+def _why_refused(size: Sequence[int]) -> str | None:
+    """Returns why a picture is too large or too long, or None if it is neither. size: (W, H)."""
     width, height = size
     if max(size) > LONGEST_STRIP * min(size):
-        raise _Refused(f"a strip of {width} x {height} pixels, longer than {LONGEST_STRIP} times its shorter side")
-    if is_too_large(width, height):
-        limit = Image.MAX_IMAGE_PIXELS
-        raise _Refused(f"{width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
+        return f"a strip of {width} x {height} pixels, longer than {LONGEST_STRIP} times its shorter side"
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        return f"{width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS}"
+    return None
 
 
 def _shown(file: Image.Image, mode: str) -> Image.Image:

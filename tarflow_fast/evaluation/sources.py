@@ -104,10 +104,12 @@ def training_images(path: PathLike, size: int, seed: int = 0) -> ImageSource:
 
 
 def _listing(root: PathLike, paths: list[str]) -> str:
-    """Returns the SHA-256, in hexadecimal, of the names of files below a folder and their sizes."""
-    digest = hashlib.sha256()
+    """Returns the SHA-256, in hexadecimal, of the names of files below a folder and their sizes.
+
+    paths: the files, which all begin with the folder's own path.
+    """
+    digest, start = hashlib.sha256(), len(os.fspath(Path(root)))
     for path in paths:
-        digest.update(
-            f"{Path(os.path.relpath(path, root)).as_posix()} {os.stat(path).st_size}\n".encode("utf-8", "surrogatepass")
-        )
+        name = path[start:].replace(os.sep, "/").lstrip("/")
+        digest.update(f"{name} {os.stat(path).st_size}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -14,9 +14,19 @@ from stand_in import bench
 from bench.common import record
 from bench.common.decoding import decode_all
 from bench.suites import pictures
-from bench.suites.pictures import SUITE, THREADS, by_load_images, by_open_images, write_pictures
+from bench.suites.pictures import SUITE, THREADS, by_load_images, by_open_images, verdict, write_pictures
 
 NAMES = [THREADS, pictures.PROCESSES, "load_images", "open_images", "training_images"]
+
+
+def test_the_verdict_is_on_the_slowest_of_ours_and_the_best_of_pillow() -> None:
+    times = ([3.0, 8.0, 6.0], [6.0, 4.0, 9.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1.5, 1.5, 1.5])
+    cell = {"label": {"size": 32}, "runs": [{"name": n, "seconds": t} for n, t in zip(NAMES, times, strict=True)]}
+    assert verdict(cell) == (
+        "32 x 32 pixels: ours are at least as fast: open_images, the slowest, 2.00 times as fast as Pillow's best"
+    )
+    cell["runs"][4]["seconds"] = [5.0, 5.0, 5.0]  # type: ignore[index]
+    assert verdict(cell).startswith("32 x 32 pixels: ours are slower: training_images, the slowest, 0.80 times")
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +59,10 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert [cell["label"] for cell in made["cells"]] == [{"pictures": 5, "size": 8}, {"pictures": 5, "size": 12}]
     assert [[run["name"] for run in cell["runs"]] for cell in made["cells"]] == [NAMES, NAMES]
     assert SUITE.table(made) in result.output
+    assert [line.partition(":")[0] for line in result.output.splitlines() if "Pillow's best" in line] == [
+        "8 x 8 pixels",
+        "12 x 12 pixels",
+    ]
     (axes,) = SUITE.figure(made).axes
     ratios = [run["ratio"]["median"] for cell in made["cells"] for run in cell["runs"][1:]]
     assert [bar.get_height() for bar in axes.patches] == ratios

@@ -48,14 +48,14 @@ def test_it_is_the_middle(tmp_path: Path, size: tuple[int, int]) -> None:
     side = min(size)
     top, left = round((height - side) / 2), round((width - side) / 2)
     found = centre_crop(str(tmp_path / "a.png"), side)
-    np.testing.assert_array_equal(found, picture[top : top + side, left : left + side])
+    np.testing.assert_array_equal(found, picture[top : top + side, left : left + side].transpose(2, 0, 1))
 
 
 def test_the_shorter_side_gets_the_size(tmp_path: Path) -> None:
     """By bilinear interpolation over all that an output pixel covers; the longer side is cut off, not rounded."""
     Image.fromarray(picture := pixels(31, 17)).save(tmp_path / "a.png")
     wanted = Image.fromarray(picture).resize((8, 14), Image.Resampling.BILINEAR)  # 8 · 31 / 17 = 14.59
-    np.testing.assert_array_equal(centre_crop(str(tmp_path / "a.png"), 8), np.asarray(wanted)[3:11])
+    np.testing.assert_array_equal(centre_crop(str(tmp_path / "a.png"), 8), np.asarray(wanted)[3:11].transpose(2, 0, 1))
 
 
 def test_transparency_and_orientation_are_ignored(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_transparency_and_orientation_are_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(clear).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(centre_crop(str(tmp_path / "a.png"), 8), clear[..., :3])
+    np.testing.assert_array_equal(centre_crop(str(tmp_path / "a.png"), 8), clear[..., :3].transpose(2, 0, 1))
 
 
 def test_torchvision_agrees(folder: Path) -> None:
@@ -82,7 +82,7 @@ def test_torchvision_agrees(folder: Path) -> None:
     assert sorted(path for path, _ in theirs.samples) == find_below(folder)
     for (path, _), (x, _) in zip(theirs.samples, theirs, strict=True):
         wanted = (0.5 * (x + 1) * 255).byte()
-        found = levels()[torch.from_numpy(centre_crop(path, 8).copy()).long()].permute(2, 0, 1)
+        found = levels()[torch.from_numpy(centre_crop(path, 8).copy()).long()]
         assert torch.equal(found, wanted)
 
 
@@ -103,7 +103,7 @@ def test_half_of_them_are_mirrored(folder: Path) -> None:
     paths = find_below(folder) * 30
     every = range(len(paths))
     whole = crops(paths, every)
-    plain = torch.stack([levels()[torch.from_numpy(centre_crop(p, 8).copy()).long()].permute(2, 0, 1) for p in paths])
+    plain = torch.stack([levels()[torch.from_numpy(centre_crop(p, 8).copy()).long()] for p in paths])
     mirrored = (whole == plain.flip(3)).flatten(1).all(1)
     assert torch.equal((whole == plain).flatten(1).all(1), ~mirrored)
     assert 90 < int(mirrored.sum()) < 180  # of 270

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from tarflow_fast import read_ahead as read_ahead_module
 from tarflow_fast.data import load as load_module
 from tarflow_fast.data import load_images
 from tarflow_fast.data.pictures import PICTURES, Room, _formats, read_picture, reading_pictures
@@ -246,7 +247,7 @@ def test_decoded_pictures_share_the_room_that_there_is(
 ) -> None:
     """One at a time where they are large, and as many as there are cores where they are not; all come out the same."""
     for i in range(9):
-        Image.fromarray(RGB + np.uint8(i)).save(tmp_path / f"{i}.png")
+        Image.fromarray(RGB + np.uint8(i)).save(tmp_path / f"{i}.bmp")
     wanted = load_images(tmp_path, size=S).images
     lock, now, seen, take = threading.Lock(), 0, 0, Room.take
 
@@ -263,7 +264,7 @@ def test_decoded_pictures_share_the_room_that_there_is(
                 now -= 1
 
     monkeypatch.setattr(Room, "take", watched)
-    monkeypatch.setattr(load_module, "own_cores", lambda: 4)
+    monkeypatch.setattr(read_ahead_module, "usable_cores", lambda: 4)
     monkeypatch.setattr(load_module, "DECODED_SHARE", 0.0)
     monkeypatch.setattr(load_module, "DECODED_BYTES", limit // 4)
     assert load_images(tmp_path, size=S).images.equal(wanted)

@@ -135,7 +135,7 @@ def _png(path: Path, rows: range) -> Images:
     with path.open(newline="", encoding="utf-8") as file:
         listed = itertools.islice(csv.DictReader(file), rows.start, rows.stop)
         paths = [path.parent / row["file"] for row in listed]
-    yield from read_ahead(_picture, paths)
+    yield from read_ahead(lambda part: map(_picture, paths[part.start : part.stop]), range(len(paths)))
 
 
 def _tar(path: Path, rows: range) -> Images:
