@@ -115,7 +115,7 @@ class ODEFlow(FamilyFlow):
     ) -> Tensor:
         """Returns n samples of p(x | y), (n, *data_shape): the ODE's solutions at t = 1 from noise at t = 0.
 
-        With fixed steps all of them are one CUDA graph on a GPU.
+        With fixed steps all of them are one CUDA graph on a GPU, see `StepGraphs`.
 
         n: how many. y: one label for all, or n of them. generator: what the noise comes from. ode: how they are solved
         for, `self.ode` if None.
@@ -130,15 +130,16 @@ class ODEFlow(FamilyFlow):
         z: (B, *data_shape), noise. context: one-hot classes, or None. ode: how it is solved.
         """
 
+        given = () if context is None else (context,)
+        if ode.adaptive:
+            state, self._evaluations = integrate(self._moving(*given), (z,), 0.0, 1.0, ode, project=self.projection())
+            return state[0]
+
         def run(z: Tensor, *given: Tensor) -> Tensor:
             return fixed_steps(self._moving(*given), (z,), 0.0, 1.0, ode, project=self.projection())[0]
 
-        given = () if context is None else (context,)
-        if ode.adaptive or z.device.type != "cuda":
-            state, self._evaluations = integrate(self._moving(*given), (z,), 0.0, 1.0, ode, project=self.projection())
-            return state[0]
-        self._evaluations = ode.steps * EVALUATIONS[ode.method]
         x = self._graphs.run(ode, run, (z, *given), self)
+        self._evaluations = ode.steps * EVALUATIONS[ode.method]
         check_finite((x,), 1.0)
         return x
 
