@@ -20,6 +20,7 @@ class StepGraphs:
     """A cache of CUDA graphs, each of one function for inputs of one shape.
 
     A launch of a small network's layer takes longer than the layer; a graph launches all layers of all steps at once.
+    What that saves has not been measured on a GPU yet.
     A copy or a pickle of the cache is empty, as graphs belong to their process.
     """
 

@@ -37,11 +37,11 @@ class _AffineCoupling:
     passes: ClassVar[int] = 12
 
     @classmethod
-    def example(cls, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    def example(cls, device: torch.device, dtype: torch.dtype, inverse: bool) -> tuple[Any, ...]:
         """Returns an operation and inputs, by which a device is tried."""
         changes = (torch.arange(70, device=device) % 3 > 0).to(dtype)
         wave = torch.linspace(-3, 3, 5 * 3 * 70, device=device, dtype=dtype).sin()
-        return cls(changes, 2.0, False), wave[:700].view(5, 2, 70).contiguous(), wave[700:].view(5, 70).contiguous()
+        return cls(changes, 2.0, inverse), wave[:700].view(5, 2, 70).contiguous(), wave[700:].view(5, 70).contiguous()
 
     def plain(self, parameters: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         t, *raw = (parameters * self.changes).unbind(1)

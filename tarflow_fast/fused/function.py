@@ -53,7 +53,7 @@ def apply(op: Op, parameters: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return op.plain(parameters, value)
     parameters, value = parameters.contiguous(), value.contiguous()
     if torch.is_grad_enabled() and (parameters.requires_grad or value.requires_grad):
-        image, log_det = _Fused.apply(op, way, parameters, value)
+        image, log_det = Fused.apply(op, way, parameters, value)
         return image, log_det
     return op.run(way, parameters, value)
 
@@ -64,20 +64,22 @@ def serving(op: Op, parameters: Tensor, value: Tensor) -> Way:
     Both fused codes take float32 and float64. PyTorch serves where it traces or transforms functions, in forward-mode
     differentiation, where a code was not built or does not agree with it, and on CPUs where its own calls take less.
     """
+    count, dtype, kind = value.numel(), value.dtype, value.device.type
+    if kind == "cpu" and count < GRAIN and op.passes < MANY_PASSES:
+        return "torch"
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     if torch.compiler.is_compiling() or wrapped(value) or wrapped(parameters) or forward_ad._current_level >= 0:
         return "torch"
-    count, dtype, kind = value.numel(), value.dtype, value.device.type
     if count == 0 or dtype not in DTYPES or parameters.dtype != dtype:
         return "torch"
-    if kind == "cpu" and (op.passes >= MANY_PASSES or count >= GRAIN) and native_there():
+    if kind == "cpu" and native_there():
         return "cpu"
     if kind == "cuda" and _triton_agrees(type(op), value.device, dtype):
         return "triton"
     return "torch"
 
 
-class _Fused(torch.autograd.Function):
+class Fused(torch.autograd.Function):
     """An operation as autograd knows it."""
 
     @staticmethod
@@ -128,20 +130,23 @@ def _instruction_set(wanted: str | None) -> str:
 def _triton_agrees(kind: type[Any], device: torch.device, dtype: torch.dtype) -> bool:
     """Returns whether Triton's kernels of this kind of operation give PyTorch's results and gradients on this device.
 
-    kind: a class with a method `example`, which returns an operation and inputs for it.
+    kind: a class with a method `example`, which returns an operation of either direction and inputs for it.
     """
     if triton_missing() is not None:
         return False
-    op, *inputs = kind.example(device, dtype)
-    found = []
-    try:
-        with torch.enable_grad():
-            for way in ("triton", "torch"):
-                given = [x.clone().requires_grad_() for x in inputs]
-                results = op.plain(*given) if way == "torch" else _Fused.apply(op, way, *given)
-                seeds = [torch.linspace(-1, 1, x.numel(), device=device, dtype=dtype).view_as(x) for x in results]
-                found.append([*results, *torch.autograd.grad(results, given, seeds)])
-    except Exception:  # whatever a compiler or a driver raises, PyTorch serves
-        return False
     allowed = 1e-4 if dtype == torch.float32 else 1e-9
-    return all(torch.allclose(a, b, rtol=allowed, atol=allowed) for a, b in zip(*found, strict=True))
+    for inverse in (False, True):
+        op, *inputs = kind.example(device, dtype, inverse)
+        found = []
+        try:
+            with torch.enable_grad():
+                for way in ("triton", "torch"):
+                    given = [x.clone().requires_grad_() for x in inputs]
+                    results = op.plain(*given) if way == "torch" else Fused.apply(op, way, *given)
+                    seeds = [torch.linspace(-1, 1, x.numel(), device=device, dtype=dtype).view_as(x) for x in results]
+                    found.append([*results, *torch.autograd.grad(results, given, seeds)])
+        except Exception:  # whatever a compiler or a driver raises, PyTorch serves
+            return False
+        if not all(torch.allclose(a, b, rtol=allowed, atol=allowed) for a, b in zip(*found, strict=True)):
+            return False
+    return True

@@ -26,11 +26,11 @@ class _Spline:
     passes: ClassVar[int] = 60
 
     @classmethod
-    def example(cls, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    def example(cls, device: torch.device, dtype: torch.dtype, inverse: bool) -> tuple[Any, ...]:
         """Returns an operation and inputs, by which a device is tried."""
         law = SplineLaw.zuko(8)
         parameters = torch.linspace(-9, 9, 70 * law.parameters, device=device, dtype=dtype).sin()
-        return cls(law, False), parameters.view(70, -1), torch.linspace(-6, 6, 70, device=device, dtype=dtype)
+        return cls(law, inverse), parameters.view(70, -1), torch.linspace(-6, 6, 70, device=device, dtype=dtype)
 
     def plain(self, parameters: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return spline(parameters, value, self.law, inverse=self.inverse)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import KERNEL_DEVICE
 from splines import LAWS, random_splines
 from tolerances import SAME_F32, SAME_F64, assert_close
 from torch import Tensor
 
 from tarflow_fast.backend.cpu.engine import cpu_missing
+from tarflow_fast.devices import triton_missing
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.flows import build
 from tarflow_fast.flows.coupling import alternating, checkerboard, half_of_channels
@@ -131,6 +133,23 @@ def test_gradients_can_be_differentiated(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         given = tuple(x.contiguous().requires_grad_() for x in inputs)
         assert torch.autograd.gradgradcheck(f, given)
+
+
+@pytest.mark.skipif(triton_missing() is not None, reason="needs Triton")
+@both_dtypes
+@pytest.mark.parametrize("kind", [_AffineCoupling, _Spline])
+def test_triton_serves_where_it_agrees_with_pytorch(
+    kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that is wrong in one direction, or raises, serves neither."""
+    agrees = function._triton_agrees.__wrapped__
+    assert agrees(kind, KERNEL_DEVICE, dtype)
+    back = kind.back
+    with monkeypatch.context() as wrong:
+        wrong.setattr(kind, "back", lambda self, *given: tuple((1 + self.inverse) * x for x in back(self, *given)))
+        assert not agrees(kind, KERNEL_DEVICE, dtype)
+    monkeypatch.setattr(kind, "run", lambda *_: 1 / 0)
+    assert not agrees(kind, KERNEL_DEVICE, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # what torch.func.jvp imports
