@@ -280,7 +280,7 @@ void in_parts(int64_t n, int64_t least, int64_t step, int threads, const Work& w
                        [] { return true; });
 }
 
-constexpr int64_t GRAIN = 32768;  // the numbers that torch, too, gives each thread at least (at::internal::GRAIN_SIZE)
+constexpr int64_t GRAIN = 32768;  // the values that torch, too, gives each thread at least (at::internal::GRAIN_SIZE)
 
 // Transforms values by splines, or makes the gradients where there is a d_value; wide: whether all tensors are fp64,
 // else fp32. See SplineBatch.
@@ -295,7 +295,7 @@ void spline(const std::map<std::string, double>& law, Address parameters, Addres
   const SplineBatch batch{
       at<const void>(parameters), at<const void>(value),  at<void>(image),   at<void>(log_derivative),
       at<const void>(place),      at<void>(d_parameters), at<void>(d_value), inverse};
-  in_parts(count, GRAIN / plain.parameters, kernels.vector, threads, [&](int rank, int64_t first, int64_t stop) {
+  in_parts(count, GRAIN, kernels.vector, threads, [&](int rank, int64_t first, int64_t stop) {
     (wide ? kernels.spline_f64 : kernels.spline_f32)(plain, batch, scratch.data() + rank * room, first, stop);
   });
 }

@@ -107,7 +107,7 @@ def test_native_splines_have_the_gradients_of_the_equation(
 
 
 @native
-@pytest.mark.parametrize("rows", [1, 2, 40_000])
+@pytest.mark.parametrize("rows", [1, 2, 70_000])
 def test_results_do_not_depend_on_threads(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples are divided among threads, of which each makes its own to the last one."""
     monkeypatch.setattr(function, "GRAIN", 1)
