@@ -336,32 +336,3 @@ def spline_backward(
         tensors = d_image, d_log_derivative, parameters, value, image, d_parameters, d_value
         _launch(_spline_backward_kernel, BACKWARD_TILE, n, law, inverse, *tensors)
     return d_parameters, d_value
-
-
-class _Spline(torch.autograd.Function):
-    """The operation as autograd knows it, once differentiable."""
-
-    @staticmethod
-    def forward(ctx: Any, parameters: Tensor, value: Tensor, law: SplineLaw, inverse: bool) -> tuple[Tensor, Tensor]:
-        image, log_derivative = spline_forward(parameters, value, law, inverse)
-        ctx.law, ctx.inverse = law, inverse
-        ctx.save_for_backward(parameters, value, image)
-        return image, log_derivative
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_image: Tensor, d_log_derivative: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        parameters, value, image = ctx.saved_tensors
-        of = parameters, value, image, ctx.law, ctx.inverse
-        return *spline_backward(d_image, d_log_derivative, *of), None, None
-
-
-def spline(parameters: Tensor, value: Tensor, law: SplineLaw, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Returns what `tarflow_fast.spline.spline` does, by one kernel, and its gradient by another.
-
-    parameters: (…, P) fp32 or fp64, P = law.parameters. value: (…), of the same dtype. law: what the parameters mean.
-    inverse: whether the map is x of y. Raises ArgumentError, or BackendError where no kernel can run.
-    """
-    flat = parameters.reshape(-1, parameters.shape[-1]), value.reshape(-1)
-    image, log_derivative = _Spline.apply(*flat, law, inverse)
-    return image.view(value.shape), log_derivative.view(value.shape)

@@ -35,13 +35,14 @@ def address(
     keeps the tensor alive. Raises ArgumentError if the tensor has another dtype or kind of device, or has gaps or
     another number of values: native code would read other numbers, or beyond the end.
     """
-    wanted = f"a contiguous {dtype} tensor on {device}" + ("" if count is None else f" of {count} values")
+    kind = device.type if isinstance(device, torch.device) else device.partition(":")[0]
     if (
         tensor.dtype != dtype
-        or tensor.device.type != torch.device(device).type
+        or tensor.device.type != kind
         or not tensor.is_contiguous()
         or (count is not None and tensor.numel() != count)
     ):
+        wanted = f"a contiguous {dtype} tensor on {device}" + ("" if count is None else f" of {count} values")
         raise ArgumentError(name, wanted, f"{tensor.dtype} on {tensor.device}, {tuple(tensor.shape)}")
     return tensor.data_ptr()
 

@@ -76,7 +76,7 @@ class FamilyCase:
 
 SMALL = {"width": 16, "blocks": 1}  # of the networks of ODEs, whose images have tests of their own, as they take long
 STEPS = {"solver": "rk4", "steps": 16}
-TOKENS = {"vocabulary": 4, "width": 16, "layers": 1, "heads": 2, "steps": 8}
+TOKENS = {"vocabulary": 4, "width": 16, "layers": 1, "heads": 2, "steps": 8, "corrections": 2}
 
 CASES: tuple[FamilyCase, ...] = (
     FamilyCase("nice", (2,), options={"couplings": 4, "hidden": (16,)}),

@@ -10,7 +10,7 @@ from typing import Any
 
 from tarflow_fast.probe.processes import run_all
 
-KERNELS = ("norm_linear", "cached_attention", "affine_step", "affine_density", "fixed_point_update")
+KERNELS = ("norm_linear", "cached_attention", "affine_step", "affine_density", "affine_coupling", "fixed_point_update")
 TRITON, CUDA = ("engine", "workspace", "graph", "plan"), ("engine", "same_bits", "refusals", "frontier")
 FILES = (
     *("tests/engine/test_contract.py", "tests/engine/test_windows.py", "tests/backend/test_images.py"),

@@ -16,17 +16,21 @@ import click
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from tarflow_fast import TarFlowWarning
 from tarflow_fast.data import DEMONSTRATIONS, FlowData, load_flow_data
 from tarflow_fast.evaluation import flow_score
 from tarflow_fast.flows import FAMILIES, FamilyFlow
+from tarflow_fast.flows.library import LibraryTransform
 from tarflow_fast.trainer.family import model_for
 from tarflow_fast.trainer.flow_config import FlowConfig
 
 from ..common import harness, options, plot
 from ..common.harness import Case
-from ..common.record import hardware
+from ..common.limits import RATE, matrix_rate
+from ..common.record import Limits, hardware
 from ..common.suite import Suite
 from ..common.table import table
 
@@ -38,13 +42,14 @@ IMAGE_ODE = (("solver", "midpoint"), ("steps", 16))
 IMAGE_LR, WARM, CLIP = 1e-3, 100, 1.0
 STAGES = 1000  # parts of the time of training, by whose number families that train in stages know where they are
 PER = 1000  # samples, whose time is told
+COUNTED = 4  # samples, whose operations are counted
 GROWTH = 16  # times as many samples are tried next, at most
 POINTS, PICTURES, TEXTS = 400, 4, 3  # samples that a record keeps
 COLUMNS = (
     "data: {data} | family: {family} | held-out nats: {log_prob:.2f} | ±: {standard_error:.2f} | of: {held_out} | "
     "bits/dim: {bits:.3f} | parameters: {parameters:,} | steps: {steps} | training s: {training:.1f} | "
-    "sample s: {drawn} | passes: {passes[0]} | density s: {scored} | passes: {passes[1]} | "
-    "inverse: {reconstruction:.0e}"
+    "sample s: {drawn} | of limit: {shares[0]:.1%} | passes: {passes[0]} | "
+    "density s: {scored} | of limit: {shares[1]:.1%} | passes: {passes[1]} | inverse: {reconstruction:.0e}"
 )
 FEWER = "* from fewer than {:,} samples, as so many would have taken too long; the record has their count"
 
@@ -77,6 +82,38 @@ def fit(model: FamilyFlow, data: FlowData, most: int, seconds: float, seed: int)
         done = max(step / most, (time.perf_counter() - started) / seconds)
     model.eval()
     return step
+
+
+def flops_of(run: Callable[[], object], model: FamilyFlow, timed: Any) -> float:
+    """Returns the operations of products and convolutions that 1,000 samples or densities take, for a roofline.
+
+    They are those that torch makes in `run`, for `COUNTED` samples and as many evaluations as were timed. A flow of
+    zuko's counts one pass of it, as each unit has to be evaluated once in either direction.
+    """
+    if any(isinstance(module, LibraryTransform) for module in model.modules()):
+        x = model.latents(COUNTED).requires_grad_()  # recorded, which the library's own operations are
+        return min(counted(lambda: model.forward(x)), counted(lambda: model.inverse(x))) * PER / COUNTED
+    found = counted(run)
+    return found * PER / COUNTED * (timed["evaluations"] or 1) / (model.evaluations() or 1)
+
+
+def counted(run: Callable[[], object]) -> int:
+    """Returns how many operations of products and convolutions torch makes in a run, two for a multiply-add."""
+    with Flops() as counter:
+        run()
+    return counter.total
+
+
+class Flops(TorchDispatchMode):
+    """Counts by torch's own formulas; torch's `FlopCounterMode` refuses to follow gradients into a module's input."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def pack(samples: Tensor, data: FlowData) -> Any:
@@ -117,6 +154,8 @@ class Families(Suite):
       training s, steps  how long it was trained, and by how many steps
       sample s, passes   the time for 1,000 samples, and the evaluations of the network where that is not one
       density s, passes  the same for log p of 1,000
+      of limit           the share of it that the products and convolutions alone would take at the rate of torch's
+                         best product on this machine
       inverse            max |inverse(forward(x)) − x|
 
     A second table has a row for each family, with what it is for, as Markdown. The record of all that is measured by
@@ -155,6 +194,14 @@ class Families(Suite):
         pairs = [(data, family) for data in names for family in self.chosen.families]
         return [Case({"data": d, "family": f}) for d, f in pairs if kinds[d] in FAMILIES[f].kinds]
 
+    def limits(self) -> Limits:
+        return {RATE: matrix_rate()}
+
+    def _hold(self, record: Any, cases: list[Any]) -> None:
+        """Gives each run the share of the machine's best rate at which its products and convolutions went."""
+        for run in (run for cell in record["cells"] for run in cell["runs"]):
+            run["fraction_of_limit"] = run["flops"] / record["limits"][RATE] / run["median"]
+
     def measure(self, case: Case) -> Any:
         try:
             found, reason = self._measured(case.label["data"], case.label["family"]), None
@@ -176,8 +223,10 @@ class Families(Suite):
         model.requires_grad_(False)
         random = torch.Generator().manual_seed(chosen.seed)
         drawn, sampling = self._timed("sample", model, lambda n: model.sample(n, generator=random))
+        sampling["flops"] = flops_of(lambda: model.sample(COUNTED, generator=random), model, sampling)
         x = drawn.repeat(math.ceil(chosen.samples / len(drawn)), *(1 for _ in drawn.shape[1:]))
         _, density = self._timed("density", model, lambda n: model.log_prob(x[:n], generator=random))
+        density["flops"] = flops_of(lambda: model.log_prob(x[:COUNTED], generator=random), model, density)
         # A score takes a density and, of some, the inverse there and back.
         afforded = int(4 * chosen.budget_seconds * PER / (3 * density["median"]))
         held_out = test.spread(max(2, min(afforded, chosen.samples)))
@@ -230,6 +279,7 @@ class Families(Suite):
             runs = part["sample"], part["density"]
             part |= dict(zip(("drawn", "scored"), (_seconds(run, wanted) for run in runs), strict=True))
             part["passes"] = [run["evaluations"] or 1 for run in runs]
+            part["shares"] = [run.get("fraction_of_limit") for run in runs]
         fewer = [FEWER.format(wanted)] if any("*" in part["drawn"] + part["scored"] for part in parts) else []
         texts = [f"{part['data']}, {part['family']}: {', '.join(part['samples'])}" for part in parts if _is_text(part)]
         return [

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <exception>
 #include <map>
 #include <optional>
@@ -15,6 +16,7 @@
 #include "dispatch.h"
 #include "engine.h"
 #include "masked_flow.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace tarflow;
@@ -264,21 +266,59 @@ void elementary(const std::string& name, const std::string& instruction_set, Add
                           : kernels.exp)(at<const float>(x), at<float>(out), n);
 }
 
-// Transforms values by splines; wide: whether all tensors are fp64, else fp32.
+// Runs work(rank, first, stop) over the parts of [0, n) on as many threads as have `least` of them each. Parts are whole
+// multiples of `step`.
+template <class Work>
+void in_parts(int64_t n, int64_t least, int64_t step, int threads, const Work& work) {
+  threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(n / std::max<int64_t>(least, 1), 1)));
+  if (threads > 1) threads = Pool::at_hand(threads);
+  if (threads <= 1) return work(0, int64_t{0}, n);
+  const int64_t each = ((n + threads - 1) / threads + step - 1) / step * step;
+  Pool::instance().run(threads, [&](int rank) { work(rank, std::min(n, rank * each), std::min(n, (rank + 1) * each)); },
+                       [] { return true; });
+}
+
+constexpr int64_t GRAIN = 32768;  // the values that torch, too, gives each thread at least (at::internal::GRAIN_SIZE)
+
+// Transforms values by splines, or makes the gradients where there is a d_value; wide: whether all tensors are fp64,
+// else fp32. See SplineBatch.
 void spline(const std::map<std::string, double>& law, Address parameters, Address value, Address image,
-            Address log_derivative, int64_t count, bool wide, bool inverse, const std::string& instruction_set) {
+            Address log_derivative, Address place, Address d_parameters, Address d_value, int64_t count, bool wide,
+            bool inverse, const std::string& instruction_set, int threads) {
   const SplineLaw plain = law_from(law);
   const Kernels& kernels = kernels_named(instruction_set);
   const py::gil_scoped_release release;
-  std::vector<double> scratch(static_cast<size_t>((plain.parameters + 2 * plain.bins) * kernels.vector));
-  const SplineBatch batch{at<const void>(parameters),
-                          at<const void>(value),
-                          at<void>(image),
-                          at<void>(log_derivative),
-                          scratch.data(),
-                          count,
-                          inverse};
-  (wide ? kernels.spline_f64 : kernels.spline_f32)(plain, batch);
+  const auto room = static_cast<size_t>((2 * plain.parameters + 2 * plain.bins) * kernels.vector);
+  std::vector<double> scratch(room * std::max(threads, 1));
+  const SplineBatch batch{
+      at<const void>(parameters), at<const void>(value),  at<void>(image),   at<void>(log_derivative),
+      at<const void>(place),      at<void>(d_parameters), at<void>(d_value), inverse};
+  in_parts(count, GRAIN, kernels.vector, threads, [&](int rank, int64_t first, int64_t stop) {
+    (wide ? kernels.spline_f64 : kernels.spline_f32)(plain, batch, scratch.data() + rank * room, first, stop);
+  });
+}
+
+// Makes the update of an affine coupling, or its gradients where there is a d_in; see CouplingBatch.
+void affine_coupling(Address parameters, Address changes, Address in, Address latents, Address out, Address log_det,
+                     Address d_parameters, Address d_in, int64_t samples, int64_t values, double bound, bool scaled,
+                     bool inverse, bool wide, const std::string& instruction_set, int threads) {
+  const Kernels& kernels = kernels_named(instruction_set);
+  const py::gil_scoped_release release;
+  const CouplingBatch batch{at<const void>(parameters),
+                            at<const void>(changes),
+                            at<const void>(in),
+                            at<const void>(latents),
+                            at<void>(out),
+                            at<void>(log_det),
+                            at<void>(d_parameters),
+                            at<void>(d_in),
+                            values,
+                            bound,
+                            scaled,
+                            inverse};
+  in_parts(samples, GRAIN / std::max<int64_t>(values, 1), 1, threads, [&](int, int64_t first, int64_t stop) {
+    (wide ? kernels.couple_f64 : kernels.couple_f32)(batch, first, stop);
+  });
 }
 
 }  // namespace
@@ -293,7 +333,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("density", &density, py::kw_only(), arg("blocks"), arg("samples"), arg("x"), arg("outputs"), arg("log_det"),
         arg("gradient"), arg("bf16"), arg("instruction_set"), arg("threads"), arg("most_bytes"));
   m.def("spline", &spline, py::kw_only(), arg("law"), arg("parameters"), arg("value"), arg("image"),
-        arg("log_derivative"), arg("count"), arg("wide"), arg("inverse"), arg("instruction_set"));
+        arg("log_derivative"), arg("at") = 0, arg("d_parameters") = 0, arg("d_value") = 0, arg("count"), arg("wide"),
+        arg("inverse"), arg("instruction_set"), arg("threads") = 1);
+  m.def("affine_coupling", &affine_coupling, py::kw_only(), arg("parameters"), arg("changes"), arg("given") = 0,
+        arg("latents") = 0, arg("out"), arg("log_det"), arg("d_parameters") = 0, arg("d_given") = 0, arg("samples"),
+        arg("values"), arg("bound"), arg("scaled"), arg("inverse"), arg("wide"), arg("instruction_set"),
+        arg("threads"));
   m.def("prefer_huge_pages", [](Address memory, size_t bytes) { prefer_huge_pages(at<void>(memory), bytes); },
         arg("memory"), arg("bytes"));
   py::class_<Engine>(m, "Engine")

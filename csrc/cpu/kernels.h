@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "affine_coupling.h"
 #include "masked.h"
 #include "spline.h"
 
@@ -106,6 +107,10 @@ struct Worker {
 // and values, and makes the tokens of x that follow theirs. A row sees the rows of its sample with earlier tokens.
 using Step = void (*)(const Block&, const Batch&, const Worker&, const Row*, int64_t count, int64_t ahead);
 
+// Values [first, stop) of a batch of splines, and samples of one of couplings.
+using SplineRun = void (*)(const SplineLaw& law, const SplineBatch& batch, void* scratch, int64_t first, int64_t stop);
+using CouplingRun = void (*)(const CouplingBatch& batch, int64_t first, int64_t stop);
+
 struct Kernels {
   const char* name;
   int64_t vector;  // VW, fp32 lanes; a panel has 2·VW columns
@@ -118,8 +123,8 @@ struct Kernels {
   void (*gelu)(const float* x, float* out, int64_t n);
   void (*gelu_slope)(const float* x, float* out, int64_t n);
   void (*exp)(const float* x, float* out, int64_t n);
-  void (*spline_f32)(const SplineLaw& law, const SplineBatch& batch);
-  void (*spline_f64)(const SplineLaw& law, const SplineBatch& batch);
+  SplineRun spline_f32, spline_f64;
+  CouplingRun couple_f32, couple_f64;
 };
 
 // A table is null where the compiler's target has no such instructions.

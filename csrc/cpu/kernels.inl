@@ -18,6 +18,7 @@ namespace {
 #include "density.inl"
 #include "spline.inl"
 #include "masked.inl"
+#include "affine_coupling.inl"
 
 // out = (h − mean) / sqrt(variance + 1e-5), zero from n on to the end of the vector; the norm's own weight and bias
 // are in the product that follows.
@@ -293,7 +294,7 @@ void exp_all(const float* x, float* out, int64_t n) {
 
 const Kernels table = {NAME,           VW,            ACCUMULATORS / 2, TARFLOW_DOT, step<F32>,         step<BF16>,
                        &density_table, &masked_table, gelu_all,         gelu_slope_all, exp_all, spline_all<float>,
-                       spline_all<double>};
+                       spline_all<double>, couple<float>, couple<double>};
 
 }  // namespace
 

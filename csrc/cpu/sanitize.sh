@@ -23,5 +23,5 @@ export UBSAN_OPTIONS=print_stacktrace=1
 # The sanitizer itself takes more memory than the test of peak memory allows, so that test is left out.
 python -m pytest tests/backend/cpu tests/models/test_cpu_density.py tests/models/test_cpu_density_fallback.py \
   tests/engine/test_contract.py tests/engine/test_windows.py tests/backend/test_masked.py tests/sampling/test_masked.py \
-  tests/test_spline.py tests/data/test_png.py \
+  tests/test_spline.py tests/fused tests/data/test_png.py \
   -k "(cpu or png) and not peak_memory" "$@"

@@ -20,14 +20,16 @@ struct SplineLaw {
 #undef TARFLOW_FIELD
 };
 
-// n values and their splines, fp32 or fp64 throughout.
+// Values and their splines, fp32 or fp64 throughout. With gradients, `image` and `log_derivative` are those that flow in,
+// and `at` is where the spline is taken: the value, or for the inverse its image.
 struct SplineBatch {
   const void* parameters;  // (n, P)
   const void* value;       // (n,), x, or y for the inverse
   void* image;             // (n,)
   void* log_derivative;    // (n,), of the map that is applied, in nats
-  void* scratch;           // P · VW of these numbers and 2 · bins · VW doubles, aligned for doubles
-  int64_t n;
+  const void* at;          // (n,); null without gradients
+  void* d_parameters;      // (n, P); null without gradients
+  void* d_value;           // (n,); null without gradients
   bool inverse;
 };
 

@@ -42,6 +42,7 @@ from ..masked import (
 from ..masked.flow import Step
 from ..spline import SplineLaw
 from .activations import activation_of
+from .zuko_spline import FusedRQSTransform
 
 Orders = dict[str, Order]
 
@@ -145,7 +146,11 @@ def _univariate(module: Any, name: str) -> Univariate:
         return Shift()
     if constructor is CircularRQSTransform and type(module) is MaskedAutoregressiveTransform:
         constructor, keywords = zt.MonotonicRQSTransform, {"bound": math.pi, **keywords}
-    if constructor is zt.MonotonicRQSTransform and len(shapes) == 3 and keywords.keys() <= {"slope", "bound"}:
+    if (
+        constructor in (zt.MonotonicRQSTransform, FusedRQSTransform)
+        and len(shapes) == 3
+        and keywords.keys() <= {"slope", "bound"}
+    ):
         bins = shapes[0][0] if len(shapes[0]) == 1 else 0
         if bins and shapes == [(bins,), (bins,), (bins - 1,)]:
             return Spline(SplineLaw.zuko(bins, **keywords))

@@ -47,6 +47,8 @@ class FamilyFlow(nn.Module):
         bijection: The map from data to latents, where the family is made of one.
         name: The name of the family in the registry, which `build` sets.
         metadata: What a file records beside the weights, such as class_names; of text, numbers and lists.
+        for_vectors: The names of the options that do nothing for images.
+        for_images: The names of those that do nothing for vectors.
         has_inverse: Whether `forward` and `inverse` are there.
         exact: Whether `log_prob` is deterministic and exact to rounding. If not, it is an estimate, which draws from
             `generator`, or the solution of an ODE to a tolerance.
@@ -58,6 +60,8 @@ class FamilyFlow(nn.Module):
         """The options of a family, with defaults that fit the demonstration data. `__post_init__` checks ranges."""
 
     name: str = ""
+    for_vectors: ClassVar[tuple[str, ...]] = ()
+    for_images: ClassVar[tuple[str, ...]] = ()
     has_inverse: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     trained_by_likelihood: ClassVar[bool] = True
@@ -123,6 +127,17 @@ class FamilyFlow(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has no inverse with a log-determinant")
         z = check_tensor("z", z, self.data_shape, finite=False)
         return self.bijection.inverse(z, self.context(y, len(z)))
+
+    @classmethod
+    def idle_options(cls, data_shape: tuple[int, ...], options: Any) -> dict[str, str]:
+        """Returns the options that do nothing for data of this shape, each with what it is for.
+
+        By default these are those of `for_vectors` and `for_images`. `build` refuses them where they are given.
+
+        data_shape: that of one sample. options: the options of the model.
+        """
+        others, kind = (cls.for_vectors, "vectors") if len(data_shape) == 3 else (cls.for_images, "images")
+        return dict.fromkeys(others, kind)
 
     def evaluations(self) -> int | None:
         """Returns how often the last `sample` or `log_prob` evaluated the network; None where it is always once."""

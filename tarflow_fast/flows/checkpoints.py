@@ -20,7 +20,7 @@ from ..files import PathLike, check_path, replacing
 from .base import FamilyFlow
 from .options import read_options
 from .preprocessing import Preprocessed
-from .registry import build
+from .registry import FAMILIES, build, known_one
 
 
 def describe(model: FamilyFlow) -> dict[str, Any]:
@@ -39,10 +39,12 @@ def describe(model: FamilyFlow) -> dict[str, Any]:
 def rebuild(record: dict[str, Any]) -> FamilyFlow:
     """Returns a model with random weights, of what `describe` wrote. Raises ArgumentError for what no family takes."""
     shape, classes = record["data_shape"], record["num_classes"]
-    model = build(record["family"], data_shape=shape, num_classes=classes, **record["options"])
+    kind = FAMILIES[known_one("name", record["family"], FAMILIES)].load()
+    idle = kind.idle_options(tuple(shape), read_options(record["family"], kind.Options, record["options"]))
+    options = {name: value for name, value in record["options"].items() if name not in idle}
+    model = build(record["family"], data_shape=shape, num_classes=classes, **options)
     if record["preprocessing"] is not None:
-        options = read_options("preprocessing", Preprocessed.Options, record["preprocessing"])
-        model = Preprocessed(model, options)
+        model = Preprocessed(model, read_options("preprocessing", Preprocessed.Options, record["preprocessing"]))
     model.metadata = dict(record["metadata"])
     return model
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..fused import affine_coupling
 from .base import Bijection
 
 LOG_SCALE_BOUND = 2.0  # one layer stretches a value by at most e²
@@ -15,37 +16,31 @@ LOG_SCALE_BOUND = 2.0  # one layer stretches a value by at most e²
 class Coupling(Bijection):
     """z = m x + (1 − m) (x − t) exp(−s), with (t, s) = network(m x, c); an additive one has s = 0.
 
-    The log-scale is bounded smoothly, s = 2 tanh(s'/2), so that no step of training can make it explode.
+    The log-scale is bounded smoothly, s = 2 tanh(s'/2), so that no step of training can make it explode. The update is
+    one fused pass, and so is its gradient.
 
-    mask: m, of the shape of one sample, 1 where values pass. network: a module that gives (B, 2, *shape), or
-    (B, 1, *shape) for an additive coupling. additive: whether there is no scale.
+    mask: m, of the shape of one sample, 1 where values pass. network: a module that gives t and s', (B, 2, *shape), or
+    t alone, (B, 1, *shape), for an additive coupling.
     """
 
     mask: Tensor
+    changes: Tensor
 
-    def __init__(self, mask: Tensor, network: nn.Module, *, additive: bool = False):
+    def __init__(self, mask: Tensor, network: nn.Module):
         super().__init__()
         self.register_buffer("mask", mask.to(torch.get_default_dtype()), persistent=False)
-        self.network, self.additive = network, additive
-
-    def _parameters_of(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns t and s, both zero where values pass; s is None for an additive coupling."""
-        params = self.network(x * self.mask, context) * (1 - self.mask)
-        if self.additive:
-            return params[:, 0], None
-        return params[:, 0], LOG_SCALE_BOUND * torch.tanh(params[:, 1] / LOG_SCALE_BOUND)
+        self.register_buffer("changes", 1 - self.mask, persistent=False)
+        self.network = network
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._parameters_of(x, context)
-        if log_scale is None:
-            return x - shift, x.new_zeros(len(x))
-        return (x - shift) * (-log_scale).exp(), -log_scale.flatten(1).sum(1)
+        return self._update(x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._parameters_of(z, context)
-        if log_scale is None:
-            return z + shift, z.new_zeros(len(z))
-        return z * log_scale.exp() + shift, log_scale.flatten(1).sum(1)
+        return self._update(z, context, inverse=True)
+
+    def _update(self, value: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        parameters = self.network(value * self.mask, context).to(value.dtype)
+        return affine_coupling(parameters, value, self.changes, bound=LOG_SCALE_BOUND, inverse=inverse)
 
 
 class DiagonalScale(Bijection):

@@ -42,6 +42,8 @@ class DiscreteFlowMatching(FamilyFlow):
             layers: The number of its layers.
             heads: The number of its attention heads, which divides the width.
             steps: How many steps of time sampling takes, each of one evaluation of the network.
+            corrections: How many steps follow, each of one evaluation too, in which one token of each sequence, at a
+                random place, is drawn again from what the others say of it.
             times: At how many times the bound of `log_prob` evaluates the network for a sequence.
         """
 
@@ -50,7 +52,8 @@ class DiscreteFlowMatching(FamilyFlow):
         width: int = 64
         layers: int = 2
         heads: int = 4
-        steps: int = 128
+        steps: int = 64
+        corrections: int = 64
         times: int = 32
 
         def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class DiscreteFlowMatching(FamilyFlow):
                 check_count(name, getattr(self, name))
             check_count("vocabulary", self.vocabulary, low=2)
             check_count("steps", self.steps, low=2)
+            check_count("corrections", self.corrections, low=0)
             if self.width % self.heads:
                 raise ArgumentError("heads", f"a divisor of width = {self.width}", self.heads)
 
@@ -160,6 +164,9 @@ class DiscreteFlowMatching(FamilyFlow):
     def sample(self, n: int, y: Labels = None, *, generator: torch.Generator | None = None) -> Tensor:
         """Returns n sequences, (n, T) int64, by Euler steps of the Markov chain, in which tokens jump independently.
 
+        What they miss of each other in a step, and what the network does not know of them until all are there, the
+        corrections make up for. These are Gibbs sampling, which keeps the law of an exact network.
+
         n: how many. y: one label for all, or n of them. generator: what the source and all jumps come from.
         """
         steps, context = self.options.steps, self.context(y, check_count("n", n))
@@ -170,8 +177,19 @@ class DiscreteFlowMatching(FamilyFlow):
         source = self._source((n, *self.data_shape), generator, device)
         with _seeded(generator, device):
             x = solver.sample(source, step_size=None, time_grid=times)
-        self._evaluations = steps
+        for _ in range(self.options.corrections):
+            x = self._corrected(x, context, generator)
+        self._evaluations = steps + self.options.corrections
         return x
+
+    def _corrected(self, x: Tensor, context: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Returns sequences of which one token each is drawn again, at the last time, when the others are data's."""
+        n = len(x)
+        place = torch.randint(x.shape[1], (n, 1), generator=generator, device=x.device)
+        without = x.scatter(1, place, self._source((n, 1), generator, x.device))
+        t = torch.full((n,), self.last, dtype=self.place.dtype, device=x.device)
+        logits = self.network(without, t, context).take_along_dim(place.unsqueeze(2), 1).squeeze(1)
+        return x.scatter(1, place, torch.multinomial(logits.softmax(1), 1, generator=generator))
 
     def _source(self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Returns sequences at t = 0 of this shape."""

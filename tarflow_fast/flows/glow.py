@@ -94,6 +94,9 @@ class Glow(FamilyFlow):
                 check_count(name, getattr(self, name))
             check_count("blocks", self.blocks, low=0)
 
+    for_vectors = ("steps", "hidden")
+    for_images = ("scales", "depth", "width", "blocks")
+
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
         super().__init__(data_shape, num_classes, options)
         if len(self.data_shape) == 3:

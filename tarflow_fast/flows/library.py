@@ -2,7 +2,7 @@
 
 A masked autoregressive transform of D values has one direction that is a single pass, and one that zuko makes in D
 passes. Where autograd records nothing, `tarflow_fast.accelerate` serves both directions: each unit of the networks is
-evaluated once. Where it records, zuko's own operations are used, through which gradients reach the weights.
+evaluated once. Where it records, zuko's own networks are used, through which gradients reach the weights.
 """
 
 from __future__ import annotations

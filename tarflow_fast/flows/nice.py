@@ -36,5 +36,5 @@ class NICE(FamilyFlow):
         for k in range(self.options.couplings):
             # The identity is a saddle for data that are symmetric: shifts that begin at zero would stay there.
             network = Perceptron(shape, 1, hidden, num_classes, zeroed=False)
-            couplings.append(Coupling(alternating(shape, odd=k % 2 == 1), network, additive=True))
+            couplings.append(Coupling(alternating(shape, odd=k % 2 == 1), network))
         self.bijection = Chain([*couplings, DiagonalScale(shape)])

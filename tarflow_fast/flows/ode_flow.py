@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -62,6 +63,11 @@ class ODEOptions:
         return ODE(self.solver, self.steps, self.tolerance, self.max_evaluations)
 
 
+def _exact_trace(options: ODEOptions, dims: int) -> bool:
+    """Returns whether samples of so many values have the exact divergence."""
+    return options.trace == "exact" or (options.trace == "auto" and dims <= EXACT_UP_TO)
+
+
 class ODEFlow(FamilyFlow):
     """log p(x₁) = log p₀(x₀) − ∫₀¹ ∇·v(x_t, t) dt, where x_t solves dx/dt = v(x, t; y) and ends in x₁ at t = 1.
 
@@ -74,7 +80,15 @@ class ODEFlow(FamilyFlow):
     """
 
     exact: ClassVar[bool] = False
+    for_vectors = ("width", "octaves")
+    for_images = ("channels",)
     options: ODEOptions
+
+    @classmethod
+    def idle_options(cls, data_shape: tuple[int, ...], options: ODEOptions) -> dict[str, str]:
+        """Returns what `FamilyFlow.idle_options` does; an exact trace draws no noise."""
+        idle = super().idle_options(data_shape, options)
+        return idle | ({"noise": "trace='hutchinson'"} if _exact_trace(options, math.prod(data_shape)) else {})
 
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: ODEOptions | None = None):
         super().__init__(data_shape, num_classes, options)
@@ -115,7 +129,7 @@ class ODEFlow(FamilyFlow):
     ) -> Tensor:
         """Returns n samples of p(x | y), (n, *data_shape): the ODE's solutions at t = 1 from noise at t = 0.
 
-        With fixed steps all of them are one CUDA graph on a GPU.
+        With fixed steps all of them are one CUDA graph on a GPU, see `StepGraphs`.
 
         n: how many. y: one label for all, or n of them. generator: what the noise comes from. ode: how they are solved
         for, `self.ode` if None.
@@ -130,15 +144,16 @@ class ODEFlow(FamilyFlow):
         z: (B, *data_shape), noise. context: one-hot classes, or None. ode: how it is solved.
         """
 
+        given = () if context is None else (context,)
+        if ode.adaptive:
+            state, self._evaluations = integrate(self._moving(*given), (z,), 0.0, 1.0, ode, project=self.projection())
+            return state[0]
+
         def run(z: Tensor, *given: Tensor) -> Tensor:
             return fixed_steps(self._moving(*given), (z,), 0.0, 1.0, ode, project=self.projection())[0]
 
-        given = () if context is None else (context,)
-        if ode.adaptive or z.device.type != "cuda":
-            state, self._evaluations = integrate(self._moving(*given), (z,), 0.0, 1.0, ode, project=self.projection())
-            return state[0]
-        self._evaluations = ode.steps * EVALUATIONS[ode.method]
         x = self._graphs.run(ode, run, (z, *given), self)
+        self._evaluations = ode.steps * EVALUATIONS[ode.method]
         check_finite((x,), 1.0)
         return x
 
@@ -162,9 +177,7 @@ class ODEFlow(FamilyFlow):
         what Hutchinson's probes come from. adjoint: whether an adaptive solver's gradients come from the adjoint ODE.
         energy: whether the energy of the trajectories is integrated.
         """
-        trace = self.options.trace
-        exact = trace == "exact" or (trace == "auto" and self.dims <= EXACT_UP_TO)
-        probe = None if exact else draw_probe(x, self.options.noise, generator)
+        probe = None if _exact_trace(self.options, self.dims) else draw_probe(x, self.options.noise, generator)
 
         def field(t: Tensor, state: State) -> State:
             v, trace = with_divergence(lambda at: self.field(at, t, context), state[0], probe)

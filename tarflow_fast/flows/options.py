@@ -18,7 +18,8 @@ def read_options(family: str, kind: type, given: Mapping[str, Any]) -> Any:
     """Returns kind(**given) after a check of names and types.
 
     family: the name that messages give. kind: the dataclass. given: values by name, or their text as the command line
-    has it. A field is an int, float, bool, str, tuple of ints, or a Literal of strings. Raises ArgumentError.
+    has it. A field is an int, float, bool, str, tuple of ints, or a Literal of strings, or one of these or None. Raises
+    ArgumentError.
     """
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
@@ -46,6 +47,9 @@ def describe_options(kind: type) -> dict[str, tuple[Any, str]]:
 
 def _read(name: str, hint: Any, value: Any) -> Any:
     """Returns a value as the type of its field. Raises ArgumentError."""
+    if type(None) in get_args(hint):
+        none = value is None or (isinstance(value, str) and value.lower() == "none")
+        return None if none else _read(name, get_args(hint)[0], value)
     if get_origin(hint) is Literal:
         return check_choice(name, value, get_args(hint))
     if hint is str:

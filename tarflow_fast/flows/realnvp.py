@@ -13,6 +13,7 @@ from .coupling import Coupling, alternating, checkerboard, half_of_channels
 from .networks import Convolutions, Perceptron
 
 MOST_WITH_OCTAVES = 3  # values of a vector
+OCTAVES = 4
 
 
 class RealNVP(FamilyFlow):
@@ -30,8 +31,8 @@ class RealNVP(FamilyFlow):
             couplings: For vectors, the number of couplings.
             hidden: For vectors, the widths of the hidden layers of each coupling's network.
             octaves: For vectors of at most three values, how many octaves of sines and cosines of the values each
-                network sees beside them, by which it learns sharp edges. With more values it would learn samples by
-                heart, so that it sees none.
+                network sees beside them, by which it learns sharp edges; 4 if None. With more values it would learn
+                samples by heart, so that it sees none.
             scales: For images, the number of scales.
             per_scale: For images, the number of couplings with one kind of mask in each scale.
             width: For images, the channels of each coupling's network.
@@ -41,7 +42,7 @@ class RealNVP(FamilyFlow):
 
         couplings: int = 8
         hidden: tuple[int, ...] = (64, 64)
-        octaves: int = 4
+        octaves: int | None = None
         scales: int = 3
         per_scale: int = 2
         width: int = 32
@@ -52,8 +53,18 @@ class RealNVP(FamilyFlow):
             for name in ("couplings", "scales", "per_scale", "width"):
                 check_count(name, getattr(self, name))
             check_count("blocks", self.blocks, low=0)
-            check_count("octaves", self.octaves, low=0, high=16)
+            check_count("octaves", OCTAVES if self.octaves is None else self.octaves, low=0, high=16)
             check_flag("actnorm", self.actnorm)
+
+    for_vectors = ("couplings", "hidden")
+    for_images = ("scales", "per_scale", "width", "blocks")
+
+    @classmethod
+    def idle_options(cls, data_shape: tuple[int, ...], options: Options) -> dict[str, str]:
+        """Returns what `FamilyFlow.idle_options` does; octaves are for few values alone."""
+        idle = super().idle_options(data_shape, options)
+        few = len(data_shape) == 1 and data_shape[0] <= MOST_WITH_OCTAVES
+        return idle if few else {**idle, "octaves": f"vectors of at most {MOST_WITH_OCTAVES} values"}
 
     def __init__(self, data_shape: tuple[int, ...], num_classes: int = 0, options: Options | None = None):
         super().__init__(data_shape, num_classes, options)
@@ -66,7 +77,7 @@ class RealNVP(FamilyFlow):
     def _vector_steps(self) -> list[Bijection]:
         steps: list[Bijection] = []
         o = self.options
-        octaves = o.octaves if self.dims <= MOST_WITH_OCTAVES else 0
+        octaves = 0 if self.dims > MOST_WITH_OCTAVES else OCTAVES if o.octaves is None else o.octaves
         for k in range(o.couplings):
             network = Perceptron(self.data_shape, 2, o.hidden, self.num_classes, octaves=octaves)
             steps += [*self._norm(self.data_shape), Coupling(alternating(self.data_shape, odd=k % 2 == 1), network)]

@@ -160,17 +160,25 @@ def build(name: str, *, data_shape: Iterable[int], num_classes: int = 0, **optio
         **options: The options of the family, by the names in its `Options`.
 
     Raises:
-        ArgumentError: There is no such family or option, or a value or the shape does not fit; the message lists those
-            that there are.
+        ArgumentError: There is no such family or option, a value or the shape does not fit, or an option does nothing
+            for data of this shape; the message lists those that there are.
         BackendError: The family is made of a library that is not installed.
     """
     family = FAMILIES[known_one("name", name, FAMILIES)]
     shape = check_shape(name, data_shape)
     classes = check_count("num_classes", num_classes, low=0)
     kind = family.load()
-    model = kind(shape, classes, read_options(name, kind.Options, options))
+    read = read_options(name, kind.Options, options)
+    for idle, use in kind.idle_options(shape, read).items():
+        if idle in options:
+            raise ArgumentError("options", f"{idle!r} with {use} alone, as it does nothing for others", _of(shape))
+    model = kind(shape, classes, read)
     model.name = name
     return model
+
+
+def _of(shape: tuple[int, ...]) -> str:
+    return f"data of shape {shape}"
 
 
 def check_shape(name: str, data_shape: object) -> tuple[int, ...]:

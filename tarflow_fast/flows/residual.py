@@ -18,6 +18,7 @@ from .base import Bijection, FamilyFlow
 from .composition import Chain
 from .fixed_point import FixedPoint, fixed_point
 from .lipschitz import Contraction
+from .roulette import roulette, signs
 
 EXACT = 64  # values in a sample up to which a log-det is that of the whole Jacobian
 ALLOWED = 1e3  # units of rounding: a larger residual is that of a map that does not contract
@@ -145,23 +146,6 @@ class ResidualBlock(Bijection):
         return again
 
 
-def roulette(terms: int, q: float, generator: torch.Generator | None) -> list[float]:
-    """Returns c_k = 1 / P(N ≥ k) for k = 1 … N, where N − terms is geometric: P(N ≥ terms + j) = q^j.
-
-    Σ_{k ≤ N} c_k a_k then has the mean Σ a_k. Its variance is finite if |a_k| ≤ L^k and L² < q.
-    """
-    u = 1 - torch.rand((), generator=generator, dtype=torch.float64, device=generator.device if generator else None)
-    more = int(math.log(float(u)) / math.log(q))
-    return [q ** -max(k - terms, 0) for k in range(1, terms + more + 1)]
-
-
-def signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Returns values of −1 and 1, each with probability 1/2 (Rademacher), of the shape, dtype and device of `like`."""
-    device = generator.device if generator else like.device
-    bits = torch.randint(0, 2, like.shape, generator=generator, device=device)
-    return (2 * bits - 1).to(like.device, like.dtype)
-
-
 class ResidualFlow(FamilyFlow):
     """z = f_n(… f_1(x)), each f an ActNorm and a residual block x + g(x) whose network g is free but for its bound.
 
@@ -171,6 +155,12 @@ class ResidualFlow(FamilyFlow):
 
     exact: ClassVar[bool] = False
     bijection: Chain
+
+    @classmethod
+    def idle_options(cls, data_shape: tuple[int, ...], options: Options) -> dict[str, str]:
+        """Returns what `FamilyFlow.idle_options` does; the log-det of few values is exact in evaluation."""
+        use = f"samples of more than {EXACT} values"
+        return dict.fromkeys(("most_terms", "probes"), use) if math.prod(data_shape) <= EXACT else {}
 
     @dataclass(frozen=True)
     class Options:

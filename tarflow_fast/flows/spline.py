@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import zuko
 
+from ..adapters.zuko_spline import FusedRQSTransform
 from ..checks import check_count
 from .base import FamilyFlow
 from .library import LibraryTransform, check_sizes
@@ -45,7 +46,7 @@ class SplineAutoregressive(FamilyFlow):
         K = self.options.bins
         how = {"transforms": self.options.transforms, "hidden_features": self.options.hidden}
         spline = {
-            "univariate": partial(zuko.transforms.MonotonicRQSTransform, slope=1e-3),
+            "univariate": partial(FusedRQSTransform, slope=1e-3),
             "shapes": [(K,), (K,), (K - 1,)],
         }
         self.bijection = LibraryTransform(self.kind(self.dims, num_classes, **spline, **how).transform)

@@ -18,7 +18,7 @@ from ..flows import FAMILIES, FamilyFlow, Preprocessed, build, describe, draw_pi
 from ..flows.registry import known_one
 from .batches import Order, stream
 from .config import TrainConfig
-from .flow_config import FlowConfig
+from .flow_config import ONLY_LEVELS, FlowConfig
 from .learner import Forward, Learner, Outcome, Row, precision
 from .monitor import LayerMonitor
 from .outputs import is_written, write_model
@@ -200,6 +200,10 @@ def model_for(flow: FlowConfig, data: FlowData, classes: int) -> FamilyFlow:
     for name, value in (("vocabulary", data.vocabulary if data.kind == "tokens" else None), ("manifold", data.kind)):
         if name in known and value is not None:
             options.setdefault(name, value)
+    for field in fields(FlowConfig):
+        if field.name in ONLY_LEVELS and not data.levels and getattr(flow, field.name) != field.default:
+            expected = f"{field.default!r}, as only 8-bit images are brought to all of space"
+            raise ArgumentError(field.name, expected, getattr(flow, field.name))
     model = build(flow.name, data_shape=data.shape, num_classes=classes, **options)
     if data.kind not in ("vectors", "images"):
         return model

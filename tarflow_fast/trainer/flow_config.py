@@ -32,6 +32,9 @@ ONLY_TARFLOW = (
 )
 """The options of `TrainConfig` that mean nothing for families, and stay at their defaults."""
 
+ONLY_LEVELS = ("dequantization", "logit", "alpha")
+"""The fields of `FlowConfig` that mean something for 8-bit images alone."""
+
 
 @dataclass(frozen=True)
 class FlowConfig:

@@ -51,6 +51,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert made["settings"]["images"] == "pictures.npz"
     for cell in made["cells"]:
         assert cell["check"]["passed"]
+        assert all(0 < part["fraction_of_limit"] < 1 for part in cell["runs"])
         assert cell["steps"] == 3
         assert cell["training"] > 0
         assert cell["reconstruction"] < 1e-2
@@ -199,3 +200,31 @@ def test_samples_are_kept(kind: str) -> None:
     kept = torch.from_numpy(unpack(pack(x, FlowData(x, kind))).astype(np.float32))
     wanted = torch.stack([torch.atan2(x[:, 1], x[:, 0]), x[:, 2]], 1) if kind == "sphere" else x[:, :2]
     assert torch.allclose(kept, wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "passes"),
+    [
+        ("nice", {"couplings": 3, "hidden": (16,)}, 1),
+        ("maf", {"transforms": 3, "hidden": (16,)}, 1),
+        ("iaf", {"transforms": 3, "hidden": (16,)}, 1),
+        ("flow-matching", {"width": 16, "blocks": 1, "octaves": 0, "solver": "euler", "steps": 3}, 3),
+    ],
+)
+def test_operations_are_those_of_one_pass_through_each_network(name: str, options: dict[str, Any], passes: int) -> None:
+    """Two for each weight, of masked networks too, in the direction that takes one pass; three steps are three."""
+    model = build(name, data_shape=(3,), **options).eval().requires_grad_(False)
+    weights = sum(w.numel() for w in model.parameters() if w.dim() == 2)
+    timed = {"evaluations": None if passes == 1 else passes}
+    found = families.flops_of(lambda: model.sample(families.COUNTED), model, timed)
+    assert found == 2 * passes * weights * families.PER
+
+
+def test_records_without_a_limit_show_none() -> None:
+    made = record.read(Path(families.__file__).parents[1] / "results" / "families.json")
+    for cell in made["cells"]:
+        for part in cell["runs"]:
+            part.pop("fraction_of_limit", None)
+    lines = SUITE.table(made).splitlines()[1:3]
+    assert "of limit" in lines[0]
+    assert " - " in lines[1]

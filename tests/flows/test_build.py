@@ -13,7 +13,9 @@ import torch
 import tarflow_fast as tff
 from tarflow_fast.errors import ArgumentError, BackendError
 from tarflow_fast.flows import FAMILIES, Family, build
-from tarflow_fast.flows.options import read_options
+from tarflow_fast.flows.checkpoints import describe, rebuild
+from tarflow_fast.flows.options import describe_options, read_options
+from tarflow_fast.flows.registry import DIMENSIONS
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Kinds:
     widths: tuple[int, ...] = (8,)
     trace: Literal["exact", "hutchinson"] = "exact"
     word: str = ""
+    some: int | None = None
 
 
 def test_the_package_has_it() -> None:
@@ -56,14 +59,31 @@ def test_what_cannot_be_made_is_told_by_name(arguments: Mapping[str, Any], said:
 
 
 def test_options_come_as_values_or_as_text() -> None:
-    values = {"count": 3, "rate": 1.0, "on": False, "widths": (4, 5), "trace": "hutchinson", "word": "a"}
-    text = {"count": "3", "rate": "1", "on": "false", "widths": "4,5", "trace": "hutchinson", "word": "a"}
+    values = {"count": 3, "rate": 1.0, "on": False, "widths": (4, 5), "trace": "hutchinson", "word": "a", "some": 3}
+    text = {
+        "count": "3",
+        "rate": "1",
+        "on": "false",
+        "widths": "4,5",
+        "trace": "hutchinson",
+        "word": "a",
+        "some": "3",
+    }
     assert read_options("kinds", Kinds, values) == read_options("kinds", Kinds, text) == Kinds(**values)
+    assert read_options("kinds", Kinds, {"some": "none"}) == read_options("kinds", Kinds, {"some": None}) == Kinds()
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("count", "1.5"), ("rate", "fast"), ("on", "maybe"), ("widths", "4,x"), ("trace", "guess"), ("word", 3)],
+    [
+        ("count", "1.5"),
+        ("rate", "fast"),
+        ("on", "maybe"),
+        ("widths", "4,x"),
+        ("trace", "guess"),
+        ("word", 3),
+        ("some", "x"),
+    ],
 )
 def test_a_value_of_another_type_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=f"^{name}: expected "):
@@ -98,8 +118,52 @@ def test_a_seed_tells_the_weights() -> None:
 
 def test_realnvp_sees_octaves_of_few_values_only() -> None:
     """They made the checkerboard sharp, and a table of 30 columns a thing to learn by heart."""
-    for values, seen in ((2, 2 * (1 + 2 * 4)), (3, 27), (4, 4), (30, 30)):
-        network = build("realnvp", data_shape=(values,), octaves=4, couplings=1, actnorm=False).get_submodule(
+    for values, octaves, seen in ((2, {}, 2 * (1 + 2 * 4)), (3, {"octaves": 1}, 9), (4, {}, 4), (30, {}, 30)):
+        network = build("realnvp", data_shape=(values,), couplings=1, actnorm=False, **octaves).get_submodule(
             "bijection.steps.0.network"
         )
         assert next(network.parameters()).shape == (64, seen)
+
+
+IMAGE, SMALL, LARGE = (1, 8, 8), (2,), (100,)
+IDLE = [
+    ("realnvp", IMAGE, {"couplings": 4, "hidden": (8,), "octaves": 4}, ["couplings", "hidden", "octaves"]),
+    ("realnvp", SMALL, {"scales": 2, "width": 8, "octaves": 4}, ["scales", "width"]),
+    ("realnvp", LARGE, {"octaves": 4, "per_scale": 2, "blocks": 1}, ["octaves", "per_scale", "blocks"]),
+    ("glow", IMAGE, {"steps": 2, "hidden": (8,), "depth": 1}, ["steps", "hidden"]),
+    ("glow", SMALL, {"scales": 2, "depth": 2, "width": 8, "blocks": 1}, ["scales", "depth", "width", "blocks"]),
+    ("flow-matching", IMAGE, {"width": 8, "octaves": 1, "noise": "gaussian"}, ["width", "octaves"]),
+    ("rectified", SMALL, {"channels": 8, "noise": "gaussian"}, ["channels", "noise"]),
+    ("cnf", SMALL, {"noise": "gaussian", "trace": "hutchinson"}, []),
+    ("cnf", LARGE, {"noise": "gaussian", "trace": "exact"}, ["noise"]),
+    ("riemannian", (3,), {"channels": 8}, ["channels"]),
+    ("residual", SMALL, {"most_terms": 9, "probes": 2, "terms": 1}, ["most_terms", "probes"]),
+    ("residual", LARGE, {"most_terms": 9, "probes": 2}, []),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "options", "idle"), IDLE, ids=str)
+def test_an_option_that_does_nothing_for_the_data_is_refused_by_name(
+    name: str, shape: tuple[int, ...], options: dict[str, Any], idle: list[str]
+) -> None:
+    """Also where its value is the default; what is left builds a model, which a file brings back."""
+    needed = {key: options[key] for key in options if key not in idle}
+    for key in idle:
+        said = rf"^options: expected '{key}' with .* alone, as it does nothing for others, got data of shape "
+        with pytest.raises(ArgumentError, match=said):
+            build(name, data_shape=shape, **needed, **{key: options[key]})
+    model = build(name, data_shape=shape, **needed)
+    record = describe(model)
+    assert rebuild(record).options == model.options
+
+
+def test_every_option_does_something_for_some_data() -> None:
+    """A name that `idle_options` gives is one of an option."""
+    for name, family in FAMILIES.items():
+        kind = family.load()
+        known = set(describe_options(kind.Options))
+        shapes = [(2,), (100,), (1, 8, 8)]
+        idle = [set(kind.idle_options(shape, kind.Options())) for shape in shapes]
+        assert set.union(*idle) <= known, name
+        if len({DIMENSIONS[each] for each in family.kinds}) > 1:
+            assert not set.intersection(*idle) - {"noise"}, name

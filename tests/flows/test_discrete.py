@@ -41,9 +41,10 @@ class Exact(nn.Module):
         return (out / out.sum(2, keepdim=True)).log()
 
 
-def exact_model(source: str, steps: int = 200) -> DiscreteFlowMatching:
+def exact_model(source: str, steps: int = 200, corrections: int = 0) -> DiscreteFlowMatching:
     """Returns a model whose network is exact."""
-    model = build("discrete", data_shape=(T,), vocabulary=V, source=source, width=4, heads=1, layers=1, steps=steps)
+    sizes = {"width": 4, "heads": 1, "layers": 1, "steps": steps, "corrections": corrections}
+    model = build("discrete", data_shape=(T,), vocabulary=V, source=source, **sizes)
     assert isinstance(model, DiscreteFlowMatching)
     model.double()
     model.place_holder = nn.Parameter(torch.zeros((), dtype=torch.float64))  # where the model is
@@ -66,6 +67,15 @@ def test_an_exact_network_samples_the_law_of_the_data(source: str) -> None:
 def test_too_few_steps_are_seen_by_the_same_test() -> None:
     x = exact_model("masked", steps=2).sample(SAMPLES, generator=torch.Generator().manual_seed(1))
     assert chisquare(counts(x).numpy(), (LAW * SAMPLES).numpy()).pvalue < LEAST_P
+
+
+@pytest.mark.parametrize(("source", "steps"), [("masked", 2), pytest.param("uniform", 200, marks=pytest.mark.slow)])
+def test_corrections_lead_to_the_law_of_an_exact_network(source: str, steps: int) -> None:
+    """From masks out of too few steps; from uniform draws they keep what many steps have made."""
+    model = exact_model(source, steps, corrections=24)
+    x = model.sample(SAMPLES, generator=torch.Generator().manual_seed(1))
+    assert model.evaluations() == steps + 24
+    assert chisquare(counts(x).numpy(), (LAW * SAMPLES).numpy()).pvalue > LEAST_P
 
 
 @torch.no_grad()
@@ -162,7 +172,8 @@ def test_tokens_out_of_range_are_refused(source: str, call: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("vocabulary", 1), ("source", "noise"), ("heads", 3), ("steps", 1), ("times", 0)]
+    ("option", "value"),
+    [("vocabulary", 1), ("source", "noise"), ("heads", 3), ("steps", 1), ("corrections", -1), ("times", 0)],
 )
 def test_options_out_of_range_are_refused(option: str, value: object) -> None:
     with pytest.raises(ArgumentError, match=rf"^{option}: expected"):

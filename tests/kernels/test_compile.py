@@ -23,7 +23,7 @@ def test_kernels_compile_for_every_architecture_without_spills(architecture: str
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     names = "norm_linear cached_attention affine_step fixed_point_update affine_density affine_density_backward "
-    names += "spline spline_backward masked_inverse"
+    names += "spline spline_backward affine_coupling affine_coupling_backward masked_inverse"
     kernels = {f"{name}_kernel" for name in names.split()}
     assert {row[0] for row in rows} >= kernels
     assert {row[1] for row in rows} == {architecture}

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tarflow_fast import spline as torch_spline
 from tarflow_fast.errors import ArgumentError
+from tarflow_fast.fused.function import Fused
+from tarflow_fast.fused.spline import _Spline
 from tarflow_fast.kernels import spline as kernel
 from tarflow_fast.spline import SplineLaw
 
@@ -24,6 +26,15 @@ def problem(law: SplineLaw, spread: float, dtype: torch.dtype, n: int = 37) -> t
     return parameters.to(KERNEL_DEVICE), value.to(KERNEL_DEVICE)
 
 
+def through_triton(
+    parameters: Tensor, value: Tensor, law: SplineLaw, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Returns what `fused_spline` does where Triton serves."""
+    flat = parameters.reshape(-1, parameters.shape[-1]), value.reshape(-1)
+    image, log_derivative = Fused.apply(_Spline(law, inverse), "triton", *flat)
+    return image.view(value.shape), log_derivative.view(value.shape)
+
+
 @both_ways
 @every_law
 @pytest.mark.parametrize("spread", [1, 1000])
@@ -31,7 +42,7 @@ def test_forward(law: SplineLaw, inverse: bool, spread: float) -> None:
     """In fp64 it is the same, and in fp32 it is that rounded, for more values than one program takes."""
     for dtype, n, tolerance in ((torch.float64, 37, SAME_F64), (torch.float32, 600, SAME_F32)):
         parameters, value = problem(law, spread, dtype, n)
-        got = kernel.spline(parameters, value, law, inverse=inverse)
+        got = through_triton(parameters, value, law, inverse=inverse)
         wanted = torch_spline.spline(parameters.double(), value.double(), law, inverse=inverse)
         assert got[0].dtype == got[1].dtype == dtype
         assert_close(got[0], wanted[0], tolerance)
@@ -47,7 +58,7 @@ def test_gradients(law: SplineLaw, inverse: bool) -> None:
     upstream = torch.randn(2, len(value), generator=generator, dtype=torch.float64).to(KERNEL_DEVICE)
     for weights in ((1, 0), (0, 1), (1, 1)):
         gradients = []
-        for spline in (kernel.spline, torch_spline.spline):
+        for spline in (through_triton, torch_spline.spline):
             results = spline(parameters, value, law, inverse=inverse)
             loss = sum(w * (of * g).sum() for w, of, g in zip(weights, results, upstream, strict=True))
             gradients.append(torch.autograd.grad(loss, (parameters, value)))
@@ -73,7 +84,7 @@ def test_values_without_an_image(inverse: bool) -> None:
     for law in (LAW, LAWS["nflows, no tails"]):
         parameters, _ = (of.requires_grad_() for of in problem(law, 1.0, torch.float32, 4))
         value = torch.tensor([torch.nan, 7.0, -torch.inf, 1e30], device=KERNEL_DEVICE)
-        image, log_derivative = kernel.spline(parameters, value, law, inverse=inverse)
+        image, log_derivative = through_triton(parameters, value, law, inverse=inverse)
         wanted = torch_spline.spline(parameters, value, law, inverse=inverse)
         assert torch.equal(image.nan_to_num(99), wanted[0].nan_to_num(99))
         assert torch.equal(log_derivative.nan_to_num(99), wanted[1].nan_to_num(99))
@@ -85,7 +96,7 @@ def test_values_without_an_image(inverse: bool) -> None:
 def test_bins_without_size_do_no_harm(inverse: bool) -> None:
     parameters, value = problem(NO_LEAST_SIZE, 1000, torch.float64)
     value = value.clamp(-2, 2)
-    got = kernel.spline(parameters, value, NO_LEAST_SIZE, inverse=inverse)
+    got = through_triton(parameters, value, NO_LEAST_SIZE, inverse=inverse)
     assert got[0].abs().max() <= 2 + 1e-14
     assert got[1].isfinite().all()
 
@@ -93,17 +104,17 @@ def test_bins_without_size_do_no_harm(inverse: bool) -> None:
 def test_shapes() -> None:
     for shape in [(), (0,), (2, 3)]:
         parameters = torch.zeros(*shape, LAW.parameters, device=KERNEL_DEVICE)
-        for of in kernel.spline(parameters, torch.zeros(shape, device=KERNEL_DEVICE), LAW):
+        for of in through_triton(parameters, torch.zeros(shape, device=KERNEL_DEVICE), LAW):
             assert of.shape == shape
 
 
 def test_refusals() -> None:
     parameters, value = problem(LAW, 1.0, torch.float32, 4)
     with pytest.raises(ArgumentError, match=r"parameters: .*\(4, 29\)"):
-        kernel.spline(parameters[:, 1:], value, LAW)
+        kernel.spline_forward(parameters[:, 1:], value, LAW)
     with pytest.raises(ArgumentError, match=r"parameters: .*float32"):
-        kernel.spline(parameters.double(), value, LAW)
+        kernel.spline_forward(parameters.double(), value, LAW)
     with pytest.raises(ArgumentError, match="value: "):
-        kernel.spline(parameters.bfloat16(), value.bfloat16(), LAW)
+        kernel.spline_forward(parameters.bfloat16(), value.bfloat16(), LAW)
     with pytest.raises(ArgumentError, match="image: "):
         kernel.spline_backward(value, value, parameters, value, value[1:], LAW, True)

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from ...engine.contract import Condition, Guidance
 from ...engine.shape import BlockShape
 from ...engine.weights import BlockWeights
+from ...kernels.affine_coupling import coupling_backward, coupling_forward
 from ...kernels.affine_density import density_backward, density_forward
 from ...kernels.launch import Launch, recording
 from ...kernels.spline import spline_backward, spline_forward
@@ -86,6 +87,17 @@ def spline_launches() -> list[Launch]:
             parameters = torch.empty(4096, law.parameters, dtype=dtype, device="meta")
             spline_forward(parameters, value, law, inverse)
             spline_backward(value, value, parameters, value, value, law, inverse)
+    return launches
+
+
+def coupling_launches() -> list[Launch]:
+    """Returns the launches of couplings, with a scale and without, in either direction, and of their gradients."""
+    with recording() as launches:
+        for outputs, (dtype, inverse) in itertools.product((1, 2), ((torch.float32, True), (torch.float64, False))):
+            value = torch.empty(64, 784, dtype=dtype, device="meta")
+            parameters, changes = value.new_empty(64, outputs, 784), value.new_empty(784)
+            coupling_forward(parameters, value, changes, 2.0, inverse)
+            coupling_backward(value, value.new_empty(64), parameters, value, changes, 2.0, inverse)
     return launches
 
 
@@ -174,5 +186,6 @@ def survey(
         for architecture in architectures:
             pdl = architecture >= FIRST_WITH_PDL
             steps = (launch for case in cases for launch in case.launches(every, pdl))
-            launches = distinct(itertools.chain(steps, density_launches(shapes), spline_launches(), masked_launches()))
+            flows = spline_launches(), coupling_launches(), masked_launches()
+            launches = distinct(itertools.chain(steps, density_launches(shapes), *flows))
             yield from pool.map(lambda launch, on=architecture: compile_for(launch, on), launches)
