@@ -218,12 +218,13 @@ def make_plan(
     layers = 4 * shape.layers + 2
     together = warps * TILE_ROWS * WINDOW_ROW if tiles else 0
     parts = max(warps * (whole(shape.head_dim, 4) + 4), together)
-    tables = whole(whole(4 * (MOST_ROWS + tiles + 1), 16) + 8 * (layers + jobs), 16)
+    tables = whole(whole(4 * (MOST_ROWS + 3 * tiles + 1), 16) + 8 * (layers + jobs), 16)
     slot = slot_k * TILE * size
+    sums = 2 if size == 2 and most_rows in (8, 32) else 1  # SUMS_AT_ONCE in linear.cuh
 
     def taken(staged_rows: int, staged_k: int, bias_tiles: int) -> int:
         """Returns the bytes of all but the ring. The attention's parts lie where a product has its sums and inputs."""
-        product = 4 * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
+        product = 4 * sums * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
         return tables + 4 * TILE * bias_tiles + max(product, 4 * parts)
 
     # All inputs of a part for all rows; or those of a slot; or those for some rows. Biases go before any of these does.
