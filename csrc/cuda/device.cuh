@@ -203,10 +203,12 @@ DEVICE void prefetch(Global<T> from, int64_t i) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from.data + i));
 }
 
-// Copies 16 bytes from memory that nobody writes. i, j: multiples of so many elements. The copy has come when a
-// wait_copies of the same thread has returned, and other threads can see it after the next sync_block.
-template <class T>
-DEVICE void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j) {
+// Copies 16 bytes, past this multiprocessor's own cache. i, j: multiples of so many elements. The copy has come when a
+// wait_copies of the same thread has returned, and other threads can see it after the next sync_block. Until then nobody
+// may write what is copied.
+template <class T, class From>
+DEVICE void copy_async(Shared<T> to, int i, Global<From> from, int64_t j) {
+  static_assert(std::is_same_v<std::remove_const_t<From>, T>);
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to.data + i));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from.data + j) : "memory");
 }

@@ -187,18 +187,45 @@ DEVICE void stage_stream(const Stream& stream, const Scratch<T>& scratch, int fi
   }
 }
 
-// Columns [k0, k0 + k) of a buffer that is in the weights' type already, and has so many columns.
+// Columns [k0, k0 + k) of a buffer that is in the weights' type already, and has so many columns. If they are to be
+// copied, they come in up to four chunks, of which the first is multiplied while the others are on their way.
 template <int WARPS, class T>
-DEVICE void stage_ready(const Buffer& buffer, int columns, const Scratch<T>& scratch, int first, int count, int k0,
-                        int k) {
-  constexpr int V = 16 / sizeof(T);
+DEVICE Copies stage_ready(const Buffer& buffer, int columns, bool copied, const Scratch<T>& scratch, int first,
+                          int count, int k0, int k) {
+  constexpr int V = 16 / sizeof(T), LEAST = 2 * WARPS, STRIDE = WARPS * 32;
   const Global<T> from(buffer);
-  stage_rows<WARPS, V>(from, whole_tiles(columns), first, count, k0, k, [&](int row, int column, Vector<T, V> v) {
-    if (k0 + column + V > columns)  // beyond the columns nobody has written
-      for (int i = 0; i < V; i++)
-        if (k0 + column + i >= columns) v.at[i] = from_float<T>(0.0f);
-    store_vector(scratch.staged, row * scratch.stride + column, v);
-  });
+  const int width = whole_tiles(columns);
+  if (!copied || columns < width) {
+    stage_rows<WARPS, V>(from, width, first, count, k0, k, [&](int row, int column, Vector<T, V> v) {
+      if (k0 + column + V > columns)  // beyond the columns nobody has written
+        for (int i = 0; i < V; i++)
+          if (k0 + column + i >= columns) v.at[i] = from_float<T>(0.0f);
+      store_vector(scratch.staged, row * scratch.stride + column, v);
+    });
+    return {};
+  }
+  Copies copies{0, divide_up(k, 4 * LEAST * TILE) * LEAST};
+  const int chunk = copies.chunk * TILE;
+#pragma unroll 1
+  for (int begin = 0; begin < k; begin += chunk, copies.groups++) {
+    const int vectors = (k - begin < chunk ? k - begin : chunk) / V;
+    const int step_rows = divide(STRIDE, vectors), step = STRIDE - step_rows * vectors;
+    int row = divide(thread(), vectors), column = thread() - row * vectors;
+#pragma unroll 4
+    while (row < count) {
+      const int at = begin + column * V;
+      instructions(6);
+      copy_async(scratch.staged, row * scratch.stride + at, from, static_cast<int64_t>(first + row) * width + k0 + at);
+      row += step_rows;
+      column += step;
+      if (column >= vectors) {
+        column -= vectors;
+        row++;
+      }
+    }
+    commit_copies();
+  }
+  return copies;
 }
 
 // Columns [k0, k0 + k) of the attended values, from the parts that blocks left of them.

@@ -38,22 +38,34 @@ struct Pass {
 
   // Stages the input of a phase's product. begin: the first token of a pass is there; the others follow from
   // parameters.
-  DEVICE void stage(Phase phase, int layer, bool begin, int first, int count, int k0, int k) {
+  DEVICE Copies stage(Phase phase, int layer, bool begin, int first, int count, int k0, int k) {
+    // A copy waits for all that were asked for before it, the weights of later phases too, while memory may be busy with
+    // early keys.
+    const bool copied = NORMS && (phase != FC2 || p.tiles);
+    const auto ready = [&](const Buffer& buffer, int columns) {
+      return stage_ready<WARPS>(buffer, columns, copied, scratch, first, count, k0, k);
+    };
     switch (phase) {
-      case EMBED: {
-        const bool keeps = load(work, 0) == 0 && load(work, 1) > 0;
-        return stage_tokens<WARPS>(p, rows, scratch, first, count, begin, keeps);
-      }
+      case EMBED:
+        stage_tokens<WARPS>(p, rows, scratch, first, count, begin, load(work, 0) == 0 && load(work, 1) > 0);
+        break;
       case PROJ:
-        if (p.splits == 1 || p.merges) return stage_ready<WARPS>(p.attended, p.channels, scratch, first, count, k0, k);
-        return p.head_dim % 4 == 0 ? stage_attended<WARPS, 4>(p, rows, scratch, first, count, k0, k)
-                                   : stage_attended<WARPS, 1>(p, rows, scratch, first, count, k0, k);
-      case FC2: return stage_ready<WARPS>(p.hidden, p.hidden_dim, scratch, first, count, k0, k);
+        if (p.splits == 1 || p.merges) return ready(p.attended, p.channels);
+        if (p.head_dim % 4 == 0)
+          stage_attended<WARPS, 4>(p, rows, scratch, first, count, k0, k);
+        else
+          stage_attended<WARPS, 1>(p, rows, scratch, first, count, k0, k);
+        break;
+      case FC2: return ready(p.hidden, p.hidden_dim);
       default:
-        if constexpr (NORMS) return stage_ready<WARPS>(p.norms, p.channels, scratch, first, count, k0, k);
-        if (phase == PROJ_OUT) return stage_stream<WARPS>(stream(phase, layer), scratch, first, count);
-        if constexpr (!NORMS) return stage_normed<WARPS>(stream(phase, layer), scratch, first, count);
+        if constexpr (NORMS) return ready(p.norms, p.channels);
+        if (phase == PROJ_OUT) {
+          stage_stream<WARPS>(stream(phase, layer), scratch, first, count);
+          break;
+        }
+        if constexpr (!NORMS) stage_normed<WARPS>(stream(phase, layer), scratch, first, count);
     }
+    return {};
   }
 
   // Returns the residual stream as it is where a phase begins.
@@ -117,7 +129,11 @@ struct Pass {
     const int channel = n - which * p.channels;
     instructions(10);
     if (which == 0) {
-      store(Global<float>(p.queries), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
+      const int64_t at = static_cast<int64_t>(row) * whole_tiles(p.channels) + channel;
+      if (WINDOWS && p.tiles)
+        store(Global<T>(p.queries), at, from_float<T>(y));
+      else
+        store(Global<float>(p.queries), at, y);
     } else if (which < 3 && rows.token(row) >= 0) {
       const int head = divide(channel, p.head_dim), c = channel - head * p.head_dim;
       store(cache, rows.cached(layer, which - 1, row, head) + rows.token(row) * p.head_dim + c, from_float<T>(y));
@@ -147,8 +163,9 @@ struct Pass {
     tile = first + load(work, 2 * of.index + 1);
     if (skipped) return skip(p, of, ring, work);
     linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch, biases, first,
-                      [&](int first, int count, int k0, int k) { stage(phase, layer, begin, first, count, k0, k); },
-                      [&](int part, int n, int row) { return before(phase, layer, part, n, row); },
+                      [&](int first, int count, int k0, int k) {
+      return stage(phase, layer, begin, first, count, k0, k);
+    }, [&](int part, int n, int row) { return before(phase, layer, part, n, row); },
                       [&](int part, int n, int row, float y, const LoadedStream& loaded) {
       finish(phase, layer, part, n, row, y, loaded);
     });
@@ -203,6 +220,8 @@ struct Pass {
 #pragma unroll 1
     for (bool begin = true;; begin = p.mode == FRONTIER) {
       if (p.mode == FRONTIER && (passes == p.max_passes || !look<WARPS>(p, rows))) break;
+      if constexpr (WINDOWS)
+        if (p.tiles) count_keys<WARPS>(p, rows);
       step(begin);
       passes++;
       section(PHASES, UPDATE);
@@ -235,14 +254,14 @@ DEVICE void find_tiles(const Params& p, Shared<int> tiles) {
 // attention needs; and the ring, as plan.py counts.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
-  const int positions = divide_up(4 * (MOST_ROWS + p.tiles + 1), 16) * 16;  // bytes of tokens and tiles
+  const int positions = divide_up(4 * (MOST_ROWS + 3 * p.tiles + 1), 16) * 16;  // bytes of tokens and tiles
   const int layers = 4 * p.layers + 2, tables = divide_up(positions + 8 * (layers + p.most_jobs), 16) * 16;
   const int work_bytes = tables + 4 * TILE * p.bias_tiles;
-  const Shared<int> tokens = shared<int>(0, MOST_ROWS), tiles = shared<int>(4 * MOST_ROWS, p.tiles + 1);
+  const Shared<int> tokens = shared<int>(0, MOST_ROWS), tiles = shared<int>(4 * MOST_ROWS, 3 * p.tiles + 1);
   const Shared<int> work = shared<int>(positions, 2 * layers);
   const Shared<int> jobs = shared<int>(positions + 8 * layers, 2 * p.most_jobs);
   const Shared<float> biases = shared<float>(tables, p.bias_tiles * TILE);
-  const int sums = NT * WARPS * 128, stride = p.staged_k + 8;
+  const int sums = SUMS_AT_ONCE<NT, T> * NT * WARPS * 128, stride = p.staged_k + 8;
   const int product_bytes = 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
   const int alone = WARPS * part_floats(p.head_dim), together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0;
   const int needed = 4 * (alone > together ? alone : together);

@@ -11,7 +11,7 @@
 namespace tarflow {
 
 // The shared memory of a product. staged: (staged_rows, stride) of X, where the stride keeps lanes in different banks.
-// sums: (NT, WARPS, 32, 4).
+// sums: (SUMS_AT_ONCE<NT, T>, NT, WARPS, 32, 4).
 template <class T>
 struct Scratch {
   Shared<T> staged;
@@ -23,24 +23,38 @@ struct Scratch {
 template <int NT>
 constexpr int CHAINS = NT <= 2 ? 2 : 1;
 
-// What a warp multiplies for two of its k-tiles, k and k + WARPS: W, and X of each n-tile.
+// Tiles of outputs that are multiplied with what is read once of X, where each has one slot. 16 rows have no registers
+// for two on sm_80.
+template <int NT, class T>
+constexpr int ABREAST = sizeof(T) == 2 && NT != 2 ? 2 : 1;
+
+// Tiles whose sums are in shared memory at once. plan.py counts them, too.
+template <int NT, class T>
+constexpr int SUMS_AT_ONCE = NT == 8 ? 1 : ABREAST<NT, T>;
+
+// What a warp multiplies for two of its k-tiles, k and k + WARPS: W of each tile, and X of each n-tile.
 template <int NT, class T>
 struct Operands {
-  Vector<T, 8> a[2];
+  Vector<T, 8> a[ABREAST<NT, T>][2];
   Vector<T, 2> b[NT][4];
 };
 
-// sums += W X for one slot, by the k-tiles of this warp. The n-tiles [first, first + count) of rows are staged, from
-// column `column` of `staged` on.
+// sums += W X for the slots of one tile, or of two, by the k-tiles of this warp among [begin, end). The n-tiles [first,
+// first + count) of rows are staged, from column `column` of `staged` on.
 template <int NT, int WARPS, class T>
-DEVICE void multiply(float (&sums)[CHAINS<NT> * NT][4], Shared<T> slots, int slot, int k_tiles,
-                     const Scratch<T>& scratch, int column, int first, int count) {
+DEVICE void multiply(float (&sums)[ABREAST<NT, T>][CHAINS<NT> * NT][4], Shared<T> slots,
+                     const int (&slot)[ABREAST<NT, T>], int tiles, int begin, int end, const Scratch<T>& scratch,
+                     int column, int first, int count) {
   const int lane = thread() % 32, matrix = lane / 8;
   const int at = lane % 8 * scratch.stride + column + matrix % 2 * 8;
   const auto read = [&](Operands<NT, T>& to, int k) {
-    const bool both = k + WARPS < k_tiles;
-    to.a[0] = load_vector<8>(slots, slot + (k * 32 + lane) * 8);
-    if (both) to.a[1] = load_vector<8>(slots, slot + ((k + WARPS) * 32 + lane) * 8);
+    const bool both = k + WARPS < end;
+#pragma unroll
+    for (int t = 0; t < ABREAST<NT, T>; t++) {
+      if (t >= tiles) continue;
+      to.a[t][0] = load_vector<8>(slots, slot[t] + (k * 32 + lane) * 8);
+      if (both) to.a[t][1] = load_vector<8>(slots, slot[t] + ((k + WARPS) * 32 + lane) * 8);
+    }
     const int from = at + (both && matrix >= 2 ? k + WARPS : k) * TILE;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -50,42 +64,46 @@ DEVICE void multiply(float (&sums)[CHAINS<NT> * NT][4], Shared<T> slots, int slo
   const auto add = [&](const Operands<NT, T>& of, int k) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (k + i * WARPS >= k_tiles) continue;
+      if (k + i * WARPS >= end) continue;
 #pragma unroll
-      for (int n = 0; n < NT; n++)
-        if (n >= first && n < first + count)
-          multiply_tiles(sums[i % CHAINS<NT> * NT + n], of.a[i], of.b[n][2 * i], of.b[n][2 * i + 1]);
+      for (int t = 0; t < ABREAST<NT, T>; t++) {
+        if (t >= tiles) continue;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+          if (n >= first && n < first + count)
+            multiply_tiles(sums[t][i % CHAINS<NT> * NT + n], of.a[t][i], of.b[n][2 * i], of.b[n][2 * i + 1]);
+      }
     }
   };
   constexpr int STEP = 2 * WARPS;
-  int k = thread() / 32;
+  int k = begin + thread() / 32;
   if constexpr (NT == 8) {  // two sets of operands would not fit in registers
     Operands<NT, T> now = {};
 #pragma unroll 1
-    for (; k < k_tiles; k += STEP) {
+    for (; k < end; k += STEP) {
       read(now, k);
       add(now, k);
     }
   } else {
     Operands<NT, T> now = {}, next = {};
-    if (k < k_tiles) read(now, k);
+    if (k < end) read(now, k);
 #pragma unroll 1
-    for (; k < k_tiles; k += 2 * STEP) {
-      if (k + STEP < k_tiles) read(next, k + STEP);
+    for (; k < end; k += 2 * STEP) {
+      if (k + STEP < end) read(next, k + STEP);
       add(now, k);
-      if (k + 2 * STEP < k_tiles) read(now, k + 2 * STEP);
-      if (k + STEP < k_tiles) add(next, k + STEP);
+      if (k + 2 * STEP < end) read(now, k + 2 * STEP);
+      if (k + STEP < end) add(next, k + STEP);
     }
   }
 }
 
 // Does the same in fp32, by the same lanes. The slot holds tiles of 16 outputs × 16 inputs as they are.
 template <int NT, int WARPS>
-DEVICE void multiply_plain(float (&sums)[CHAINS<NT> * NT][4], Shared<float> slots, int slot, int k_tiles,
+DEVICE void multiply_plain(float (&sums)[1][CHAINS<NT> * NT][4], Shared<float> slots, int slot, int begin, int end,
                            const Scratch<float>& scratch, int column, int first, int count) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
-  for (int k = thread() / 32; k < k_tiles; k += WARPS) {
+  for (int k = begin + thread() / 32; k < end; k += WARPS) {
     const int a = slot + k * TILE * TILE + g * TILE;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
@@ -95,50 +113,69 @@ DEVICE void multiply_plain(float (&sums)[CHAINS<NT> * NT][4], Shared<float> slot
       for (int i = 0; i < TILE; i++) {
         const float high = load(slots, a + i), low = load(slots, a + 8 * TILE + i);
         const float even = load(scratch.staged, b + i), odd = load(scratch.staged, b + scratch.stride + i);
-        sums[n][0] += high * even;
-        sums[n][1] += high * odd;
-        sums[n][2] += low * even;
-        sums[n][3] += low * odd;
+        sums[0][n][0] += high * even;
+        sums[0][n][1] += high * odd;
+        sums[0][n][2] += low * even;
+        sums[0][n][3] += low * odd;
       }
     }
   }
 }
 
+// X on its way into shared memory: the groups of copies that are not waited for yet, each of `chunk` k-tiles, and the
+// k-tiles that have come. There are no groups where X was stored.
+struct Copies {
+  int groups = 0, chunk = 0, come = 0;
+};
+
 // Computes a layer. stage(first, count, k0, k), called by all threads, puts columns [k0, k0 + k) of rows [first, first
-// + count) of X into scratch.staged, from row 0 and column 0 on. before(part, n, row) loads what finish needs, long before
-// finish(part, n, row, y, loaded) takes an output, on the same thread. biases: (bias_tiles, 16), of all tiles of this block,
-// with those of this layer from first_bias on.
+// + count) of X into scratch.staged, from row 0 and column 0 on, and returns the Copies that have yet to come; a chunk is
+// a multiple of 2 WARPS k-tiles, so that a warp has the same k-tiles as without. before(part, n, row) loads what finish
+// needs, long before finish(part, n, row, y, loaded) takes an output, on the same thread. biases: (bias_tiles, 16), of all
+// tiles of this block, with those of this layer from first_bias on.
 template <int NT, int WARPS, class T, class Stage, class Before, class Finish>
 DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS>& ring, Shared<int> work,
                    const Scratch<T>& scratch, Shared<float> biases, int first_bias, Stage stage, Before before,
                    Finish finish) {
-  constexpr int EACH = (NT * 8 * TILE + WARPS * 32 - 1) / (WARPS * 32);  // outputs of a tile that a thread finishes
+  constexpr int AT_ONCE = SUMS_AT_ONCE<NT, T>, TURNS = ABREAST<NT, T> / AT_ONCE, OUTPUTS = NT * 8 * TILE;
+  constexpr int EACH = (AT_ONCE * OUTPUTS + WARPS * 32 - 1) / (WARPS * 32);  // outputs that a thread finishes in a turn
   const int units = load(work, 2 * layer.index + 1);
   const int groups = divide_up(rows, p.staged_rows), slot_tiles = p.slot_k / TILE, staged_tiles = p.staged_k / TILE;
-  const int lane = thread() % 32, warp = thread() / 32, m = thread() % TILE, own_row = thread() / TILE;
+  const int lane = thread() % 32, warp = thread() / 32, m = thread() % TILE;
+  const auto tile_of = [&](int j) -> int { return AT_ONCE == 1 ? 0 : (thread() + j * WARPS * 32) / OUTPUTS; };
+  const auto row_of = [&](int j) -> int {
+    return AT_ONCE == 1 ? thread() / TILE + j * WARPS * 2 : (thread() + j * WARPS * 32) % OUTPUTS / TILE;
+  };
   int staged_k = -1, staged_group = -1;
+  Copies copies;
   Unit unit(layer, load(work, 2 * layer.index));
-  for (int i = 0; i < units; i++, unit.tile++) {
+  for (int i = 0, tiles = 1; i < units; i += tiles, unit.tile += tiles) {
     if (unit.tile == layer.tiles) unit = {layer, layer.tiles * (unit.part + 1)};
-    const int tile = unit.tile, part = unit.part, end_k = layer.first_k(part + 1);
-    Loaded<float> bias = {};
-    if (part == 0 && p.bias_tiles)
-      bias = load(biases, (first_bias + i) * TILE + m);
-    else if (part == 0)
-      bias = constant(Global<const float>(p.biases), layer.biases + tile * TILE + m);
-    decltype(before(0, 0, 0)) loaded[EACH] = {};
+    const int part = unit.part, first_k = layer.first_k(part), end_k = layer.first_k(part + 1);
+    const bool single = ABREAST<NT, T> == 1 || i + 1 == units || unit.tile + 1 == layer.tiles;
+    tiles = single || groups > 1 || p.slots == 1 || end_k - first_k > slot_tiles ? 1 : 2;
+    Loaded<float> bias[TURNS][EACH] = {};
+    decltype(before(0, 0, 0)) loaded[TURNS][EACH] = {};
 #pragma unroll
-    for (int j = 0; j < EACH; j++) {
-      const int row = own_row + j * WARPS * 2;
-      if (row < rows) loaded[j] = before(part, tile * TILE + m, row);
-    }
-    float sums[CHAINS<NT> * NT][4] = {};
-    const int first_k = layer.first_k(part);
+    for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+      for (int j = 0; j < EACH; j++) {
+        const int of = turn * AT_ONCE + tile_of(j), row = row_of(j), tile = unit.tile + of;
+        if (of >= tiles || row >= rows) continue;
+        if (part == 0 && p.bias_tiles)
+          bias[turn][j] = load(biases, (first_bias + i + of) * TILE + m);
+        else if (part == 0)
+          bias[turn][j] = constant(Global<const float>(p.biases), layer.biases + tile * TILE + m);
+        loaded[turn][j] = before(part, tile * TILE + m, row);
+      }
+    float sums[ABREAST<NT, T>][CHAINS<NT> * NT][4];
+    for (auto& sum : sums[0])
+      for (float& each : sum) each = 0;
     int from_k = first_k;  // the first k-tile that is staged together with k
     for (int k = first_k; k < end_k; k += slot_tiles) {
       const int k_tiles = end_k - k < slot_tiles ? end_k - k : slot_tiles;
       if (k + k_tiles > from_k + staged_tiles) from_k = k;
-      int slot = 0;
+      int slot[ABREAST<NT, T>] = {};
       for (int group = 0; group < groups; group++) {
         const int first = group * p.staged_rows;
         const int count = rows - first < p.staged_rows ? rows - first : p.staged_rows;
@@ -150,7 +187,8 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
           }
           const int rest = end_k - from_k;
           section(STAGING);
-          stage(first, count, from_k * TILE, (rest < staged_tiles ? rest : staged_tiles) * TILE);
+          copies = stage(first, count, from_k * TILE, (rest < staged_tiles ? rest : staged_tiles) * TILE);
+          ring.mark();
           staged_k = from_k;
           staged_group = group;
         }
@@ -160,42 +198,64 @@ DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS
           ring.release();
           ring.fill();
         }
-        if (group == 0) slot = ring.take();
-        section(STAGING);
-        sync_block();
-        section(MULTIPLY);
-        const int column = (k - from_k) * TILE, n_tiles = divide_up(count, 8);
-        if constexpr (sizeof(T) == 4)
-          multiply_plain<NT, WARPS>(sums, ring.slots(), slot, k_tiles, scratch, column, first / 8, n_tiles);
-        else
-          multiply<NT, WARPS>(sums, ring.slots(), slot, k_tiles, scratch, column, first / 8, n_tiles);
+        if (group == 0)
+          for (int t = 0; t < ABREAST<NT, T>; t++)
+            if (t < tiles) slot[t] = ring.take(copies.groups);
+        // Several tiles are multiplied in one go, so their sums begin here: they need no registers before.
+        for (int t = 1; t < ABREAST<NT, T>; t++)
+          for (auto& sum : sums[t])
+            for (float& each : sum) each = 0;
+        const int column = k - from_k, n_tiles = divide_up(count, 8);
+        for (int begin = 0, end; begin < k_tiles; begin = end) {
+          end = k_tiles;
+          section(STAGING);
+          if (copies.groups > 0 && begin + copies.chunk < k_tiles) end = begin + copies.chunk;
+          for (; copies.groups > 0 && copies.come < column + end; copies.come += copies.chunk)
+            ring.wait_first(copies.groups--);
+          sync_block();
+          section(MULTIPLY);
+          if constexpr (sizeof(T) == 4)
+            multiply_plain<NT, WARPS>(sums, ring.slots(), slot[0], begin, end, scratch, column * TILE, first / 8,
+                                      n_tiles);
+          else
+            multiply<NT, WARPS>(sums, ring.slots(), slot, tiles, begin, end, scratch, column * TILE, first / 8,
+                                n_tiles);
+        }
       }
     }
-    section(SUMS);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      if (n * 8 >= rows) continue;
-      if constexpr (CHAINS<NT> == 2)
-        for (int i = 0; i < 4; i++) sums[n][i] += sums[NT + n][i];
-      store_vector(scratch.sums, ((n * WARPS + warp) * 32 + lane) * 4,
-                   Vector<float, 4>{sums[n][0], sums[n][1], sums[n][2], sums[n][3]});
-    }
-    sync_block();
-    ring.release();
-    section(EPILOGUE);
+    for (int turn = 0; turn < TURNS; turn++) {
+      if (turn * AT_ONCE >= tiles) continue;
+      section(SUMS);
+      if (turn > 0) sync_block();  // the sums of the tile before have been read
 #pragma unroll
-    for (int j = 0; j < EACH; j++) {
-      const int row = own_row + j * WARPS * 2, n = row % 8;
-      if (row >= rows) continue;
-      const int of_lane = m % 8 * 4 + n / 2, of_sum = m / 8 * 2 + n % 2;
-      Loaded<float> parts[WARPS];
+      for (int t = turn * AT_ONCE; t < (turn + 1) * AT_ONCE; t++)
 #pragma unroll
-      for (int w = 0; w < WARPS; w++)
-        parts[w] = load(scratch.sums, ((row / 8 * WARPS + w) * 32 + of_lane) * 4 + of_sum);
-      float y = bias;
+        for (int n = 0; n < NT; n++) {
+          if (t >= tiles || n * 8 >= rows) continue;
+          float (&of)[4] = sums[t][n];
+          if constexpr (CHAINS<NT> == 2)
+            for (int c = 0; c < 4; c++) of[c] += sums[t][NT + n][c];
+          store_vector(scratch.sums, (((t - turn * AT_ONCE) * NT + n) * WARPS + warp) * 128 + lane * 4,
+                       Vector<float, 4>{of[0], of[1], of[2], of[3]});
+        }
+      sync_block();
+      ring.release();
+      section(EPILOGUE);
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) y += parts[w];
-      finish(part, tile * TILE + m, row, y, loaded[j]);
+      for (int j = 0; j < EACH; j++) {
+        const int of = tile_of(j), row = row_of(j), n = row % 8;
+        if (turn * AT_ONCE + of >= tiles || row >= rows) continue;
+        const int of_lane = m % 8 * 4 + n / 2, of_sum = m / 8 * 2 + n % 2;
+        Loaded<float> parts[WARPS];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+          parts[w] = load(scratch.sums, ((of * NT + row / 8) * WARPS + w) * 128 + of_lane * 4 + of_sum);
+        float y = bias[turn][j];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) y += parts[w];
+        finish(part, (unit.tile + turn * AT_ONCE + of) * TILE + m, row, y, loaded[turn][j]);
+      }
     }
   }
 }

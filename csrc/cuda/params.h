@@ -70,7 +70,8 @@ enum Section : int { OTHER, STAGING, MULTIPLY, SUMS, EPILOGUE, ATTEND, MERGE, FE
 //   reached, evaluations int32 (samples,), passes int32 (1,), trail (4, samples, T) or empty: for FRONTIER
 //   keys_values type (L, 2, branches · samples, H, T, d)
 //   rest       (2, MOST_PARTS − 1, MOST_ROWS, C'), see stream.cuh: of proj and of fc2
-//   h, queries (R, C'); partials (R, H, splits, d) and then (R, H, splits, 2): sums, then their maximum and weight
+//   h, queries (R, C'), of which queries have that type where there are `tiles`
+//   partials   (R, H, splits, d) and then (R, H, splits, 2): sums, then their maximum and weight
 //   hidden     type (R, F'); attended, norms type (R, C'); parameters (R, O')
 //   barrier    uint32 (1,): 0 at launch
 // clang-format off

@@ -22,16 +22,22 @@ class Ring {
   }
 
   // Returns the next slot's first element when this thread's part of it has come. After sync_block all of it can be
-  // read.
-  DEVICE int take() {
+  // read. others: the groups of other copies that were asked for when `mark` was called, and are not waited for yet.
+  DEVICE int take(int others = 0) {
     if (ahead_ == 0) fill();
     ahead_--;
     held_++;
-    wait_copies(ahead_);
+    wait_groups(ahead_ + (ahead_ >= since_ ? others : 0));
     const int slot = take_;
     take_ = following(take_);
     return slot;
   }
+
+  // Notes that other copies have been asked for. Copies come in their turn: these after the slots that were fetched before.
+  DEVICE void mark() { since_ = 0; }
+
+  // Waits for the first of so many groups of these copies.
+  DEVICE void wait_first(int others) const { wait_groups(others - 1 + since_); }
 
   // Frees the slots that were taken, but for the last `kept`. All warps must have read them.
   DEVICE void release(int kept = 0) { held_ = kept; }
@@ -44,6 +50,8 @@ class Ring {
   DEVICE Shared<T> slots() const { return memory_; }
 
  private:
+  DEVICE static void wait_groups(int pending) { wait_copies(pending < 7 ? pending : 7); }
+
   DEVICE int following(int slot) const {
     const int size = p_.slot_k * TILE;
     return slot + size == p_.slots * size ? 0 : slot + size;
@@ -60,6 +68,7 @@ class Ring {
     commit_copies();
     fill_ = following(fill_);
     ahead_++;
+    since_++;
     job_++;
     if (job_ == p_.most_jobs || load(jobs_, 2 * job_ + 1) == 0) job_ = 0;
   }
@@ -72,6 +81,7 @@ class Ring {
   // The numbers of slots that were fetched and not taken, and taken and not freed. A block that has no tile of any layer
   // never frees a slot, and has none.
   int ahead_ = 0, held_;
+  int since_ = 0;  // slots that were fetched since `mark`
 };
 
 }  // namespace tarflow

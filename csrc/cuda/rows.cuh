@@ -11,7 +11,8 @@ namespace tarflow {
 struct Rows {
   const Params& p;
   Shared<int> tokens;  // the token of each position, except for SEQUENTIAL, where it is `next` for all
-  Shared<int> tiles;  // with `tiles`: the first position of each, and then the number of positions
+  // With `tiles`: the first position of each, and the number of positions; then the most and the fewest keys of each.
+  Shared<int> tiles;
   int next;
 
   DEVICE int count() const { return p.positions * p.branches; }

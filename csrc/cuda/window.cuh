@@ -18,24 +18,38 @@ constexpr int WINDOW_ROW = WINDOW_HEAD + 4;  // floats of a row of `memory`: sum
 struct WindowPart {
   int head, split, row, count, keys, least, first, last;  // row: the first one; least: the fewest keys of any row
 
-  DEVICE WindowPart(const Params& p, const Rows& rows, int index) : keys(0), least(1 << 30) {
+  DEVICE WindowPart(const Params& p, const Rows& rows, int index) {
     const int pair = divide(index, p.splits), of_branches = divide(pair, p.heads);
     split = index - pair * p.splits;
     head = pair - of_branches * p.heads;
     const int branch = of_branches >= p.tiles, tile = of_branches - branch * p.tiles, position = load(rows.tiles, tile);
     row = branch * p.positions + position;
     count = load(rows.tiles, tile + 1) - position;
-    for (int i = 0; i < count; i++) {
-      const int of_row = rows.token_at(position + i) + 1;
-      keys = of_row > keys ? of_row : keys;
-      least = of_row > 0 && of_row < least ? of_row : least;
-    }
+    keys = load(rows.tiles, p.tiles + 1 + 2 * tile);
+    least = load(rows.tiles, p.tiles + 2 + 2 * tile);
     const int each = divide(divide_up(keys, TILE) + p.splits - 1, p.splits) * TILE;
     first = split * each < keys ? split * each : keys;
     last = first + each < keys ? first + each : keys;
-    instructions(80);  // the loop
   }
 };
+
+// Finds the most and the fewest keys of the rows of each tile. It is done once a pass, as all layers need them.
+template <int WARPS>
+DEVICE void count_keys(const Params& p, const Rows& rows) {
+#pragma unroll 1
+  for (int tile = thread(); tile < p.tiles; tile += WARPS * 32) {
+    int most = 0, least = 1 << 30;
+#pragma unroll 1
+    for (int i = load(rows.tiles, tile); i < load(rows.tiles, tile + 1); i++) {
+      const int keys = rows.token_at(i) + 1;
+      most = keys > most ? keys : most;
+      least = keys > 0 && keys < least ? keys : least;
+    }
+    store(rows.tiles, p.tiles + 1 + 2 * tile, most);
+    store(rows.tiles, p.tiles + 2 + 2 * tile, least);
+  }
+  sync_block();
+}
 
 template <class T, int WARPS>
 DEVICE void prefetch_window(const Params& p, const Rows& rows, int layer) {
@@ -56,7 +70,8 @@ template <class T, int WARPS>
 DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<float> memory) {
   constexpr int KEYS = TILE, COLUMNS = WINDOW_HEAD / 8;
   const Global<T> cache(p.keys_values);
-  const Global<float> partials(p.partials), queries(p.queries);
+  const Global<float> partials(p.partials);
+  const Global<T> queries(p.queries);
   const int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4;
   const int width = whole_tiles(p.channels), parts = p.tiles * p.branches * p.heads * p.splits;
   bool again = false;
@@ -80,27 +95,27 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
         v[i] = load_vector<8>(cache, values + static_cast<int64_t>(inside) * WINDOW_HEAD + g * 8);
       }
     };
-    Vector<float, 4> q[2][4];
-    int own_keys[2];  // of rows g and g + 8
-    const float scale = constant(Global<const float>(p.scale), rows.branch(part.row));
+    Vector<T, 8> q[2][2];  // channels 16 t … of rows g and g + 8
+    int own_keys[2];
+    const Loaded<float> scale = constant(Global<const float>(p.scale), rows.branch(part.row));
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = part.row + g + r * 8;
       own_keys[r] = g + r * 8 < part.count ? rows.token(row) + 1 : 0;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < 2; i++) {
         q[r][i] = {};
         if (g + r * 8 < part.count)
           q[r][i] =
-              load_vector<4>(queries, static_cast<int64_t>(row) * width + part.head * WINDOW_HEAD + t * 16 + i * 4);
+              load_vector<8>(queries, static_cast<int64_t>(row) * width + part.head * WINDOW_HEAD + t * 16 + i * 8);
       }
     }
     sync_warp();
     Vector<T, 8> a[4];
 #pragma unroll
     for (int s = 0; s < 4; s++)
-      for (int i = 0; i < 8; i++) a[s].at[i] = from_float<T>(q[i / 2 % 2][s].at[i / 4 * 2 + i % 2]);
-    instructions(32);
+      for (int i = 0; i < 8; i++) a[s].at[i] = q[i / 2 % 2][s / 2].at[s % 2 * 4 + i / 4 * 2 + i % 2];
+    instructions(16);
     float sum[COLUMNS][4] = {}, most[2] = {LOWEST, LOWEST}, weights[2] = {};
 #pragma unroll 1
     for (int from = part.first + warp * KEYS; from < part.last; from += WARPS * KEYS) {

@@ -246,9 +246,11 @@ DEVICE void prefetch(Global<T> from, int64_t i) {
   emulation::use(emulation::view(from), i, 1, emulation::HINT);
 }
 
-template <class T>
-DEVICE void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j) {
-  emulation::machine->copy({emulation::view(to), emulation::view(from), i, j, {}});
+template <class T, class From>
+DEVICE void copy_async(Shared<T> to, int i, Global<From> from, int64_t j) {
+  static_assert(std::is_same_v<std::remove_const_t<From>, T>);
+  const auto how = std::is_const_v<From> ? emulation::CONSTANT_READ : emulation::COPY_READ;
+  emulation::machine->copy({emulation::view(to), emulation::view(from), i, j, how, {}});
 }
 
 DEVICE void commit_copies() { emulation::machine->commit_copies(); }

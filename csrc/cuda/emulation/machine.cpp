@@ -18,9 +18,10 @@ void join(Clock& clock, const Clock& other) {
   for (size_t b = 0; b < clock.size(); b++) clock[b] = std::max(clock[b], other[b]);
 }
 
-// Marks a copy as come: for other threads it was written in this epoch.
+// Marks a copy as come: for other threads it was written in this epoch. Until now nobody may have written what it is of.
 void arrive(Coming& copy) {
   Block& block = *here->block;
+  if (!TIMED && copy.how == COPY_READ) use(copy.from, copy.j, 16 / copy.from.size, COPY_READ);
   unsigned char* at = copy.to.data + copy.i * copy.to.size;
   std::memcpy(at, copy.from.data + copy.j * copy.from.size, 16);
   Stamp* stamps = block.stamps.get() + (at - block.shared) / GRANULE * 2;
@@ -164,7 +165,7 @@ void Machine::meet(const char* call, int detail, const void* given, void* taken,
 }
 
 void Machine::copy(Coming copy) {
-  use(copy.from, copy.j, 16 / copy.from.size, CONSTANT_READ);
+  use(copy.from, copy.j, 16 / copy.from.size, copy.how);
   copy.ready = here->time.ready;
   std::memset(use(copy.to, copy.i, 16 / copy.to.size, COPY), POISON, 16);
   here->copies.push_back(copy);

@@ -36,6 +36,7 @@ struct Block {
 struct Coming {
   View to, from;
   int64_t i, j;
+  Use how;  // CONSTANT_READ, or COPY_READ of memory that is written during the launch
   Ready ready;
 };
 

@@ -10,7 +10,7 @@
 namespace tarflow::emulation {
 namespace {
 
-const char* const USES[] = {"reads", "writes", "reads as constant", "copies to", "prefetches", "reads"};
+const char* const USES[] = {"reads", "writes", "reads as constant", "copies to", "prefetches", "reads", "copies from"};
 
 std::string element(const View& view, int64_t i) {
   std::string text = std::string(view.name) + "[" + std::to_string(i) + "] of " + std::to_string(view.count);
@@ -64,7 +64,7 @@ unsigned char* use(const View& view, int64_t i, int n, Use how) {
       continue;
     }
     if (!ordered(writer) || writer.flags & Stamp::COMING) race(view, i, byte, how, writer, written(writer));
-    if (how == READ || how == MATRIX_READ) {
+    if (how == READ || how == MATRIX_READ || how == COPY_READ) {
       if (view.shared && !writer.epoch) fail("never written:", view, i + byte / view.size, how);
       Stamp& reader = stamps[view.shared ? 1 : 1 + block.index];
       const bool again = reader.epoch == now.epoch;

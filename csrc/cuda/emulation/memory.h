@@ -77,7 +77,7 @@ struct View {
   bool shared;
 };
 
-enum Use { READ, WRITE, CONSTANT_READ, COPY, HINT, MATRIX_READ };
+enum Use { READ, WRITE, CONSTANT_READ, COPY, HINT, MATRIX_READ, COPY_READ };
 
 // Returns where elements [i, i + n) are, for the running thread. Throws std::runtime_error if they are outside or not
 // aligned to their whole size, or if nothing orders this use and another one.

@@ -100,17 +100,19 @@ def share(sizes: list[LinearSize], blocks: int) -> Tensor:
     """Returns the first unit and the number of units of each layer and block, (layers, blocks, 2) int32.
 
     A unit is a tile of outputs and a part of its inputs: all tiles of the first part, then of the second. Blocks are
-    divided among parts, as one that has several tiles of a part reads its inputs once. In each part their numbers of
-    tiles differ by one at most, and the blocks with one more are those that have the least work so far.
+    divided among parts, as one that has several tiles of a part reads its inputs once. Of the blocks of a part only so
+    many have tiles as it takes for the most tiles of any to be the fewest: the others would read all inputs and make
+    nobody's work less. Those with tiles, and with one more, are the ones that have the least work so far.
     """
     load = torch.zeros(blocks, dtype=torch.int64, device="cpu")
-    work = torch.empty(len(sizes), blocks, 2, dtype=torch.int32, device="cpu")
+    work = torch.zeros(len(sizes), blocks, 2, dtype=torch.int32, device="cpu")
     for layer, size in enumerate(sizes):
         order = load.argsort(stable=True)
         parts = 1 << size.halvings
         groups = [order] if blocks < parts else [order[part::parts] for part in range(parts)]
         units = size.tiles * parts // len(groups)
         for part, group in enumerate(groups):
+            group = group[: -(-units // -(-units // len(group)))]  # the others would make no block's work less
             count = torch.full((blocks,), 0, dtype=torch.int64, device="cpu")
             count[group] = units // len(group)
             count[group[: units % len(group)]] += 1
@@ -216,12 +218,13 @@ def make_plan(
     layers = 4 * shape.layers + 2
     together = warps * TILE_ROWS * WINDOW_ROW if tiles else 0
     parts = max(warps * (whole(shape.head_dim, 4) + 4), together)
-    tables = whole(whole(4 * (MOST_ROWS + tiles + 1), 16) + 8 * (layers + jobs), 16)
+    tables = whole(whole(4 * (MOST_ROWS + 3 * tiles + 1), 16) + 8 * (layers + jobs), 16)
     slot = slot_k * TILE * size
+    sums = 2 if size == 2 and most_rows in (8, 32) else 1  # SUMS_AT_ONCE in linear.cuh
 
     def taken(staged_rows: int, staged_k: int, bias_tiles: int) -> int:
         """Returns the bytes of all but the ring. The attention's parts lie where a product has its sums and inputs."""
-        product = 4 * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
+        product = 4 * sums * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
         return tables + 4 * TILE * bias_tiles + max(product, 4 * parts)
 
     # All inputs of a part for all rows; or those of a slot; or those for some rows. Biases go before any of these does.

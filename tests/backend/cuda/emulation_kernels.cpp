@@ -155,6 +155,24 @@ void late_wait(CONSTANT_PARAMS p) {
   store(Global<float>(p.z), lane, load(memory, lane ^ 1));
 }
 
+// z (32,) = h (32,), which another lane has written than the one that copies it. One warp.
+void copy_of_written(CONSTANT_PARAMS p) {
+  const Global<float> h(p.h);
+  const auto memory = shared<float>(0, 32);
+  const int lane = thread(), other = (lane + 4) % 32;
+  store(h, lane, static_cast<float>(lane));
+  if (p.mode != 1) sync_block();
+  if (lane % 4 == 0) copy_async(memory, other, h, other);
+  commit_copies();
+  if (p.mode == 2) {
+    sync_block();
+    store(h, lane, 0.0f);
+  }
+  wait_copies(0);
+  sync_block();
+  store(Global<float>(p.z), lane, load(memory, lane));
+}
+
 // z (64,) = sums over the tiles of x (tiles, 64): a ring of 3 slots, each of a tile, by copies of 4 elements.
 void ring(CONSTANT_PARAMS p) {
   constexpr int SLOTS = 3;
@@ -262,6 +280,7 @@ const std::map<std::string, Kernel> KERNELS{
     {"exchange", exchange},
     {"handover", handover},
     {"late_wait", late_wait},
+    {"copy_of_written", copy_of_written},
     {"ring", ring},
     {"access", access},
     {"unwritten", unwritten},

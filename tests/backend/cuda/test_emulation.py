@@ -173,6 +173,14 @@ def test_copies_come_when_they_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_what_was_written_before_a_sync_is_copied(seed: int) -> None:
+    native().set_seed(seed)
+    z = nan(32)
+    run("copy_of_written", warps=1, h=nan(32), z=z)
+    torch.testing.assert_close(z, torch.arange(32.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_ring_of_copies_brings_every_tile(seed: int) -> None:
     native().set_seed(seed)
     x, z = torch.randint(100, (7, THREADS)).float(), nan(THREADS)
@@ -225,6 +233,12 @@ def test_only_what_a_signal_promises_is_ordered(mode: int, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_copy_is_seen_by_others_after_the_sync_that_follows_the_wait(seed: int) -> None:
     assert "race on shared memory" in fault("late_wait", seed, warps=1, mode=1, x=torch.randn(32), z=nan(32))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mode", [1, 2], ids=["before it was asked for", "before it came"])
+def test_what_is_copied_is_written_by_nobody_meanwhile(mode: int, seed: int) -> None:
+    assert "race on h" in fault("copy_of_written", seed, warps=1, mode=mode, h=nan(32), z=nan(32))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

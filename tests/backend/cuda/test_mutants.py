@@ -37,15 +37,21 @@ MUTANTS = {  # file, text, instead, what is found
     ),
     "no sync after a copy": (
         "linear.cuh",
-        "        if (group == 0) slot = ring.take();\n        section(STAGING);\n        sync_block();",
-        "        if (group == 0) slot = ring.take();",
+        "          sync_block();\n          section(MULTIPLY);",
+        "          section(MULTIPLY);",
         "race on shared memory",
     ),
     "a copy not waited for": (
         "ring.cuh",
-        "wait_copies(ahead_)",
-        "wait_copies(ahead_ + 1)",
+        "wait_groups(ahead_ +",
+        "wait_groups(ahead_ + 1 +",
         "wait_copies|copy",
+    ),
+    "an input not waited for": (
+        "ring.cuh",
+        "wait_groups(others - 1 + since_)",
+        "wait_groups(others + since_)",
+        "copy|copies",
     ),
     "a slot too many": (
         "ring.cuh",
@@ -86,6 +92,6 @@ def test_is_caught(
     monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(2, folder))
     model = random_model(6, num_classes=2, img_size=6, layers_per_block=2)
     engine = CudaEngine(model.block_weights(0), device=KERNEL_DEVICE, dtype=torch.bfloat16)
-    state = engine.begin(random_latents(model, 3), Condition(torch.tensor([0, 1, -1]), GUIDED))
+    state = engine.begin(random_latents(model, 9), Condition(torch.tensor([0, 1, -1] * 3), GUIDED))
     with pytest.raises(RuntimeError, match=found):
         engine.reverse(state)
