@@ -144,20 +144,30 @@ def draw(
     return figure
 
 
-def cells_figure(record: Any) -> Figure:
-    """Draws the ratio to the baseline above, and the share of the limit below. A cell whose check failed says so."""
-    cells, settings = record["cells"], record["settings"]
-    names = dict.fromkeys(run["name"] for cell in cells for run in cell["runs"])
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    above = Panel(level=1, axes={"ylabel": f"times faster than {settings['baseline']}"})
-    below = Panel(axes={"ylabel": "% of the machine's limit"})
+def bars(record: Any, by_panel: Sequence[str], by_group: Sequence[str]) -> Figure:
+    """Draws bars of the ratio to the baseline, with the share of the machine's limit below it where there is one.
+
+    by_panel, by_group: columns of labels, whose values say which panel a cell is in, and which group of bars; what
+    else tells bars apart, the run's name and other columns, gives them a colour and a place in the legend.
+    """
+    cells, panels = record["cells"], dict[str, Panel]()
+    colours: dict[str, str] = {}
+    names = dict.fromkeys(run["name"] for cell in cells for run in cell["runs"][1:])
     for cell in cells:
-        ratios, shares = (panel.groups.setdefault(title(cell["label"], "\n"), []) for panel in (above, below))
-        for run in cell["runs"]:
-            share, colour = 100 * run["fraction_of_limit"], colours[run["name"]]
-            shares.append(Bar(colour, f"{share:.1f}", exactly(share)))
-            if "ratio" in run:
-                ratios.append(Bar(colour, f"{run['ratio']['median']:.2f}×", run["ratio"]))
-    size, versions = (max(5.7, 1.4 * len(cells) + 0.8), 3.0), f"{settings['dtype']}, torch {record['machine']['torch']}"
-    footer = f"{hardware(record)}, {versions}; median, line from p20 to p80"
-    return draw([above, below], 1, size, footer, names=colours, sharex=True, height_ratios=[3, 2])
+        label = cell["label"]
+        rest = {name: value for name, value in label.items() if name not in (*by_panel, *by_group)}
+        panel = panels.setdefault(title({name: label[name] for name in by_panel}), Panel(level=1))
+        group = panel.groups.setdefault(title({name: label[name] for name in by_group}, "\n"), [])
+        for run in cell["runs"][1:]:
+            kind = ", ".join([*([run["name"]] if len(names) > 1 or not rest else []), *([title(rest)] if rest else [])])
+            share = f"\n{run['fraction_of_limit']:.0%}" if "fraction_of_limit" in run else ""
+            colour = colours.setdefault(kind, COLOURS[1 + len(colours) % (len(COLOURS) - 1)])
+            group.append(Bar(colour, f"{run['ratio']['median']:.2f}×{share}", run["ratio"]))
+    for name, panel in panels.items():
+        panel.title = name
+    settings, columns = record["settings"], 2 if len(panels) > 1 else 1
+    widest = max((len(panel.groups) for panel in panels.values()), default=1) * max(1, len(colours))
+    said = f"{settings['dtype']}, torch {record['machine']['torch']}; median, line from p20 to p80"
+    below = f"{hardware(record)}, {said}; below the ratio the share of the machine's limit"
+    size, ylabel = (max(3.2, 0.45 * widest + 0.6), 2.9), f"times faster than {settings['baseline']}"
+    return draw(list(panels.values()) or [Panel()], columns, size, below, names=colours, ylabel=ylabel, small=7)

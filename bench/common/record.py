@@ -70,9 +70,9 @@ def counted(count: int, thing: str, plural: str = "s") -> str:
     return f"{count} {thing}{'' if count == 1 else plural}"
 
 
-def values(cell: Any, between: str = ", ") -> str:
-    """Returns the values of a cell's label, "small, 1, 2"."""
-    return between.join(map(short, cell["label"].values()))
+def values(label: dict[str, Any]) -> str:
+    """Returns the values of a label, "small, 1, 2"."""
+    return ", ".join(map(short, label.values()))
 
 
 def title(label: dict[str, Any], between: str = ", ") -> str:

@@ -9,7 +9,6 @@ import torch
 
 from tarflow_fast import TarFlow
 from tarflow_fast.backend.cuda import survey as cuda
-from tarflow_fast.engine import BlockWeights
 from tarflow_fast.machine_code import Compiled
 
 from ..common import options
@@ -36,18 +35,15 @@ WHOLE = [
 ]
 
 
-def _weights(model: str) -> BlockWeights:
-    with torch.device("meta"):
-        return TarFlow.from_config(MODELS[model]).block_weights(0)
-
-
 def _triton(architectures: list[int], every: bool) -> Iterator[Compiled]:
     from tarflow_fast.backend.triton import survey as triton  # Triton is there on Linux only
     from tarflow_fast.kernels.launch import interpreting
 
     if interpreting():
         raise click.ClickException("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-    cases = [triton.Case(_weights(name), b, guided, t, d) for name, b, guided, t, d in (WHOLE if every else TYPICAL)]
+    with torch.device("meta"):
+        weights = {name: TarFlow.from_config(MODELS[name]).block_weights(0) for name in SHAPES}
+    cases = [triton.Case(weights[name], b, guided, t, d) for name, b, guided, t, d in (WHOLE if every else TYPICAL)]
     yield from triton.survey(cases, architectures, list(SHAPES.values()), every=every)
 
 
@@ -56,9 +52,9 @@ def _cuda(architectures: list[int], required: bool) -> Iterator[Compiled]:
     if path is None and required:
         raise click.ClickException("the CUDA engine was not built here; csrc/README.md says when it is")
     rows = [] if path is None else list(cuda.survey(path, architectures, list(SHAPES.values())))
-    absent = sorted(set(architectures) - {row.architecture for row in rows})
-    for what in ["here"] if path is None else [f"for {architecture}" for architecture in absent]:
-        click.echo(f"CUDA: not built {what}")
+    absent = set(architectures) - {row.architecture for row in rows}
+    if absent:
+        click.echo(f"CUDA: not built for {', '.join(map(str, sorted(absent)))}")
     yield from rows
 
 

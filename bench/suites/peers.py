@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
-from unittest.mock import patch
 
 import click
 
-from tarflow_fast.native import ISA_VARIABLE, choose_instruction_set, instruction_sets
+from tarflow_fast.native import choose_instruction_set
 
 from ..common import explain, gemm, harness, models, options
 from ..common.harness import Case
@@ -19,15 +17,8 @@ from ..common.roofline import inverse_work
 from ..common.suite import Suite
 
 SIZES = {**{name: MODELS[name] for name in ("small", "medium", "tiny")}, "afhq": ONE_BLOCK["afhq"]}
-BATCHES = {"small": (1, 16, 64), "medium": (1, 64), "afhq": (1,), "tiny": (2,)}
-ISAS: dict[str, Any] = {"show_default": "the one that is chosen here", "callback": lambda *given: _every_set(given[-1])}
+BATCHES = {"small": (1, 16, 64), "medium": (1, 16, 64), "afhq": (1,), "tiny": (2,)}
 SCALES = {"small": (0.0, 2.0), "tiny": (0.0, 2.0)}  # of guidance; 0 alone for the others
-
-
-def _every_set(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns these instruction sets, each once; those of this machine for "all"; and the chosen one for none."""
-    every = instruction_sets() if "all" in names else names or (choose_instruction_set(),)
-    return tuple(choose_instruction_set(name) for name in dict.fromkeys(every))
 
 
 class Peers(Suite):
@@ -60,31 +51,25 @@ class Peers(Suite):
     baseline = "ml-tarflow"
     held = True
 
-    def __init__(self, name: str, varies: str, backends: tuple[str, ...], dtypes: tuple[str, ...], *configs: str):
-        """varies: the third column of labels. dtypes, configs: what is measured unless others are chosen."""
-        self.name, self.varies, self.backends = name, varies, backends
-        on_cpu = (
-            options.option("--ml-tarflow", "checkout", metavar="PATH", type=options.FOLDER, help=options.IMPORTED),
-            options.several("--isa", "isas", type=str, help="Instruction sets of the CPU engine, or all", **ISAS),
-            options.option("--explain", is_flag=True, help="Tell how passes are divided and why, and nothing else."),
-        )
+    def __init__(self, name: str, varies: str, *backends: str):
+        """varies: the third column of labels, "guidance" or "dtype"."""
+        self.name, self.backends, self.varies, self.panels = name, backends, varies, ("model", varies)
+        dtypes = tuple(DTYPES) if varies == "dtype" else ("float32",)
+        explained = options.option("--explain", is_flag=True, help="Tell how passes are divided and why, alone.")
         self.options = (
-            *(on_cpu if name == "cpu" else (options.CHECKOUT,)),
-            options.several("--config", "configs", type=SIZES, default=configs, help="Models to be measured"),
-            options.batches(*(BATCHES["small"] if name == "cpu" else ())),
+            options.option("--ml-tarflow", "checkout", metavar="PATH", type=options.FOLDER, help=options.IMPORTED),
+            *((explained,) if "cpu" in backends else ()),
+            options.several("--config", "configs", type=SIZES, default=("small", "medium"), help="Models"),
+            options.batches(),
             options.dtypes(dtypes),
             options.option("--compile", is_flag=True, help="Time the torch backend with compile=True too."),
             options.THREADS,
-            *options.of_every_suite(name, 120.0 if name == "cpu" else 300.0),
+            *options.of_every_suite(name, 120.0),
         )
 
     def run(self) -> None:
         if getattr(self.chosen, "explain", False):
-            models_ = {name: SIZES[name] for name in dict.fromkeys(self.chosen.configs)}
-            chosen = self.chosen
-            lines = explain.lines(models_, chosen.isas, chosen.dtypes, chosen.batches, chosen.threads, chosen.seed)
-            for line in lines:
-                click.echo(line)
+            click.echo("\n".join(explain.lines(self.cases(), self.chosen.threads, self.chosen.seed)))
         elif self.chosen.checkout is None:
             raise click.UsageError("Missing option '--ml-tarflow'.")
         else:
@@ -94,26 +79,23 @@ class Peers(Suite):
         self.ml_tarflow = MlTarflow.load(self.chosen.checkout)
 
     def settings(self) -> dict[str, Any]:
-        found = {"instruction_set": ", ".join(self.chosen.isas)} if "cpu" in self.backends else {}
+        found = {"instruction_set": choose_instruction_set()} if "cpu" in self.backends else {}
         return {**found, "backend": ", ".join(self.backends), "solver": "sequential"}
 
     def cases(self) -> list[Case]:
         """Returns every case that was chosen, each once."""
 
-        def case(config: str, batch: int, **more: Any) -> Case:
-            sizes, itemsize = SIZES[config], DTYPES[more["dtype"]].itemsize
-            work = inverse_work(sizes, batch, guided=more["guidance"] > 0, itemsize=itemsize)
-            isa = {"isa": more["isa"]} if more["isa"] else {}
-            label = {"model": config, "batch": batch, self.varies: more[self.varies], **isa}
-            return Case(label, sizes, work, more["dtype"])
+        def case(config: str, batch: int, dtype: str, guidance: float) -> Case:
+            work = inverse_work(SIZES[config], batch, guided=guidance > 0, itemsize=DTYPES[dtype].itemsize)
+            label = {"model": config, "batch": batch, self.varies: dtype if self.varies == "dtype" else guidance}
+            return Case(label, SIZES[config], work, dtype)
 
         return [
-            case(config, batch, guidance=guidance, dtype=dtype, isa=isa)
+            case(config, batch, dtype, guidance)
             for config in dict.fromkeys(self.chosen.configs)
             for guidance in (SCALES.get(config, (0.0,)) if self.varies == "guidance" else (0.0,))
             for dtype in dict.fromkeys(self.chosen.dtypes)
             for batch in dict.fromkeys(self.chosen.batches or BATCHES[config])
-            for isa in getattr(self.chosen, "isas", (None,))
         ]
 
     def measure(self, case: Case) -> Any:
@@ -122,19 +104,13 @@ class Peers(Suite):
         compiled = {COMPILED: "torch"} if self.chosen.compile else {}
         ours = {"torch": "torch", **compiled, **{name: name for name in self.backends}}
         model = models.random_model(case.sizes, seed)
-        candidates = models.samplers(self.baseline, self.ml_tarflow, ours, model, inputs, device=CPU, dtype=dtype)
+        candidates = models.samplers(self.baseline, self.ml_tarflow, ours, model, inputs, CPU, dtype)
         yardstick = None if case.dtype == "float32" else ("torch", dtype)
-        if "isa" not in case.label:
-            return harness.measure_cell(case, candidates, self.rounds, yardstick=yardstick)
-        with patch.dict(os.environ, {ISA_VARIABLE: case.label["isa"]}):
-            cell = harness.measure_cell(case, candidates, self.rounds, yardstick=yardstick)
-        return {**cell, "gemm": gemm.limit(case.sizes, case.label["batch"], dtype)}
+        cell = harness.measure_cell(case, candidates, self.rounds, yardstick=yardstick)
+        return {**cell, **({"gemm": gemm.limit(case, dtype)} if "cpu" in self.backends else {})}
 
     def lines(self, record: Any) -> list[str]:
         return [*super().lines(record), *gemm.table(record)]
 
 
-SUITES = (
-    Peers("peers", "guidance", ("torch",), ("float32",), "medium", "small"),
-    Peers("cpu", "dtype", ("torch", "cpu"), tuple(DTYPES), "small", "medium"),
-)
+SUITES = (Peers("peers", "guidance", "torch"), Peers("cpu", "dtype", "torch", "cpu"))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 from tarflow_fast import TarFlowError
-
-from ...common.harness import wall
 
 # The loop ends with the process that started it, however that ends: nobody else holds the other end of its standard
 # input, which the system then closes. Ctrl-C, which reaches the loop too, ends it without a traceback.
@@ -26,7 +22,6 @@ while True:
     pass
 """
 SETTLE = 0.1  # seconds until the scheduler has spread new processes over the cores
-_CALIBRATION = 200_000  # iterations whose time gives the rate of `spin`
 
 
 @contextmanager
@@ -59,16 +54,3 @@ def fair_slowdown(threads: int, busy: int, cores: int) -> float:
     if threads > cores:
         raise ValueError(f"{threads} threads on {cores} cores")
     return max(1.0, (threads + busy) / cores)
-
-
-def spin(threads: int, iterations: int) -> None:
-    """Makes so many rounds of a hash in each thread, the yardstick: the threads work side by side without the GIL,
-    without memory, and never wait for each other."""
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(threads):
-            pool.submit(hashlib.pbkdf2_hmac, "sha256", b"yardstick", b"", iterations)
-
-
-def spin_rate() -> float:
-    """Returns the rounds that one thread of `spin` makes in a second: the best of three."""
-    return _CALIBRATION / min(wall(lambda: spin(1, _CALIBRATION)) for _ in range(3))

@@ -31,14 +31,10 @@ PUBLISHED_THRESHOLD = 0.5
 BASELINE, PROMISED = "sequential", f"adaptive {TOLS[1]:g}"
 FINAL = 1e-3  # a token is final if it is this near to the sequential one
 COLUMNS = (
-    "block: {block} | policy: {name} | passes: {passes} | evaluations: {evaluations:.0f} | gained: {advance:.1f} | "
-    "max error: {error} | residual: {residual:.1e} | same error: {jacobi_evaluations} | seconds: {median:.4g} | "
-    "p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | faster: {faster}"
+    "block: {block} | policy: {name} | passes: {passes} | evaluations: {evaluations:.0f} | max error: {error} | "
+    "same error: {jacobi_evaluations} | seconds: {median:.4g} | p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | "
+    "faster: {faster}"
 )
-LEGEND = """\
-passes: dependent steps. evaluations: tokens evaluated for each image. gained: tokens by a pass. max error: from the
-sequential result of the same input. residual: as the solver states it, max |forward(x) - z|. same error: tokens that
-all-Jacobi evaluates for each image until its error is no larger."""
 SHOWN = {  # colour and width, from the slowest on
     "all-Jacobi 0.001": ("#e07b1a", 3.2),
     "adaptive 0.0001": ("#1f4f94", 1.6),
@@ -110,23 +106,17 @@ def problems(
 
 
 def examine(problem: Problem, name: str, solve: Solve) -> dict[str, Any]:
-    """Returns a run without times.
-
-    final: of the state before the first pass and after each (`Problem.final`). advance: tokens gained by a pass.
-    evaluations: for each image. residual: what the solver states; None if it states none.
-    """
+    """Returns a run without times. final: of the state before the first pass and after each (`Problem.final`).
+    evaluations: for each image."""
     state = problem.begin()
-    B, T, _ = state.x.shape
     final = [problem.final(state.x)]
     solution = solve(problem.engine, state, lambda tokens: final.append(problem.final(state.x)))
     return {
         "name": name,
         "settings": solve.keywords,
         "passes": solution.passes,
-        "evaluations": solution.evaluations / B,
-        "advance": (T - 1) / solution.passes if solution.passes else 0.0,
+        "evaluations": solution.evaluations / len(state.x),
         "max_error": problem.error(state.x),
-        "residual": finite(solution.residual.max()),
         "final": final if len(final) == solution.passes + 1 else None,  # engines may report several steps at once
         "seconds": [],
     }
@@ -159,12 +149,12 @@ def check(runs: Sequence[dict[str, Any]]) -> Check:
 def measure(problem: Problem, candidates: Mapping[str, Solve], rounds: Rounds) -> dict[str, Any]:
     """Returns one of the record's "cells"; its runs are there if the check failed too, with times if it passed.
 
-    largest: the largest |x| of the sequential result; jacobi_errors: see there. A run of adaptive's has
-    "jacobi_evaluations": what all-Jacobi evaluates until its error is no larger.
+    jacobi_errors: see there. A run of adaptive's has "jacobi_evaluations": what all-Jacobi evaluates until its error is
+    no larger.
     """
-    T, largest = problem.z.shape[1], finite(problem.wanted.abs().max())
-    cell: dict[str, Any] = {"label": problem.label, "tokens": T, "largest": largest, "runs": [], "jacobi_errors": []}
-    if largest is None:
+    T = problem.z.shape[1]
+    cell: dict[str, Any] = {"label": problem.label, "tokens": T, "runs": [], "jacobi_errors": []}
+    if not problem.wanted.isfinite().all():
         return {**cell, "check": check_of("sequential: not finite")}
     runs = [examine(problem, *each) for each in candidates.items()]
     cell |= {"runs": runs, "check": check(runs)}
@@ -181,12 +171,11 @@ def measure(problem: Problem, candidates: Mapping[str, Solve], rounds: Rounds) -
     return cell
 
 
-def _total(runs: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Returns the sums of one candidate's runs over all blocks, of so many tokens each."""
+def _total(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the sums of one candidate's runs over all blocks."""
     figures = ("passes", "evaluations", "median", "jacobi_evaluations")
     total = {name: sum(run[name] for run in runs) for name in figures if all(name in run for run in runs)}
-    advance = {"advance": len(runs) * (tokens - 1) / total["passes"]} if total["passes"] else {}
-    return {"block": "all", "name": runs[0]["name"], **total, **advance}
+    return {"block": "all", "name": runs[0]["name"], **total}
 
 
 def _model(settings: dict[str, Any]) -> str:
@@ -211,6 +200,12 @@ class SolverSuite(Suite):
 
     Checked: adaptive is within 20 TOL of the sequential result in every block, and takes no more passes than the
     sequential solver has steps. A block that fails is not timed, and the exit code is 1.
+
+    \b
+    Columns of the table:
+      passes, evaluations  dependent steps, and tokens evaluated for each image
+      max error            from the sequential result of the same input
+      same error           tokens that all-Jacobi evaluates for each image until its error is no larger
     """
 
     name = "solver"
@@ -250,21 +245,13 @@ class SolverSuite(Suite):
     def lines(self, record: Any) -> list[str]:
         """Returns a line for each candidate in each block, and over all blocks."""
         rows, settings = [], record["settings"]
-        solved = [cell for cell in record["cells"] if cell["runs"]]
         for cell in record["cells"]:
             rows += [{"reason": "not finite", **run, **cell["label"]} for run in cell["runs"]]
             rows += [] if cell["check"]["passed"] else [{"name": "FAILED", **cell["label"]}]
-        rows += [_total(runs, solved[0]["tokens"]) for runs in zip(*(cell["runs"] for cell in solved), strict=True)]
-        sizes = ", ".join(f"{title(cell['label'])} {cell['largest']:.1f}" for cell in solved)
-        return [
-            f"model:   {_model(settings)}, {settings['backend']} backend, {settings['dtype']}",
-            "",
-            *table(COLUMNS, rows, 2),
-            "",
-            *LEGEND.splitlines(),
-            f"largest |x| of the sequential results: {sizes}",
-            *self.failed(record),
-        ]
+        solved = [cell["runs"] for cell in record["cells"] if cell["runs"]]
+        rows += [_total(runs) for runs in zip(*solved, strict=True)]
+        head = f"model:   {_model(settings)}, {settings['backend']} backend, {settings['dtype']}"
+        return [head, "", *table(COLUMNS, rows, 2), *self.failed(record)]
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns a panel for each block, in the order of sampling: how many of its tokens are final after so many
