@@ -1,14 +1,13 @@
-"""A record is what a run of a suite leaves: one JSON file, {suite, date, machine, settings, limits, cells, not_run,
-failures}. `machine.describe` says what a machine is; a suite describes the parts that its records alone have.
+"""A record is what a run of a suite leaves: one JSON file, {suite, date, machine, settings, limits, cells, failures}.
+`machine.describe` says what a machine is; a suite describes the parts that its records alone have.
 
 A cell is the result of one case, {label, sizes, check, work, limit, left_out, runs}. Its label holds the table's
 columns and their values, its work is a `roofline.Work`, and its limit is the least time that the machine allows,
-{seconds, by, bytes_per_second}. The baseline is the first of its runs; what was not timed is left out, {name, reason};
-cases without a cell are not_run, {label, reason}.
+{seconds, by, bytes_per_second}. The baseline is the first of its runs; what was not timed is left out, {name, reason}.
 
 A run is one candidate in one cell, {name, seconds, bytes_per_second, flops_per_second, ratio, fraction_of_limit,
-first_seconds, max_error} and a spread: its seconds in the order taken, and rates at their median. All but the baseline
-have the ratio of its seconds to theirs. first_seconds is what making it and its first run took.
+max_error} and a spread: its seconds in the order taken, and rates at their median. All but the baseline have the ratio
+of its seconds to theirs.
 """
 
 from __future__ import annotations

@@ -58,10 +58,6 @@ class Suite:
         """Returns what is measured, in this order; cases may be made as their turn comes."""
         raise NotImplementedError
 
-    def skip(self, case: Any) -> str | None:
-        """Returns why a case is not measured, asked when its turn has come."""
-        return None
-
     def measure(self, case: Any) -> Any:
         """Returns the cell of a case, yet to be held to a limit."""
         raise NotImplementedError
@@ -149,12 +145,7 @@ class Suite:
         cases: Any = self.cases()
         of = f"/{len(cases)}" if isinstance(cases, Sized) else ""
         for number, case in enumerate(cases, 1):
-            reason = self.skip(case)
-            why = "" if reason is None else f": not run, {reason}"
-            click.echo(f"[{number}{of}] {title(case.label)}{why}", err=True)
-            if reason is not None:
-                record.setdefault("not_run", []).append({"label": case.label, "reason": reason})
-                continue
+            click.echo(f"[{number}{of}] {title(case.label)}", err=True)
             before = self.limits(case)
             record["cells"].append(self.measure(case))
             measured.append(case)

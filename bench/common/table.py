@@ -76,5 +76,4 @@ def cells_table(record: Any) -> list[str]:
     """Returns the lines that most suites print: the limits, what each run took, one line without times for a cell whose
     check failed."""
     rows = [(cell, part) for cell in record["cells"] for part in _parts(cell)]
-    rows += [(case, {"name": "not run", "reason": case["reason"]}) for case in record.get("not_run", [])]
     return [*(_limit(*limit) for limit in record["limits"].items()), "", *labelled(COLUMNS, rows)]

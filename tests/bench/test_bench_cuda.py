@@ -177,7 +177,7 @@ def test_dry_run_end_to_end(tmp_path: Path, quick: None) -> None:
     cells = ("--cell", "afhq:1:guided", "--cell", "imagenet:1:unguided", "--cell", "afhq:1:forward")
     result, made = dry(tmp_path, *cells)
     assert result.exit_code == 0, result.output
-    assert (made["sanitizer"], made["without_cuda"]) == (None, None)
+    assert (made["checks"], made["without_cuda"]) == ([], None)
     guided, unguided, density = made["cells"]
     for cell, barriers in ((guided, 7), (unguided, 12)):
         assert names(cell) == [BASELINE, TORCH, TRITON, CUDA]
@@ -223,18 +223,19 @@ def test_what_the_sanitizer_says_is_the_verdict(
     run = {"name": name, "outcome": outcome, "seconds": 2.0, "tail": None if outcome == "ok" else ["and why"]}
     found = {"ok": outcome == "ok", "reason": None, "runs": [run]}
     monkeypatch.setattr(gpu, "run_sanitizer", lambda seconds: found)
-    monkeypatch.setattr(stages, "run_tests", lambda seconds: {"ok": True, "passed": 1, "failed": 0, "seconds": 1.0})
+    tests = {"name": "tests", "outcome": "1 passed, 0 failed", "seconds": 1.0, "tail": None}
+    monkeypatch.setattr(stages, "run_tests", lambda seconds: tests)
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: None)
     monkeypatch.setattr(gpu, "_device", lambda dry: CPU)
     out = tmp_path / "run.json"
     result = bench("gpu", "--ml-tarflow", stand_in(tmp_path), "--out", out, "--budget", "1e-9")
     made = record.read(out)
-    assert made["sanitizer"] == found
+    assert made["checks"] == [tests, run]
     assert (result.exit_code == 1) == (outcome != "ok"), result.output
-    complaint = f"the CUDA engine's small run, {name}: {outcome}\nand why"
+    complaint = f"{name}: {outcome}\nand why"
     assert (complaint in result.output) == (outcome != "ok")
-    assert f"sanitizer: {name} {outcome} in 2 s" in SUITE.table(made).splitlines()
-    why = "a small run of it went wrong, see the sanitizer's"
+    assert f"{name}: {outcome} in 2 s" in SUITE.table(made).splitlines()
+    why = "a small run of it went wrong"
     assert made["without_cuda"] == (why if name == "plain" and outcome != "ok" else None)
 
 
@@ -259,5 +260,5 @@ def test_an_engine_that_was_not_built_takes_no_part(
 ) -> None:
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: "the CUDA engine was not built")
     _, made = dry(tmp_path, "--cell", "afhq:1:unguided")
-    assert "cuda:    left out: the CUDA engine was not built" in SUITE.table(made).splitlines()
+    assert "cuda, left out: the CUDA engine was not built" in SUITE.table(made).splitlines()
     assert names(made["cells"][0]) == [BASELINE, TORCH, TRITON]

@@ -32,9 +32,11 @@ PATIENCE = 60.0  # seconds that the run of the tests may take longer than each o
 
 
 def run_tests(seconds: float) -> Any:
-    """Returns {passed, failed, seconds, ok, tail} of the tests that run on a GPU, which are stopped after `seconds`."""
+    """Returns {name, outcome, seconds, tail} of the tests that run on a GPU, which are stopped after `seconds`."""
     command = (sys.executable, "tests/on_gpu.py", str(seconds))
-    return json.loads(run_all({"tests": command}, seconds + PATIENCE, ROOT)["tests"].output.splitlines()[-1])
+    found = json.loads(run_all({"tests": command}, seconds + PATIENCE, ROOT)["tests"].output.splitlines()[-1])
+    outcome = f"{found['passed']} passed, {found['failed']} failed"
+    return {"name": "tests", "outcome": outcome, "seconds": found["seconds"], "tail": found["tail"]}
 
 
 def in_process(request: dict[str, Any], seconds: float) -> Any:

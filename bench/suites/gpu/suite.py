@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -88,70 +89,61 @@ class GpuSuite(Suite):
     def prepare(self) -> None:
         chosen, seconds = self.chosen, self.chosen.budget_seconds
         self.device, self.end = _device(chosen.dry), time.monotonic() + seconds
-        self.ml_tarflow, self.noted = MlTarflow.load(chosen.checkout), list[str]()  # the record's "failures"
+        self.ml_tarflow, self.reached = MlTarflow.load(chosen.checkout), Limits()
         self.without_cuda = cuda_missing(self.device, DTYPE)  # why the CUDA engine does not take part
-        self.tests = self.sanitizer = None
         self.compiled: set[str] = set()  # models that the compiled torch backend has been measured on
-        self.reached: Limits = {}
-        self.left = len(chosen.cases)
-        if chosen.skip_tests:
-            return
-        self.tests = stages.run_tests(TESTS_SHARE * seconds)
-        self.noted += [] if self.tests["ok"] else ["the tests failed:\n" + "\n".join(self.tests["tail"])]
-        if chosen.dry or self.without_cuda is not None:
-            return
-        self.sanitizer = run_sanitizer(SANITIZER_SHARE * seconds)
-        for run in self.sanitizer["runs"]:
-            if run["outcome"] != "ok":
-                said = f"the CUDA engine's small run, {run['name']}: {run['outcome']}\n"
-                self.noted.append(said + "\n".join(run["tail"]))
-                if run["name"] == PLAIN:  # what a process of its own did not survive is not tried in a cell
-                    self.without_cuda = "a small run of it went wrong, see the sanitizer's"
+        self.left, self.not_run = len(chosen.cases), list[str]()
+        self.checks = [] if chosen.skip_tests else [stages.run_tests(TESTS_SHARE * seconds)]
+        if not (chosen.dry or chosen.skip_tests) and self.without_cuda is None:
+            found = run_sanitizer(SANITIZER_SHARE * seconds)
+            none = {"name": "sanitizer", "outcome": found["reason"], "seconds": 0.0, "tail": None}
+            self.checks += [*found["runs"], *([none] if found["reason"] else [])]
+        wrong = [each for each in self.checks if each["tail"]]
+        self.noted = ["\n".join([f"{each['name']}: {each['outcome']}", *each["tail"]]) for each in wrong]
+        if PLAIN in {
+            each["name"] for each in wrong
+        }:  # what a process of its own did not survive is not tried in a cell
+            self.without_cuda = "a small run of it went wrong"
 
     def settings(self) -> dict[str, Any]:
         return {"dtype": str(DTYPE).removeprefix("torch."), "backend": cases.BACKEND, "solver": "sequential"}
 
     def parts(self) -> dict[str, Any]:
-        """Returns the checks before, and why the CUDA engine takes no part at all. Sampling cells have "engine"
-        (`inside.measure_kernels`) and "cuda" (`inside.measure_phases`)."""
-        checks = {"tests": self.tests, "sanitizer": self.sanitizer}
-        return {**checks, "without_cuda": self.without_cuda, "failures": self.noted}
+        """Returns the checks before, {name, outcome, seconds, tail}, why the CUDA engine takes no part, and cases for
+        which there was no time. Sampling cells have "engine" and "cuda", see `inside`."""
+        found = {"checks": self.checks, "without_cuda": self.without_cuda}
+        return {**found, "not_run": self.not_run, "failures": self.noted}
 
-    def cases(self) -> list[Case]:
-        return [case_of(text, self.chosen.dry) for text in self.chosen.cases]
+    def cases(self) -> Iterator[Case]:
+        for text in self.chosen.cases:
+            self.left -= 1
+            if time.monotonic() < self.end:
+                yield case_of(text, self.chosen.dry)
+            else:
+                self.not_run.append(text)
 
     def limits(self, case: Case) -> Limits:
         return self.reached
 
-    def skip(self, case: Case) -> str | None:
-        self.left -= 1
-        return None if time.monotonic() < self.end else "budget"
-
     def measure(self, case: Case) -> Any:
-        model, what = case.label["model"], case.label["pass"]
+        seconds = max(0.0, self.end - time.monotonic()) / (self.left + 1)  # an equal part of what is left
         request = {name: getattr(self.chosen, name) for name in ("dry", "repeat", "seed")}
         request |= {"case": ":".join(map(str, case.label.values())), "checkout": str(self.chosen.checkout)}
-        request |= {"compiled": model not in self.compiled, "cuda": self.without_cuda is None}
-        seconds = max(0.0, self.end - time.monotonic()) / (self.left + 1)  # an equal part of what is left
-        self.compiled |= {model} if what in GUIDANCE else set()
+        request |= {"compiled": case.label["model"] not in self.compiled, "cuda": self.without_cuda is None}
+        request["seconds"] = seconds
+        self.compiled |= {case.label["model"]} if case.label["pass"] in GUIDANCE else set()
         try:
-            request["seconds"] = seconds
             run = stages.cell(**request) if self.chosen.dry else stages.in_process(request, SETUP + 2 * seconds)
         except Exception as error:
             return unmeasured(case, check_of(in_a_line(error)))
-        self.reached, self.noted[len(self.noted) :] = run["limits"], run["failures"]
+        self.reached = run["limits"]
+        self.noted += run["failures"]
         return run["cell"]
 
     def lines(self, record: Any) -> list[str]:
-        tests, sanitizer = record["tests"], record["sanitizer"]
-        checks = ["tests:   not run"]
-        if tests is not None:
-            checks = [f"tests:   {tests['passed']} passed, {tests['failed']} failed in {tests['seconds']:.0f} s"]
-        if sanitizer is not None:
-            runs = [f"{run['name']} {run['outcome']} in {run['seconds']:.0f} s" for run in sanitizer["runs"]]
-            checks.append(f"sanitizer: {', '.join(runs + ([sanitizer['reason']] if sanitizer['reason'] else []))}")
-        if record["without_cuda"] is not None:
-            checks.append(f"cuda:    left out: {record['without_cuda']}")
+        checks = [f"{each['name']}: {each['outcome']} in {each['seconds']:.0f} s" for each in record["checks"]]
+        checks += [f"cuda, left out: {record['without_cuda']}"] if record["without_cuda"] else []
+        checks += [f"not run, as there was no time: {text}" for text in record["not_run"]]
         bandwidth = max((each["bytes_per_second"] for each in record["limits"].get("copy_bandwidth", [])), default=0.0)
         within = [line for cell in record["cells"] for line in inside.lines(cell, bandwidth)]
         return [*cells_table(record), "", *checks, *(f"FAILED {each}" for each in record["failures"]), *within]
