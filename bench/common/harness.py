@@ -165,23 +165,21 @@ def admit(make: Candidate, exact: Tensor | None, allowed: float, timer: Timer = 
     try:
         run = make()
         trial.seconds = timer(once)
-        trial.result = view(found[0])
+        trial.result = result = view(found[0])
     except Exception as error:  # whatever stops one candidate must not cost the others their minutes on the machine
         trial.reason = in_a_line(error)
-    if trial.result is not None:
-        trial.error, trial.reason = difference(trial.result, trial.result if exact is None else exact, allowed)
+        return trial
+    exact = result if exact is None else exact
+    if result.shape != exact.shape:
+        trial.reason = f"shape {tuple(result.shape)}, not {tuple(exact.shape)}"
+    elif not torch.isfinite(result).all():
+        trial.reason = "not finite"
+    else:
+        trial.error = float((result - exact).abs().max())
+        if trial.error > allowed:
+            trial.reason = f"differs by {trial.error:.1e}, more than {allowed:.1e}"
     trial.run = run if trial.reason is None else None
     return trial
-
-
-def difference(result: Tensor, exact: Tensor, allowed: float) -> tuple[float | None, str | None]:
-    """Returns max |result − exact|, None where that is no number, and what is wrong with it, None if it is allowed."""
-    if result.shape != exact.shape:
-        return None, f"shape {tuple(result.shape)}, not {tuple(exact.shape)}"
-    if not torch.isfinite(result).all():
-        return None, "not finite"
-    error = float((result - exact).abs().max())
-    return error, None if error <= allowed else f"differs by {error:.1e}, more than {allowed:.1e}"
 
 
 def half_tolerance(error: float, exact: Tensor, dtype: torch.dtype) -> float:
@@ -219,7 +217,8 @@ def admit_all(
     }
     errors = [math.nan if trial.error is None else trial.error for trial in made.values()]
     worst = max(errors) if all(map(math.isfinite, errors)) else None
-    return made, check_of(left_out(made), worst, tolerance)
+    failed = "; ".join(f"{out['name']}: {out['reason']}" for out in left_out(made)) or None
+    return made, check_of(failed, worst, tolerance)
 
 
 def left_out(trials: Mapping[str, Trial]) -> list[dict[str, Any]]:
@@ -227,11 +226,9 @@ def left_out(trials: Mapping[str, Trial]) -> list[dict[str, Any]]:
     return [{"name": name, "reason": each.reason} for name, each in trials.items() if each.reason is not None]
 
 
-def check_of(failed: Any, error: float | None = None, tolerance: float | None = None) -> Check:
-    """Returns a check. failed: what is wrong, None if nothing is; or the candidates that are left out."""
-    if isinstance(failed, list):
-        failed = "; ".join(f"{out['name']}: {out['reason']}" for out in failed) or None
-    return {"passed": failed is None, "max_error": error, "tolerance": tolerance, "reason": failed}
+def check_of(reason: str | None, error: float | None = None, tolerance: float | None = None) -> Check:
+    """Returns a check. reason: what is wrong, None if nothing is."""
+    return {"passed": reason is None, "max_error": error, "tolerance": tolerance, "reason": reason}
 
 
 def measure_cell(

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY, RED = "#9a9a9a", "#b00020"
-COLOURS = (GREY, "#1f6fb4", "#e07b1a", "#2f9457", "#8a5fb0", "#b8433f")  # the baseline is grey
+COLOURS = (  # the baseline is grey
+    *(GREY, "#1f6fb4", "#e07b1a", "#2f9457", "#8a5fb0", "#b8433f"),
+    *("#17a2a8", "#d06ba5", "#a3a02a", "#8c564b"),
+)
 
 
 def require_matplotlib() -> None:
@@ -144,30 +147,30 @@ def draw(
     return figure
 
 
-def bars(record: Any, by_panel: Sequence[str], by_group: Sequence[str]) -> Figure:
-    """Draws bars of the ratio to the baseline, with the share of the machine's limit below it where there is one.
+def bars(record: Any, by_panel: Sequence[str], by_group: Sequence[str], ylabel: str, what: str = "ratio") -> Figure:
+    """Draws bars of the ratio to the baseline, with what the limit is to them below it, if there is one.
 
     by_panel, by_group: columns of labels, whose values say which panel a cell is in, and which group of bars; what
-    else tells bars apart, the run's name and other columns, gives them a colour and a place in the legend.
+    else tells bars apart, the run's name and other columns, gives them a colour and a place in the legend. what: the
+    spread of a run that is shown, where it has one.
     """
-    cells, panels = record["cells"], dict[str, Panel]()
-    colours: dict[str, str] = {}
-    names = dict.fromkeys(run["name"] for cell in cells for run in cell["runs"][1:])
-    for cell in cells:
-        label = cell["label"]
-        rest = {name: value for name, value in label.items() if name not in (*by_panel, *by_group)}
-        panel = panels.setdefault(title({name: label[name] for name in by_panel}), Panel(level=1))
-        group = panel.groups.setdefault(title({name: label[name] for name in by_group}, "\n"), [])
-        for run in cell["runs"][1:]:
-            kind = ", ".join([*([run["name"]] if len(names) > 1 or not rest else []), *([title(rest)] if rest else [])])
-            share = f"\n{run['fraction_of_limit']:.0%}" if "fraction_of_limit" in run else ""
+    panels, colours = dict[str, Panel](), dict[str, str]()
+    runs = [(cell, run) for cell in record["cells"] for run in cell["runs"] if what in run]
+    several = len({run["name"] for _, run in runs}) > 1
+    for cell in record["cells"]:
+        rest = dict(cell["label"])
+        name, group = (title({each: rest.pop(each) for each in by}) for by in (by_panel, by_group))
+        bars = panels.setdefault(name, Panel(name, level=1)).groups.setdefault(group.replace(", ", "\n"), [])
+        for run in (run for of, run in runs if of is cell):
+            kind = ", ".join([*([run["name"]] if several or not rest else []), *([title(rest)] if rest else [])])
+            below = f"\n{run['fraction_of_limit']:.0%}" if "fraction_of_limit" in run else ""
             colour = colours.setdefault(kind, COLOURS[1 + len(colours) % (len(COLOURS) - 1)])
-            group.append(Bar(colour, f"{run['ratio']['median']:.2f}×{share}", run["ratio"]))
-    for name, panel in panels.items():
-        panel.title = name
-    settings, columns = record["settings"], 2 if len(panels) > 1 else 1
-    widest = max((len(panel.groups) for panel in panels.values()), default=1) * max(1, len(colours))
-    said = f"{settings['dtype']}, torch {record['machine']['torch']}; median, line from p20 to p80"
-    below = f"{hardware(record)}, {said}; below the ratio the share of the machine's limit"
-    size, ylabel = (max(3.2, 0.45 * widest + 0.6), 2.9), f"times faster than {settings['baseline']}"
-    return draw(list(panels.values()) or [Panel()], columns, size, below, names=colours, ylabel=ylabel, small=7)
+            bars.append(Bar(colour, f"{run[what]['median']:.2f}×{below}", run[what]))
+    groups = [list(map(len, panel.groups.values())) for panel in panels.values()]
+    widest = max((len(sizes) * max(sizes) for sizes in groups), default=1)
+    said = f"torch {record['machine']['torch']}; median, line from p20 to p80; below it the share of the limit, if any"
+    how: dict[str, Any] = {"names": colours, "ylabel": ylabel, "small": 7}
+    size = (max(3.2, 0.38 * widest + 0.6), 2.9)
+    return draw(
+        list(panels.values()) or [Panel()], 2 if len(panels) > 1 else 1, size, f"{hardware(record)}, {said}", **how
+    )

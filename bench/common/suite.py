@@ -78,7 +78,7 @@ class Suite:
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns the picture."""
-        return plot.bars(record, self.panels, self.groups)
+        return plot.bars(record, self.panels, self.groups, f"times faster than {self.baseline}")
 
     # What is the same for all.
 

@@ -15,14 +15,13 @@ from cases import random_model
 from click.testing import Result
 from PIL import Image
 from stand_in import bench
-from tolerances import assert_close
 
 import tarflow_fast
 from bench.common import harness, machine, models, record
 from bench.common import suite as common
 from bench.common.harness import Case
 from bench.suites import auto as auto_cases
-from bench.suites.auto import BOUND, MOST_RUNS, SUITE, judge, settle
+from bench.suites.auto import BOUND, SETTLE, SUITE, judge
 from tarflow_fast import Sampler
 from tarflow_fast.engine import BlockEngine, BlockState
 from tarflow_fast.solvers import Auto, Solution, adaptive, sequential
@@ -118,37 +117,16 @@ def test_a_fixed_window_is_that_of_every_block(monkeypatch: pytest.MonkeyPatch) 
     assert errors["sequential"] == 0.0 < errors["window 2"] <= BOUND
 
 
-def test_in_bf16_what_rounding_makes_of_the_sequential_result_is_allowed_twice() -> None:
-    """Of sixteen images, of however many a batch has."""
-    suite = suite_of(model_of())
-    wanted, allowed = suite.yardstick(case_of("bfloat16", 16))
-    exact, bound = suite.yardstick(case_of("float32", 16))
+def test_in_bf16_what_rounding_makes_of_the_sequential_result_is_allowed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_times(monkeypatch, TIMES)
+    suite, case = suite_of(model_of()), case_of("bfloat16")
+    z, y = models.inputs(case.sizes, 4, 5, none=True)
+    exact, wanted = (suite.sampler(model_of(), dtype, "sequential").reverse(z, y) for dtype in ("float32", "bfloat16"))
     off = float((wanted - exact).abs().max())
     assert off > 0
-    assert allowed == pytest.approx(2 * off + 2**-8 * float(wanted.abs().max()))
-    few, again = suite.yardstick(case_of("bfloat16", 4))
-    assert_close(few, wanted[:4], 1e-3)
-    assert (again, bound) == (allowed, BOUND)
-
-
-@pytest.mark.parametrize(
-    ("choices", "runs", "settled"),
-    [
-        ([[1, 2], [1, 2]], 2, True),
-        ([[1, 2], [2, 2], [1, 2], [1, 4], [1, 4], [8, 8]], 5, True),
-        ([[1, n] for n in range(99)], MOST_RUNS, False),
-    ],
-)
-def test_auto_has_settled_when_two_runs_in_a_row_choose_the_same(
-    choices: list[list[int]], runs: int, settled: bool
-) -> None:
-    coming = iter(choices)
-
-    def sample() -> Any:
-        return SimpleNamespace(seconds=1.5, blocks=[SimpleNamespace(window=window) for window in next(coming)])
-
-    found = settle(sample)
-    assert found == {"settled": settled, "runs": [{"seconds": 1.5, "windows": each} for each in choices[:runs]]}
+    check = suite.measure(case)["check"]
+    assert check["tolerance"] == pytest.approx(2 * off + 2**-8 * float(exact.abs().max()))
+    assert suite.measure(case_of())["check"]["tolerance"] == BOUND
 
 
 def test_a_window_that_took_twice_as_long_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +168,7 @@ def test_what_auto_chose_is_in_the_entry(monkeypatch: pytest.MonkeyPatch) -> Non
     assert passes["sequential"] == (30, 30)
     assert all(4 <= passes[name][0] <= 30 <= passes[name][1] for name in WINDOWS[:3])
     assert entry["first"] == 1.9 / 3.0
-    assert len(entry["settling"]["runs"][-1]["windows"]) == 2
+    assert [(run["seconds"], len(run["windows"])) for run in entry["settling"]["runs"]] == [(1.9, 2)] * SETTLE
     assert (entry["verdict"]["best"], entry["verdict"]["slower"]) == ("window 4", pytest.approx(0.95))
 
 

@@ -20,7 +20,7 @@ from tarflow_fast.devices import torch_threads
 from ...common import harness, options, plot
 from ...common.harness import Case, Rounds
 from ...common.machine import CPU, cores
-from ...common.record import counted, hardware, title
+from ...common.record import counted, title
 from ...common.suite import Suite
 from ...common.table import labelled
 from .busy import busy_processes, fair_slowdown
@@ -145,26 +145,13 @@ class Load(Suite):
         ]
 
     def figure(self, record: Any) -> plot.Figure:
-        """Returns a panel for each task: the slowdown by number of threads, with lines from p20 to p80."""
-        settings, panels = record["settings"], []
-        target = settings["target"]
-        for task in dict.fromkeys(cell["label"]["task"] for cell in record["cells"]):
-            cells = {cell["label"]["threads"]: cell for cell in record["cells"] if cell["label"]["task"] == task}
-            fair, grey = [cell["fair"] for cell in cells.values()], {"color": plot.GREY, "marker": "_"}
-            allowed, red = [target * each for each in fair], {"color": plot.RED, "marker": "_", "linestyle": "--"}
-            timed = {threads: _busy(cell)["slowdown"] for threads, cell in cells.items() if cell["runs"]}
-            blue = {"color": plot.COLOURS[1], "marker": "o"}
-            series = [
-                plot.Series("fair share", list(cells), fair, grey),
-                plot.Series(f"target, {target:g} times that", list(cells), allowed, red),
-                plot.Series("the task", list(timed), list(timed.values()), blue),
-            ]
-            axes = {"xlim": (min(cells) - 0.5, max(cells) + 0.5), "ylim": (0, None), "xticks": list(cells)}
-            failed = [(threads, 0.0) for threads, cell in cells.items() if not cell["runs"]]
-            panels.append(plot.Panel(task, series=series, failed=failed, axes=axes))
-        how = f"batch {settings['batch']}; torch {record['machine']['torch']}; median, line from p20 to p80"
-        below = f"threads\n{hardware(record)}; {_machine(settings)}; {how}"
-        return plot.draw(panels, 3, (3.4, 3.0), below, ylabel="times as long as on the quiet machine")
+        """Returns bars of the slowdown for each task and number of threads, with a share that is 100 % where it is
+        fair."""
+        for cell in record["cells"]:
+            for run in cell["runs"]:
+                run |= {"fraction_of_limit": cell["fair"] / run["slowdown"]["median"]} if "slowdown" in run else {}
+        ylabel = f"times as long beside {_machine(record['settings'])}"
+        return plot.bars(record, ("task",), ("threads",), ylabel, "slowdown")
 
 
 SUITE = Load()
