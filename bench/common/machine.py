@@ -76,14 +76,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         query = ("nvidia-smi", f"--id=GPU-{gpu.uuid}", "--query-gpu=driver_version", "--format=csv,noheader")
-        found |= {"triton": version("triton")}
-        found["gpu"] = {
-            "name": gpu.name,
-            "compute_capability": f"{gpu.major}.{gpu.minor}",
-            "multiprocessors": gpu.multi_processor_count,
-            "memory_gib": round(gpu.total_memory / 2**30, 1),
-            "l2_mib": round(gpu.L2_cache_size / 2**20, 1),
-            "driver": _output(*query),
-            "cuda": torch.version.cuda,
-        }
+        found |= {"triton": version("triton"), "cuda": torch.version.cuda, "driver": _output(*query)}
+        found["gpu"] = {"name": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}"}
     return found

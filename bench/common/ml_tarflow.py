@@ -49,10 +49,7 @@ class MlTarflow:
 
     def model(self, config: TarFlowConfig, weights: dict[str, Tensor]) -> Any:
         """Returns its Model of these sizes with these weights, in eval mode. Its heads always have 64 channels."""
-        sizes = config.to_dict()
-        if sizes.pop("head_dim") != 64:
-            raise ValueError("the published model has heads of 64 channels only")
-        model = self.module.Model(**sizes)
+        model = self.module.Model(**{name: size for name, size in config.to_dict().items() if name != "head_dim"})
         model.load_state_dict(weights)
         return model.eval()
 

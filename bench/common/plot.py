@@ -38,63 +38,51 @@ class Bar(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points that the legend names. y: numbers, or spreads, whose points have lines from p20 to p80. how: the style."""
+    """Points that the legend names. how: the style."""
 
     name: str
     x: Sequence[float]
-    y: Sequence[Any]
+    y: Sequence[float]
     how: dict[str, Any]
 
 
 @dataclass
 class Panel:
     """What one panel shows. groups: bars side by side by the name below them; there are none where a check failed.
-    failed: where that is said beside. level: where a grey line is. image: (H, W) or (H, W, 3) of a picture. axes:
-    what `Axes.set` takes."""
+    level: where a grey line is. image: (H, W) or (H, W, 3) of a picture. axes: what `Axes.set` takes."""
 
     title: str = ""
     groups: dict[str, list[Bar]] = field(default_factory=dict)
     series: list[Series] = field(default_factory=list)
-    failed: list[tuple[float, float]] = field(default_factory=list)
     level: float | None = None
     image: Any = None
     axes: dict[str, Any] = field(default_factory=dict)
 
 
-def exactly(value: float) -> Spread:
-    """Returns the spread of what has none."""
-    return {"median": value, "p20": value, "p80": value}
-
-
-def _lines(spreads: Sequence[Spread]) -> tuple[list[float], list[list[float]]]:
-    """Returns the medians, and how far the percentiles are below and above them."""
-    medians, below = [each["median"] for each in spreads], [each["median"] - each["p20"] for each in spreads]
-    above = [each["p80"] - each["median"] for each in spreads]
-    return medians, [[max(end, 0.0) for end in ends] for ends in (below, above)]  # rounding may be below 0
+def _draw_bars(axes: Any, groups: Mapping[str, list[Bar]], small: int) -> None:
+    width = 0.8 / max([1, *map(len, groups.values())])
+    bars: list[tuple[float, Bar]] = []
+    for at, group in enumerate(groups.values()):
+        bars += [(at + (i - (len(group) - 1) / 2) * width, bar) for i, bar in enumerate(group)]
+        if not group:
+            axes.annotate("check\nfailed", (at, 0), (0, 4), textcoords="offset points", ha="center", color=RED)
+    spreads = [bar.spread for _, bar in bars]
+    ends = [[each["median"] - each["p20"] for each in spreads], [each["p80"] - each["median"] for each in spreads]]
+    errors = [[max(end, 0.0) for end in each] for each in ends]  # rounding may be below 0
+    how = {"color": [bar.colour for _, bar in bars], "yerr": errors, "width": 0.92 * width}
+    drawn = axes.bar([place for place, _ in bars], [each["median"] for each in spreads], **how)
+    axes.bar_label(drawn, [bar.text for _, bar in bars], padding=3, fontsize=small)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=9)
+    axes.tick_params(axis="x", length=0)
+    axes.margins(y=0.15)
+    axes.set_ylim(bottom=0)
 
 
 def _draw(axes: Any, panel: Panel, small: int) -> dict[str, Any]:
     """Draws a panel, and returns what the legend names."""
-    handles: dict[str, Any] = {}
-    for name, x, y, how in panel.series:
-        if y and isinstance(y[0], dict):
-            handles[name] = axes.errorbar(x, *_lines(y), linestyle="", **how)
-        elif y:
-            (handles[name],) = axes.plot(x, y, **how)
-    width = 0.8 / max([1, *map(len, panel.groups.values())])
-    groups = list(enumerate(panel.groups.values()))
-    bars = [(at + (i - (len(group) - 1) / 2) * width, bar) for at, group in groups for i, bar in enumerate(group)]
+    handles = {name: axes.plot(x, y, **how)[0] for name, x, y, how in panel.series if x}
     if panel.groups:
-        heights, errors = _lines([bar.spread for _, bar in bars])
-        how = {"color": [bar.colour for _, bar in bars], "yerr": errors, "width": 0.92 * width}
-        drawn = axes.bar([place for place, _ in bars], heights, **how)
-        axes.bar_label(drawn, [bar.text for _, bar in bars], padding=3, fontsize=small)
-        axes.set_xticks(range(len(groups)), list(panel.groups), fontsize=9)
-        axes.tick_params(axis="x", length=0)
-        axes.margins(y=0.15)
-        axes.set_ylim(bottom=0)
-    for at in [*((at, 0.0) for at, group in groups if not group), *panel.failed]:
-        axes.annotate("check\nfailed", at, (0, 4), textcoords="offset points", ha="center", color=RED)
+        _draw_bars(axes, panel.groups, small)
     if panel.level is not None:
         axes.axhline(panel.level, color=GREY, linewidth=1.2, zorder=0)
     if panel.image is not None:
@@ -114,7 +102,6 @@ def draw(
     footer: str,
     *,
     names: Mapping[str, str] | None = None,
-    legend_columns: int | None = None,
     ylabel: str = "",
     small: int = 9,
     **how: Any,
@@ -142,7 +129,7 @@ def draw(
     figure.supxlabel("\n".join(lines), fontsize=8, color="#555555")
     if handles:
         needed = sum(0.55 + 0.085 * len(name) for name in handles)  # inches, for all in a row
-        many = legend_columns or max(1, int(len(handles) * min(1.0, figure.get_figwidth() / needed)))
+        many = max(1, int(len(handles) * min(1.0, figure.get_figwidth() / needed)))
         figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=many, frameon=False)
     return figure
 

@@ -33,10 +33,7 @@ def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, ite
     preserving), s = itemsize bytes a value, and i = 0 … T−2 the token evaluated:
 
         flops = K Σ_i R [ 2 (D C + 12 L C² + C O) + 4 L C (i+1) ]
-              = K R [ 2 (T−1) (D C + 12 L C² + C O) + 2 L C T (T−1) ]
-        bytes = K Σ_i s [ W + 2 L C R (i+1) + 2 L C R ]
-              = K s [ (T−1) W + L C R T (T−1) + 2 L C R (T−1) ]
-        W     = D C + C + L (12 C² + 13 C) + C O + O
+        bytes = K Σ_i s [ W + 2 L C R (i+1) + 2 L C R ],  W = D C + C + L (12 C² + 13 C) + C O + O
 
     Per layer 12 C² is qkv (3), proj (1) and the MLP (8); 4 C (i+1) is q kᵀ and p v over i+1 keys. A step reads the
     weights W once and the cache up to token i, and writes token i's keys and values. Activations are taken to stay in
@@ -87,7 +84,6 @@ def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Wor
 def limit(work: Work, matrix_rate: float, bandwidth: float) -> tuple[float, str]:
     """Returns max(flops / matrix_rate, bytes / bandwidth), and which of the two it is, "arithmetic" or "memory".
 
-    matrix_rate: flops per second of a large product. bandwidth: bytes per second read from a buffer of
-    work.working_set bytes, so that a working set that fits in a cache is held to the cache's speed.
+    bandwidth: of a buffer of work.working_set bytes, so that one that fits in a cache is held to the cache's speed.
     """
     return max((work.bytes / bandwidth, "memory"), (work.flops / matrix_rate, "arithmetic"), key=lambda each: each[0])

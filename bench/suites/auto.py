@@ -37,16 +37,20 @@ VERDICTS = (
 )
 
 
-def judge(runs: list[Any]) -> dict[str, Any]:
-    """Holds auto to the fixed choice of the least median. ratio: best / auto, by round. slower: median auto / best.
+def judge(cell: Any) -> dict[str, Any] | None:
+    """Returns how auto fares beside the fixed choice of the least median: the spread of its time over that one's, round
+    by round, its first run over sequential's median, and its windows; None if sequential or auto was not timed.
 
     The least of several medians is lower by chance too: that is to auto's disadvantage.
     """
-    best = min((run for run in runs if run["name"] != AUTO), key=lambda run: run["median"])
-    (auto,) = (run for run in runs if run["name"] == AUTO)
-    slower = harness.ratio(auto["seconds"], best["seconds"])["median"]
-    ratio = harness.ratio(best["seconds"], auto["seconds"])
-    return {"best": best["name"], "ratio": ratio, "slower": slower, "met": slower <= ALLOWED}
+    runs = {run["name"]: run for run in cell["runs"]}
+    auto, settling = runs.pop(AUTO, None), cell["settling"]["runs"]
+    if auto is None or BASELINE not in runs:
+        return None
+    best = min(runs.values(), key=lambda run: run["median"])
+    windows, first = reversed(settling[-1]["windows"]), settling[0]["seconds"] / runs[BASELINE]["median"]
+    found = {**harness.ratio(auto["seconds"], best["seconds"]), "best": best["name"], "first": first}
+    return {**found, "windows": " ".join(map(str, windows)), "rule": "met" if found["median"] <= ALLOWED else "FAILED"}
 
 
 def report_of(sampler: Sampler, batch: int, y: Tensor | None, seed: int) -> Any:
@@ -54,25 +58,11 @@ def report_of(sampler: Sampler, batch: int, y: Tensor | None, seed: int) -> Any:
     return sampler.sample(batch, y, seed=seed, batch_size=batch).report
 
 
-def _slower(verdict: Any) -> Any:
-    """Returns auto's times over the best fixed choice's, as a spread."""
-    return {"median": verdict["slower"], "p20": 1 / verdict["ratio"]["p80"], "p80": 1 / verdict["ratio"]["p20"]}
-
-
 def _runs(cell: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     for run in cell["runs"]:
         yield cell, {**run, **({} if "ratio" in run or run["name"] == BASELINE else {"faster": "-"})}
     for out in (*cell["left_out"], *cell.get("not_run", [])):  # which older records have by themselves
         yield cell, {"name": out["name"], "error": out["reason"]}
-
-
-def _verdict(cell: Any) -> dict[str, Any]:
-    verdict = cell["verdict"]
-    if verdict is None:
-        return {"rule": "FAILED"}
-    windows = " ".join(map(str, reversed(cell["settling"]["runs"][-1]["windows"])))
-    found = {"first": cell["first"], "windows": windows, "rule": "met" if verdict["met"] else "FAILED"}
-    return {"best": verdict["best"], **_slower(verdict), **found}
 
 
 class AutoSuite(Suite):
@@ -138,8 +128,7 @@ class AutoSuite(Suite):
         return Sampler(model, solver=solver, **how)
 
     def measure(self, case: Case) -> Any:
-        """first: auto's first run over sequential's median. settling: what its runs before took, and the windows that
-        it chose, by block. verdict: `judge`, None if sequential or auto failed."""
+        """settling: what auto's runs before it is timed took, and the windows that it chose, by block."""
         model, dtype = self.models[case.label["model"]], DTYPES[case.dtype]
         batch, seed = case.label["batch"], self.chosen.seed
         z, y = models.inputs(case.sizes, batch, seed, self.device, none=True)
@@ -148,7 +137,7 @@ class AutoSuite(Suite):
         # All have the same engines, so that weights are as warm in the caches for all.
         solvers: Any = {BASELINE: sequential, **windows}
         samplers = {name: auto.with_solvers([solver] * len(auto.engines)) for name, solver in solvers.items()}
-        more: dict[str, Any] = {"backend": auto.backend, "settling": {"runs": []}, "first": None, "verdict": None}
+        more: dict[str, Any] = {"backend": auto.backend, "settling": {"runs": []}}
         try:
             exact = self.sampler(model, "float32", BASELINE).reverse(z, y)
             reports = {name: report_of(sampler, batch, y, seed) for name, sampler in samplers.items()}
@@ -171,18 +160,15 @@ class AutoSuite(Suite):
             run["evaluations"] = sum(block.evaluations for block in blocks) / batch
         reasons = {name: f"takes {slower[name]:.1f} times as long as the fastest" for name in hopeless}
         cell["left_out"] += [{"name": name, "reason": reason} for name, reason in reasons.items()]
-        if {BASELINE, AUTO} <= {run["name"] for run in cell["runs"]}:
-            more["first"] = more["settling"]["runs"][0]["seconds"] / cell["runs"][0]["median"]
-            more["verdict"] = judge(cell["runs"])
         return {**cell, **more}
 
     def verdicts(self, record: Any) -> list[str]:
         """Returns a line for each cell where auto takes longer than it may."""
-        told = [(title(cell["label"]), cell["verdict"]) for cell in record["cells"] if cell["verdict"] is not None]
+        judged = [(title(cell["label"]), judge(cell)) for cell in record["cells"]]
         return [
-            f"{what}: auto takes {verdict['slower']:.3f} times as long as {verdict['best']}, allowed {ALLOWED}"
-            for what, verdict in told
-            if not verdict["met"]
+            f"{what}: auto takes {found['median']:.3f} times as long as {found['best']}, allowed {ALLOWED}"
+            for what, found in judged
+            if found is not None and found["rule"] == "FAILED"
         ]
 
     def lines(self, record: Any) -> list[str]:
@@ -193,7 +179,7 @@ class AutoSuite(Suite):
             "",
             *labelled(RUNS, (row for cell in cells for row in _runs(cell))),
             "",
-            *labelled(VERDICTS, ((cell, _verdict(cell)) for cell in cells)),
+            *labelled(VERDICTS, ((cell, judge(cell) or {"rule": "FAILED"}) for cell in cells)),
             *self.failed(record),
         ]
 

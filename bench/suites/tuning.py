@@ -145,7 +145,7 @@ class Tuning(Suite):
             panel.series.append(plot.Series(f"denoising rate {point['denoise_scale']:g}", weights, y, style))
         said = f"{images:,} images of the shipped model a point, against {reference:,}; features of a small classifier"
         said += f"\nhorizontal line: as many test images; {hardware(record)}"
-        return plot.draw([panel], 1, (6.6, 4.0), said, legend_columns=2)
+        return plot.draw([panel], 1, (6.6, 4.0), said)
 
 
 SUITE = Tuning()

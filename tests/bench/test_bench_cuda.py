@@ -174,7 +174,7 @@ def names(cell: dict[str, Any]) -> list[str]:
 @IN_EMULATION
 @pytest.mark.slow
 def test_dry_run_end_to_end(tmp_path: Path, quick: None) -> None:
-    cells = ("--cell", "afhq:1:guided", "--cell", "imagenet:1:unguided", "--cell", "afhq:1:forward")
+    cells = ("--cell", "afhq:1:guided", "--cell", "imagenet:1:unguided", "--cell", "afhq:1:loss")
     result, made = dry(tmp_path, *cells)
     assert result.exit_code == 0, result.output
     assert (made["checks"], made["without_cuda"]) == ([], None)

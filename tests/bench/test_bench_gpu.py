@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import on_gpu
 import pytest
 import torch
@@ -92,11 +93,11 @@ def test_every_listed_cell_is_one_and_other_texts_are_none() -> None:
     assert len(set(labels)) == len(CASES)
     assert labels[0] == ("afhq", 16, "guided")
     assert set(labels) >= set(itertools.product(SIZES, (1, 4, 16), GUIDANCE))
-    assert {what for *_, what in labels} == {*GUIDANCE, "forward", "forward+backward"}
+    assert {what for *_, what in labels} == {*GUIDANCE, "loss"}
     for sizes, tokens in ((SIZES["afhq"], 1024), (SIZES["imagenet"], 1024)):
         assert (sizes.num_patches, sizes.channels, sizes.layers_per_block, sizes.num_blocks) == (tokens, 768, 8, 1)
     for text in ("afhq", "afhq:16", "afhq:0:guided", "afhq:x:guided", "dogs:1:guided", "afhq:1:sideways", "a:b:c:d"):
-        with pytest.raises(ValueError, match=f"'{text}' is not MODEL:BATCH:PASS"):
+        with pytest.raises(click.BadParameter, match=f"'{text}' is not MODEL:BATCH:PASS"):
             case_of(text)
 
 
@@ -159,7 +160,7 @@ def test_a_file_may_be_skipped_but_not_be_without_tests(
 def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_cases, "BACKEND", "triton")
     out = tmp_path / "run.json"
-    cells = ("--cell", "afhq:16:guided", "--cell", "afhq:1:unguided", "--cell", "afhq:16:forward+backward")
+    cells = ("--cell", "afhq:16:guided", "--cell", "afhq:1:unguided", "--cell", "afhq:16:loss")
     result = dry(stand_in(tmp_path), out, "--budget", "500", *cells)
     assert result.exit_code == 0, result.output
     made = record.read(out)
@@ -203,7 +204,7 @@ def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("spoil", ["far off", "nan"])
 def test_a_wrong_baseline_leaves_no_time(tmp_path: Path, quick: None, spoil: str) -> None:
     out = tmp_path / "run.json"
-    cells = ("--cell", "afhq:2:unguided", "--cell", "afhq:2:forward")
+    cells = ("--cell", "afhq:2:unguided", "--cell", "afhq:2:loss")
     result = dry(stand_in(tmp_path, spoil), out, "--skip-tests", *cells)
     assert result.exit_code == 1
     assert "2 of 2 checks failed" in result.output
@@ -215,7 +216,7 @@ def test_failed_tests_are_told_and_cells_measured(tmp_path: Path, quick: None, m
     failed = {"name": "tests", "outcome": "1 passed, 1 failed", "seconds": 2.0, "tail": ["of the log"]}
     monkeypatch.setattr(stages, "run_tests", lambda seconds: failed)
     out = tmp_path / "run.json"
-    result = dry(stand_in(tmp_path), out, "--cell", "afhq:2:forward")
+    result = dry(stand_in(tmp_path), out, "--cell", "afhq:2:loss")
     assert result.exit_code == 1
     assert "\ntests: 1 passed, 1 failed in 2 s\n" in result.output
     assert "\nFAILED tests: 1 passed, 1 failed\nof the log\n" in result.output
@@ -229,7 +230,7 @@ def test_what_cannot_be_done_costs_nothing_else(tmp_path: Path, quick: None, mon
     monkeypatch.setattr(KernelEngine, "operations", broken)
     monkeypatch.setattr(gpu_cases, "densities", broken)
     out = tmp_path / "run.json"
-    cells = ("--cell", "afhq:2:forward", "--cell", "afhq:2:unguided")
+    cells = ("--cell", "afhq:2:loss", "--cell", "afhq:2:unguided")
     result = dry(stand_in(tmp_path), out, "--skip-tests", *cells)
     assert result.exit_code == 1
     made = record.read(out)
@@ -263,9 +264,7 @@ def test_a_run_that_is_stopped_leaves_what_it_has(tmp_path: Path, quick: None, m
 
     monkeypatch.setattr(type(SUITE), "measure", one_cell)
     out = tmp_path / "run.json"
-    assert dry(
-        stand_in(tmp_path), out, "--skip-tests", "--cell", "afhq:1:forward", "--cell", "afhq:2:forward"
-    ).exit_code
+    assert dry(stand_in(tmp_path), out, "--skip-tests", "--cell", "afhq:1:loss", "--cell", "afhq:2:loss").exit_code
     assert len(record.read(out)["cells"]) == 1
     assert bench("show", out).exit_code == 0
 

@@ -104,7 +104,7 @@ def test_guided_rows_count_twice_and_bf16_half() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_density_work_is_what_counting_token_by_token_gives(backward: bool) -> None:
-    sizes = case_of("imagenet:3:forward", True).sizes
+    sizes = case_of("imagenet:3:loss", True).sizes
     skipped = ("pos_embed", "class_embed")
     weights = [value for name, value in random_model(sizes, 0).named_parameters() if not name.endswith(skipped)]
     flops = 0

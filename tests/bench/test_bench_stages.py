@@ -48,14 +48,14 @@ def test_a_cell_whose_process_dies_costs_no_other(tmp_path: Path, monkeypatch: p
 
     def in_process(request: dict[str, Any], seconds: float) -> Any:
         asked.append(seconds)
-        if request["case"] == "afhq:2:forward":
+        if request["case"] == "afhq:2:loss":
             raise RuntimeError("its process ended with -6: Aborted")
         return stages.cell(**{**request, "dry": True})
 
     monkeypatch.setattr(stages, "in_process", in_process)
     monkeypatch.setattr(gpu, "_device", lambda dry: torch.device("cpu"))
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: "not built")
-    out, wanted = tmp_path / "run.json", ("--cell", "afhq:2:forward", "--cell", "imagenet:1:forward")
+    out, wanted = tmp_path / "run.json", ("--cell", "afhq:2:loss", "--cell", "imagenet:1:loss")
     for name in cases.SIZES:
         monkeypatch.setitem(cases.SIZES, name, cases.models.DRY[name])
     arguments = ("--ml-tarflow", stand_in(tmp_path), "--repeat", "2", "--out", out, "--skip-tests", *wanted)

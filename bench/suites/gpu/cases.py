@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import click
 import torch
 from torch import Tensor
 
@@ -24,32 +25,31 @@ BASELINE, DENSITY = "ml-tarflow bf16 autocast", "tarflow_fast bf16"
 TORCH, TRITON, COMPILED, CUDA = "torch", "triton", models.COMPILED, "cuda"  # samplers
 BACKEND = "triton"  # of the candidate TRITON
 GUIDANCE = {"guided": 2.0, "unguided": 0.0}
-PASSES = (*GUIDANCE, "forward", "forward+backward")
+PASSES = (*GUIDANCE, "loss")
 DRY_BATCH = 3
 CASES = (  # the most important first
     *(f"{model}:{batch}:guided" for model in SIZES for batch in (16, 1)),
     "afhq:128:guided",
     *(f"{model}:{batch}:unguided" for model in SIZES for batch in (16, 1)),
-    "afhq:16:forward+backward",
+    "afhq:16:loss",
     "imagenet:256:unguided",
-    *(f"{model}:4:{what}" for model in SIZES for what in ("guided", "unguided")),
-    *("afhq:16:forward", "imagenet:16:forward", "imagenet:16:forward+backward", "afhq:128:unguided"),
+    *(f"{model}:4:{what}" for model in SIZES for what in GUIDANCE),
+    *("imagenet:16:loss", "afhq:128:unguided"),
 )
 
 
 def case_of(text: str, dry: bool = False) -> Case:
-    """Returns the case that is written MODEL:BATCH:PASS; dry: of sizes for an interpreter. Raises ValueError."""
-    model, batch, what = (*text.split(":", 2), "", "")[:3]
-    if model not in SIZES or what not in PASSES or re.fullmatch(r"[1-9]\d*", batch) is None:
+    """Returns the case that is written MODEL:BATCH:PASS; dry: of tiny sizes. Raises click.BadParameter."""
+    found = re.fullmatch(rf"({'|'.join(SIZES)}):([1-9]\d*):({'|'.join(PASSES)})", text)
+    if found is None:
         known = f"MODEL one of {', '.join(SIZES)}; PASS of {', '.join(PASSES)}"
-        raise ValueError(f"{text!r} is not MODEL:BATCH:PASS, with {known}")
-    number = min(int(batch), DRY_BATCH) if dry else int(batch)
+        raise click.BadParameter(f"{text!r} is not MODEL:BATCH:PASS, with {known}")
+    model, what, batch = found[1], found[3], min(int(found[2]), DRY_BATCH) if dry else int(found[2])
     sizes, how = (models.DRY if dry else SIZES)[model], {"itemsize": DTYPE.itemsize}
+    work = density_work(sizes, batch, backward=True, **how)
     if what in GUIDANCE:
-        work = inverse_work(sizes, number, guided=GUIDANCE[what] > 0, **how)
-    else:
-        work = density_work(sizes, number, backward=what != "forward", **how)
-    return Case({"model": model, "batch": number, "pass": what}, sizes, work, "bfloat16")
+        work = inverse_work(sizes, batch, guided=GUIDANCE[what] > 0, **how)
+    return Case({"model": model, "batch": batch, "pass": what}, sizes, work, "bfloat16")
 
 
 def exact_images(model: TarFlow, inputs: tuple[Any, ...], device: torch.device) -> Tensor:
@@ -68,14 +68,10 @@ def samplers(
     return models.samplers(BASELINE, theirs, ours, model, inputs, device, DTYPE, their_dtype=DTYPE)
 
 
-def density_pass(model: Any, images: Tensor, y: Tensor | None, *, backward: bool) -> Tensor:
-    """Returns (1,) the loss of images, or (2,) with the norm of its gradient over all parameters. model: of ours or
-    theirs."""
-    with torch.set_grad_enabled(backward):
-        z, _, log_dets = model(images, y)
-        loss = model.get_loss(z, log_dets)
-    if not backward:
-        return loss.float().view(1)
+def loss_and_norm(model: Any, images: Tensor, y: Tensor | None) -> Tensor:
+    """Returns (2,) the loss of images, and the norm of its gradient over all parameters. model: of ours or theirs."""
+    z, _, log_dets = model(images, y)
+    loss = model.get_loss(z, log_dets)
     model.zero_grad(set_to_none=True)
     loss.backward()
     gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
@@ -87,7 +83,7 @@ def densities(
 ) -> tuple[Tensor, dict[str, Candidate]]:
     """Returns the exact result, of our model in fp32, and the candidates: theirs under autocast, ours in bf16."""
     weights, images = model.state_dict(), model.unpatchify(z)
-    loss = functools.partial(density_pass, images=images, y=y, backward=case.label["pass"] != "forward")
+    loss = functools.partial(loss_and_norm, images=images, y=y)
 
     def ours(dtype: torch.dtype) -> Callable[[], Tensor]:
         made = random_model(case.sizes, 0)
