@@ -15,9 +15,9 @@ from stand_in import bench, quick_limits, stand_in
 from bench.common import harness, models, record
 from bench.common.harness import Rounds
 from bench.common.machine import ROOT
-from bench.suites.gpu import cases, inside, stages
+from bench.suites.gpu import cells, inside
 from bench.suites.gpu import suite as gpu
-from bench.suites.gpu.cases import BASELINE, CUDA, TORCH, TRITON, case_of
+from bench.suites.gpu.cells import BASELINE, CUDA, TORCH, TRITON, case_of
 from bench.suites.gpu.inside import PHASES, measure_phases
 from bench.suites.gpu.suite import SUITE
 from tarflow_fast.backend.cuda.engine import CudaEngine
@@ -71,7 +71,7 @@ def measured(text: str, batch: int | None = None) -> tuple[dict[str, Any], int]:
     """The inside of a pass, of a batch that may be larger than those of dry runs, and its steps."""
     case = case_of(text, dry=True)
     z, y = models.inputs(case.sizes, batch or case.label["batch"], 0)
-    inputs = (z, y, cases.GUIDANCE[case.label["pass"]])
+    inputs = (z, y, cells.GUIDANCE[case.label["pass"]])
     return measure_phases(models.random_model(case.sizes, 0), inputs, Rounds(2, 100.0)), case.sizes.num_patches - 1
 
 
@@ -153,9 +153,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
     monkeypatch.setattr(profile, "LAUNCHES", 2)
-    cell = stages.cell
-    monkeypatch.setattr(stages, "cell", lambda compiled, **how: cell(compiled=False, **how))
-    monkeypatch.setattr(cases, "BACKEND", "torch")
+    cell = cells.cell
+    monkeypatch.setattr(cells, "cell", lambda compiled, **how: cell(compiled=False, **how))
+    monkeypatch.setattr(cells, "BACKEND", "torch")
     monkeypatch.setattr(inside, "measure_kernels", lambda *arguments: None)
 
 
@@ -224,7 +224,7 @@ def test_what_the_sanitizer_says_is_the_verdict(
     found = {"ok": outcome == "ok", "reason": None, "runs": [run]}
     monkeypatch.setattr(gpu, "run_sanitizer", lambda seconds: found)
     tests = {"name": "tests", "outcome": "1 passed, 0 failed", "seconds": 1.0, "tail": None}
-    monkeypatch.setattr(stages, "run_tests", lambda seconds: tests)
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: tests)
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: None)
     monkeypatch.setattr(gpu, "_device", lambda dry: CPU)
     out = tmp_path / "run.json"

@@ -17,9 +17,10 @@ from stand_in import bench, quick_limits, stand_in
 
 from bench.common import record
 from bench.common.harness import Rounds
-from bench.suites.gpu import cases as gpu_cases
-from bench.suites.gpu import inside, stages
-from bench.suites.gpu.cases import BASELINE, CASES, COMPILED, DENSITY, GUIDANCE, SIZES, TORCH, TRITON, case_of
+from bench.suites.gpu import cells as gpu_cells
+from bench.suites.gpu import inside
+from bench.suites.gpu import suite as gpu
+from bench.suites.gpu.cells import BASELINE, CASES, COMPILED, GUIDANCE, LOSS, SIZES, TORCH, TRITON, case_of
 from bench.suites.gpu.suite import SUITE
 from tarflow_fast import BackendError, TarFlow
 from tarflow_fast.backend.cuda import engine as cuda_engine
@@ -27,7 +28,7 @@ from tarflow_fast.backend.pytorch.engine import TorchEngine
 from tarflow_fast.backend.triton import profile
 from tarflow_fast.engine import Condition
 
-CPU, CELL = torch.device("cpu"), stages.cell
+CPU, CELL = torch.device("cpu"), gpu_cells.cell
 
 
 class KernelEngine(TorchEngine):
@@ -48,9 +49,9 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
     monkeypatch.setattr(profile, "LAUNCHES", 2)
-    monkeypatch.setattr(gpu_cases, "BACKEND", "torch")
+    monkeypatch.setattr(gpu_cells, "BACKEND", "torch")
     passed = {"name": "tests", "outcome": "1 passed, 0 failed", "seconds": 2.0, "tail": None}
-    monkeypatch.setattr(stages, "run_tests", lambda seconds: passed)
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: passed)
 
     def engine(engine: Any, model: TarFlow, inputs: Any, rounds: Rounds) -> tuple[KernelEngine, Any]:
         made = KernelEngine(model.block_weights(0), device=CPU, dtype=torch.bfloat16, compile=False)
@@ -59,7 +60,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_native() -> Any:
         raise BackendError("the CUDA engine was not built")
 
-    monkeypatch.setattr(stages, "cell", lambda compiled, **how: CELL(compiled=False, **how))
+    monkeypatch.setattr(gpu_cells, "cell", lambda compiled, **how: CELL(compiled=False, **how))
     monkeypatch.setattr(inside, "block_engine", engine)
     monkeypatch.setattr(cuda_engine, "load_native", no_native)
 
@@ -158,7 +159,7 @@ def test_a_file_may_be_skipped_but_not_be_without_tests(
 
 @pytest.mark.slow
 def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cases, "BACKEND", "triton")
+    monkeypatch.setattr(gpu_cells, "BACKEND", "triton")
     out = tmp_path / "run.json"
     cells = ("--cell", "afhq:16:guided", "--cell", "afhq:1:unguided", "--cell", "afhq:16:loss")
     result = dry(stand_in(tmp_path), out, "--budget", "500", *cells)
@@ -172,7 +173,7 @@ def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.Mon
         assert cell["engine"]["launches_per_token"] == 5
         assert [entry["name"] for entry in cell["engine"]["operations"]] == ["qkv", "attention", "affine"]
         assert [entry["name"] for entry in cell["engine"]["launches"]] == ["interpreter"]
-    assert names(density) == [BASELINE, DENSITY]
+    assert names(density) == [BASELINE, LOSS]
     assert "engine" not in density
     for cell in made["cells"]:
         assert cell["check"]["passed"]
@@ -214,13 +215,13 @@ def test_a_wrong_baseline_leaves_no_time(tmp_path: Path, quick: None, spoil: str
 
 def test_failed_tests_are_told_and_cells_measured(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = {"name": "tests", "outcome": "1 passed, 1 failed", "seconds": 2.0, "tail": ["of the log"]}
-    monkeypatch.setattr(stages, "run_tests", lambda seconds: failed)
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: failed)
     out = tmp_path / "run.json"
     result = dry(stand_in(tmp_path), out, "--cell", "afhq:2:loss")
     assert result.exit_code == 1
     assert "\ntests: 1 passed, 1 failed in 2 s\n" in result.output
     assert "\nFAILED tests: 1 passed, 1 failed\nof the log\n" in result.output
-    assert names(record.read(out)["cells"][0]) == [BASELINE, DENSITY]
+    assert names(record.read(out)["cells"][0]) == [BASELINE, LOSS]
 
 
 def test_what_cannot_be_done_costs_nothing_else(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_what_cannot_be_done_costs_nothing_else(tmp_path: Path, quick: None, mon
         raise RuntimeError("out of memory\nand a page of advice")
 
     monkeypatch.setattr(KernelEngine, "operations", broken)
-    monkeypatch.setattr(gpu_cases, "densities", broken)
+    monkeypatch.setattr(gpu_cells, "loss_and_norm", broken)
     out = tmp_path / "run.json"
     cells = ("--cell", "afhq:2:loss", "--cell", "afhq:2:unguided")
     result = dry(stand_in(tmp_path), out, "--skip-tests", *cells)
@@ -292,7 +293,7 @@ def test_a_wrong_cell_is_wrong_usage(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_cell_dry_with_the_compiled_backend(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "cell", CELL)
+    monkeypatch.setattr(gpu_cells, "cell", CELL)
     out = tmp_path / "run.json"
     result = dry(stand_in(tmp_path), out, "--skip-tests")
     assert result.exit_code == 0, result.output

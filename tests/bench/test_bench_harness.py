@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.common import harness
 from bench.common.harness import TOLERANCE, Rounds, admit, admit_all, measure_cell
-from bench.suites.gpu.cases import case_of
+from bench.suites.gpu.cells import case_of
 from tarflow_fast import NonFiniteError
 
 

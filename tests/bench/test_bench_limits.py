@@ -12,7 +12,7 @@ from stand_in import quick_limits
 from bench.common import limits, roofline
 from bench.common.harness import Case
 from bench.common.models import random_model
-from bench.suites.gpu.cases import case_of
+from bench.suites.gpu.cells import case_of
 from bench.suites.peers import SIZES
 from tarflow_fast import TarFlowConfig, reference
 

@@ -11,7 +11,7 @@ import torch
 from stand_in import bench, quick_limits, stand_in
 
 from bench.common import record
-from bench.suites.gpu import cases, stages
+from bench.suites.gpu import cells
 from bench.suites.gpu import suite as gpu
 
 WRITES = "import json, sys; json.dump([json.loads(sys.argv[1])], open(sys.argv[2], 'w'))"
@@ -22,8 +22,8 @@ def command(code: str) -> tuple[str, ...]:
 
 
 def test_a_stage_is_given_its_request_and_leaves_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "COMMAND", command(WRITES))
-    assert stages.in_process({"a": [1.5, None]}, 60.0) == [{"a": [1.5, None]}]
+    monkeypatch.setattr(cells, "COMMAND", command(WRITES))
+    assert cells.in_process({"a": [1.5, None]}, 60.0) == [{"a": [1.5, None]}]
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def test_a_stage_is_given_its_request_and_leaves_a_result(monkeypatch: pytest.Mo
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="exit codes of POSIX")
 def test_a_stage_that_goes_wrong_is_told(code: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "COMMAND", command(code))
+    monkeypatch.setattr(cells, "COMMAND", command(code))
     with pytest.raises(RuntimeError, match=said):
-        stages.in_process({}, 1.0 if "sleep" in code else 60.0)
+        cells.in_process({}, 1.0 if "sleep" in code else 60.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for the interpreter, and kernels are compiled here")
@@ -50,14 +50,14 @@ def test_a_cell_whose_process_dies_costs_no_other(tmp_path: Path, monkeypatch: p
         asked.append(seconds)
         if request["case"] == "afhq:2:loss":
             raise RuntimeError("its process ended with -6: Aborted")
-        return stages.cell(**{**request, "dry": True})
+        return cells.cell(**{**request, "dry": True})
 
-    monkeypatch.setattr(stages, "in_process", in_process)
+    monkeypatch.setattr(cells, "in_process", in_process)
     monkeypatch.setattr(gpu, "_device", lambda dry: torch.device("cpu"))
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: "not built")
     out, wanted = tmp_path / "run.json", ("--cell", "afhq:2:loss", "--cell", "imagenet:1:loss")
-    for name in cases.SIZES:
-        monkeypatch.setitem(cases.SIZES, name, cases.models.DRY[name])
+    for name in cells.SIZES:
+        monkeypatch.setitem(cells.SIZES, name, cells.models.DRY[name])
     arguments = ("--ml-tarflow", stand_in(tmp_path), "--repeat", "2", "--out", out, "--skip-tests", *wanted)
     result = bench("gpu", *arguments)
     assert result.exit_code == 1

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from tarflow_fast import TarFlow
 from tarflow_fast.backend.cuda.engine import PHASES, CudaEngine
 from tarflow_fast.engine import Condition, Guidance
@@ -14,8 +16,8 @@ from tarflow_fast.engine import Condition, Guidance
 from ...common.harness import Rounds, timed
 from ...common.record import short, title
 from ...common.table import table
-from .cases import DTYPE
 
+DTYPE = torch.bfloat16
 MICRO = ": {name} | µs: {us[median]:.2f} | p20-p80: {us[p20]:.2f}-{us[p80]:.2f}"
 OPERATIONS = f"{MICRO} | MB: {{megabytes:.3f}} | GB/s: {{gigabytes:.1f}} | of limit: {{of_limit:.1%}}"
 PHASE = f"{MICRO} | of step: {{of_step:.1%}}"

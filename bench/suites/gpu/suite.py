@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,24 +13,34 @@ import torch
 
 from tarflow_fast.backend.cuda.engine import cuda_missing
 from tarflow_fast.devices import device_missing
+from tarflow_fast.probe.processes import run_all
 from tarflow_fast.probe.sanitizer import PLAIN, run_sanitizer
 
 from ...common import options
 from ...common.harness import Case, check_of, in_a_line, unmeasured
+from ...common.machine import ROOT
 from ...common.ml_tarflow import MlTarflow
 from ...common.record import Limits
 from ...common.suite import Suite
 from ...common.table import cells_table
-from . import cases, inside, stages
-from .cases import DTYPE, GUIDANCE, case_of
+from . import cells, inside
+from .cells import DTYPE, GUIDANCE, case_of
 
 TESTS_SHARE = 0.4  # of the budget, after which the tests are stopped
 SANITIZER_SHARE = 0.1  # the same for each run of the sanitizer, which are at once
 SETUP = 180.0  # seconds that a cell may take beside what it measures: to start, to compile, to tune
 BUDGET = "Time for the whole run: what has not begun by then is listed as not run."
 CELL = "What to measure, in this order; may be given more than once."
-ALL: dict[str, Any] = {"default": cases.CASES, "show_default": "all below", "metavar": "MODEL:BATCH:PASS"}
+ALL: dict[str, Any] = {"default": cells.CASES, "show_default": "all below", "metavar": "MODEL:BATCH:PASS"}
 DRY = "Tiny sizes, on the CPU, in Triton's interpreter: tries the suite itself."
+
+
+def run_tests(seconds: float) -> Any:
+    """Returns {name, outcome, seconds, tail} of the tests that run on a GPU, which are stopped after `seconds`."""
+    command = (sys.executable, "tests/on_gpu.py", str(seconds))
+    found = json.loads(run_all({"tests": command}, seconds + 60.0, ROOT)["tests"].output.splitlines()[-1])
+    outcome = f"{found['passed']} passed, {found['failed']} failed"
+    return {"name": "tests", "outcome": outcome, "seconds": found["seconds"], "tail": found["tail"]}
 
 
 def _checked(texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -73,7 +85,7 @@ class GpuSuite(Suite):
     """
 
     name = "gpu"
-    baseline = cases.BASELINE
+    baseline = cells.BASELINE
     groups = ("batch", "pass")
     options = (
         options.CHECKOUT,
@@ -90,7 +102,7 @@ class GpuSuite(Suite):
         self.without_cuda = cuda_missing(self.device, DTYPE)  # why the CUDA engine does not take part
         self.compiled: set[str] = set()  # models that the compiled torch backend has been measured on
         self.left, self.not_run = len(chosen.cases), list[str]()
-        self.checks = [] if chosen.skip_tests else [stages.run_tests(TESTS_SHARE * seconds)]
+        self.checks = [] if chosen.skip_tests else [run_tests(TESTS_SHARE * seconds)]
         if not (chosen.dry or chosen.skip_tests) and self.without_cuda is None:
             found = run_sanitizer(SANITIZER_SHARE * seconds)
             none = {"name": "sanitizer", "outcome": found["reason"], "seconds": 0.0, "tail": None}
@@ -103,7 +115,7 @@ class GpuSuite(Suite):
             self.without_cuda = "a small run of it went wrong"
 
     def settings(self) -> dict[str, Any]:
-        return {"dtype": str(DTYPE).removeprefix("torch."), "backend": cases.BACKEND, "solver": "sequential"}
+        return {"dtype": str(DTYPE).removeprefix("torch."), "backend": cells.BACKEND, "solver": "sequential"}
 
     def parts(self) -> dict[str, Any]:
         """Returns the checks before, {name, outcome, seconds, tail}, why the CUDA engine takes no part, and cases for
@@ -130,7 +142,7 @@ class GpuSuite(Suite):
         request["seconds"] = seconds
         self.compiled |= {case.label["model"]} if case.label["pass"] in GUIDANCE else set()
         try:
-            run = stages.cell(**request) if self.chosen.dry else stages.in_process(request, SETUP + 2 * seconds)
+            run = cells.cell(**request) if self.chosen.dry else cells.in_process(request, SETUP + 2 * seconds)
         except Exception as error:
             return unmeasured(case, check_of(in_a_line(error)))
         self.reached = run["limits"]
