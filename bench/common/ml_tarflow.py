@@ -28,12 +28,14 @@ class MlTarflow:
     sha256: str
 
     @classmethod
-    def load(cls, checkout: Path) -> MlTarflow:
-        """Imports `checkout`/transformer_flow.py. Raises click.BadParameter if that is not ml-tarflow's."""
+    def load(cls, checkout: Path | None) -> MlTarflow:
+        """Imports `checkout`/transformer_flow.py. Raises click.UsageError if that is not ml-tarflow's."""
 
         def refused(why: str) -> click.BadParameter:
             return click.BadParameter(why, param_hint="'--ml-tarflow'")
 
+        if checkout is None:
+            raise click.UsageError("Missing option '--ml-tarflow'.")
         path, name = checkout / FILE, "ml_tarflow_transformer_flow"
         if not path.is_file():
             raise refused(f"not a checkout of ml-tarflow: there is no {FILE} in it")

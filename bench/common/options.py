@@ -46,7 +46,7 @@ IMPORTED = "A checkout of ml-tarflow; its transformer_flow.py is imported."
 THREADS = count("--threads", "Threads of every candidate.", show_default="as many as torch takes")
 EVERY: dict[str, Any] = {"callback": _every_thread, "show_default": "every number up to that of the cores"}
 EVERY_THREADS = several("--threads", type=click.IntRange(1, cores()), help="Threads of every candidate", **EVERY)
-CHECKOUT = option("--ml-tarflow", "checkout", required=True, metavar="PATH", type=FOLDER, help=IMPORTED)
+CHECKOUT = option("--ml-tarflow", "checkout", metavar="PATH", type=FOLDER, help=IMPORTED)
 ENGINE = (
     option("--backend", default="auto", help="The backend of tarflow_fast."),
     option("--device", default="cpu", help="A torch device.", callback=lambda *given: check_device(given[-1])),

@@ -110,11 +110,8 @@ class AutoSuite(Suite):
         if len(self.models) < len(loaded):
             message = "cells are told apart by the files' names, and two of these are the same"
             raise click.BadParameter(message, param_hint="'--model'")
-        requests = {dtype: Request(self.device, DTYPES[dtype]) for dtype in self.chosen.dtypes}
-        self.reasons = {dtype: choose_backend(self.chosen.backend, request)[1] for dtype, request in requests.items()}
-
-    def settings(self) -> dict[str, Any]:
-        return {"backend_reasons": self.reasons, "allowed": ALLOWED, "hopeless": HOPELESS}
+        for dtype in self.chosen.dtypes:
+            choose_backend(self.chosen.backend, Request(self.device, DTYPES[dtype]))  # raises where there is none
 
     def cases(self) -> list[Case]:
         choices = itertools.product(self.models, self.chosen.dtypes, self.chosen.batches)

@@ -57,7 +57,7 @@ class Peers(Suite):
         dtypes = tuple(DTYPES) if varies == "dtype" else ("float32",)
         explained = options.option("--explain", is_flag=True, help="Tell how passes are divided and why, alone.")
         self.options = (
-            options.option("--ml-tarflow", "checkout", metavar="PATH", type=options.FOLDER, help=options.IMPORTED),
+            options.CHECKOUT,
             *((explained,) if "cpu" in backends else ()),
             options.several("--config", "configs", type=SIZES, default=("small", "medium"), help="Models"),
             options.batches(),
@@ -70,8 +70,6 @@ class Peers(Suite):
     def run(self) -> None:
         if getattr(self.chosen, "explain", False):
             click.echo("\n".join(explain.lines(self.cases(), self.chosen.threads, self.chosen.seed)))
-        elif self.chosen.checkout is None:
-            raise click.UsageError("Missing option '--ml-tarflow'.")
         else:
             super().run()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import click
 import on_gpu
 import pytest
 import torch
@@ -98,7 +97,7 @@ def test_every_listed_cell_is_one_and_other_texts_are_none() -> None:
     for sizes, tokens in ((SIZES["afhq"], 1024), (SIZES["imagenet"], 1024)):
         assert (sizes.num_patches, sizes.channels, sizes.layers_per_block, sizes.num_blocks) == (tokens, 768, 8, 1)
     for text in ("afhq", "afhq:16", "afhq:0:guided", "afhq:x:guided", "dogs:1:guided", "afhq:1:sideways", "a:b:c:d"):
-        with pytest.raises(click.BadParameter, match=f"'{text}' is not MODEL:BATCH:PASS"):
+        with pytest.raises(ValueError, match=f"'{text}' is not MODEL:BATCH:PASS"):
             case_of(text)
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
@@ -55,11 +54,11 @@ LOSS_TOLERANCE = 0.01  # of the loss and of the gradient's norm, relative to the
 
 
 def case_of(text: str, dry: bool = False) -> Case:
-    """Returns the case that is written MODEL:BATCH:PASS; dry: of tiny sizes. Raises click.BadParameter."""
+    """Returns the case that is written MODEL:BATCH:PASS; dry: of tiny sizes. Raises ValueError."""
     found = re.fullmatch(rf"({'|'.join(SIZES)}):([1-9]\d*):({'|'.join(PASSES)})", text)
     if found is None:
         known = f"MODEL one of {', '.join(SIZES)}; PASS of {', '.join(PASSES)}"
-        raise click.BadParameter(f"{text!r} is not MODEL:BATCH:PASS, with {known}")
+        raise ValueError(f"{text!r} is not MODEL:BATCH:PASS, with {known}")
     model, what, batch = found[1], found[3], min(int(found[2]), DRY_BATCH) if dry else int(found[2])
     sizes, how = (models.DRY if dry else SIZES)[model], {"itemsize": DTYPE.itemsize}
     work = density_work(sizes, batch, backward=True, **how)

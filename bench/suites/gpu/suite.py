@@ -30,9 +30,13 @@ TESTS_SHARE = 0.4  # of the budget, after which the tests are stopped
 SANITIZER_SHARE = 0.1  # the same for each run of the sanitizer, which are at once
 SETUP = 180.0  # seconds that a cell may take beside what it measures: to start, to compile, to tune
 BUDGET = "Time for the whole run: what has not begun by then is listed as not run."
-CELL = "What to measure, in this order; may be given more than once."
-ALL: dict[str, Any] = {"default": cells.CASES, "show_default": "all below", "metavar": "MODEL:BATCH:PASS"}
+CELL: dict[str, Any] = {"default": cells.CASES, "show_default": "all below", "metavar": "MODEL:BATCH:PASS"}
 DRY = "Tiny sizes, on the CPU, in Triton's interpreter: tries the suite itself."
+
+
+def _cell(text: str) -> str:
+    case_of(text)
+    return text
 
 
 def run_tests(seconds: float) -> Any:
@@ -41,10 +45,6 @@ def run_tests(seconds: float) -> Any:
     found = json.loads(run_all({"tests": command}, seconds + 60.0, ROOT)["tests"].output.splitlines()[-1])
     outcome = f"{found['passed']} passed, {found['failed']} failed"
     return {"name": "tests", "outcome": outcome, "seconds": found["seconds"], "tail": found["tail"]}
-
-
-def _checked(texts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(text for text in dict.fromkeys(texts) if case_of(text))
 
 
 def _device(dry: bool) -> torch.device:
@@ -89,7 +89,7 @@ class GpuSuite(Suite):
     groups = ("batch", "pass")
     options = (
         options.CHECKOUT,
-        options.option("--cell", "cases", multiple=True, callback=lambda *given: _checked(given[-1]), help=CELL, **ALL),
+        options.several("--cell", "cases", type=_cell, help="What to measure, in this order", **CELL),
         options.option("--skip-tests", is_flag=True, help="Run neither the GPU's tests nor the sanitizer first."),
         options.option("--dry", is_flag=True, help=DRY),
         *options.of_every_suite("gpu", 540.0, BUDGET),
@@ -109,9 +109,7 @@ class GpuSuite(Suite):
             self.checks += [*found["runs"], *([none] if found["reason"] else [])]
         wrong = [each for each in self.checks if each["tail"]]
         self.noted = ["\n".join([f"{each['name']}: {each['outcome']}", *each["tail"]]) for each in wrong]
-        if PLAIN in {
-            each["name"] for each in wrong
-        }:  # what a process of its own did not survive is not tried in a cell
+        if any(each["name"] == PLAIN for each in wrong):  # a cell does not try what a process did not survive
             self.without_cuda = "a small run of it went wrong"
 
     def settings(self) -> dict[str, Any]:
