@@ -12,7 +12,7 @@ from tarflow_fast.native import load_native
 from . import models
 from .harness import Case
 from .limits import fastest
-from .record import counted, values
+from .record import counted, title
 from .roofline import inverse_work
 
 STEPS = 2  # of a pass that has next to no attention
@@ -45,7 +45,7 @@ def lines(cases: Iterable[Case], threads: int | None, seed: int) -> Iterator[str
         products = min(whole, few * (tokens - 1) / STEPS)
         keys = batch * config.layers_per_block * config.channels * tokens * (tokens - 1) * itemsize
         flops = batch * (tokens - 1) * 24 * config.layers_per_block * config.channels**2
-        yield f"{values(case.label)}, {engine.instruction_set}, one block"
+        yield f"{title(case.label)}, {engine.instruction_set}, one block"
         yield (
             f"  {counted(int(plan['teams']), 'team')} of {counted(int(plan['team_size']), 'thread')}; groups of up to "
             f"{plan['group_rows']} rows, in tiles of {plan['tile_rows']}; {plan['near_bytes'] / 2**10:.0f} KiB of a "

@@ -8,7 +8,7 @@ import torch
 
 from .harness import Case
 from .limits import fastest
-from .record import values
+from .record import title
 
 
 def product_rate(rows: int, k: int, columns: int, dtype: torch.dtype) -> float:
@@ -39,6 +39,6 @@ def table(record: Any) -> list[str]:
             seconds, rate = cell["gemm"]["seconds"], cell["gemm"]["flops_per_second"]
             shares = ", ".join(f"{run['name']} {seconds / run['median']:.1%}" for run in cell["runs"])
             lines.append(
-                f"torch's products, {values(cell['label'])}: {seconds:.4g} s at {rate / 1e9:.1f} GFLOP/s; {shares}"
+                f"torch's products, {title(cell['label'])}: {seconds:.4g} s at {rate / 1e9:.1f} GFLOP/s; {shares}"
             )
     return lines if len(lines) > 1 else []

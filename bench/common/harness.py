@@ -182,12 +182,6 @@ def admit(make: Candidate, exact: Tensor | None, allowed: float, timer: Timer = 
     return trial
 
 
-def half_tolerance(error: float, exact: Tensor, dtype: torch.dtype) -> float:
-    """Returns what results in a half precision may be off by: twice the yardstick's own error, as two results may be
-    that are both as far off, and half a unit of the dtype."""
-    return 2 * error + 0.5 * torch.finfo(dtype).eps * float(exact.abs().max())
-
-
 def admit_all(
     candidates: Mapping[str, Candidate],
     *,
@@ -199,8 +193,9 @@ def admit_all(
 ) -> tuple[dict[str, Trial], Check]:
     """Returns the first run of every candidate, and the verdict on all of them.
 
-    exact: by default the first candidate's result. yardstick: a candidate's name and dtype; the tolerance is then its
-    `half_tolerance`. slack: the factor by which one may exceed the tolerance. how: the timer and the view of `admit`.
+    exact: by default the first candidate's result. yardstick: a candidate's name and half precision; the tolerance is
+    then twice its own error, as two results may be that are both as far off, and half a unit of the dtype. slack: the
+    factor by which one may exceed the tolerance. how: the timer and the view of `admit`.
     """
     trials: dict[str, Trial | None] = dict.fromkeys(candidates)
     if exact is None:
@@ -210,7 +205,7 @@ def admit_all(
     if yardstick is not None and exact is not None:
         name, dtype = yardstick
         trials[name] = found = trials[name] or admit(candidates[name], exact, math.inf, **how)
-        tolerance = half_tolerance(found.error or 0.0, exact, dtype)
+        tolerance = 2 * (found.error or 0.0) + 0.5 * torch.finfo(dtype).eps * float(exact.abs().max())
     made = {
         name: trial or admit(candidates[name], exact, slack.get(name, 1.0) * tolerance, **how)
         for name, trial in trials.items()

@@ -33,10 +33,6 @@ def count(name: str, help: str, **how: Any) -> click.Option:
     return option(name, type=click.IntRange(1), help=help, **how)
 
 
-def _every_thread(context: click.Context, parameter: click.Parameter, counts: Sequence[int]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(counts)) or tuple(range(1, cores() + 1))
-
-
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 CHECKPOINT = click.Path(exists=True, dir_okay=False, path_type=Path)
 MODEL: dict[str, Any] = {"type": CHECKPOINT, "metavar": "FILE", "show_default": "the model that ships with the package"}
@@ -44,7 +40,7 @@ MODEL_HELP = "A checkpoint, .pth or .safetensors"
 BUDGET = "Time for timing one cell: slow cells are repeated less often, at least once; the record has the count."
 IMPORTED = "A checkout of ml-tarflow; its transformer_flow.py is imported."
 THREADS = count("--threads", "Threads of every candidate.", show_default="as many as torch takes")
-EVERY: dict[str, Any] = {"callback": _every_thread, "show_default": "every number up to that of the cores"}
+EVERY: dict[str, Any] = {"default": range(1, cores() + 1), "show_default": "every number up to that of the cores"}
 EVERY_THREADS = several("--threads", type=click.IntRange(1, cores()), help="Threads of every candidate", **EVERY)
 CHECKOUT = option("--ml-tarflow", "checkout", metavar="PATH", type=FOLDER, help=IMPORTED)
 ENGINE = (

@@ -59,7 +59,7 @@ class Panel:
     axes: dict[str, Any] = field(default_factory=dict)
 
 
-def _draw_bars(axes: Any, groups: Mapping[str, list[Bar]], small: int) -> None:
+def _draw_bars(axes: Any, groups: Mapping[str, list[Bar]]) -> None:
     width = 0.8 / max([1, *map(len, groups.values())])
     bars: list[tuple[float, Bar]] = []
     for at, group in enumerate(groups.values()):
@@ -71,18 +71,18 @@ def _draw_bars(axes: Any, groups: Mapping[str, list[Bar]], small: int) -> None:
     errors = [[max(end, 0.0) for end in each] for each in ends]  # rounding may be below 0
     how = {"color": [bar.colour for _, bar in bars], "yerr": errors, "width": 0.92 * width}
     drawn = axes.bar([place for place, _ in bars], [each["median"] for each in spreads], **how)
-    axes.bar_label(drawn, [bar.text for _, bar in bars], padding=3, fontsize=small)
+    axes.bar_label(drawn, [bar.text for _, bar in bars], padding=3, fontsize=7)
     axes.set_xticks(range(len(groups)), list(groups), fontsize=9)
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.15)
     axes.set_ylim(bottom=0)
 
 
-def _draw(axes: Any, panel: Panel, small: int) -> dict[str, Any]:
+def _draw(axes: Any, panel: Panel) -> dict[str, Any]:
     """Draws a panel, and returns what the legend names."""
     handles = {name: axes.plot(x, y, **how)[0] for name, x, y, how in panel.series if x}
     if panel.groups:
-        _draw_bars(axes, panel.groups, small)
+        _draw_bars(axes, panel.groups)
     if panel.level is not None:
         axes.axhline(panel.level, color=GREY, linewidth=1.2, zorder=0)
     if panel.image is not None:
@@ -103,13 +103,12 @@ def draw(
     *,
     names: Mapping[str, str] | None = None,
     ylabel: str = "",
-    small: int = 9,
     **how: Any,
 ) -> Figure:
     """Returns a picture of panels in rows of `columns`.
 
     inches: of a panel. footer: small print below. names: a colour for each name in the legend, beside those of series.
-    small: the size of the texts of bars. how: what `Figure.subplots` takes.
+    how: what `Figure.subplots` takes.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -120,7 +119,7 @@ def draw(
     grid = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
     handles: dict[str, Any] = {name: Patch(color=colour) for name, colour in (names or {}).items()}
     for axes, panel in zip(grid, panels, strict=False):
-        handles |= _draw(axes, panel, small)
+        handles |= _draw(axes, panel)
     for axes in grid[len(panels) :]:
         axes.remove()
     figure.supylabel(ylabel, fontsize=10)
@@ -156,7 +155,7 @@ def bars(record: Any, by_panel: Sequence[str], by_group: Sequence[str], ylabel: 
     groups = [list(map(len, panel.groups.values())) for panel in panels.values()]
     widest = max((len(sizes) * max(sizes) for sizes in groups), default=1)
     said = f"torch {record['machine']['torch']}; median, line from p20 to p80; below it the share of the limit, if any"
-    how: dict[str, Any] = {"names": colours, "ylabel": ylabel, "small": 7}
+    how: dict[str, Any] = {"names": colours, "ylabel": ylabel}
     size = (max(3.2, 0.38 * widest + 0.6), 2.9)
     return draw(
         list(panels.values()) or [Panel()], 2 if len(panels) > 1 else 1, size, f"{hardware(record)}, {said}", **how

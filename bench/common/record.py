@@ -69,11 +69,6 @@ def counted(count: int, thing: str, plural: str = "s") -> str:
     return f"{count} {thing}{'' if count == 1 else plural}"
 
 
-def values(label: dict[str, Any]) -> str:
-    """Returns the values of a label, "small, 1, 2"."""
-    return ", ".join(map(short, label.values()))
-
-
 def title(label: dict[str, Any], between: str = ", ") -> str:
     """Returns a label as text, "model small, batch 1"."""
     return between.join(f"{column} {short(value)}" for column, value in label.items())

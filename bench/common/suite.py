@@ -17,7 +17,6 @@ from tarflow_fast.devices import torch_threads
 
 from . import limits, machine, plot
 from .harness import Rounds
-from .ml_tarflow import MlTarflow
 from .record import Limits, hardware, title, write
 from .table import cells_table
 
@@ -26,10 +25,9 @@ class Suite:
     """One suite of the bench; its docstring is the help of its command. A copy of it makes a run: `prepare` first, then
     `measure` for each of the cases, with the machine's limits before and after it.
 
-    name: the command's, and of the suite in records. baseline: the candidate that all others are compared with.
-    options: of the command line; those that were chosen are attributes of `chosen`. held: whether cells are held to the
-    machine's limits. panels, groups: the columns of labels that divide the picture, see `plot.bars`. A case has a
-    `label`, the table's columns and their values.
+    baseline: the candidate that all others are compared with. options: those that were chosen are attributes of
+    `chosen`. held: whether cells are held to the machine's limits. panels, groups: the columns of labels that divide
+    the picture, see `plot.bars`. A case has a `label`, the table's columns and their values.
     """
 
     name = baseline = ""
@@ -38,7 +36,6 @@ class Suite:
     panels: tuple[str, ...] = ("model",)
     groups: tuple[str, ...] = ("batch",)
     device = machine.CPU
-    ml_tarflow: MlTarflow | None = None
     chosen: Any
 
     # What a suite says of a run.
@@ -135,7 +132,6 @@ class Suite:
         settings = {name: value for name, value in vars(self.chosen).items() if isinstance(value, str | float | int)}
         settings |= {"baseline": self.baseline, "device": self.device.type, "threads": torch.get_num_threads()}
         settings |= {"dtype": ", ".join(getattr(self.chosen, "dtypes", ["float32"])), **self.settings()}
-        settings |= {} if self.ml_tarflow is None else {"baseline_sha256": self.ml_tarflow.sha256}
         date, where = datetime.now(UTC).isoformat(timespec="seconds"), machine.describe(self.device)
         record = {"suite": self.name, "date": date, "machine": where, "settings": settings, "failures": []}
         return record | self.parts() | {"limits": {}, "cells": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import click
@@ -77,9 +78,8 @@ class KernelsSuite(Suite):
     def run(self) -> None:
         only, architectures, faults = self.chosen.only, list(map(int, self.chosen.arch)), 0
         click.echo(ROW.format("kernel", "sm", "registers", "spilled", "shared", "tile"))
-        surveys = {"triton": lambda: _triton(architectures, self.chosen.every)}
-        surveys["cuda"] = lambda: _cuda(architectures, only == "cuda")
-        for row in (row for name, survey in surveys.items() if only in (None, name) for row in survey()):
+        of_triton = _triton(architectures, self.chosen.every) if only != "cuda" else ()
+        for row in itertools.chain(of_triton, _cuda(architectures, only == "cuda") if only != "triton" else ()):
             mark = "" if row.fault is None else f"  FAULT: {row.fault}"
             faults += row.fault is not None
             numbers = (row.architecture, row.registers, row.stack, row.shared)

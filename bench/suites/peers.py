@@ -40,12 +40,10 @@ class Peers(Suite):
 
     \b
     Columns of the table:
-      seconds, p20-p80  of one pass: the median of n samples, and their spread
       faster            median over the rounds of ml-tarflow's time / ours
       GB/s, GFLOP/s     the least memory traffic and arithmetic that the pass needs, over its time
-      torch's products  of `cpu`: what torch's own products of the same shapes and dtype take, a second limit
       of limit          the time that this machine's bandwidth and matrix rate would allow, over its time
-      max error         the largest difference from ml-tarflow's images
+      torch's products  of `cpu`: what torch's own products of the same shapes and dtype take, a second limit
     """
 
     baseline = "ml-tarflow"
@@ -78,6 +76,7 @@ class Peers(Suite):
 
     def settings(self) -> dict[str, Any]:
         found = {"instruction_set": choose_instruction_set()} if "cpu" in self.backends else {}
+        found["baseline_sha256"] = self.ml_tarflow.sha256
         return {**found, "backend": ", ".join(self.backends), "solver": "sequential"}
 
     def cases(self) -> list[Case]:

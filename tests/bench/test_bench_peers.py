@@ -151,7 +151,7 @@ def test_cpu_end_to_end(tmp_path: Path, quick: None) -> None:
     for cell in made["cells"]:
         assert [run["name"] for run in cell["runs"]] == ["ml-tarflow", "torch", "cpu"]
         assert cell["gemm"]["seconds"] > 0
-    assert result.output.count("torch's products, tiny, 2, ") == 2
+    assert result.output.count("torch's products, model tiny, batch 2, ") == 2
     assert made["settings"]["instruction_set"] == choose_instruction_set()
     for cell in made["cells"]:
         del cell["gemm"]  # an older record is shown as it was

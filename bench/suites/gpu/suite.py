@@ -113,7 +113,8 @@ class GpuSuite(Suite):
             self.without_cuda = "a small run of it went wrong"
 
     def settings(self) -> dict[str, Any]:
-        return {"dtype": str(DTYPE).removeprefix("torch."), "backend": cells.BACKEND, "solver": "sequential"}
+        found = {"dtype": str(DTYPE).removeprefix("torch."), "baseline_sha256": self.ml_tarflow.sha256}
+        return {**found, "backend": cells.BACKEND, "solver": "sequential"}
 
     def parts(self) -> dict[str, Any]:
         """Returns the checks before, {name, outcome, seconds, tail}, why the CUDA engine takes no part, and cases for
