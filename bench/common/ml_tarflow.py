@@ -43,10 +43,10 @@ class MlTarflow:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
         try:
             spec.loader.exec_module(module)
+            _ = module.Model.reverse
         except Exception as error:  # someone else's code: whatever it raises is the message
-            raise refused(f"its {FILE} cannot be imported: {error!r}") from error
-        if not hasattr(getattr(module, "Model", None), "reverse"):
-            raise refused(f"not a checkout of ml-tarflow: its {FILE} has no class Model with a reverse")
+            said = f"its {FILE} cannot be imported, or has no class Model with a reverse: {error!r}"
+            raise refused(said) from error
         return cls(module, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def model(self, config: TarFlowConfig, weights: dict[str, Tensor]) -> Any:

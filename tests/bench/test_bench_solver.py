@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import replace
@@ -31,7 +32,6 @@ from bench.suites.solver.suite import (
     examine,
     jacobi_errors,
     measure,
-    problems,
 )
 from tarflow_fast.backend import make_engines
 from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
@@ -151,7 +151,10 @@ def test_windows_are_the_tokens_in_equal_parts(tokens: int, segments: int) -> No
 
 def test_every_block_begins_from_the_sequential_result_of_the_one_before() -> None:
     model = random_model(3, num_classes=2)
-    found = list(problems(model, "torch", CPU, batch=5, guidance=0.0, seed=7))
+    suite = copy.copy(SUITE)
+    suite.chosen = SimpleNamespace(backend="torch", batch=5, guidance=0.0, seed=7)
+    suite.model = model
+    found = list(suite.cases())
     assert [problem.block for problem in found] == [1, 0]
     labels = found[0].condition.labels
     assert labels is not None

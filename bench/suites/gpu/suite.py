@@ -138,7 +138,7 @@ class GpuSuite(Suite):
         request = {name: getattr(self.chosen, name) for name in ("dry", "repeat", "seed")}
         request |= {"case": ":".join(map(str, case.label.values())), "checkout": str(self.chosen.checkout)}
         request |= {"compiled": case.label["model"] not in self.compiled, "cuda": self.without_cuda is None}
-        request["seconds"] = seconds
+        request |= {"seconds": seconds}
         self.compiled |= {case.label["model"]} if case.label["pass"] in GUIDANCE else set()
         try:
             run = cells.cell(**request) if self.chosen.dry else cells.in_process(request, SETUP + 2 * seconds)

@@ -12,7 +12,7 @@ import click
 import torch
 from torch import Tensor
 
-from tarflow_fast import Sampler, TarFlow
+from tarflow_fast import Sampler
 from tarflow_fast.backend import choose_backend
 from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
 from tarflow_fast.engine.backend import Request
@@ -81,20 +81,6 @@ class Problem:
     def final(self, x: Tensor) -> int:
         """Returns how many tokens, from the first on, are within FINAL of the sequential ones in the worst sample."""
         return int(((x - self.wanted).abs().amax(-1) <= FINAL).cumprod(1).sum(1).min())
-
-
-@torch.no_grad()
-def problems(
-    model: TarFlow, backend: str, device: torch.device, *, batch: int, guidance: float, seed: int
-) -> Iterator[Problem]:
-    """Yields the blocks in the order of sampling, each from the sequential result of the one before."""
-    sampler = Sampler(model, backend=backend, device=device, solver=BASELINE)
-    z, y = models.inputs(model.config, batch, seed, device, none=True)
-    x = z * model.var.to(device).sqrt()
-    for k, stage in reversed(list(enumerate(sampler.flow.stages))):
-        problem = Problem(k, sampler.engines[k], stage.enter(x), Condition(y, Guidance(guidance)))
-        yield problem
-        x = stage.leave(problem.wanted)
 
 
 def examine(problem: Problem, solve: Solve) -> dict[str, Any]:
@@ -179,7 +165,6 @@ class SolverSuite(Suite):
     \b
     Columns of the table:
       passes, evaluations  dependent steps, and tokens evaluated for each image
-      max error            from the sequential result of the same input
       same error           tokens that all-Jacobi evaluates for each image until its error is no larger
     """
 
@@ -203,9 +188,17 @@ class SolverSuite(Suite):
     def settings(self) -> dict[str, Any]:
         return {"model": self.model_name, "sizes": self.model.config.to_dict(), "backend": self.backend}
 
+    @torch.no_grad()
     def cases(self) -> Iterator[Problem]:
-        how = {name: getattr(self.chosen, name) for name in ("batch", "guidance", "seed")}
-        return problems(self.model, self.backend, self.device, **how)
+        """Yields the blocks in the order of sampling, each from the sequential result of the one before."""
+        chosen, model = self.chosen, self.model
+        sampler = Sampler(model, backend=chosen.backend, device=self.device, solver=BASELINE)
+        z, y = models.inputs(model.config, chosen.batch, chosen.seed, self.device, none=True)
+        x = z * model.var.to(self.device).sqrt()
+        for k, stage in reversed(list(enumerate(sampler.flow.stages))):
+            problem = Problem(k, sampler.engines[k], stage.enter(x), Condition(y, Guidance(chosen.guidance)))
+            yield problem
+            x = stage.leave(problem.wanted)
 
     def measure(self, case: Problem) -> Any:
         return measure(case, candidates(self.chosen.segments, self.chosen.gs_passes), self.rounds)
@@ -231,7 +224,7 @@ class SolverSuite(Suite):
         """Returns a panel for each block, in the order of sampling: how many of its tokens are final after so many
         passes. Each is as wide as its slowest candidate takes passes."""
         settings, panels = record["settings"], []
-        for number, cell in enumerate(record["cells"]):
+        for cell in record["cells"]:
             T, finals = cell["tokens"], {run["name"]: run["final"] for run in cell["runs"] if run["final"]}
             series = [plot.Series(BASELINE, [0, T - 1], [1, T], {"linestyle": "--", "color": plot.GREY})]
             for name, (colour, width) in ((name, how) for name, how in SHOWN.items() if name in finals):
@@ -240,12 +233,10 @@ class SolverSuite(Suite):
             widest = max([1, *(len(each.y) - 1 for each in series[1:])])
             axes = {"xlim": (0, widest), "ylim": (0, T), "xlabel": "passes"}
             axes |= {"xticks": range(0, widest + 1, -(-widest // 6))}
-            axes |= {} if number % 4 else {"ylabel": "tokens final, worst sample"}
-            failed = "" if cell["check"]["passed"] else ", check failed"
-            panels.append(plot.Panel(f"{title(cell['label'])}{failed}", series=series, axes=axes))
+            panels.append(plot.Panel(title(cell["label"]), series=series, axes=axes))
         final = f"final: within {FINAL:g} of the sequential result, as all tokens before it"
         below = f"{_model(settings)}; {hardware(record)}\n{final}; a line that ends below the top has a larger error"
-        return plot.draw(panels, 4, (3.1, 3.0), below, sharey=True)
+        return plot.draw(panels, 4, (3.1, 3.0), below, ylabel="tokens final, worst sample", sharey=True)
 
 
 SUITE = SolverSuite()
