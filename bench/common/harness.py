@@ -103,10 +103,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(baseline: Sequence[float], ours: Sequence[float]) -> Spread:
-    """Returns baseline / ours, round by round: how many times faster ours was; drift of the machine cancels.
-
-    One of the two may have been too slow to be run again: its one sample is set against every round of the other.
-    """
+    """Returns baseline / ours, round by round: how many times faster ours was; drift of the machine cancels. One of the
+    two may have been too slow to be run again: its one sample is set against every round of the other."""
     baseline = list(baseline) * len(ours) if len(baseline) == 1 else baseline
     ours = list(ours) * len(baseline) if len(ours) == 1 else ours
     ratios = [a / b for a, b in zip(baseline, ours, strict=True)]
@@ -152,10 +150,8 @@ def in_a_line(error: Exception) -> str:
 
 
 def admit(make: Candidate, exact: Tensor | None, allowed: float, timer: Timer = wall, view: Any = lambda x: x) -> Trial:
-    """Makes a candidate and runs it once; it passes if it is finite and max |view(result) − exact| ≤ allowed.
-
-    exact: None for a candidate that is what others are compared with.
-    """
+    """Makes a candidate and runs it once; it passes if it is finite and max |view(result) − exact| ≤ allowed. exact:
+    None for a candidate that is what others are compared with."""
     trial, found = Trial(), list[Any]()
 
     def once() -> Any:

@@ -35,10 +35,8 @@ def fastest(*runs: Callable[[], object], device: torch.device = CPU) -> float:
 
 
 def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> float:
-    """Returns the operations per second of a large product, 2·n³ / seconds with torch's threads.
-
-    On a CPU the best of torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors.
-    """
+    """Returns the operations per second of a large product, 2·n³ / seconds with torch's threads; on a CPU the best of
+    torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors."""
     n = MATRIX_SIZE if device.type == "cpu" else GPU_MATRIX_SIZE
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     products: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
@@ -49,11 +47,9 @@ def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) 
 
 
 def read_bandwidth(size: int) -> float:
-    """Returns the bytes per second at which a buffer of about `size` bytes, >= 4·ROW, is read over and over.
-
-    The best of its sums as fp32 and as fp64 values and of its product, as a (rows, ROW) matrix, with a vector: which
-    one a processor is fastest at depends on the cache that they fit in, by factors.
-    """
+    """Returns the bytes per second at which a buffer of `size` bytes, >= 4·ROW, is read over and over: the best of its
+    sums as fp32 and as fp64 values and of its product, as a (rows, ROW) matrix, with a vector. Which one a processor is
+    fastest at depends on the cache that they fit in, by factors."""
     rows = size // (4 * ROW)
     matrix, vector = torch.ones(rows, ROW), torch.ones(ROW)
     return 4 * rows * ROW / fastest(matrix.sum, matrix.view(torch.float64).sum, lambda: torch.mv(matrix, vector))

@@ -105,11 +105,8 @@ def draw(
     ylabel: str = "",
     **how: Any,
 ) -> Figure:
-    """Returns a picture of panels in rows of `columns`.
-
-    inches: of a panel. footer: small print below. names: a colour for each name in the legend, beside those of series.
-    how: what `Figure.subplots` takes.
-    """
+    """Returns a picture of panels in rows of `columns`. inches: of a panel. footer: small print below. names: a colour
+    for each name in the legend, beside those of series. how: what `Figure.subplots` takes."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -134,11 +131,10 @@ def draw(
 
 
 def bars(record: Any, by_panel: Sequence[str], by_group: Sequence[str], ylabel: str, what: str = "ratio") -> Figure:
-    """Draws bars of the ratio to the baseline, with what the limit is to them below it, if there is one.
+    """Draws bars of the ratio to the baseline, with the share of the limit written below it, if there is one.
 
-    by_panel, by_group: columns of labels, whose values say which panel a cell is in, and which group of bars; what
-    else tells bars apart, the run's name and other columns, gives them a colour and a place in the legend. what: the
-    spread of a run that is shown, where it has one.
+    by_panel, by_group: columns of labels, whose values say which panel a cell is in, and which group of bars; the run's
+    name and other columns give a bar its colour. what: the spread of a run that is shown, where it has one.
     """
     panels, colours = dict[str, Panel](), dict[str, str]()
     runs = [(cell, run) for cell in record["cells"] for run in cell["runs"] if what in run]

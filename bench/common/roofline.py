@@ -67,14 +67,9 @@ def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, i
 
 
 def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Work:
-    """Returns the least work of the density's gradient by the images, in the notation of `inverse_work`:
-
-        flops = K B [ 4 T (D C + 12 L C² + C O) + 6 L C T (T+1) ]
-        bytes = s [ 2 K W + 3 B T D ]
-
-    A product with weights is done once more, for the gradient of what it is applied to; q kᵀ and p v twice more, as
-    both their factors depend on the images.
-    """
+    """Returns the least work of the density's gradient by the images, in the notation of `inverse_work`: flops = K B
+    [ 4 T (D C + 12 L C² + C O) + 6 L C T (T+1) ] and bytes = s [ 2 K W + 3 B T D ], as a product with weights is done
+    once more, for the gradient of what it is applied to, and q kᵀ and p v twice more, for those of both factors."""
     K, L, T, C, _, weights = _sizes(config)
     forward = density_work(config, batch, itemsize=itemsize)
     moved = itemsize * (2 * K * weights + 3 * batch * T * config.token_dim)
@@ -82,8 +77,6 @@ def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Wor
 
 
 def limit(work: Work, matrix_rate: float, bandwidth: float) -> tuple[float, str]:
-    """Returns max(flops / matrix_rate, bytes / bandwidth), and which of the two it is, "arithmetic" or "memory".
-
-    bandwidth: of a buffer of work.working_set bytes, so that one that fits in a cache is held to the cache's speed.
-    """
+    """Returns max(flops / matrix_rate, bytes / bandwidth), and which of the two it is, "arithmetic" or "memory". The
+    bandwidth is that of work.working_set bytes: what fits in a cache is held to the cache's speed."""
     return max((work.bytes / bandwidth, "memory"), (work.flops / matrix_rate, "arithmetic"), key=lambda each: each[0])

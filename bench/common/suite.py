@@ -108,9 +108,7 @@ class Suite:
 
     def run(self) -> None:
         """Measures every case, writing the record after each; then writes the PNG beside it and prints the table.
-
-        Raises click.ClickException (exit code 1) if something failed.
-        """
+        Raises click.ClickException (exit code 1) if something failed."""
         plot.require_matplotlib()
         out, threads = self.chosen.out, getattr(self.chosen, "threads", None)
         self.device = getattr(self.chosen, "device", self.device)

@@ -38,11 +38,9 @@ VERDICTS = (
 
 
 def judge(cell: Any) -> dict[str, Any] | None:
-    """Returns how auto fares beside the fixed choice of the least median: the spread of its time over that one's, round
-    by round, its first run over sequential's median, and its windows; None if sequential or auto was not timed.
-
-    The least of several medians is lower by chance too: that is to auto's disadvantage.
-    """
+    """Returns how auto fares beside the fixed choice of the least median, which is lower by chance too, to auto's
+    disadvantage: the spread of its time over that one's, round by round, its first run over sequential's median, and
+    its windows; None if sequential or auto was not timed."""
     runs = {run["name"]: run for run in cell["runs"]}
     auto, settling = runs.pop(AUTO, None), cell["settling"]["runs"]
     if auto is None or BASELINE not in runs:
@@ -68,8 +66,8 @@ def _runs(cell: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
 class AutoSuite(Suite):
     """solver="auto" against the sequential pass and every fixed window: never more than 5 % slower than the best?
 
-    On trained weights: how many passes a block takes is a property of training. The whole inverse of one batch,
-    unguided, the same latents for all; labels go round the classes and "no class".
+    The whole inverse of one batch, unguided, on trained weights, as how many passes a block takes is a property of
+    training. The same latents for all; labels go round the classes and "no class".
 
     \b
     Candidates:
@@ -87,7 +85,6 @@ class AutoSuite(Suite):
     \b
     Columns of the tables:
       passes, evaluations  dependent steps of all blocks, and tokens evaluated for each image
-      auto / best          auto's time over that of the best fixed choice
       first                auto's very first run, set-up included, over sequential's median
       windows              of auto by block, in the order of sampling; 1 is the sequential pass
     """
@@ -137,11 +134,11 @@ class AutoSuite(Suite):
         more: dict[str, Any] = {"backend": auto.backend, "settling": {"runs": []}}
         try:
             exact = self.sampler(model, "float32", BASELINE).reverse(z, y)
-            reports = {name: report_of(sampler, batch, y, seed) for name, sampler in samplers.items()}
             for _ in range(SETTLE):
-                reports[AUTO] = found = report_of(auto, batch, y, seed)
-                run = {"seconds": found.seconds, "windows": [block.window for block in found.blocks]}
+                settled = report_of(auto, batch, y, seed)
+                run = {"seconds": settled.seconds, "windows": [block.window for block in settled.blocks]}
                 more["settling"]["runs"].append(run)
+            reports = {name: report_of(sampler, batch, y, seed) for name, sampler in samplers.items()}
         except NonFiniteError as error:  # there is nothing to compare with
             return {**harness.unmeasured(case, harness.check_of(f"{BASELINE}: {error}")), **more}
         times = {name: reports[name].seconds - reports[name].setup_seconds for name in samplers}
@@ -152,7 +149,7 @@ class AutoSuite(Suite):
         held: dict[str, Any] = {"tolerance": BOUND, "yardstick": None if case.dtype == "float32" else (BASELINE, dtype)}
         cell = harness.measure_cell(case, candidates, self.rounds, exact=exact, **held)
         for run in cell["runs"]:
-            blocks = reports[run["name"]].blocks
+            blocks = reports.get(run["name"], settled).blocks
             run["passes"] = sum(block.passes for block in blocks)
             run["evaluations"] = sum(block.evaluations for block in blocks) / batch
         reasons = {name: f"takes {slower[name]:.1f} times as long as the fastest" for name in hopeless}

@@ -24,9 +24,9 @@ SCALES = {"small": (0.0, 2.0), "tiny": (0.0, 2.0)}  # of guidance; 0 alone for t
 class Peers(Suite):
     """Our sampler against the published model's reverse: same weights, noise, process, threads.
 
-    Sequential passes. ml-tarflow runs in fp32 in every cell, ours in the cell's dtype. A cell is timed only if all
-    images are finite and right: within 2e-4 in fp32, in bf16 within twice the torch backend's own error and half a
-    unit; else the exit code is 1. Then the candidates take turns. The limit is that of the cell's dtype.
+    Sequential passes. ml-tarflow runs in fp32 in every cell, ours in the cell's dtype. What is timed is finite and
+    right: within 2e-4 in fp32, in bf16 within twice the torch backend's own error and half a unit; else the exit code
+    is 1. The limit is that of the cell's dtype.
 
     `peers` is of the torch backend in fp32, with and without guidance; `cpu` of the torch backend and of the native CPU
     engine, in both dtypes.

@@ -72,11 +72,8 @@ class GpuSuite(Suite):
 
     Each candidate is checked against the same pass in fp32 before it is timed: within twice the torch backend's error
     in bf16 (ml-tarflow: four times), and half a unit of bf16; loss and gradient norm within 1 %. What fails is not
-    timed, and the exit code is 1. A baseline that is too slow to be repeated is timed once, n = 1. The limit is that of
-    the measured matrix rate and copy bandwidth.
-
-    Below the cells' table: each kernel of the Triton engine, and an empty launch, which waits for the one before; what
-    each phase of the CUDA engine's step takes, and the barriers of the grid.
+    timed, and the exit code is 1. A baseline that is too slow to be repeated is timed once. Below the cells' table:
+    each kernel of the Triton engine, and an empty launch; each phase of the CUDA engine's step, and its barriers.
 
     \b
     Cells, by importance; PASS is guided, unguided or loss:

@@ -27,9 +27,7 @@ SETTLE = 0.1  # seconds until the scheduler has spread new processes over the co
 @contextmanager
 def busy_processes(count: int) -> Iterator[list[int]]:
     """Keeps so many processes of one thread spinning while the context lasts, none longer, and yields their numbers.
-
-    Raises TarFlowError where a process cannot be started.
-    """
+    Raises TarFlowError where a process cannot be started."""
     # They stay in this session: on Linux the processes of another are a scheduling group with a share of its own.
     command = [sys.executable, "-I", "-S", "-c", _LOOP]
     with ExitStack() as stack:
@@ -47,10 +45,8 @@ def busy_processes(count: int) -> Iterator[list[int]]:
 
 
 def fair_slowdown(threads: int, busy: int, cores: int) -> float:
-    """Returns max(1, (t + n) / c): how many times as long t <= c threads take beside n busy processes on c cores.
-
-    t + n threads that never wait share c cores, and a fair scheduler gives each the part min(1, c / (t + n)) of one.
-    """
+    """Returns max(1, (t + n) / c): how many times as long t <= c threads take beside n busy processes on c cores, if
+    t + n threads never wait, and the scheduler gives each the part min(1, c / (t + n)) of a core."""
     if threads > cores:
         raise ValueError(f"{threads} threads on {cores} cores")
     return max(1.0, (threads + busy) / cores)

@@ -72,12 +72,10 @@ def _machine(settings: dict[str, Any]) -> str:
 class Load(Suite):
     """Sampling, denoising, densities and whole commands, on a quiet machine and beside busy processes.
 
-    Each task runs quiet and busy in turns, in one run, on 1 to as many threads as there are cores. Busy processes are
-    loops of one thread that never wait; they are there only while a busy sample is taken. First the results must be
-    the same quiet and busy; a cell that fails is not timed, and the exit code is 1.
-
-    With t threads, n busy processes and c cores a fair scheduler lets a task take max(1, (t + n)/c) times as long as
-    on a quiet machine: t + n threads share c cores evenly.
+    Each task runs quiet and busy in turns, on 1 to as many threads as there are cores. Busy processes are loops of one
+    thread that never wait; they are there only while a busy sample is taken. Results must be the same quiet and busy; a
+    cell that fails is not timed, and the exit code is 1. With t threads, n busy processes and c cores a fair scheduler
+    lets a task take max(1, (t + n)/c) times as long as on a quiet machine.
 
     \b
     Tasks:
@@ -88,8 +86,8 @@ class Load(Suite):
       tarflow-fast sample  the command, a process of its own, from its start to its end
       tarflow-fast eval    the same, on a file of these images, without the accuracy
 
-    The tasks of the library run in this process, whose OMP_WAIT_POLICY is that of the environment. In the table quiet
-    and busy are seconds of one call, and slowdown is busy / quiet, round by round.
+    The tasks of the library run in this process. In the table quiet and busy are seconds of one call, and slowdown is
+    busy / quiet, round by round.
     """
 
     name = "load"
