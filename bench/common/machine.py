@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy
 import psutil
 import torch
 
@@ -61,7 +60,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     others than the bench wanted a core, times are suspect."""
     found = {
         "cpu": cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -69,7 +67,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "os": system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
         "tarflow_fast": version("tarflow_fast"),
         **commit(),
     }

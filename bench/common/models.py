@@ -31,7 +31,6 @@ DRY = {  # stand-ins for the large ones, of sizes that an interpreter can do
     "afhq": TarFlowConfig(3, 16, 8, 64, 1, 1, num_classes=3),
     "imagenet": TarFlowConfig(3, 6, 2, 64, 1, 2, num_classes=10),
 }
-SHIPPED = "fashion_mnist"
 COMPILED = "torch compiled"
 
 

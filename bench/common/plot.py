@@ -144,15 +144,12 @@ def bars(record: Any, by_panel: Sequence[str], by_group: Sequence[str], ylabel: 
         name, group = (title({each: rest.pop(each) for each in by}) for by in (by_panel, by_group))
         bars = panels.setdefault(name, Panel(name, level=1)).groups.setdefault(group.replace(", ", "\n"), [])
         for run in (run for of, run in runs if of is cell):
-            kind = ", ".join([*([run["name"]] if several or not rest else []), *([title(rest)] if rest else [])])
+            kind = ", ".join(filter(None, [run["name"] if several or not rest else "", title(rest)]))
             below = f"\n{run['fraction_of_limit']:.0%}" if "fraction_of_limit" in run else ""
             colour = colours.setdefault(kind, COLOURS[1 + len(colours) % (len(COLOURS) - 1)])
             bars.append(Bar(colour, f"{run[what]['median']:.2f}×{below}", run[what]))
     groups = [list(map(len, panel.groups.values())) for panel in panels.values()]
     widest = max((len(sizes) * max(sizes) for sizes in groups), default=1)
     said = f"torch {record['machine']['torch']}; median, line from p20 to p80; below it the share of the limit, if any"
-    how: dict[str, Any] = {"names": colours, "ylabel": ylabel}
-    size = (max(3.2, 0.38 * widest + 0.6), 2.9)
-    return draw(
-        list(panels.values()) or [Panel()], 2 if len(panels) > 1 else 1, size, f"{hardware(record)}, {said}", **how
-    )
+    size, footer = (max(3.2, 0.38 * widest + 0.6), 2.9), f"{hardware(record)}, {said}"
+    return draw(list(panels.values()) or [Panel()], 2, size, footer, names=colours, ylabel=ylabel)

@@ -4,11 +4,8 @@
 A cell is the result of one case, {label, sizes, check, work, limit, left_out, runs}. Its label holds the table's
 columns and their values, its work is a `roofline.Work`, and its limit is the least time that the machine allows,
 {seconds, by, bytes_per_second}. The baseline is the first of its runs; what was not timed is left out, {name, reason}.
-
-A run is one candidate in one cell, {name, seconds, bytes_per_second, flops_per_second, ratio, fraction_of_limit,
-max_error} and a spread: its seconds in the order taken, and rates at their median. All but the baseline have the ratio
-of its seconds to theirs.
-"""
+A run is one candidate, {name, seconds, bytes_per_second, flops_per_second, ratio, fraction_of_limit, max_error} and a
+spread: its seconds in the order taken, rates at their median, and the ratio of the baseline's seconds to them."""
 
 from __future__ import annotations
 

@@ -52,13 +52,9 @@ def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, ite
 
 def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, itemsize: int = 4) -> Work:
     """Returns the least work of the density pass of K blocks, in the notation of `inverse_work`, all T tokens at once:
-
-        flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ]
-        bytes = s [ K W + 2 B T D ]
-
-    backward: each product twice more (the gradients of both its factors); the weights are read again and their
-    gradients written, and the images' values read again.
-    """
+    flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ] and bytes = s [ K W + 2 B T D ]. backward: each product
+    twice more, for the gradients of both its factors; the weights are read again and their gradients written, and the
+    images' values read again."""
     K, L, T, C, matrices, weights = _sizes(config)
     flops, values = K * batch * (2 * T * matrices + 2 * L * C * T * (T + 1)), batch * T * config.token_dim
     moved = 3 * (K * weights + values) if backward else K * weights + 2 * values
