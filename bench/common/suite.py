@@ -144,6 +144,9 @@ class Suite:
             record["cells"].append(self.measure(case))
             measured.append(case)
             record["limits"] = limits.best(record["limits"], limits.best(before, self.limits(case)))
-            for each, cell in zip(measured, record["cells"] if record["limits"] else [], strict=False):
-                limits.hold(cell, record["limits"], each)
+            self._hold(record, measured)
             write(record, self.chosen.out)
+
+    def _hold(self, record: Any, cases: list[Any]) -> None:
+        for case, cell in zip(cases, record["cells"] if record["limits"] else [], strict=False):
+            limits.hold(cell, record["limits"], case)

@@ -67,6 +67,10 @@ def case_of(text: str, dry: bool = False) -> Case:
     return Case({"model": model, "batch": batch, "pass": what}, sizes, work, "bfloat16")
 
 
+def text_of(case: Case) -> str:
+    return ":".join(map(str, case.label.values()))
+
+
 def loss_and_norm(model: Any, images: Tensor, y: Tensor | None) -> Tensor:
     """Returns (2,) the loss of images, and the norm of its gradient over all parameters. model: of ours or theirs."""
     z, _, log_dets = model(images, y)

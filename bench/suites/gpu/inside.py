@@ -84,12 +84,10 @@ def lines(cell: Any, bandwidth: float) -> list[str]:
     """Returns the tables of a cell. bandwidth: bytes per second that a kernel is held to."""
     found, engine, cuda = [], cell.get("engine"), cell.get("cuda")
     if engine:
-        rows = []
+        rows = [{**part, "name": f"empty launch, {part['name']}"} for part in engine["launches"]]
         for part in engine["operations"]:
-            rate = part["bytes"] / part["median"]
-            more = {"megabytes": part["bytes"] / 1e6, "bytes_per_second": rate, "of_limit": rate / bandwidth}
-            rows.append({**part, **more})
-        rows += [{**part, "name": f"empty launch, {part['name']}"} for part in engine["launches"]]
+            rate, megabytes = part["bytes"] / part["median"], part["bytes"] / 1e6
+            rows.append({**part, "megabytes": megabytes, "bytes_per_second": rate, "of_limit": rate / bandwidth})
         head = f"kernels of {title(cell['label'])}; {short(engine['launches_per_token'])} launches a token"
         found += ["", head, *table(OPERATIONS, rows)]
     if cuda:

@@ -24,7 +24,7 @@ from ...common.record import Limits
 from ...common.suite import Suite
 from ...common.table import cells_table
 from . import cells, inside
-from .cells import DTYPE, GUIDANCE, case_of
+from .cells import DTYPE, GUIDANCE, case_of, text_of
 
 TESTS_SHARE = 0.4  # of the budget, after which the tests are stopped
 SANITIZER_SHARE = 0.1  # the same for each run of the sanitizer, which are at once
@@ -32,11 +32,6 @@ SETUP = 180.0  # seconds that a cell may take beside what it measures: to start,
 BUDGET = "Time for the whole run: what has not begun by then is listed as not run."
 CELL: dict[str, Any] = {"default": cells.CASES, "show_default": "all below", "metavar": "MODEL:BATCH:PASS"}
 DRY = "Tiny sizes, on the CPU, in Triton's interpreter: tries the suite itself."
-
-
-def _cell(text: str) -> str:
-    case_of(text)
-    return text
 
 
 def run_tests(seconds: float) -> Any:
@@ -86,7 +81,7 @@ class GpuSuite(Suite):
     groups = ("batch", "pass")
     options = (
         options.CHECKOUT,
-        options.several("--cell", "cases", type=_cell, help="What to measure, in this order", **CELL),
+        options.several("--cell", "cases", type=case_of, help="What to measure, in this order", **CELL),
         options.option("--skip-tests", is_flag=True, help="Run neither the GPU's tests nor the sanitizer first."),
         options.option("--dry", is_flag=True, help=DRY),
         *options.of_every_suite("gpu", 540.0, BUDGET),
@@ -120,12 +115,12 @@ class GpuSuite(Suite):
         return {**found, "not_run": self.not_run, "failures": self.noted}
 
     def cases(self) -> Iterator[Case]:
-        for text in self.chosen.cases:
+        for case in self.chosen.cases:
             self.left -= 1
             if time.monotonic() < self.end:
-                yield case_of(text, self.chosen.dry)
+                yield case_of(text_of(case), self.chosen.dry)
             else:
-                self.not_run.append(text)
+                self.not_run.append(text_of(case))
 
     def limits(self, case: Case) -> Limits:
         return self.reached
@@ -133,7 +128,7 @@ class GpuSuite(Suite):
     def measure(self, case: Case) -> Any:
         seconds = max(0.0, self.end - time.monotonic()) / (self.left + 1)  # an equal part of what is left
         request = {name: getattr(self.chosen, name) for name in ("dry", "repeat", "seed")}
-        request |= {"case": ":".join(map(str, case.label.values())), "checkout": str(self.chosen.checkout)}
+        request |= {"case": text_of(case), "checkout": str(self.chosen.checkout)}
         request |= {"compiled": case.label["model"] not in self.compiled, "cuda": self.without_cuda is None}
         request |= {"seconds": seconds}
         self.compiled |= {case.label["model"]} if case.label["pass"] in GUIDANCE else set()
