@@ -38,11 +38,10 @@ CHECKPOINT = click.Path(exists=True, dir_okay=False, path_type=Path)
 MODEL: dict[str, Any] = {"type": CHECKPOINT, "metavar": "FILE", "show_default": "the model that ships with the package"}
 MODEL_HELP = "A checkpoint, .pth or .safetensors"
 BUDGET = "Time for timing one cell: slow cells are repeated less often, at least once; the record has the count."
-IMPORTED = "A checkout of ml-tarflow; its transformer_flow.py is imported."
 THREADS = count("--threads", "Threads of every candidate.", show_default="as many as torch takes")
 EVERY: dict[str, Any] = {"default": range(1, cores() + 1), "show_default": "every number up to that of the cores"}
 EVERY_THREADS = several("--threads", type=click.IntRange(1, cores()), help="Threads of every candidate", **EVERY)
-CHECKOUT = option("--ml-tarflow", "checkout", metavar="PATH", type=FOLDER, help=IMPORTED)
+CHECKOUT = option("--ml-tarflow", "checkout", metavar="PATH", type=FOLDER, help="A checkout of ml-tarflow.")
 ENGINE = (
     option("--backend", default="auto", help="The backend of tarflow_fast."),
     option("--device", default="cpu", help="A torch device.", callback=lambda *given: check_device(given[-1])),

@@ -18,9 +18,8 @@ def shown(part: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a part with what tables derive from it: the number of its samples, how many times faster than the
     baseline it was, its rates in units of 10⁹, its times in microseconds, and its error or why it has none."""
     found: dict[str, Any] = {"us": {name: 1e6 * part[name] for name in ("median", "p20", "p80") if name in part}}
-    found |= {
-        f"giga{unit}": part[f"{unit}_per_second"] / 1e9 for unit in ("bytes", "flops") if f"{unit}_per_second" in part
-    }
+    for unit in ("bytes", "flops"):
+        found |= {f"giga{unit}": part[f"{unit}_per_second"] / 1e9} if f"{unit}_per_second" in part else {}
     if part.get("seconds"):
         found |= {"n": len(part["seconds"]), "faster": f"{part['ratio']['median']:.2f}x" if "ratio" in part else "1"}
     if part.get("max_error") is not None:
@@ -30,15 +29,15 @@ def shown(part: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, **part}
 
 
-def table(columns: str, parts: Iterable[Mapping[str, Any]], left: int = 1, missing: str = "-") -> list[str]:
-    """Returns the headers, and a line for each part. left: how many columns are names, which are aligned to the left.
-    missing: what stands where a part lacks a value."""
+def table(columns: str, parts: Iterable[Mapping[str, Any]], left: int = 1) -> list[str]:
+    """Returns the headers, and a line for each part, with "-" where that lacks a value. left: how many columns are
+    names, which are aligned to the left."""
 
     def filled(form: str, part: Mapping[str, Any]) -> str:
         try:
             return form.format_map(part)
         except (KeyError, TypeError):  # a TypeError if the value is None
-            return missing
+            return "-"
 
     headers, forms = zip(*(column.split(": ", 1) for column in columns.split(" | ")), strict=True)
     lines = [headers, *([filled(form, part) for form in forms] for part in map(shown, parts))]

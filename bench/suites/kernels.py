@@ -17,7 +17,6 @@ from ..common.models import MODELS
 from ..common.suite import Suite
 
 ARCHITECTURES = ("80", "90", "100")
-EVERY = "All shapes and all tiles that there are to choose from: some 20 minutes."
 ROW = "{:<28}{:>4}{:>11}{:>9}{:>9}  {}"
 LARGE, SMALL = ("afhq", "imagenet"), ("small", "wide heads", "volume-preserving")
 SHAPES = {name: MODELS[name].block_shape for name in (*LARGE, *SMALL)}
@@ -72,7 +71,7 @@ class KernelsSuite(Suite):
     options = (
         options.several("--arch", type=ARCHITECTURES, default=ARCHITECTURES, help="Compute capabilities"),
         options.option("--only", type=click.Choice(["triton", "cuda"]), help="The kernels of one engine."),
-        options.option("--every", is_flag=True, help=EVERY),
+        options.option("--every", is_flag=True, help="All shapes and all tiles: some 20 minutes."),
     )
 
     def run(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import click
@@ -81,19 +82,15 @@ class Peers(Suite):
 
     def cases(self) -> list[Case]:
         """Returns every case that was chosen, each once."""
-
-        def case(config: str, batch: int, dtype: str, guidance: float) -> Case:
-            work = inverse_work(SIZES[config], batch, guided=guidance > 0, itemsize=DTYPES[dtype].itemsize)
-            label = {"model": config, "batch": batch, self.varies: dtype if self.varies == "dtype" else guidance}
-            return Case(label, SIZES[config], work, dtype)
-
-        return [
-            case(config, batch, dtype, guidance)
-            for config in dict.fromkeys(self.chosen.configs)
-            for guidance in (SCALES.get(config, (0.0,)) if self.varies == "guidance" else (0.0,))
-            for dtype in dict.fromkeys(self.chosen.dtypes)
-            for batch in dict.fromkeys(self.chosen.batches or BATCHES[config])
-        ]
+        found, dtypes = [], dict.fromkeys(self.chosen.dtypes)
+        for config in dict.fromkeys(self.chosen.configs):
+            scales = SCALES.get(config, (0.0,)) if self.varies == "guidance" else (0.0,)
+            batches = dict.fromkeys(self.chosen.batches or BATCHES[config])
+            for guidance, dtype, batch in itertools.product(scales, dtypes, batches):
+                work = inverse_work(SIZES[config], batch, guided=guidance > 0, itemsize=DTYPES[dtype].itemsize)
+                label = {"model": config, "batch": batch, self.varies: dtype if self.varies == "dtype" else guidance}
+                found.append(Case(label, SIZES[config], work, dtype))
+        return found
 
     def measure(self, case: Case) -> Any:
         seed, dtype = self.chosen.seed, DTYPES[case.dtype]

@@ -139,7 +139,7 @@ CASE = Case({"task": "sample", "threads": 1}, threads=1)
 
 
 def measured(task: Callable[[], torch.Tensor], repeat: int = 4, tolerance: float = 0.0) -> Any:
-    return load.measure(CASE, task, tolerance, 3, 2, Rounds(repeat, 1e9, timer=load.own_time))
+    return load.measure(CASE, task, tolerance, 3, 2, Rounds(repeat, 1e9))
 
 
 @pytest.fixture

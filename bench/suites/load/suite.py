@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,18 @@ def beside(count: int, calls: int, task: Callable[[], Tensor]) -> tuple[float, T
         return harness.wall(lambda: found.extend(task() for _ in range(calls))) / calls, found[0]
 
 
-def own_time(run: Callable[[], Any]) -> float:
-    """Returns the seconds that `run` says itself."""
-    return float(run()[0])
-
-
 def measure(case: Case, task: Callable[[], Tensor], tolerance: float, busy: int, available: int, rounds: Rounds) -> Any:
-    """Returns a cell. available: cores. rounds: timed by `own_time`. fair: `fair_slowdown`. The busy run has a
-    "slowdown" beside its ratio: busy / quiet, round by round."""
+    """Returns a cell. available: cores. fair: `fair_slowdown`. The busy run has a "slowdown" beside its ratio: busy /
+    quiet, round by round."""
+
+    def told(run: Callable[[], Any]) -> float:
+        return float(run()[0])
+
     task()
     calls = math.ceil(SAMPLE / harness.wall(task))
     candidates = {name: functools.partial(beside, n, calls, task) for name, n in (("quiet", 0), ("busy", busy))}
-    cell = harness.measure_cell(case, harness.ready(candidates), rounds, tolerance=tolerance, view=itemgetter(1))
+    how: dict[str, Any] = {"tolerance": tolerance, "view": itemgetter(1)}
+    cell = harness.measure_cell(case, harness.ready(candidates), replace(rounds, timer=told), **how)
     for run in cell["runs"][1:]:
         run["slowdown"] = harness.ratio(run["seconds"], cell["runs"][0]["seconds"])
     return {**cell, "fair": fair_slowdown(case.label["threads"], busy, available)}
@@ -118,9 +119,8 @@ class Load(Suite):
 
     def measure(self, case: Case) -> Any:
         task, tolerance = TASKS[case.label["task"]]
-        rounds = Rounds(self.chosen.repeat, self.chosen.budget_seconds, timer=own_time)
         with torch_threads(case.threads):
-            return measure(case, functools.partial(task, self.tasks), tolerance, self.chosen.busy, cores(), rounds)
+            return measure(case, functools.partial(task, self.tasks), tolerance, self.chosen.busy, cores(), self.rounds)
 
     def lines(self, record: Any) -> list[str]:
         settings, rows = record["settings"], [(cell, _row(cell)) for cell in record["cells"]]

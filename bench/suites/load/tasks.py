@@ -78,8 +78,7 @@ class Tasks:
 
 
 EXACT = 2e-5  # what two implementations of fp32 may differ by, and so quiet and busy ones too
-# By default the command takes the solver that is the quickest at the time, within what that one's tolerance allows.
-QUICKEST = ADAPTIVE_BOUND * TOL[torch.float32]
+QUICKEST = ADAPTIVE_BOUND * TOL[torch.float32]  # the command takes the solver that is the quickest at the time
 TASKS: dict[str, tuple[Callable[[Tasks], Tensor], float]] = {
     "sample": (Tasks.sample, EXACT),
     "denoise": (Tasks.denoise, EXACT),

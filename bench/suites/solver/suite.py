@@ -26,8 +26,7 @@ from ...common.suite import Suite
 from ...common.table import table
 from .baselines import gs_jacobi, jacobi
 
-TOLS = (1e-2, 1e-3, 1e-4)
-PUBLISHED_THRESHOLD = 0.5
+TOLS, PUBLISHED_THRESHOLD = (1e-2, 1e-3, 1e-4), 0.5
 BASELINE, PROMISED = "sequential", f"adaptive {TOLS[1]:g}"
 FINAL = 1e-3  # a token is final if it is this near to the sequential one
 COLUMNS = (
@@ -40,12 +39,10 @@ SHOWN = {  # colour and width, from the slowest on
     "adaptive 0.0001": ("#1f4f94", 1.6),
     "adaptive 0.001": ("#63aee8", 1.6),
 }
-Solve = functools.partial[Solution]
-"""A solver with its settings, which the record has."""
 
 
-def candidates(segments: int, gs_passes: int) -> dict[str, Solve]:
-    """Returns the baseline and then the others, by name."""
+def candidates(segments: int, gs_passes: int) -> dict[str, functools.partial[Solution]]:
+    """Returns the baseline and then the others, by name, with their settings, which the record has."""
     return {
         BASELINE: functools.partial(sequential),
         **{f"adaptive {tol:g}": functools.partial(adaptive, tol=tol) for tol in TOLS},
@@ -83,7 +80,7 @@ class Problem:
         return int(((x - self.wanted).abs().amax(-1) <= FINAL).cumprod(1).sum(1).min())
 
 
-def examine(problem: Problem, solve: Solve) -> dict[str, Any]:
+def examine(problem: Problem, solve: Any) -> dict[str, Any]:
     """Returns what a run tells beside times and errors. final: of the state before the first pass and after each
     (`Problem.final`). evaluations: for each image."""
     state = problem.begin()
@@ -108,11 +105,11 @@ def jacobi_errors(problem: Problem) -> list[float]:
     return errors
 
 
-def measure(problem: Problem, candidates: Mapping[str, Solve], rounds: Rounds) -> dict[str, Any]:
+def measure(problem: Problem, candidates: Mapping[str, Any], rounds: Rounds) -> dict[str, Any]:
     """Returns one of the record's "cells". A run of adaptive's has "jacobi_evaluations": what all-Jacobi evaluates
     until its error is no larger. Adaptive is held to BOUND · tol, the published ones to nothing but numbers."""
 
-    def solved(solve: Solve) -> Tensor:
+    def solved(solve: Any) -> Tensor:
         state = problem.begin()
         solve(problem.engine, state)
         return state.x
