@@ -34,9 +34,7 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(
-    cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
-)
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
     """Measure tarflow_fast against its peers and against the machine's own limits.
 
@@ -46,17 +44,9 @@ def main() -> None:
 
     A run leaves one JSON file with every sample, the machine, the versions and the commit, and a PNG drawn from
     it; a table is printed. Use an idle machine: a second process on the same cores spoils both sides unevenly.
-
-    \b
     Exit codes: 0 done, 1 a check or the run failed, 2 wrong usage.
 
-    \b
-    Examples:
-      git clone https://github.com/apple/ml-tarflow ../ml-tarflow
-      python -m bench peers --ml-tarflow ../ml-tarflow --config small --batch 1 --repeat 9
-      python -m bench gpu --ml-tarflow ../ml-tarflow
-      python -m bench solver --batch 16
-      python -m bench show bench/results/NAME.json
+    Example: python -m bench peers --ml-tarflow PATH, with PATH a checkout of github.com/apple/ml-tarflow.
     """
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import tarflow_fast
 from bench.__main__ import main
-from bench.common import limits, models
+from bench.common import limits
 from bench.common.harness import TOLERANCE
+from bench.suites import density
 from tarflow_fast import TarFlow
 
 STAND_IN = """
@@ -71,7 +72,7 @@ def wrong_density(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
         right = tarflow_fast.denoise(model, images, y, backend=backend, **how)
         return right + (error if backend == "cpu" else 0.0)
 
-    monkeypatch.setattr(models, "denoise", denoise)
+    monkeypatch.setattr(density, "denoise", denoise)
 
 
 def bench(*arguments: str | Path | int) -> Result:

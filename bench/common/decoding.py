@@ -8,21 +8,16 @@ import numpy as np
 from PIL import Image
 
 
-def row_sum(pixels: np.ndarray) -> int:
-    """Returns the sum of the upper row of a picture (ch, H, W), which tells it from others in next to no time."""
-    return int(pixels[:, 0].sum(dtype=np.int64))
-
-
 def decode(paths: list[str]) -> list[int]:
-    """Returns the sums of pictures that are read as short as that can be written."""
+    """Returns the sum of the upper row of each picture (ch, H, W), read as short as that can be written."""
     found = []
     for path in paths:
         with Image.open(path) as file:
-            found.append(row_sum(np.asarray(file).transpose(2, 0, 1)))
+            found.append(int(np.asarray(file).transpose(2, 0, 1)[:, 0].sum(dtype=np.int64)))
     return found
 
 
 def decode_all(pool: Any, paths: list[str], in_a_task: int) -> list[int]:
-    """Returns the sums of pictures that the workers of a pool read, so many in a task."""
+    """Returns these sums of pictures that the workers of a pool read, so many in a task: they tell pictures apart."""
     tasks = [paths[i : i + in_a_task] for i in range(0, len(paths), in_a_task)]
     return [each for part in pool.map(decode, tasks) for each in part]

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from tarflow_fast import TarFlowConfig
-
+from .harness import Case
 from .limits import fastest
-from .record import values
+from .record import title
 
 
 def product_rate(rows: int, k: int, columns: int, dtype: torch.dtype) -> float:
@@ -19,12 +18,13 @@ def product_rate(rows: int, k: int, columns: int, dtype: torch.dtype) -> float:
     return 2 * rows * k * columns / fastest(*products)
 
 
-def limit(config: TarFlowConfig, rows: int, dtype: torch.dtype) -> dict[str, float]:
+def limit(case: Case, dtype: torch.dtype) -> dict[str, float]:
     """Returns a cell's "gemm": the seconds that the products of all layers take at torch's rates, and their rate.
 
-    rows: those of a step, which multiply qkv (C, 3C), proj (C, C) and the MLP's (C, 4C) and (4C, C).
+    A step's rows multiply qkv (C, 3C), proj (C, C) and the MLP's (C, 4C) and (4C, C).
     """
-    C, steps = config.channels, config.num_blocks * (config.num_patches - 1) * config.layers_per_block
+    sizes, rows = case.sizes, case.label["batch"]
+    C, steps = sizes.channels, sizes.num_blocks * (sizes.num_patches - 1) * sizes.layers_per_block
     shapes = ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C))
     flops = [2 * rows * k * columns for k, columns in shapes]
     seconds = sum(each / product_rate(rows, *shape, dtype) for each, shape in zip(flops, shapes, strict=True))
@@ -33,11 +33,12 @@ def limit(config: TarFlowConfig, rows: int, dtype: torch.dtype) -> dict[str, flo
 
 def table(record: Any) -> list[str]:
     """Returns a line for each cell of a record that has this limit, of the runs' share of it; none if no cell has."""
-    found = [cell for cell in record["cells"] if "gemm" in cell]
-    lines = [
-        f"torch's products, {values(cell)}: {cell['gemm']['seconds']:.4g} s at "
-        f"{cell['gemm']['flops_per_second'] / 1e9:.1f} GFLOP/s; "
-        + ", ".join(f"{run['name']} {cell['gemm']['seconds'] / run['median']:.1%}" for run in cell["runs"])
-        for cell in found
-    ]
-    return ["", *lines] if lines else []
+    lines = [""]
+    for cell in record["cells"]:
+        if "gemm" in cell:
+            seconds, rate = cell["gemm"]["seconds"], cell["gemm"]["flops_per_second"]
+            shares = ", ".join(f"{run['name']} {seconds / run['median']:.1%}" for run in cell["runs"])
+            lines.append(
+                f"torch's products, {title(cell['label'])}: {seconds:.4g} s at {rate / 1e9:.1f} GFLOP/s; {shares}"
+            )
+    return lines if len(lines) > 1 else []

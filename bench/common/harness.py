@@ -19,7 +19,7 @@ from .roofline import Work
 
 Timer = Callable[[Callable[[], object]], float]
 """Runs a function once and returns how many seconds it took."""
-Candidate = Callable[[], Callable[[], Tensor]]
+Candidate = Callable[[], Callable[[], Any]]
 """Makes the function to be timed (which packs weights, say), whose result is the one that is checked."""
 
 REST = 0.03  # seconds before each run: OpenMP threads of the candidate before spin on for some milliseconds
@@ -95,12 +95,6 @@ class Rounds:
             longest = max(longest, self.clock() - round_started)
         return samples
 
-    def warm(self, candidates: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Returns what `alternate` does of candidates that have not run before."""
-        for run in candidates.values():
-            run()
-        return self.alternate(candidates)
-
 
 def spread(values: Sequence[float]) -> Spread:
     """Returns the median, the 20th and the 80th percentile, interpolated linearly."""
@@ -109,10 +103,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(baseline: Sequence[float], ours: Sequence[float]) -> Spread:
-    """Returns baseline / ours, round by round: how many times faster ours was; drift of the machine cancels.
-
-    One of the two may have been too slow to be run again: its one sample is set against every round of the other.
-    """
+    """Returns baseline / ours, round by round: how many times faster ours was; drift of the machine cancels. One of the
+    two may have been too slow to be run again: its one sample is set against every round of the other."""
     baseline = list(baseline) * len(ours) if len(baseline) == 1 else baseline
     ours = list(ours) * len(baseline) if len(ours) == 1 else ours
     ratios = [a / b for a, b in zip(baseline, ours, strict=True)]
@@ -135,14 +127,18 @@ def runs_of(samples: Mapping[str, list[float]], work: Work | None = None) -> lis
     return runs
 
 
+def ready(runs: Mapping[str, Callable[[], Any]]) -> dict[str, Candidate]:
+    """Returns candidates that need no making."""
+    return {name: lambda run=run: run for name, run in runs.items()}  # type: ignore[misc]
+
+
 @dataclass
 class Trial:
-    """The first run of a candidate. run: the candidate, warm, if it passed. first_seconds has what making it took, and
-    run_seconds has not. error: the largest difference from the exact result, None where there is no number."""
+    """The first run of a candidate, and its seconds. run: the candidate, warm, if it passed. error: the largest
+    difference from the exact result, None where there is no number."""
 
-    run: Callable[[], Tensor] | None = None
-    first_seconds: float = 0.0
-    run_seconds: float = 0.0
+    run: Callable[[], Any] | None = None
+    seconds: float = 0.0
     error: float | None = None
     reason: str | None = None
     result: Tensor | None = None
@@ -154,38 +150,32 @@ def in_a_line(error: Exception) -> str:
 
 
 def admit(make: Candidate, exact: Tensor | None, allowed: float, timer: Timer = wall, view: Any = lambda x: x) -> Trial:
-    """Makes a candidate and runs it once; it passes if it is finite and max |view(result) − exact| ≤ allowed.
+    """Makes a candidate and runs it once; it passes if it is finite and max |view(result) − exact| ≤ allowed. exact:
+    None for a candidate that is what others are compared with."""
+    trial, found = Trial(), list[Any]()
 
-    exact: None for a candidate that is what others are compared with.
-    """
-    trial, found, started = Trial(), [], time.perf_counter()
+    def once() -> Any:
+        found.append(run())
+        return found[0]
+
     try:
         run = make()
-        trial.run_seconds = timer(lambda: found.append(run()))
-        trial.result = view(found[0])
+        trial.seconds = timer(once)
+        trial.result = result = view(found[0])
     except Exception as error:  # whatever stops one candidate must not cost the others their minutes on the machine
         trial.reason = in_a_line(error)
-    trial.first_seconds = time.perf_counter() - started
-    if trial.result is not None:
-        trial.error, trial.reason = difference(trial.result, trial.result if exact is None else exact, allowed)
+        return trial
+    exact = result if exact is None else exact
+    if result.shape != exact.shape:
+        trial.reason = f"shape {tuple(result.shape)}, not {tuple(exact.shape)}"
+    elif not torch.isfinite(result).all():
+        trial.reason = "not finite"
+    else:
+        trial.error = float((result - exact).abs().max())
+        if trial.error > allowed:
+            trial.reason = f"differs by {trial.error:.1e}, more than {allowed:.1e}"
     trial.run = run if trial.reason is None else None
     return trial
-
-
-def difference(result: Tensor, exact: Tensor, allowed: float) -> tuple[float | None, str | None]:
-    """Returns max |result − exact|, None where that is no number, and what is wrong with it, None if it is allowed."""
-    if result.shape != exact.shape:
-        return None, f"shape {tuple(result.shape)}, not {tuple(exact.shape)}"
-    if not torch.isfinite(result).all():
-        return None, "not finite"
-    error = float((result - exact).abs().max())
-    return error, None if error <= allowed else f"differs by {error:.1e}, more than {allowed:.1e}"
-
-
-def half_tolerance(error: float, exact: Tensor, dtype: torch.dtype) -> float:
-    """Returns what results in a half precision may be off by: twice the yardstick's own error, as two results may be
-    that are both as far off, and half a unit of the dtype."""
-    return 2 * error + 0.5 * torch.finfo(dtype).eps * float(exact.abs().max())
 
 
 def admit_all(
@@ -199,8 +189,9 @@ def admit_all(
 ) -> tuple[dict[str, Trial], Check]:
     """Returns the first run of every candidate, and the verdict on all of them.
 
-    exact: by default the first candidate's result. yardstick: a candidate's name and dtype; the tolerance is then its
-    `half_tolerance`. slack: the factor by which one may exceed the tolerance. how: the timer and the view of `admit`.
+    exact: by default the first candidate's result. yardstick: a candidate's name and half precision; the tolerance is
+    then twice its own error, as two results may be that are both as far off, and half a unit of the dtype. slack: the
+    factor by which one may exceed the tolerance. how: the timer and the view of `admit`.
     """
     trials: dict[str, Trial | None] = dict.fromkeys(candidates)
     if exact is None:
@@ -210,26 +201,25 @@ def admit_all(
     if yardstick is not None and exact is not None:
         name, dtype = yardstick
         trials[name] = found = trials[name] or admit(candidates[name], exact, math.inf, **how)
-        tolerance = half_tolerance(found.error or 0.0, exact, dtype)
+        tolerance = 2 * (found.error or 0.0) + 0.5 * torch.finfo(dtype).eps * float(exact.abs().max())
     made = {
         name: trial or admit(candidates[name], exact, slack.get(name, 1.0) * tolerance, **how)
         for name, trial in trials.items()
     }
     errors = [math.nan if trial.error is None else trial.error for trial in made.values()]
     worst = max(errors) if all(map(math.isfinite, errors)) else None
-    return made, check_of(left_out(made), worst, tolerance)
+    failed = "; ".join(f"{out['name']}: {out['reason']}" for out in left_out(made)) or None
+    return made, check_of(failed, worst, tolerance)
 
 
-def left_out(trials: Mapping[str, Any]) -> list[dict[str, Any]]:
+def left_out(trials: Mapping[str, Trial]) -> list[dict[str, Any]]:
     """Returns the candidates that have a reason not to be timed."""
     return [{"name": name, "reason": each.reason} for name, each in trials.items() if each.reason is not None]
 
 
-def check_of(failed: Any, error: float | None = None, tolerance: float | None = None) -> Check:
-    """Returns a check. failed: what is wrong, None if nothing is; or the candidates that are left out."""
-    if isinstance(failed, list):
-        failed = "; ".join(f"{out['name']}: {out['reason']}" for out in failed) or None
-    return {"passed": failed is None, "max_error": error, "tolerance": tolerance, "reason": failed}
+def check_of(reason: str | None, error: float | None = None, tolerance: float | None = None) -> Check:
+    """Returns a check. reason: what is wrong, None if nothing is."""
+    return {"passed": reason is None, "max_error": error, "tolerance": tolerance, "reason": reason}
 
 
 def measure_cell(
@@ -237,34 +227,31 @@ def measure_cell(
     candidates: Mapping[str, Candidate],
     rounds: Rounds,
     *,
-    all_or_none: bool = True,
     once: Mapping[str, float] = MappingProxyType({}),
     parts: Mapping[str, float] = MappingProxyType({}),
     **how: Any,
 ) -> Any:
-    """Returns the cell of a case, which has a label, a model's sizes, and work. candidates: the baseline first.
-
-    all_or_none: nothing is timed if one candidate fails; else the others are, unless it is the baseline. once: the
-    share of the budget beyond which a candidate is not run again. parts: the share of the case's work that a candidate
-    does, where that is not all; its times are scaled by it, and its run has the "part". how: see `admit_all`.
-    """
+    """Returns the cell of a case. candidates: the baseline first; what is right is timed if the baseline and another
+    one are. once: the share of the budget beyond which a candidate is not run again. parts: the share of the case's
+    work that a candidate does, where that is not all; its times are scaled by it, and its run has the "part". how: see
+    `admit_all`."""
     trials, check = admit_all(candidates, timer=rounds.seconds, **how)
-    baseline = next(iter(candidates))
     warm = {name: trial.run for name, trial in trials.items() if trial.run is not None}
     samples: dict[str, list[float]] = {}
-    if baseline in warm and (check["passed"] or not all_or_none):
-        slow = [name for name in warm if trials[name].run_seconds > once.get(name, math.inf) * rounds.budget]
-        samples = {name: [trials[name].run_seconds] for name in warm}
+    if next(iter(candidates)) in warm and len(warm) > 1:
+        slow = [name for name in warm if trials[name].seconds > once.get(name, math.inf) * rounds.budget]
+        samples = {name: [trials[name].seconds] for name in warm}
         samples |= rounds.alternate({name: run for name, run in warm.items() if name not in slow})
         samples |= {name: [each / part for each in samples[name]] for name, part in parts.items() if name in samples}
     runs = runs_of(samples, case.work)
     for run in runs:
         run |= {"part": parts[run["name"]]} if run["name"] in parts else {}
-        run["first_seconds"], run["max_error"] = trials[run["name"]].first_seconds, trials[run["name"]].error
+        run["max_error"] = trials[run["name"]].error
     return {**unmeasured(case, check), "left_out": left_out(trials), "runs": runs}
 
 
-def unmeasured(case: Any, check: Check) -> Any:
+def unmeasured(case: Case, check: Check) -> Any:
     """Returns a cell without runs."""
-    head = {"label": case.label, "sizes": case.sizes.to_dict(), "check": check, "work": case.work._asdict()}
-    return {**head, "left_out": [], "runs": []}
+    found = {"label": case.label, "check": check, "left_out": [], "runs": []}
+    more = {"sizes": case.sizes and case.sizes.to_dict(), "work": case.work and case.work._asdict()}
+    return {**found, **{name: value for name, value in more.items() if value is not None}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +11,14 @@ import torch
 from tarflow_fast.devices import torch_threads
 
 from . import roofline
-from .harness import timer_of
+from .harness import Case, timer_of
 from .machine import CPU
 from .models import DTYPES
 from .record import Limits
 
-MATRIX_SIZE = 2048
-GPU_MATRIX_SIZE = 8192
+MATRIX_SIZE, GPU_MATRIX_SIZE = 2048, 8192
 LARGE_BYTES = 512 * 2**20  # beyond every cache
-SECONDS = 0.5  # spent on each measurement
+SECONDS = 0.2  # spent on each measurement, of which each case has its own
 ROW = 1024  # columns of the matrix that a read test multiplies
 RATE, READ, COPY = "matrix_flops_per_second", "read_bandwidth", "copy_bandwidth"
 
@@ -36,10 +35,8 @@ def fastest(*runs: Callable[[], object], device: torch.device = CPU) -> float:
 
 
 def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> float:
-    """Returns the operations per second of a large product, 2·n³ / seconds with torch's threads.
-
-    On a CPU the best of torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors.
-    """
+    """Returns the operations per second of a large product, 2·n³ / seconds with torch's threads; on a CPU the best of
+    torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors."""
     n = MATRIX_SIZE if device.type == "cpu" else GPU_MATRIX_SIZE
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     products: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
@@ -50,11 +47,9 @@ def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) 
 
 
 def read_bandwidth(size: int) -> float:
-    """Returns the bytes per second at which a buffer of about `size` bytes, >= 4·ROW, is read over and over.
-
-    The best of its sums as fp32 and as fp64 values and of its product, as a (rows, ROW) matrix, with a vector: which
-    one a processor is fastest at depends on the cache that they fit in, by factors.
-    """
+    """Returns the bytes per second at which a buffer of `size` bytes, >= 4·ROW, is read over and over: the best of its
+    sums as fp32 and as fp64 values and of its product, as a (rows, ROW) matrix, with a vector. Which one a processor is
+    fastest at depends on the cache that they fit in, by factors."""
     rows = size // (4 * ROW)
     matrix, vector = torch.ones(rows, ROW), torch.ones(ROW)
     return 4 * rows * ROW / fastest(matrix.sum, matrix.view(torch.float64).sum, lambda: torch.mv(matrix, vector))
@@ -69,66 +64,38 @@ def measure_gpu(device: torch.device) -> Limits:
     return {RATE: matrix_rate(torch.bfloat16, device), COPY: [{"bytes": size, "bytes_per_second": rate}]}
 
 
-def measure(sizes: Iterable[int]) -> Limits:
-    """Returns the limits of this CPU. sizes: bytes at which the read bandwidth is wanted beside LARGE_BYTES."""
-    every = sorted({*sizes, LARGE_BYTES})
-    return {RATE: matrix_rate(), READ: [{"bytes": size, "bytes_per_second": read_bandwidth(size)} for size in every]}
+def _names(case: Case) -> tuple[str, str]:
+    threads = case.threads or torch.get_num_threads()
+    return f"{case.dtype}_flops_per_second_{threads}", f"{READ}_{threads}"
 
 
-def _names(case: Any) -> tuple[str, str]:
-    """Returns the names in a record of a case's matrix rate and read bandwidth; a case without threads has torch's."""
-    dtype, threads = getattr(case, "dtype", "float32"), getattr(case, "threads", None)
-    if threads is None:
-        return RATE if dtype == "float32" else f"bf16_{RATE}", READ
-    return f"{dtype}_flops_per_second_{threads}", f"{READ}_{threads}"
-
-
-def of_cases(cases: Iterable[Any]) -> Limits:
-    """Returns the limits of this CPU for cases, which have a dtype, threads and work; and those of fp32 with the last
-    number of threads, for the table."""
-    cases, last, found = list(cases), Limits(), Limits()
-    for threads in dict.fromkeys(case.threads for case in cases):
-        here = [case for case in cases if case.threads == threads]
-        with torch_threads(threads):
-            last = measure(size for case in here for size in (case.work.weight_bytes, case.work.working_set))
-            for dtype, (rate, read) in {case.dtype: _names(case) for case in here}.items():
-                found |= {rate: last[RATE] if dtype == "float32" else matrix_rate(DTYPES[dtype]), read: last[READ]}
-    return {**last, **found}
-
-
-def again(case: Any, found: Limits) -> Limits:
-    """Returns a CPU's limits with the case's matrix rate measured once more, after it; a GPU's as they are."""
-    if READ not in found:
-        return found
+def measure(case: Case) -> Limits:
+    """Returns what a case is held to on a CPU: the matrix rate of its dtype, and the bandwidth at its working set."""
+    (rate, read), size = _names(case), case.work.working_set
     with torch_threads(case.threads):
-        measured, same = matrix_rate(DTYPES[case.dtype]), found[_names(case)[0]]
-    return best(found, {name: measured for name, rate in found.items() if rate == same})
+        entry = {"bytes": size, "bytes_per_second": read_bandwidth(size)}
+        return {rate: matrix_rate(DTYPES[case.dtype]), read: [entry]}
 
 
 def best(first: Limits, second: Limits) -> Limits:
-    """Returns the higher of each rate of two measurements, of which the second may lack some: neighbours on a shared
-    machine come and go, and a limit that was taken in a bad minute would be no limit."""
+    """Returns the higher of each rate of two measurements, by size where it has one: neighbours on a shared machine
+    come and go, and a limit that was taken in a bad minute would be no limit."""
 
     def higher(one: Any, other: Any) -> Any:
         if not isinstance(one, list):
             return max(one, other)
-        return [max(pair, key=lambda entry: entry["bytes_per_second"]) for pair in zip(one, other, strict=True)]
+        ranked = sorted([*one, *other], key=lambda entry: (entry["bytes"], entry["bytes_per_second"]))
+        return list({entry["bytes"]: entry for entry in ranked}.values())
 
-    return {name: higher(rate, second.get(name, rate)) for name, rate in first.items()}
-
-
-def bandwidth(limits: Limits, size: int, name: str = READ) -> float:
-    """Returns a GPU's copy bandwidth, or a CPU's read bandwidth at exactly this size, else raises KeyError."""
-    if COPY in limits:
-        return float(limits[COPY][0]["bytes_per_second"])
-    return {entry["bytes"]: float(entry["bytes_per_second"]) for entry in limits[name]}[size]
+    return {**first, **{name: higher(first.get(name, rate), rate) for name, rate in second.items()}}
 
 
-def hold_to_limit(cell: Any, limits: Limits, case: Any = None) -> None:
+def hold(cell: Any, limits: Limits, case: Case) -> None:
     """Gives a cell its "limit", and each of its runs the share of it."""
-    (rate, read), work = _names(case), roofline.Work(**cell["work"])
-    reached = bandwidth(limits, work.working_set, read)
-    seconds, by = roofline.limit(work, limits[rate], reached)
+    rate, read = (RATE, COPY) if COPY in limits else _names(case)
+    sizes = {entry["bytes"]: entry["bytes_per_second"] for entry in limits[read]}
+    reached = max(sizes.values()) if read == COPY else sizes[case.work.working_set]
+    seconds, by = roofline.limit(case.work, limits[rate], reached)
     cell["limit"] = {"seconds": seconds, "by": by, "bytes_per_second": reached}
     for run in cell["runs"]:
         run["fraction_of_limit"] = seconds / run["median"]

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy
 import psutil
 import torch
 
@@ -61,7 +60,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     others than the bench wanted a core, times are suspect."""
     found = {
         "cpu": cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -69,21 +67,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         "os": system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
         "tarflow_fast": version("tarflow_fast"),
         **commit(),
     }
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         query = ("nvidia-smi", f"--id=GPU-{gpu.uuid}", "--query-gpu=driver_version", "--format=csv,noheader")
-        found |= {"triton": version("triton")}
-        found["gpu"] = {
-            "name": gpu.name,
-            "compute_capability": f"{gpu.major}.{gpu.minor}",
-            "multiprocessors": gpu.multi_processor_count,
-            "memory_gib": round(gpu.total_memory / 2**30, 1),
-            "l2_mib": round(gpu.L2_cache_size / 2**20, 1),
-            "driver": _output(*query),
-            "cuda": torch.version.cuda,
-        }
+        found |= {"triton": version("triton"), "cuda": torch.version.cuda, "driver": _output(*query)}
+        found["gpu"] = {"name": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}"}
     return found

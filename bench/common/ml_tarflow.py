@@ -28,12 +28,14 @@ class MlTarflow:
     sha256: str
 
     @classmethod
-    def load(cls, checkout: Path) -> MlTarflow:
-        """Imports `checkout`/transformer_flow.py. Raises click.BadParameter if that is not ml-tarflow's."""
+    def load(cls, checkout: Path | None) -> MlTarflow:
+        """Imports `checkout`/transformer_flow.py. Raises click.UsageError if that is not ml-tarflow's."""
 
         def refused(why: str) -> click.BadParameter:
             return click.BadParameter(why, param_hint="'--ml-tarflow'")
 
+        if checkout is None:
+            raise click.UsageError("Missing option '--ml-tarflow'.")
         path, name = checkout / FILE, "ml_tarflow_transformer_flow"
         if not path.is_file():
             raise refused(f"not a checkout of ml-tarflow: there is no {FILE} in it")
@@ -41,18 +43,15 @@ class MlTarflow:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
         try:
             spec.loader.exec_module(module)
+            _ = module.Model.reverse
         except Exception as error:  # someone else's code: whatever it raises is the message
-            raise refused(f"its {FILE} cannot be imported: {error!r}") from error
-        if not hasattr(getattr(module, "Model", None), "reverse"):
-            raise refused(f"not a checkout of ml-tarflow: its {FILE} has no class Model with a reverse")
+            said = f"its {FILE} cannot be imported, or has no class Model with a reverse: {error!r}"
+            raise refused(said) from error
         return cls(module, hashlib.sha256(path.read_bytes()).hexdigest())
 
     def model(self, config: TarFlowConfig, weights: dict[str, Tensor]) -> Any:
         """Returns its Model of these sizes with these weights, in eval mode. Its heads always have 64 channels."""
-        sizes = config.to_dict()
-        if sizes.pop("head_dim") != 64:
-            raise ValueError("the published model has heads of 64 channels only")
-        model = self.module.Model(**sizes)
+        model = self.module.Model(**{name: size for name, size in config.to_dict().items() if name != "head_dim"})
         model.load_state_dict(weights)
         return model.eval()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_fast import Sampler, TarFlow, TarFlowConfig, denoise
+from tarflow_fast import Sampler, TarFlow, TarFlowConfig
 from tarflow_fast.sampling.noise import latent_noise
 
 from .machine import CPU
-from .ml_tarflow import MlTarflow, autocast
+from .ml_tarflow import MlTarflow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODELS = {
@@ -32,9 +31,6 @@ DRY = {  # stand-ins for the large ones, of sizes that an interpreter can do
     "afhq": TarFlowConfig(3, 16, 8, 64, 1, 1, num_classes=3),
     "imagenet": TarFlowConfig(3, 6, 2, 64, 1, 2, num_classes=10),
 }
-SHIPPED = "fashion_mnist"
-DENSITIES = ("auto", "cpu", "torch")  # backends of the density pass and of its gradient
-NOISE_STD = 0.1  # of denoising, where a model records none
 COMPILED = "torch compiled"
 
 
@@ -70,10 +66,10 @@ def samplers(
     theirs: MlTarflow | None,
     ours: Mapping[str, str],
     model: TarFlow,
-    inputs: tuple[Tensor, Tensor | None, float],
-    *,
+    inputs: tuple[Any, ...],
     device: torch.device,
     dtype: torch.dtype,
+    *,
     their_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Callable[[], Callable[[], Tensor]]]:
     """Returns the candidates that draw one batch: the published reverse under autocast to their_dtype, and our
@@ -88,27 +84,3 @@ def samplers(
         return functools.partial(Sampler(model, solver="sequential", **how).reverse, *inputs)
 
     return {name: functools.partial(make, name) for name in (baseline, *ours)}
-
-
-def with_density(model: TarFlow, backend: str, threads: int) -> TarFlow:
-    """Returns a copy of the model whose density pass is this backend's. The caller sets torch's threads."""
-    return copy.deepcopy(model).set_density(backend, None if backend == "torch" else threads)
-
-
-def density(
-    operation: str,
-    model: TarFlow,
-    images: Tensor,
-    y: Tensor | None,
-    backend: str,
-    threads: int,
-    dtype: torch.dtype = torch.float32,
-    noise_std: float = NOISE_STD,
-) -> Callable[[], Tensor]:
-    """Returns "denoise" or "log_prob" of images by this backend, ready to be timed. The caller sets torch's threads."""
-    if operation == "log_prob":
-        log_prob = torch.no_grad()(with_density(model, backend, threads).log_prob)
-        return functools.partial(autocast(log_prob, CPU, dtype), images, y)
-    how: dict[str, Any] = {"backend": backend, "threads": None if backend == "torch" else threads}
-    how |= {"noise_std": noise_std, "dtype": None if dtype == torch.float32 else dtype, "batch_size": len(images)}
-    return lambda: denoise(model, images, y, **how)

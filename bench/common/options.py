@@ -14,7 +14,7 @@ from tarflow_fast import TarFlow, load, load_pretrained
 from tarflow_fast.devices import check_device
 
 from .machine import ROOT, cores
-from .models import DTYPES, SHIPPED
+from .models import DTYPES
 
 
 def option(*names: str, **how: Any) -> click.Option:
@@ -33,20 +33,15 @@ def count(name: str, help: str, **how: Any) -> click.Option:
     return option(name, type=click.IntRange(1), help=help, **how)
 
 
-def _every_thread(context: click.Context, parameter: click.Parameter, counts: Sequence[int]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(counts)) or tuple(range(1, cores() + 1))
-
-
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 CHECKPOINT = click.Path(exists=True, dir_okay=False, path_type=Path)
 MODEL: dict[str, Any] = {"type": CHECKPOINT, "metavar": "FILE", "show_default": "the model that ships with the package"}
 MODEL_HELP = "A checkpoint, .pth or .safetensors"
 BUDGET = "Time for timing one cell: slow cells are repeated less often, at least once; the record has the count."
-IMPORTED = "A checkout of ml-tarflow; its transformer_flow.py is imported."
 THREADS = count("--threads", "Threads of every candidate.", show_default="as many as torch takes")
-EVERY: dict[str, Any] = {"callback": _every_thread, "show_default": "every number up to that of the cores"}
+EVERY: dict[str, Any] = {"default": range(1, cores() + 1), "show_default": "every number up to that of the cores"}
 EVERY_THREADS = several("--threads", type=click.IntRange(1, cores()), help="Threads of every candidate", **EVERY)
-CHECKOUT = option("--ml-tarflow", "checkout", required=True, metavar="PATH", type=FOLDER, help=IMPORTED)
+CHECKOUT = option("--ml-tarflow", "checkout", metavar="PATH", type=FOLDER, help="A checkout of ml-tarflow.")
 ENGINE = (
     option("--backend", default="auto", help="The backend of tarflow_fast."),
     option("--device", default="cpu", help="A torch device.", callback=lambda *given: check_device(given[-1])),
@@ -64,7 +59,7 @@ def dtypes(default: Sequence[str] = tuple(DTYPES)) -> click.Option:
 
 def load_model(path: Path | None, device: torch.device) -> tuple[str, TarFlow]:
     """Returns the model that --model has chosen, and its name in records."""
-    return (SHIPPED, load_pretrained(device=device)) if path is None else (path.name, load(path, device=device))
+    return ("fashion_mnist", load_pretrained(device=device)) if path is None else (path.name, load(path, device=device))
 
 
 def of_every_suite(name: str, seconds: float, help: str = BUDGET) -> tuple[click.Option, ...]:

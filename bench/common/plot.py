@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY, RED = "#9a9a9a", "#b00020"
-COLOURS = (GREY, "#1f6fb4", "#e07b1a", "#2f9457", "#8a5fb0", "#b8433f")  # the baseline is grey
+COLOURS = (  # the baseline is grey
+    *(GREY, "#1f6fb4", "#e07b1a", "#2f9457", "#8a5fb0", "#b8433f"),
+    *("#17a2a8", "#d06ba5", "#a3a02a", "#8c564b"),
+)
 
 
 def require_matplotlib() -> None:
@@ -35,63 +38,51 @@ class Bar(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points that the legend names. y: numbers, or spreads, whose points have lines from p20 to p80. how: the style."""
+    """Points that the legend names. how: the style."""
 
     name: str
     x: Sequence[float]
-    y: Sequence[Any]
+    y: Sequence[float]
     how: dict[str, Any]
 
 
 @dataclass
 class Panel:
     """What one panel shows. groups: bars side by side by the name below them; there are none where a check failed.
-    failed: where that is said beside. level: where a grey line is. image: (H, W) or (H, W, 3) of a picture. axes:
-    what `Axes.set` takes."""
+    level: where a grey line is. image: (H, W) or (H, W, 3) of a picture. axes: what `Axes.set` takes."""
 
     title: str = ""
     groups: dict[str, list[Bar]] = field(default_factory=dict)
     series: list[Series] = field(default_factory=list)
-    failed: list[tuple[float, float]] = field(default_factory=list)
     level: float | None = None
     image: Any = None
     axes: dict[str, Any] = field(default_factory=dict)
 
 
-def exactly(value: float) -> Spread:
-    """Returns the spread of what has none."""
-    return {"median": value, "p20": value, "p80": value}
+def _draw_bars(axes: Any, groups: Mapping[str, list[Bar]]) -> None:
+    width = 0.8 / max([1, *map(len, groups.values())])
+    bars: list[tuple[float, Bar]] = []
+    for at, group in enumerate(groups.values()):
+        bars += [(at + (i - (len(group) - 1) / 2) * width, bar) for i, bar in enumerate(group)]
+        if not group:
+            axes.annotate("check\nfailed", (at, 0), (0, 4), textcoords="offset points", ha="center", color=RED)
+    spreads = [bar.spread for _, bar in bars]
+    ends = [[each["median"] - each["p20"] for each in spreads], [each["p80"] - each["median"] for each in spreads]]
+    errors = [[max(end, 0.0) for end in each] for each in ends]  # rounding may be below 0
+    how = {"color": [bar.colour for _, bar in bars], "yerr": errors, "width": 0.92 * width}
+    drawn = axes.bar([place for place, _ in bars], [each["median"] for each in spreads], **how)
+    axes.bar_label(drawn, [bar.text for _, bar in bars], padding=3, fontsize=7)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=9)
+    axes.tick_params(axis="x", length=0)
+    axes.margins(y=0.15)
+    axes.set_ylim(bottom=0)
 
 
-def _lines(spreads: Sequence[Spread]) -> tuple[list[float], list[list[float]]]:
-    """Returns the medians, and how far the percentiles are below and above them."""
-    medians, below = [each["median"] for each in spreads], [each["median"] - each["p20"] for each in spreads]
-    above = [each["p80"] - each["median"] for each in spreads]
-    return medians, [[max(end, 0.0) for end in ends] for ends in (below, above)]  # rounding may be below 0
-
-
-def _draw(axes: Any, panel: Panel, small: int) -> dict[str, Any]:
+def _draw(axes: Any, panel: Panel) -> dict[str, Any]:
     """Draws a panel, and returns what the legend names."""
-    handles: dict[str, Any] = {}
-    for name, x, y, how in panel.series:
-        if y and isinstance(y[0], dict):
-            handles[name] = axes.errorbar(x, *_lines(y), linestyle="", **how)
-        elif y:
-            (handles[name],) = axes.plot(x, y, **how)
-    width = 0.8 / max([1, *map(len, panel.groups.values())])
-    groups = list(enumerate(panel.groups.values()))
-    bars = [(at + (i - (len(group) - 1) / 2) * width, bar) for at, group in groups for i, bar in enumerate(group)]
+    handles = {name: axes.plot(x, y, **how)[0] for name, x, y, how in panel.series if x}
     if panel.groups:
-        heights, errors = _lines([bar.spread for _, bar in bars])
-        how = {"color": [bar.colour for _, bar in bars], "yerr": errors, "width": 0.92 * width}
-        drawn = axes.bar([place for place, _ in bars], heights, **how)
-        axes.bar_label(drawn, [bar.text for _, bar in bars], padding=3, fontsize=small)
-        axes.set_xticks(range(len(groups)), list(panel.groups), fontsize=9)
-        axes.tick_params(axis="x", length=0)
-        axes.margins(y=0.15)
-        axes.set_ylim(bottom=0)
-    for at in [*((at, 0.0) for at, group in groups if not group), *panel.failed]:
-        axes.annotate("check\nfailed", at, (0, 4), textcoords="offset points", ha="center", color=RED)
+        _draw_bars(axes, panel.groups)
     if panel.level is not None:
         axes.axhline(panel.level, color=GREY, linewidth=1.2, zorder=0)
     if panel.image is not None:
@@ -111,16 +102,11 @@ def draw(
     footer: str,
     *,
     names: Mapping[str, str] | None = None,
-    legend_columns: int | None = None,
     ylabel: str = "",
-    small: int = 9,
     **how: Any,
 ) -> Figure:
-    """Returns a picture of panels in rows of `columns`.
-
-    inches: of a panel. footer: small print below. names: a colour for each name in the legend, beside those of series.
-    small: the size of the texts of bars. how: what `Figure.subplots` takes.
-    """
+    """Returns a picture of panels in rows of `columns`. inches: of a panel. footer: small print below. names: a colour
+    for each name in the legend, beside those of series. how: what `Figure.subplots` takes."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -130,7 +116,7 @@ def draw(
     grid = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
     handles: dict[str, Any] = {name: Patch(color=colour) for name, colour in (names or {}).items()}
     for axes, panel in zip(grid, panels, strict=False):
-        handles |= _draw(axes, panel, small)
+        handles |= _draw(axes, panel)
     for axes in grid[len(panels) :]:
         axes.remove()
     figure.supylabel(ylabel, fontsize=10)
@@ -139,25 +125,31 @@ def draw(
     figure.supxlabel("\n".join(lines), fontsize=8, color="#555555")
     if handles:
         needed = sum(0.55 + 0.085 * len(name) for name in handles)  # inches, for all in a row
-        many = legend_columns or max(1, int(len(handles) * min(1.0, figure.get_figwidth() / needed)))
+        many = max(1, int(len(handles) * min(1.0, figure.get_figwidth() / needed)))
         figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=many, frameon=False)
     return figure
 
 
-def cells_figure(record: Any) -> Figure:
-    """Draws the ratio to the baseline above, and the share of the limit below. A cell whose check failed says so."""
-    cells, settings = record["cells"], record["settings"]
-    names = dict.fromkeys(run["name"] for cell in cells for run in cell["runs"])
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    above = Panel(level=1, axes={"ylabel": f"times faster than {settings['baseline']}"})
-    below = Panel(axes={"ylabel": "% of the machine's limit"})
-    for cell in cells:
-        ratios, shares = (panel.groups.setdefault(title(cell["label"], "\n"), []) for panel in (above, below))
-        for run in cell["runs"]:
-            share, colour = 100 * run["fraction_of_limit"], colours[run["name"]]
-            shares.append(Bar(colour, f"{share:.1f}", exactly(share)))
-            if "ratio" in run:
-                ratios.append(Bar(colour, f"{run['ratio']['median']:.2f}×", run["ratio"]))
-    size, versions = (max(5.7, 1.4 * len(cells) + 0.8), 3.0), f"{settings['dtype']}, torch {record['machine']['torch']}"
-    footer = f"{hardware(record)}, {versions}; median, line from p20 to p80"
-    return draw([above, below], 1, size, footer, names=colours, sharex=True, height_ratios=[3, 2])
+def bars(record: Any, by_panel: Sequence[str], by_group: Sequence[str], ylabel: str, what: str = "ratio") -> Figure:
+    """Draws bars of the ratio to the baseline, with the share of the limit written below it, if there is one.
+
+    by_panel, by_group: columns of labels, whose values say which panel a cell is in, and which group of bars; the run's
+    name and other columns give a bar its colour. what: the spread of a run that is shown, where it has one.
+    """
+    panels, colours = dict[str, Panel](), dict[str, str]()
+    runs = [(cell, run) for cell in record["cells"] for run in cell["runs"] if what in run]
+    several = len({run["name"] for _, run in runs}) > 1
+    for cell in record["cells"]:
+        rest = dict(cell["label"])
+        name, group = (title({each: rest.pop(each) for each in by}) for by in (by_panel, by_group))
+        bars = panels.setdefault(name, Panel(name, level=1)).groups.setdefault(group.replace(", ", "\n"), [])
+        for run in (run for of, run in runs if of is cell):
+            kind = ", ".join(filter(None, [run["name"] if several or not rest else "", title(rest)]))
+            below = f"\n{run['fraction_of_limit']:.0%}" if "fraction_of_limit" in run else ""
+            colour = colours.setdefault(kind, COLOURS[1 + len(colours) % (len(COLOURS) - 1)])
+            bars.append(Bar(colour, f"{run[what]['median']:.2f}×{below}", run[what]))
+    groups = [list(map(len, panel.groups.values())) for panel in panels.values()]
+    widest = max((len(sizes) * max(sizes) for sizes in groups), default=1)
+    said = f"torch {record['machine']['torch']}; median, line from p20 to p80; below it the share of the limit, if any"
+    size, footer = (max(3.2, 0.38 * widest + 0.6), 2.9), f"{hardware(record)}, {said}"
+    return draw(list(panels.values()) or [Panel()], 2, size, footer, names=colours, ylabel=ylabel)

@@ -1,15 +1,11 @@
-"""A record is what a run of a suite leaves: one JSON file, {suite, date, machine, settings, limits, cells, not_run,
-failures}. `machine.describe` says what a machine is; a suite describes the parts that its records alone have.
+"""A record is what a run of a suite leaves: one JSON file, {suite, date, machine, settings, limits, cells, failures}.
+`machine.describe` says what a machine is; a suite describes the parts that its records alone have.
 
 A cell is the result of one case, {label, sizes, check, work, limit, left_out, runs}. Its label holds the table's
 columns and their values, its work is a `roofline.Work`, and its limit is the least time that the machine allows,
-{seconds, by, bytes_per_second}. The baseline is the first of its runs; what was not timed is left out, {name, reason};
-cases without a cell are not_run, {label, reason}.
-
-A run is one candidate in one cell, {name, seconds, bytes_per_second, flops_per_second, ratio, fraction_of_limit,
-first_seconds, max_error} and a spread: its seconds in the order taken, and rates at their median. All but the baseline
-have the ratio of its seconds to theirs. first_seconds is what making it and its first run took.
-"""
+{seconds, by, bytes_per_second}. The baseline is the first of its runs; what was not timed is left out, {name, reason}.
+A run is one candidate, {name, seconds, bytes_per_second, flops_per_second, ratio, fraction_of_limit, max_error} and a
+spread: its seconds in the order taken, rates at their median, and the ratio of the baseline's seconds to them."""
 
 from __future__ import annotations
 
@@ -68,11 +64,6 @@ def short(value: Any) -> str:
 def counted(count: int, thing: str, plural: str = "s") -> str:
     """Returns "1 thread" or "2 threads"."""
     return f"{count} {thing}{'' if count == 1 else plural}"
-
-
-def values(cell: Any, between: str = ", ") -> str:
-    """Returns the values of a cell's label, "small, 1, 2"."""
-    return between.join(map(short, cell["label"].values()))
 
 
 def title(label: dict[str, Any], between: str = ", ") -> str:

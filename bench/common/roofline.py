@@ -33,10 +33,7 @@ def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, ite
     preserving), s = itemsize bytes a value, and i = 0 … T−2 the token evaluated:
 
         flops = K Σ_i R [ 2 (D C + 12 L C² + C O) + 4 L C (i+1) ]
-              = K R [ 2 (T−1) (D C + 12 L C² + C O) + 2 L C T (T−1) ]
-        bytes = K Σ_i s [ W + 2 L C R (i+1) + 2 L C R ]
-              = K s [ (T−1) W + L C R T (T−1) + 2 L C R (T−1) ]
-        W     = D C + C + L (12 C² + 13 C) + C O + O
+        bytes = K Σ_i s [ W + 2 L C R (i+1) + 2 L C R ],  W = D C + C + L (12 C² + 13 C) + C O + O
 
     Per layer 12 C² is qkv (3), proj (1) and the MLP (8); 4 C (i+1) is q kᵀ and p v over i+1 keys. A step reads the
     weights W once and the cache up to token i, and writes token i's keys and values. Activations are taken to stay in
@@ -55,13 +52,9 @@ def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, ite
 
 def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, itemsize: int = 4) -> Work:
     """Returns the least work of the density pass of K blocks, in the notation of `inverse_work`, all T tokens at once:
-
-        flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ]
-        bytes = s [ K W + 2 B T D ]
-
-    backward: each product twice more (the gradients of both its factors); the weights are read again and their
-    gradients written, and the images' values read again.
-    """
+    flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ] and bytes = s [ K W + 2 B T D ]. backward: each product
+    twice more, for the gradients of both its factors; the weights are read again and their gradients written, and the
+    images' values read again."""
     K, L, T, C, matrices, weights = _sizes(config)
     flops, values = K * batch * (2 * T * matrices + 2 * L * C * T * (T + 1)), batch * T * config.token_dim
     moved = 3 * (K * weights + values) if backward else K * weights + 2 * values
@@ -70,14 +63,9 @@ def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, i
 
 
 def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Work:
-    """Returns the least work of the density's gradient by the images, in the notation of `inverse_work`:
-
-        flops = K B [ 4 T (D C + 12 L C² + C O) + 6 L C T (T+1) ]
-        bytes = s [ 2 K W + 3 B T D ]
-
-    A product with weights is done once more, for the gradient of what it is applied to; q kᵀ and p v twice more, as
-    both their factors depend on the images.
-    """
+    """Returns the least work of the density's gradient by the images, in the notation of `inverse_work`: flops = K B
+    [ 4 T (D C + 12 L C² + C O) + 6 L C T (T+1) ] and bytes = s [ 2 K W + 3 B T D ], as a product with weights is done
+    once more, for the gradient of what it is applied to, and q kᵀ and p v twice more, for those of both factors."""
     K, L, T, C, _, weights = _sizes(config)
     forward = density_work(config, batch, itemsize=itemsize)
     moved = itemsize * (2 * K * weights + 3 * batch * T * config.token_dim)
@@ -85,9 +73,6 @@ def denoise_work(config: TarFlowConfig, batch: int, *, itemsize: int = 4) -> Wor
 
 
 def limit(work: Work, matrix_rate: float, bandwidth: float) -> tuple[float, str]:
-    """Returns max(flops / matrix_rate, bytes / bandwidth), and which of the two it is, "arithmetic" or "memory".
-
-    matrix_rate: flops per second of a large product. bandwidth: bytes per second read from a buffer of
-    work.working_set bytes, so that a working set that fits in a cache is held to the cache's speed.
-    """
+    """Returns max(flops / matrix_rate, bytes / bandwidth), and which of the two it is, "arithmetic" or "memory". The
+    bandwidth is that of work.working_set bytes: what fits in a cache is held to the cache's speed."""
     return max((work.bytes / bandwidth, "memory"), (work.flops / matrix_rate, "arithmetic"), key=lambda each: each[0])

@@ -17,25 +17,25 @@ from tarflow_fast.devices import torch_threads
 
 from . import limits, machine, plot
 from .harness import Rounds
-from .ml_tarflow import MlTarflow
 from .record import Limits, hardware, title, write
 from .table import cells_table
 
 
 class Suite:
     """One suite of the bench; its docstring is the help of its command. A copy of it makes a run: `prepare` first, then
-    the machine's limits, `measure` for each of the cases, and the limits again.
+    `measure` for each of the cases, with the machine's limits before and after it.
 
-    name: the command's, and of the suite in records. baseline: the candidate that all others are compared with.
-    options: of the command line; those that were chosen are attributes of `chosen`. held: whether cells are held to the
-    machine's limits. A case has a `label`, the table's columns and their values.
+    baseline: the candidate that all others are compared with. options: those that were chosen are attributes of
+    `chosen`. held: whether cells are held to the machine's limits. panels, groups: the columns of labels that divide
+    the picture, see `plot.bars`. A case has a `label`, the table's columns and their values.
     """
 
     name = baseline = ""
     options: tuple[click.Option, ...] = ()
     held = False
+    panels: tuple[str, ...] = ("model",)
+    groups: tuple[str, ...] = ("batch",)
     device = machine.CPU
-    ml_tarflow: MlTarflow | None = None
     chosen: Any
 
     # What a suite says of a run.
@@ -55,17 +55,17 @@ class Suite:
         """Returns what is measured, in this order; cases may be made as their turn comes."""
         raise NotImplementedError
 
-    def skip(self, case: Any) -> str | None:
-        """Returns why a case is not measured, asked when its turn has come."""
-        return None
-
     def measure(self, case: Any) -> Any:
         """Returns the cell of a case, yet to be held to a limit."""
         raise NotImplementedError
 
-    def limits(self) -> Limits:
-        """Returns what the machine can do at best; nothing if cells are not held to limits."""
-        return limits.of_cases(self.cases()) if self.held else {}
+    def limits(self, case: Any) -> Limits:
+        """Returns what the machine can do at best for a case; nothing if cells are not held to limits."""
+        return limits.measure(case) if self.held else {}
+
+    def verdicts(self, record: Any) -> list[str]:
+        """Returns what the finished cells say against the suite's own rule; the record's "failures" keep it."""
+        return []
 
     # What it says of a record.
 
@@ -75,21 +75,7 @@ class Suite:
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns the picture."""
-        return plot.cells_figure(record)
-
-    def called(self, cell: Any) -> str:
-        """Returns what a failed cell is called."""
-        return title(cell["label"])
-
-    def verdicts(self, record: Any) -> list[str]:
-        """Returns what the finished cells say against the suite's own rule; the record's "failures" keep it."""
-        return []
-
-    def failures(self, record: Any) -> list[str]:
-        """Returns what makes the run a failure; nothing if all is well."""
-        failed = sum(not cell["check"]["passed"] for cell in record["cells"])
-        checks = f"{failed} of {len(record['cells'])} checks failed; what failed was not timed"
-        return [*([checks] if failed else []), *record["failures"]]
+        return plot.bars(record, self.panels, self.groups, f"times faster than {self.baseline}")
 
     # What is the same for all.
 
@@ -100,7 +86,7 @@ class Suite:
     def failed(self, record: Any) -> list[str]:
         """Returns a line for each cell that failed, and for each of the record's failures."""
         failed = [cell for cell in record["cells"] if not cell["check"]["passed"]]
-        reasons = [f"{self.called(cell)}: {cell['check']['reason']}" for cell in failed]
+        reasons = [f"{title(cell['label'])}: {cell['check']['reason']}" for cell in failed]
         return [f"FAILED {reason}" for reason in [*reasons, *record.get("failures", [])]]
 
     def table(self, record: Any) -> str:
@@ -122,9 +108,7 @@ class Suite:
 
     def run(self) -> None:
         """Measures every case, writing the record after each; then writes the PNG beside it and prints the table.
-
-        Raises click.ClickException (exit code 1) if something failed.
-        """
+        Raises click.ClickException (exit code 1) if something failed."""
         plot.require_matplotlib()
         out, threads = self.chosen.out, getattr(self.chosen, "threads", None)
         self.device = getattr(self.chosen, "device", self.device)
@@ -137,15 +121,15 @@ class Suite:
         picture = out.with_suffix(".png")
         self.draw(record, picture)
         click.echo(f"{self.table(record)}\n\n{out}\n{picture}")
-        failures = self.failures(record)
-        if failures:
-            raise click.ClickException("\n".join(failures))
+        failed = sum(not cell["check"]["passed"] for cell in record["cells"])
+        checks = [f"{failed} of {len(record['cells'])} checks failed; what failed was not timed"] if failed else []
+        if checks or record["failures"]:
+            raise click.ClickException("\n".join([*checks, *record["failures"]]))
 
     def _new_record(self) -> Any:
         settings = {name: value for name, value in vars(self.chosen).items() if isinstance(value, str | float | int)}
         settings |= {"baseline": self.baseline, "device": self.device.type, "threads": torch.get_num_threads()}
         settings |= {"dtype": ", ".join(getattr(self.chosen, "dtypes", ["float32"])), **self.settings()}
-        settings |= {} if self.ml_tarflow is None else {"baseline_sha256": self.ml_tarflow.sha256}
         date, where = datetime.now(UTC).isoformat(timespec="seconds"), machine.describe(self.device)
         record = {"suite": self.name, "date": date, "machine": where, "settings": settings, "failures": []}
         return record | self.parts() | {"limits": {}, "cells": []}
@@ -154,22 +138,15 @@ class Suite:
         measured: list[Any] = []
         cases: Any = self.cases()
         of = f"/{len(cases)}" if isinstance(cases, Sized) else ""
-        record["limits"] = self.limits()
         for number, case in enumerate(cases, 1):
-            reason = self.skip(case)
-            why = "" if reason is None else f": not run, {reason}"
-            click.echo(f"[{number}{of}] {title(case.label)}{why}", err=True)
-            if reason is not None:
-                record.setdefault("not_run", []).append({"label": case.label, "reason": reason})
-            else:
-                record["cells"].append(self.measure(case))
-                measured.append(case)
-                record["limits"] = limits.again(case, record["limits"])
+            click.echo(f"[{number}{of}] {title(case.label)}", err=True)
+            before = self.limits(case)
+            record["cells"].append(self.measure(case))
+            measured.append(case)
+            record["limits"] = limits.best(record["limits"], limits.best(before, self.limits(case)))
             self._hold(record, measured)
             write(record, self.chosen.out)
-        record["limits"] = limits.best(record["limits"], self.limits())
-        self._hold(record, measured)
 
     def _hold(self, record: Any, cases: list[Any]) -> None:
         for case, cell in zip(cases, record["cells"] if record["limits"] else [], strict=False):
-            limits.hold_to_limit(cell, record["limits"], case)
+            limits.hold(cell, record["limits"], case)

@@ -6,23 +6,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .limits import COPY, RATE, READ
 from .record import counted, short
 
 COLUMNS = (
     "run: {name} | seconds: {median:.4g} | p20-p80: {p20:.4g}-{p80:.4g} | n: {n} | faster: {faster} | "
     "GB/s: {gigabytes:.2f} | GFLOP/s: {gigaflops:.2f} | of limit: {fraction_of_limit:.1%} | max error: {error}"
 )
-MICRO = ": {name} | µs: {us[median]:.2f} | p20-p80: {us[p20]:.2f}-{us[p80]:.2f}"
 
 
 def shown(part: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a part with what tables derive from it: the number of its samples, how many times faster than the
     baseline it was, its rates in units of 10⁹, its times in microseconds, and its error or why it has none."""
     found: dict[str, Any] = {"us": {name: 1e6 * part[name] for name in ("median", "p20", "p80") if name in part}}
-    found |= {
-        f"giga{unit}": part[f"{unit}_per_second"] / 1e9 for unit in ("bytes", "flops") if f"{unit}_per_second" in part
-    }
+    for unit in ("bytes", "flops"):
+        found |= {f"giga{unit}": part[f"{unit}_per_second"] / 1e9} if f"{unit}_per_second" in part else {}
     if part.get("seconds"):
         found |= {"n": len(part["seconds"]), "faster": f"{part['ratio']['median']:.2f}x" if "ratio" in part else "1"}
     if part.get("max_error") is not None:
@@ -32,15 +29,15 @@ def shown(part: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, **part}
 
 
-def table(columns: str, parts: Iterable[Mapping[str, Any]], left: int = 1, missing: str = "-") -> list[str]:
-    """Returns the headers, and a line for each part. left: how many columns are names, which are aligned to the left.
-    missing: what stands where a part lacks a value."""
+def table(columns: str, parts: Iterable[Mapping[str, Any]], left: int = 1) -> list[str]:
+    """Returns the headers, and a line for each part, with "-" where that lacks a value. left: how many columns are
+    names, which are aligned to the left."""
 
     def filled(form: str, part: Mapping[str, Any]) -> str:
         try:
             return form.format_map(part)
         except (KeyError, TypeError):  # a TypeError if the value is None
-            return missing
+            return "-"
 
     headers, forms = zip(*(column.split(": ", 1) for column in columns.split(" | ")), strict=True)
     lines = [headers, *([filled(form, part) for form in forms] for part in map(shown, parts))]
@@ -65,21 +62,17 @@ def _parts(cell: Any) -> Iterator[Mapping[str, Any]]:
     yield from cell.get("left_out", [])
 
 
+def _limit(name: str, limit: Any) -> str:
+    """Returns a limit as text: a matrix rate, whose name has the dtype and the threads, or bandwidths by size."""
+    what, threads = name.rsplit("_", 1) if name[-1].isdigit() else (name, "")
+    head = what.replace("_", " ") + (f", {counted(int(threads), 'thread')}: " if threads else ": ")
+    if not isinstance(limit, list):
+        return f"{head}{limit / 1e9:.1f} GFLOP/s"
+    return head + ", ".join(f"{at['bytes_per_second'] / 1e9:.1f} GB/s at {at['bytes'] / 2**20:.3g} MiB" for at in limit)
+
+
 def cells_table(record: Any) -> list[str]:
     """Returns the lines that most suites print: the limits, what each run took, one line without times for a cell whose
-    check failed, and the matrix rates by dtype and threads where cells are held to several."""
-    limits, rows = record["limits"], [(cell, part) for cell in record["cells"] for part in _parts(cell)]
-    rows += [(case, {"name": "not run", "reason": case["reason"]}) for case in record.get("not_run", [])]
-    bandwidths = [
-        f"{size['bytes_per_second'] / 1e9:.1f} GB/s {verb} {size['bytes'] / 2**20:.3g} MiB"
-        for name, verb in ((READ, "from"), (COPY, "copying"))
-        for size in limits.get(name, [])
-    ]
-    head = f"limits:  {limits[RATE] / 1e9:.1f} GFLOP/s, {', '.join(bandwidths)}"
-    rates = [
-        f"matrix rate, {dtype}, {counted(int(threads), 'thread')}: {rate / 1e9:.1f} GFLOP/s"
-        for name, rate in limits.items()
-        for dtype, _, threads in [name.partition("_flops_per_second_")]
-        if threads
-    ]
-    return [head, "", *labelled(COLUMNS, rows), *([""] if rates else []), *rates]
+    check failed."""
+    rows = [(cell, part) for cell in record["cells"] for part in _parts(cell)]
+    return [*(_limit(*limit) for limit in record["limits"].items()), "", *labelled(COLUMNS, rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import click
@@ -9,7 +10,6 @@ import torch
 
 from tarflow_fast import TarFlow
 from tarflow_fast.backend.cuda import survey as cuda
-from tarflow_fast.engine import BlockWeights
 from tarflow_fast.machine_code import Compiled
 
 from ..common import options
@@ -17,7 +17,6 @@ from ..common.models import MODELS
 from ..common.suite import Suite
 
 ARCHITECTURES = ("80", "90", "100")
-EVERY = "All shapes and all tiles that there are to choose from: some 20 minutes."
 ROW = "{:<28}{:>4}{:>11}{:>9}{:>9}  {}"
 LARGE, SMALL = ("afhq", "imagenet"), ("small", "wide heads", "volume-preserving")
 SHAPES = {name: MODELS[name].block_shape for name in (*LARGE, *SMALL)}
@@ -36,18 +35,15 @@ WHOLE = [
 ]
 
 
-def _weights(model: str) -> BlockWeights:
-    with torch.device("meta"):
-        return TarFlow.from_config(MODELS[model]).block_weights(0)
-
-
 def _triton(architectures: list[int], every: bool) -> Iterator[Compiled]:
     from tarflow_fast.backend.triton import survey as triton  # Triton is there on Linux only
     from tarflow_fast.kernels.launch import interpreting
 
     if interpreting():
         raise click.ClickException("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-    cases = [triton.Case(_weights(name), b, guided, t, d) for name, b, guided, t, d in (WHOLE if every else TYPICAL)]
+    with torch.device("meta"):
+        weights = {name: TarFlow.from_config(MODELS[name]).block_weights(0) for name in SHAPES}
+    cases = [triton.Case(weights[name], b, guided, t, d) for name, b, guided, t, d in (WHOLE if every else TYPICAL)]
     yield from triton.survey(cases, architectures, list(SHAPES.values()), every=every)
 
 
@@ -56,9 +52,9 @@ def _cuda(architectures: list[int], required: bool) -> Iterator[Compiled]:
     if path is None and required:
         raise click.ClickException("the CUDA engine was not built here; csrc/README.md says when it is")
     rows = [] if path is None else list(cuda.survey(path, architectures, list(SHAPES.values())))
-    absent = sorted(set(architectures) - {row.architecture for row in rows})
-    for what in ["here"] if path is None else [f"for {architecture}" for architecture in absent]:
-        click.echo(f"CUDA: not built {what}")
+    absent = set(architectures) - {row.architecture for row in rows}
+    if absent:
+        click.echo(f"CUDA: not built for {', '.join(map(str, sorted(absent)))}")
     yield from rows
 
 
@@ -75,15 +71,14 @@ class KernelsSuite(Suite):
     options = (
         options.several("--arch", type=ARCHITECTURES, default=ARCHITECTURES, help="Compute capabilities"),
         options.option("--only", type=click.Choice(["triton", "cuda"]), help="The kernels of one engine."),
-        options.option("--every", is_flag=True, help=EVERY),
+        options.option("--every", is_flag=True, help="All shapes and all tiles: some 20 minutes."),
     )
 
     def run(self) -> None:
         only, architectures, faults = self.chosen.only, list(map(int, self.chosen.arch)), 0
         click.echo(ROW.format("kernel", "sm", "registers", "spilled", "shared", "tile"))
-        surveys = {"triton": lambda: _triton(architectures, self.chosen.every)}
-        surveys["cuda"] = lambda: _cuda(architectures, only == "cuda")
-        for row in (row for name, survey in surveys.items() if only in (None, name) for row in survey()):
+        of_triton = _triton(architectures, self.chosen.every) if only != "cuda" else ()
+        for row in itertools.chain(of_triton, _cuda(architectures, only == "cuda") if only != "triton" else ()):
             mark = "" if row.fault is None else f"  FAULT: {row.fault}"
             faults += row.fault is not None
             numbers = (row.architecture, row.registers, row.stack, row.shared)

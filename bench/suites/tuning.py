@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -18,7 +16,6 @@ from tarflow_fast.evaluation import feature_sums, frechet_distance, tune
 from ..common import harness, options, plot
 from ..common.harness import Case
 from ..common.record import hardware
-from ..common.roofline import Work
 from ..common.suite import Suite
 from ..common.table import table
 
@@ -104,9 +101,7 @@ class Tuning(Suite):
         return {"extractor": self.facts}
 
     def cases(self) -> list[Case]:
-        sizes = SimpleNamespace(to_dict=functools.partial(dict, images=self.chosen.count))
-        work = Work(flops=0, bytes=0, weight_bytes=0, working_set=0)
-        return [Case({"guidance": weight}, sizes, work) for weight in self.chosen.weights]
+        return [Case({"guidance": weight}) for weight in self.chosen.weights]
 
     def measure(self, case: Case) -> Any:
         points = tune(
@@ -136,7 +131,7 @@ class Tuning(Suite):
     def figure(self, record: Any) -> plot.Figure:
         """Returns the distance over guidance, a line for each denoising rate."""
         cells, facts = record["cells"], record["extractor"]
-        images, reference = cells[0]["sizes"]["images"], facts["reference_images"]
+        images, reference = record["settings"]["count"], facts["reference_images"]
         panel = plot.Panel(level=facts["floor"], axes={"xlabel": "guidance", "ylabel": "Fréchet distance"})
         weights = [cell["label"]["guidance"] for cell in cells]
         for i, point in enumerate(cells[0]["points"]):
@@ -145,7 +140,7 @@ class Tuning(Suite):
             panel.series.append(plot.Series(f"denoising rate {point['denoise_scale']:g}", weights, y, style))
         said = f"{images:,} images of the shipped model a point, against {reference:,}; features of a small classifier"
         said += f"\nhorizontal line: as many test images; {hardware(record)}"
-        return plot.draw([panel], 1, (6.6, 4.0), said, legend_columns=2)
+        return plot.draw([panel], 1, (6.6, 4.0), said)
 
 
 SUITE = Tuning()

@@ -12,13 +12,13 @@ import torch
 from cuda_emulation import IN_EMULATION
 from stand_in import bench, quick_limits, stand_in
 
-from bench.common import harness, record
+from bench.common import harness, models, record
 from bench.common.harness import Rounds
 from bench.common.machine import ROOT
-from bench.suites.gpu import cases, inside, report, stages
+from bench.suites.gpu import cells, inside
 from bench.suites.gpu import suite as gpu
-from bench.suites.gpu.cases import BASELINE, CUDA, TORCH, TRITON, Case, Inputs, exact_images
-from bench.suites.gpu.inside import PHASES, measure_cuda
+from bench.suites.gpu.cells import BASELINE, CUDA, TORCH, TRITON, case_of
+from bench.suites.gpu.inside import PHASES, measure_phases
 from bench.suites.gpu.suite import SUITE
 from tarflow_fast.backend.cuda.engine import CudaEngine
 from tarflow_fast.backend.triton import profile
@@ -67,10 +67,12 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def measured(cell: Case, **more: Any) -> dict[str, Any]:
-    inputs = Inputs.of(cell, CPU, 0)
-    options: dict[str, Any] = {"tolerance": 0.5, "rounds": Rounds(2, 100.0), **more}
-    return measure_cuda(cell, inputs, exact_images(cell, inputs, CPU), **options)
+def measured(text: str, batch: int | None = None) -> tuple[dict[str, Any], int]:
+    """The inside of a pass, of a batch that may be larger than those of dry runs, and its steps."""
+    case = case_of(text, dry=True)
+    z, y = models.inputs(case.sizes, batch or case.label["batch"], 0)
+    inputs = (z, y, cells.GUIDANCE[case.label["pass"]])
+    return measure_phases(models.random_model(case.sizes, 0), inputs, Rounds(2, 100.0)), case.sizes.num_patches - 1
 
 
 def cost(skipped: int) -> float:
@@ -80,26 +82,24 @@ def cost(skipped: int) -> float:
 
 @IN_EMULATION
 def test_a_phase_takes_what_a_step_without_it_saves(log: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Case.parse("afhq:2:guided").made_dry()
-    steps = cell.sizes.num_patches - 1
+    steps = case_of("afhq:2:guided", dry=True).sizes.num_patches - 1
 
     def timer(run: Callable[[], object]) -> float:
         run()
         return steps * cost(log[-1])
 
     monkeypatch.setattr(harness, "timer_of", lambda device: timer)
-    found = measured(cell)
+    found, _ = measured("afhq:2:guided")
     passes = [0, 1, 2, 4, 8, 16, 32, 64, ALL]
-    assert log == [0, *passes, *passes, *passes]  # checked, warm, timed twice
-    assert found["failed"] == []
-    assert [phase["name"] for phase in found["phases"]] == list(PHASES)
-    for number, phase in enumerate(found["phases"], 1):
+    assert log == [*passes, *passes, *passes]  # warm, timed twice
+    step, *phases, barriers = found["parts"]
+    assert [phase["name"] for phase in phases] == [f"{name}, saved without it" for name in PHASES]
+    for number, phase in enumerate(phases, 1):
         assert phase["seconds"] == pytest.approx([number, number])
         assert phase["median"] == pytest.approx(number)
-    assert found["step"]["seconds"] == pytest.approx([31.0, 31.0])
-    assert found["barriers"]["median"] == pytest.approx(3.0)
+    assert step["seconds"] == pytest.approx([31.0, 31.0])
+    assert barriers["median"] == pytest.approx(3.0)
     assert (found["launches_per_pass"], found["barriers_per_token"]) == (1, 7)
-    assert found["bytes_per_step"] == cell.work.bytes / steps
 
 
 @IN_EMULATION
@@ -112,7 +112,7 @@ def test_nothing_is_left_out_of_passes_after_a_variant(log: list[int], monkeypat
         states.append(begin(engine, *arguments))
         return states[-1]
 
-    def interrupted(rounds: Rounds, passes: dict[str, Callable[[], object]]) -> Any:
+    def interrupted(passes: dict[str, Callable[[], object]], rounds: Rounds) -> Any:
         monkeypatch.setattr(CudaEngine, "reverse", lambda *arguments: 1 / 0)
         for name, run in passes.items():
             with pytest.raises(ZeroDivisionError):
@@ -121,26 +121,25 @@ def test_nothing_is_left_out_of_passes_after_a_variant(log: list[int], monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CudaEngine, "begin", kept)
-    monkeypatch.setattr(Rounds, "warm", interrupted)
+    monkeypatch.setattr(inside, "_warm", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        measured(Case.parse("afhq:1:unguided").made_dry())
-    assert log[0] == 0
+        measured("afhq:1:unguided")
     assert len(states) == 1
 
 
 @IN_EMULATION
 @pytest.mark.parametrize(("batch", "passes"), [(16, 1), (32, 1), (33, 2), (128, 4)])
-def test_each_launch_has_its_barriers(batch: int, passes: int, log: list[int]) -> None:
-    """Only whole passes are checked, and one that fails is not timed: so what is counted is that one pass."""
-    cell = Case("afhq", batch, 2.0, dry=True)
-    found = measured(cell, tolerance=-1.0)
+def test_each_launch_has_its_barriers(batch: int, passes: int, log: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """LayerNorm: 2 L, and the sum of the last product's parts."""
+
+    def first(runs: dict[str, Callable[[], object]], rounds: Rounds) -> Any:
+        runs[""]()
+        return {name: [1.0] for name in runs}
+
+    monkeypatch.setattr(inside, "_warm", first)
+    found, _ = measured("afhq:1:guided", batch)
     assert log == [0] * passes
-    assert (found["launches_per_pass"], found["barriers_per_token"]) == (
-        passes,
-        10 * passes,
-    )  # LayerNorm: 2 L, and the sum of the last product's parts
-    assert "more than -1.0e+00" in found["failed"][0]
-    assert "step" not in found
+    assert (found["launches_per_pass"], found["barriers_per_token"]) == (passes, 10 * passes)
 
 
 # The command
@@ -154,9 +153,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
     monkeypatch.setattr(profile, "LAUNCHES", 2)
-    monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
-    monkeypatch.setattr(cases, "BACKEND", "torch")
-    monkeypatch.setattr(inside, "block_engine", lambda *arguments, **options: None)
+    cell = cells.cell
+    monkeypatch.setattr(cells, "cell", lambda compiled, **how: cell(compiled=False, **how))
+    monkeypatch.setattr(cells, "BACKEND", "torch")
+    monkeypatch.setattr(inside, "measure_kernels", lambda *arguments: None)
 
 
 def dry(folder: Path, *more: str) -> tuple[Any, dict[str, Any]]:
@@ -174,23 +174,19 @@ def names(cell: dict[str, Any]) -> list[str]:
 @IN_EMULATION
 @pytest.mark.slow
 def test_dry_run_end_to_end(tmp_path: Path, quick: None) -> None:
-    cells = ("--cell", "afhq:1:guided", "--cell", "imagenet:1:unguided", "--cell", "afhq:1:forward")
+    cells = ("--cell", "afhq:1:guided", "--cell", "imagenet:1:unguided", "--cell", "afhq:1:loss")
     result, made = dry(tmp_path, *cells)
     assert result.exit_code == 0, result.output
-    assert (made["sanitizer"], made["left_out"]) == (None, [])
+    assert (made["checks"], made["without_cuda"]) == ([], None)
     guided, unguided, density = made["cells"]
     for cell, barriers in ((guided, 7), (unguided, 12)):
         assert names(cell) == [BASELINE, TORCH, TRITON, CUDA]
         assert cell["check"]["passed"]
         assert cell["cuda"]["barriers_per_token"] == barriers
-        assert [phase["name"] for phase in cell["cuda"]["phases"]] == list(PHASES)
+        assert [part["name"].split(",")[0] for part in cell["cuda"]["parts"][1:-1]] == list(PHASES)
     assert "cuda" not in density
     lines = SUITE.table(made).splitlines()
-    begin = lines.index("the CUDA engine: times as fast as")
-    assert lines[begin + 1].split()[:7] == [*BASELINE.split(), TORCH, TRITON, "step", "µs"]
-    assert lines[begin + 2].startswith("sampling afhq 1 of 8 inverse 1 2  ")
-    assert lines[begin + 4] == ""
-    assert sum(line.startswith("inside the CUDA engine of kind sampling") for line in lines) == 2
+    assert sum(line.startswith("inside the CUDA engine of model ") for line in lines) == 2
     assert sum(line.startswith("fc1, saved without it ") for line in lines) == 2
     shown = bench("show", tmp_path / "run.json")
     assert shown.exit_code == 0, shown.output
@@ -212,11 +208,10 @@ def test_an_engine_that_is_wrong_is_not_timed(
     result, made = dry(tmp_path, "--cell", "afhq:1:unguided")
     assert result.exit_code == 1
     assert "1 of 1 checks failed" in result.output
-    assert "an engine's step went wrong and was not timed" in result.output
     (cell,) = made["cells"]
     assert names(cell) == [BASELINE, TORCH, TRITON]
-    assert "step" not in cell["cuda"]
-    assert f"FAILED cuda: {'differs by ' if spoil == 1.0 else 'not finite'}" in SUITE.table(made)
+    assert "cuda" not in cell
+    assert cell["check"]["reason"].startswith(f"cuda: {'differs by ' if spoil == 1.0 else 'NonFiniteError: '}")
 
 
 @pytest.mark.parametrize("outcome", ["ok", "findings", "failed", "stopped"])
@@ -228,86 +223,42 @@ def test_what_the_sanitizer_says_is_the_verdict(
     run = {"name": name, "outcome": outcome, "seconds": 2.0, "tail": None if outcome == "ok" else ["and why"]}
     found = {"ok": outcome == "ok", "reason": None, "runs": [run]}
     monkeypatch.setattr(gpu, "run_sanitizer", lambda seconds: found)
-    monkeypatch.setattr(stages, "run_tests", lambda seconds: None)
-    monkeypatch.setattr(
-        stages, "in_process", lambda name, request, seconds: stages.here(name, {**request, "dry": True})
-    )
+    tests = {"name": "tests", "outcome": "1 passed, 0 failed", "seconds": 1.0, "tail": None}
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: tests)
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: None)
     monkeypatch.setattr(gpu, "_device", lambda dry: CPU)
     out = tmp_path / "run.json"
     result = bench("gpu", "--ml-tarflow", stand_in(tmp_path), "--out", out, "--budget", "1e-9")
     made = record.read(out)
-    assert made["sanitizer"] == found
+    assert made["checks"] == [tests, run]
     assert (result.exit_code == 1) == (outcome != "ok"), result.output
-    complaint = f"the CUDA engine's small run, {name}: {outcome}\nand why"
+    complaint = f"{name}: {outcome}\nand why"
     assert (complaint in result.output) == (outcome != "ok")
-    verdict = "" if outcome == "ok" else "  FAILED"
-    assert f"sanitizer: {name} {outcome} in 2 s{verdict}" in SUITE.table(made).splitlines()
-    left_out = [{"name": CUDA, "reason": "a small run of it went wrong, see the sanitizer's"}]
-    assert made["left_out"] == (left_out if name == "plain" and outcome != "ok" else [])
+    assert f"{name}: {outcome} in 2 s" in SUITE.table(made).splitlines()
+    why = "a small run of it went wrong"
+    assert made["without_cuda"] == (why if name == "plain" and outcome != "ok" else None)
 
 
 # The table
 
 
-def run_of(name: str, seconds: list[float]) -> dict[str, Any]:
-    return {"name": name, "seconds": seconds}
-
-
-def with_spread(median: float, **more: Any) -> dict[str, Any]:
-    return {"median": median, "p20": median, "p80": median, **more}
-
-
-def cell_of(cuda: dict[str, Any] | None, *runs: dict[str, Any]) -> dict[str, Any]:
-    return {"label": {"model": "afhq", "batch": 1}, "work": {"weight_bytes": 200}, "runs": list(runs), "cuda": cuda}
-
-
-CUDA_PARTS = {
-    "launches_per_pass": 2,
-    "barriers_per_token": 10,
-    "bytes_per_step": 300.0,
-    "failed": [],
-    "step": with_spread(12e-6),
-    "phases": [with_spread(3e-6, name="qkv")],
-    "barriers": with_spread(5e-6),
-}
-
-
-def test_the_comparison_is_round_by_round_and_with_what_memory_takes() -> None:
-    runs = (run_of("base", [8.0]), run_of("other", [3.0, 9.0, 4.0]), run_of(CUDA, [1.0, 3.0, 2.0]))
-    cells = [cell_of(CUDA_PARTS, *runs), cell_of(None, runs[1], runs[2]), cell_of(None, runs[0])]
-    lines = report.comparison({"cells": cells}, 1e8)  # 100 bytes a µs
-    assert len(lines) == 4
-    assert [re.split(r"  +", line.strip()) for line in lines[1:]] == [
-        ["base", "other", "step µs", "weights µs", "of that", "all bytes µs", "of that"],
-        ["afhq 1", "4.00x", "3.00x", "12.00", "2.00", "6.00x", "3.00", "4.00x"],
-        ["afhq 1", "-", "3.00x", "-", "-", "-", "-", "-"],
-    ]
-    assert report.comparison({"cells": cells[2:]}, 1e8) == []
-
-
 def test_the_inside_is_in_shares_of_a_step() -> None:
-    head, _, *lines = report.inside(cell_of(CUDA_PARTS))
+    times = {"step": 12e-6, "qkv, saved without it": 3e-6, "step of barriers and weights alone": 5e-6}
+    parts = [{"name": name, "median": each, "p20": each, "p80": each} for name, each in times.items()]
+    cuda = {"launches_per_pass": 2, "barriers_per_token": 10, "parts": parts}
+    _, head, _, *lines = inside.lines({"label": {"model": "afhq", "batch": 1}, "cuda": cuda}, 1.0)
     assert head == "inside the CUDA engine of model afhq, batch 1; 10 barriers a token, 2 launches a pass"
     assert [re.split(r"  +", line) for line in lines] == [
         ["step", "12.00", "12.00-12.00", "100.0%"],
         ["qkv, saved without it", "3.00", "3.00-3.00", "25.0%"],
         ["step of barriers and weights alone", "5.00", "5.00-5.00", "41.7%"],
-        ["the same for each barrier", "0.50"],
     ]
 
 
-def test_records_from_before_the_cuda_engine_are_shown(
+def test_an_engine_that_was_not_built_takes_no_part(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: "the CUDA engine was not built")
     _, made = dry(tmp_path, "--cell", "afhq:1:unguided")
-    assert "cuda:    left out: the CUDA engine was not built" in SUITE.table(made).splitlines()
-    old = {name: value for name, value in made.items() if name not in ("sanitizer", "left_out")}
-    path = tmp_path / "old.json"
-    record.write(old, path)
-    shown = bench("show", path)
-    assert shown.exit_code == 0, shown.output
+    assert "cuda, left out: the CUDA engine was not built" in SUITE.table(made).splitlines()
     assert names(made["cells"][0]) == [BASELINE, TORCH, TRITON]
-    for word in ("sanitizer", "left out", "CUDA"):
-        assert word not in shown.output

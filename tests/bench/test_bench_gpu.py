@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import on_gpu
@@ -15,17 +16,18 @@ from stand_in import bench, quick_limits, stand_in
 
 from bench.common import record
 from bench.common.harness import Rounds
-from bench.suites.gpu import cases as gpu_cases
-from bench.suites.gpu import inside, stages
+from bench.suites.gpu import cells as gpu_cells
+from bench.suites.gpu import inside
 from bench.suites.gpu import suite as gpu
-from bench.suites.gpu.cases import BASELINE, CASES, COMPILED, DENSITY, SIZES, TORCH, TRITON, Case, Inputs
-from bench.suites.gpu.suite import SUITE, Budget
-from tarflow_fast import BackendError
+from bench.suites.gpu.cells import BASELINE, CASES, COMPILED, GUIDANCE, LOSS, SIZES, TORCH, TRITON, case_of
+from bench.suites.gpu.suite import SUITE
+from tarflow_fast import BackendError, TarFlow
 from tarflow_fast.backend.cuda import engine as cuda_engine
 from tarflow_fast.backend.pytorch.engine import TorchEngine
 from tarflow_fast.backend.triton import profile
+from tarflow_fast.engine import Condition
 
-CPU = torch.device("cpu")
+CPU, CELL = torch.device("cpu"), gpu_cells.cell
 
 
 class KernelEngine(TorchEngine):
@@ -33,11 +35,7 @@ class KernelEngine(TorchEngine):
 
     launches_per_token = 5
 
-    def __init__(self, *arguments: Any, pdl: bool | None = None, **options: Any):
-        super().__init__(*arguments, compile=False, **options)
-        self.pdl = pdl
-
-    def operations(self, state: Any) -> list[inside.Operation]:
+    def operations(self, state: Any) -> list[Any]:
         layer = [("qkv", state.x.clone, 300), ("attention", state.z.clone, 100)]
         return [*layer, *layer, ("affine", state.x.clone, 10)]
 
@@ -50,18 +48,18 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("a dry run is for the interpreter, and kernels are compiled here")
     quick_limits(monkeypatch)
     monkeypatch.setattr(profile, "LAUNCHES", 2)
-    monkeypatch.setattr(gpu, "COMPILE_SHARE", 0.0)
-    monkeypatch.setattr(gpu_cases, "BACKEND", "torch")
-    monkeypatch.setattr(on_gpu, "FILES", (str(made_up_tests(tmp_path, "def test_a(): pass")),))
-    monkeypatch.setattr(stages, "run_tests", on_gpu.run_tests)
+    monkeypatch.setattr(gpu_cells, "BACKEND", "torch")
+    passed = {"name": "tests", "outcome": "1 passed, 0 failed", "seconds": 2.0, "tail": None}
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: passed)
 
-    def engine(inputs: Inputs, device: torch.device, **options: Any) -> KernelEngine:
-        weights = inputs.model.block_weights(0)
-        return KernelEngine(weights, device=device, dtype=torch.bfloat16, **options)
+    def engine(engine: Any, model: TarFlow, inputs: Any, rounds: Rounds) -> tuple[KernelEngine, Any]:
+        made = KernelEngine(model.block_weights(0), device=CPU, dtype=torch.bfloat16, compile=False)
+        return made, made.begin(inputs[0], Condition(inputs[1]))
 
     def no_native() -> Any:
         raise BackendError("the CUDA engine was not built")
 
+    monkeypatch.setattr(gpu_cells, "cell", lambda compiled, **how: CELL(compiled=False, **how))
     monkeypatch.setattr(inside, "block_engine", engine)
     monkeypatch.setattr(cuda_engine, "load_native", no_native)
 
@@ -86,56 +84,38 @@ def one_line(result: Any) -> str:
     return " ".join(result.output.replace("│", " ").split())
 
 
-def cell_of(text: str) -> Case:
-    return Case.parse(text).made_dry()
-
-
 # Parts
 
 
 def test_every_listed_cell_is_one_and_other_texts_are_none() -> None:
-    cells = [Case.parse(text) for text in CASES]
-    assert len(set(cells)) == len(CASES)
-    assert cells[0] == Case("afhq", 16, 2.0, "inverse")
-    sampling = {(cell.config, cell.batch, cell.guidance > 0) for cell in cells if cell.kind == "sampling"}
-    assert sampling >= set(itertools.product(SIZES, (1, 4, 16), (False, True)))
-    assert {cell.kind for cell in cells} == {"sampling", "density"}
-    assert len({tuple(cell.label) for cell in cells}) == 1  # the table's columns
+    cases = [case_of(text) for text in CASES]
+    labels = [tuple(case.label.values()) for case in cases]
+    assert len(set(labels)) == len(CASES)
+    assert labels[0] == ("afhq", 16, "guided")
+    assert set(labels) >= set(itertools.product(SIZES, (1, 4, 16), GUIDANCE))
+    assert {what for *_, what in labels} == {*GUIDANCE, "loss"}
     for sizes, tokens in ((SIZES["afhq"], 1024), (SIZES["imagenet"], 1024)):
         assert (sizes.num_patches, sizes.channels, sizes.layers_per_block, sizes.num_blocks) == (tokens, 768, 8, 1)
     for text in ("afhq", "afhq:16", "afhq:0:guided", "afhq:x:guided", "dogs:1:guided", "afhq:1:sideways", "a:b:c:d"):
         with pytest.raises(ValueError, match=f"'{text}' is not MODEL:BATCH:PASS"):
-            Case.parse(text)
+            case_of(text)
 
 
 def names(entry: dict[str, Any]) -> list[str]:
     return [run["name"] for run in entry["runs"]]
 
 
-def test_a_budget_admits_what_the_longest_of_its_kind_leaves_room_for() -> None:
-    now = 0.0
-    budget = Budget(100.0, lambda: now)
-    budget.note("cell", 20.0)
-    budget.note("cell", 10.0)
-    now = 70.0
-    assert budget.left() == 30.0
-    assert budget.allows("cell")
-    assert not budget.allows("cell", 0.5)
-    now = 81.0
-    assert not budget.allows("cell")
-    assert budget.allows("another")
-    now = 100.0
-    assert not budget.allows("another")
-
-
-def test_operations_of_one_name_are_taken_together() -> None:
+def test_operations_of_one_name_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     sizes = {"a": 10, "b": 30}
     operations = [(name, lambda name=name: log.append(name), sizes[name]) for name in ("a", "b", "a")]
-    a, b = inside.measure_operations(operations, Rounds(2, 10.0))
+    engine = SimpleNamespace(reverse=lambda state: None, operations=lambda state: operations, launches_per_token=3)
+    monkeypatch.setattr(inside, "block_engine", lambda *arguments: (engine, None))
+    monkeypatch.setattr(profile, "empty_launches", lambda device: {})
+    a, b = inside.measure_kernels(TarFlow(1, 4, 2, 64, 1, 1), (), Rounds(2, 10.0))["operations"]
     assert log == ["a", "a"] * 3 + ["b"] * 3  # warm, then twice
     assert (a["name"], a["bytes"], len(a["seconds"])) == ("a", 10, 2)
-    assert b["bytes_per_second"] == 30 / b["median"]
+    assert b["bytes"] == 30
 
 
 @pytest.mark.slow
@@ -178,38 +158,26 @@ def test_a_file_may_be_skipped_but_not_be_without_tests(
 
 @pytest.mark.slow
 def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cases, "BACKEND", "triton")
+    monkeypatch.setattr(gpu_cells, "BACKEND", "triton")
     out = tmp_path / "run.json"
-    cells = ("--cell", "afhq:16:guided", "--cell", "afhq:1:unguided", "--cell", "afhq:16:forward+backward")
+    cells = ("--cell", "afhq:16:guided", "--cell", "afhq:1:unguided", "--cell", "afhq:16:loss")
     result = dry(stand_in(tmp_path), out, "--budget", "500", *cells)
     assert result.exit_code == 0, result.output
     made = record.read(out)
     assert made["settings"]["dry"] is True
-    assert made["tests"]["passed"] == 1
-    assert [entry["name"] for entry in made["launches"]] == ["interpreter"]
     guided, unguided, density = made["cells"]
-    assert guided["label"] == {
-        "kind": "sampling",
-        "model": "afhq",
-        "blocks": "1 of 8",
-        "pass": "inverse",
-        "batch": 3,
-        "guidance": 2.0,
-    }
+    assert guided["label"] == {"model": "afhq", "batch": 3, "pass": "guided"}
     for cell in (guided, unguided):
         assert names(cell) == [BASELINE, TORCH, TRITON]
-        assert cell["left_out"][0]["name"] == COMPILED
         assert cell["engine"]["launches_per_token"] == 5
         assert [entry["name"] for entry in cell["engine"]["operations"]] == ["qkv", "attention", "affine"]
-        assert [entry["name"] for entry in cell["engine"]["steps"]] == ["no PDL"]
-        assert cell["engine"]["failed"] == []
-    assert names(density) == [BASELINE, DENSITY]
+        assert [entry["name"] for entry in cell["engine"]["launches"]] == ["interpreter"]
+    assert names(density) == [BASELINE, LOSS]
     assert "engine" not in density
     for cell in made["cells"]:
         assert cell["check"]["passed"]
         assert 0 < cell["check"]["max_error"] <= 2 * cell["check"]["tolerance"]
         for run in cell["runs"]:
-            assert run["first_seconds"] > 0
             assert run["fraction_of_limit"] > 0
             assert len(run["seconds"]) == 2
             assert run["max_error"] <= cell["check"]["max_error"]
@@ -217,13 +185,11 @@ def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.Mon
     assert text in result.output
     lines = text.splitlines()
     assert lines[0].startswith("machine: DRY RUN on ")
-    assert "GB/s copying 1 MiB" in lines[1]
-    assert "tests:   1 passed, 0 failed" in text
-    assert "cuda:    left out: the CUDA engine was not built" in lines
-    assert any(line.startswith("interpreter ") for line in lines)
-    assert sum(line.startswith("kernels of kind sampling") for line in lines) == 2
-    assert sum(line.startswith("step, no PDL ") for line in lines) == 2
-    assert f"  density afhq 1 of 8 forward+backward 3 0: {BASELINE} " in text
+    assert lines[2].startswith("copy bandwidth: ")
+    assert "tests: 1 passed, 0 failed in 2 s" in lines
+    assert "cuda, left out: the CUDA engine was not built" in lines
+    assert sum(line.startswith("empty launch, interpreter ") for line in lines) == 2
+    assert sum(line.startswith("kernels of model afhq") for line in lines) == 2
     picture = out.with_suffix(".png")
     with Image.open(picture) as image:
         image.verify()
@@ -238,7 +204,7 @@ def test_dry_run_end_to_end(tmp_path: Path, quick: None, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("spoil", ["far off", "nan"])
 def test_a_wrong_baseline_leaves_no_time(tmp_path: Path, quick: None, spoil: str) -> None:
     out = tmp_path / "run.json"
-    cells = ("--cell", "afhq:2:unguided", "--cell", "afhq:2:forward")
+    cells = ("--cell", "afhq:2:unguided", "--cell", "afhq:2:loss")
     result = dry(stand_in(tmp_path, spoil), out, "--skip-tests", *cells)
     assert result.exit_code == 1
     assert "2 of 2 checks failed" in result.output
@@ -246,31 +212,15 @@ def test_a_wrong_baseline_leaves_no_time(tmp_path: Path, quick: None, spoil: str
     assert sum("FAILED" in line for line in result.output.splitlines()) == 2
 
 
-def test_an_engine_that_differs_has_no_steps(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reverse(engine: KernelEngine, state: Any) -> None:
-        TorchEngine.reverse(engine, state)
-        if engine.pdl is False:
-            state.x.add_(1)
-
-    monkeypatch.setattr(KernelEngine, "reverse", reverse)
-    out = tmp_path / "run.json"
-    result = dry(stand_in(tmp_path), out, "--skip-tests", "--cell", "afhq:2:unguided")
-    assert result.exit_code == 1
-    assert "went wrong" in result.output
-    engine = record.read(out)["cells"][0]["engine"]
-    assert engine["steps"] == []
-    assert "no PDL: differs by" in engine["failed"][0]
-
-
 def test_failed_tests_are_told_and_cells_measured(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = {"passed": 1, "failed": 1, "seconds": 2.0, "ok": False, "tail": ["of the log"]}
-    monkeypatch.setattr(stages, "run_tests", lambda seconds: failed)
+    failed = {"name": "tests", "outcome": "1 passed, 1 failed", "seconds": 2.0, "tail": ["of the log"]}
+    monkeypatch.setattr(gpu, "run_tests", lambda seconds: failed)
     out = tmp_path / "run.json"
-    result = dry(stand_in(tmp_path), out, "--cell", "afhq:2:forward")
+    result = dry(stand_in(tmp_path), out, "--cell", "afhq:2:loss")
     assert result.exit_code == 1
-    assert "the tests failed:\nof the log" in result.output
-    assert "1 passed, 1 failed in 2 s  FAILED" in result.output
-    assert names(record.read(out)["cells"][0]) == [BASELINE, DENSITY]
+    assert "\ntests: 1 passed, 1 failed in 2 s\n" in result.output
+    assert "\nFAILED tests: 1 passed, 1 failed\nof the log\n" in result.output
+    assert names(record.read(out)["cells"][0]) == [BASELINE, LOSS]
 
 
 def test_what_cannot_be_done_costs_nothing_else(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,22 +228,18 @@ def test_what_cannot_be_done_costs_nothing_else(tmp_path: Path, quick: None, mon
         raise RuntimeError("out of memory\nand a page of advice")
 
     monkeypatch.setattr(KernelEngine, "operations", broken)
-    monkeypatch.setattr(inside, "measure_launches", broken)
-    monkeypatch.setattr(gpu_cases, "densities", broken)
+    monkeypatch.setattr(gpu_cells, "loss_and_norm", broken)
     out = tmp_path / "run.json"
-    cells = ("--cell", "afhq:2:forward", "--cell", "afhq:2:unguided")
+    cells = ("--cell", "afhq:2:loss", "--cell", "afhq:2:unguided")
     result = dry(stand_in(tmp_path), out, "--skip-tests", *cells)
     assert result.exit_code == 1
     made = record.read(out)
     density, sampling = made["cells"]
     assert density["runs"] == []
+    assert density["check"]["reason"] == "RuntimeError: out of memory"
     assert names(sampling) == [BASELINE, TORCH, TRITON]
-    assert [failure.split(":")[0] for failure in made["failures"]] == [
-        "empty launches",
-        "density afhq 1 of 8 forward 2 0",
-        "kernels",
-    ]
-    assert result.output.count("RuntimeError: out of memory\n") == 6  # in the table, and at the end
+    assert made["failures"] == ["inside triton: RuntimeError: out of memory"]
+    assert result.output.count("RuntimeError: out of memory\n") == 3  # in the table, and at the end
 
 
 def test_what_the_budget_does_not_allow_is_listed(tmp_path: Path, quick: None) -> None:
@@ -302,28 +248,23 @@ def test_what_the_budget_does_not_allow_is_listed(tmp_path: Path, quick: None) -
     assert result.exit_code == 0, result.output
     made = record.read(out)
     assert made["cells"] == []
-    assert len(made["not_run"]) == len(CASES)
-    assert {entry["reason"] for entry in made["not_run"]} == {"budget"}
-    rows = [line for line in SUITE.table(made).splitlines() if " not run " in line]
-    assert len(rows) == len(CASES)
-    assert all(row.endswith(" budget") for row in rows)
+    assert made["not_run"] == list(CASES)
+    assert SUITE.table(made).count("not run, as there was no time: ") == len(CASES)
     assert bench("show", out).exit_code == 0
 
 
 def test_a_run_that_is_stopped_leaves_what_it_has(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     done: Iterator[int] = iter(range(1))
-    measure = type(SUITE).measure
+    measure: Any = type(SUITE).measure
 
-    def one_cell(suite: Any, cell: Case) -> dict[str, Any]:
+    def one_cell(suite: Any, case: Any) -> Any:
         if next(done, None) is None:
             raise KeyboardInterrupt
-        return measure(suite, cell)
+        return measure(suite, case)
 
     monkeypatch.setattr(type(SUITE), "measure", one_cell)
     out = tmp_path / "run.json"
-    assert dry(
-        stand_in(tmp_path), out, "--skip-tests", "--cell", "afhq:1:forward", "--cell", "afhq:2:forward"
-    ).exit_code
+    assert dry(stand_in(tmp_path), out, "--skip-tests", "--cell", "afhq:1:loss", "--cell", "afhq:2:loss").exit_code
     assert len(record.read(out)["cells"]) == 1
     assert bench("show", out).exit_code == 0
 
@@ -351,7 +292,7 @@ def test_a_wrong_cell_is_wrong_usage(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_cell_dry_with_the_compiled_backend(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "COMPILE_SHARE", 1.0)
+    monkeypatch.setattr(gpu_cells, "cell", CELL)
     out = tmp_path / "run.json"
     result = dry(stand_in(tmp_path), out, "--skip-tests")
     assert result.exit_code == 0, result.output

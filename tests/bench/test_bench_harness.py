@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.common import harness
 from bench.common.harness import TOLERANCE, Rounds, admit, admit_all, measure_cell
-from bench.suites.gpu.cases import Case
+from bench.suites.gpu.cells import case_of
 from tarflow_fast import NonFiniteError
 
 
@@ -89,10 +89,6 @@ def test_the_check_is_against_the_first_and_at_the_tolerance() -> None:
             assert verdict["reason"]
 
 
-def cell_of(text: str) -> Case:
-    return Case.parse(text).made_dry()
-
-
 def fails() -> Tensor:
     raise RuntimeError("no such kernel\nand more")
 
@@ -131,9 +127,9 @@ def test_only_what_is_right_is_admitted(wrong: str) -> None:
 
 def entry_of(candidates: dict[str, Callable[[], Tensor]], **more: Any) -> dict[str, Any]:
     rounds = Rounds(3, more.pop("seconds", 100.0), timer=steady())
-    options: dict[str, Any] = {"exact": EXACT, "tolerance": 0.1, "all_or_none": False, "once": {"base": 0.25}, **more}
+    options: dict[str, Any] = {"exact": EXACT, "tolerance": 0.1, "once": {"base": 0.25}, **more}
     made = {name: constant(run) for name, run in candidates.items()}
-    found: Any = measure_cell(cell_of("afhq:2:guided"), made, rounds, **options)
+    found: Any = measure_cell(case_of("afhq:2:guided", dry=True), made, rounds, **options)
     return found
 
 

@@ -10,8 +10,9 @@ import torch
 from stand_in import quick_limits
 
 from bench.common import limits, roofline
+from bench.common.harness import Case
 from bench.common.models import random_model
-from bench.suites.gpu.cases import Case, Inputs
+from bench.suites.gpu.cells import case_of
 from bench.suites.peers import SIZES
 from tarflow_fast import TarFlowConfig, reference
 
@@ -55,12 +56,17 @@ def test_the_limit_is_the_slower_of_arithmetic_and_memory() -> None:
 
 
 def test_limits_are_kept_by_size(quick: None) -> None:
-    rates = limits.measure([2**16, 2**16, 2**18])
-    assert [entry["bytes"] for entry in rates["read_bandwidth"]] == [2**16, 2**18, 2**20]
-    assert rates["matrix_flops_per_second"] > 0
-    assert limits.bandwidth(rates, 2**18) == rates["read_bandwidth"][1]["bytes_per_second"] > 0
+    cases = [Case({}, work=roofline.Work(1, 1, 1, size), threads=1) for size in (2**18, 2**16)]
+    rates = limits.best(limits.measure(cases[0]), limits.measure(cases[1]))
+    assert list(rates) == ["float32_flops_per_second_1", "read_bandwidth_1"]
+    small, large = rates["read_bandwidth_1"]
+    assert [entry["bytes"] for entry in (small, large)] == [2**16, 2**18]
+    assert rates["float32_flops_per_second_1"] > 0
+    cell: dict[str, Any] = {"runs": []}
+    limits.hold(cell, rates, cases[0])
+    assert cell["limit"]["bytes_per_second"] == large["bytes_per_second"] > 0
     with pytest.raises(KeyError):
-        limits.bandwidth(rates, 2**17)
+        limits.hold(cell, rates, Case({}, work=roofline.Work(1, 1, 1, 2**17), threads=1))
 
 
 def test_of_two_measurements_the_higher_rates_are_the_limit() -> None:
@@ -89,29 +95,24 @@ def test_random_weights_have_the_log_scales_of_a_trained_model(name: str) -> Non
     assert 0.05 < xb.std() < 0.5
 
 
-def cell_of(text: str) -> Case:
-    return Case.parse(text).made_dry()
-
-
 def test_guided_rows_count_twice_and_bf16_half() -> None:
-    guided, unguided = (cell_of(f"afhq:2:{what}").work for what in ("guided", "unguided"))
+    guided, unguided = (case_of(f"afhq:2:{what}", True).work for what in ("guided", "unguided"))
     assert guided.flops == 2 * unguided.flops
-    sizes = cell_of("afhq:2:guided").sizes
+    sizes = case_of("afhq:2:guided", True).sizes
     assert 2 * unguided.bytes == roofline.inverse_work(sizes, 2).bytes
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_density_work_is_what_counting_token_by_token_gives(backward: bool) -> None:
-    sizes = cell_of("imagenet:3:forward").sizes
-    inputs = Inputs.of(cell_of("imagenet:3:forward"), CPU, 0)
+    sizes = case_of("imagenet:3:loss", True).sizes
     skipped = ("pos_embed", "class_embed")
-    weights = [value for name, value in inputs.model.named_parameters() if not name.endswith(skipped)]
+    weights = [value for name, value in random_model(sizes, 0).named_parameters() if not name.endswith(skipped)]
     flops = 0
     for i in range(sizes.num_patches):
         flops += sum(2 * 3 * value.numel() for value in weights if value.dim() == 2)
         flops += sizes.layers_per_block * 3 * 2 * (2 * sizes.channels * (i + 1))  # q kᵀ, then p v
     work = roofline.density_work(sizes, 3, backward=backward)
-    held, values = 4 * sum(value.numel() for value in weights), 4 * inputs.z.numel()
+    held, values = 4 * sum(value.numel() for value in weights), 4 * 3 * sizes.num_patches * sizes.token_dim
     assert work.flops == (3 if backward else 1) * flops
     assert work.bytes == (3 * held + 3 * values if backward else held + 2 * values)
 
@@ -120,6 +121,8 @@ def test_a_gpu_has_one_bandwidth_for_every_size(monkeypatch: pytest.MonkeyPatch)
     quick_limits(monkeypatch)
     rates = limits.measure_gpu(CPU)
     assert rates["matrix_flops_per_second"] > 0
-    assert limits.bandwidth(rates, 7) == rates["copy_bandwidth"][0]["bytes_per_second"] > 0
+    cell: dict[str, Any] = {"runs": []}
+    limits.hold(cell, rates, Case({}, work=roofline.Work(1, 1, 1, 7)))
+    assert cell["limit"]["bytes_per_second"] == rates["copy_bandwidth"][0]["bytes_per_second"] > 0
     better = {"matrix_flops_per_second": 0.0, "copy_bandwidth": [{"bytes": 2**20, "bytes_per_second": math.inf}]}
     assert limits.best(rates, better) == {**better, "matrix_flops_per_second": rates["matrix_flops_per_second"]}

@@ -21,10 +21,10 @@ from stand_in import bench
 
 import tarflow_fast as tff
 from bench.common import harness, machine, record
-from bench.common.harness import Rounds
+from bench.common.harness import Case, Rounds
 from bench.suites.load import busy
 from bench.suites.load import suite as load
-from bench.suites.load.busy import busy_processes, fair_slowdown, spin
+from bench.suites.load.busy import busy_processes, fair_slowdown
 from bench.suites.load.suite import SUITE, TASKS, Tasks
 from tarflow_fast.backend.cpu.engine import cpu_missing
 
@@ -112,19 +112,8 @@ def test_the_fair_share() -> None:
         fair_slowdown(3, 1, 2)
 
 
-def test_the_yardstick_works_in_every_thread() -> None:
-    def work(threads: int) -> float:
-        before = time.process_time()
-        spin(threads, 200_000)
-        return time.process_time() - before
-
-    work(1)
-    assert 2.2 < work(3) / work(1) < 4.5
-
-
 class Machine:
-    """A made-up one: a task takes 1 s, or 2 s beside busy processes; the yardstick as long as it is told to, or 1.5
-    times that."""
+    """A made-up one: a task takes 1 s, or 2 s beside busy processes."""
 
     def __init__(self) -> None:
         self.busy, self.now, self.log = 0, 0.0, ""
@@ -145,45 +134,39 @@ class Machine:
         self.now += 2.0 if self.busy else 1.0
         return torch.zeros(1)
 
-    def spin(self, threads: int, iterations: int) -> None:
-        self.log += "S" if self.busy else "s"
-        self.now += iterations / RATE * (1.5 if self.busy else 1.0)
+
+CASE = Case({"task": "sample", "threads": 1}, threads=1)
 
 
-RATE = 1000.0  # of the yardstick
-ROUNDS = Rounds(4, 1e9, timer=load.own_time)
-HOW: dict[str, Any] = {"tolerance": 0.0, "busy": 3, "available": 2, "rate": RATE, "rounds": ROUNDS}
+def measured(task: Callable[[], torch.Tensor], repeat: int = 4, tolerance: float = 0.0) -> Any:
+    return load.measure(CASE, task, tolerance, 3, 2, Rounds(repeat, 1e9))
 
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
     monkeypatch.setattr(load, "busy_processes", made.busy_processes)
-    monkeypatch.setattr(load, "spin", made.spin)
     monkeypatch.setattr(harness, "wall", made.wall)
     monkeypatch.setattr(harness, "REST", 0.0)
     return made
 
 
-def test_quiet_and_busy_take_turns_and_the_yardstick_beside(made_up: Machine) -> None:
-    entry = load.measure(made_up.task, 1, **HOW)
-    assert made_up.log == "tT" + "t" + "tsTS" * 4  # the check, the time of a call, and the rounds
+def test_quiet_and_busy_take_turns(made_up: Machine) -> None:
+    entry = measured(made_up.task)
+    assert made_up.log == "tt" + "tT" + "tT" * 4  # warm, the time of a call, the check, and the rounds
     assert entry["check"]["passed"]
     assert entry["fair"] == 2
-    quiet, spin_quiet, busy, spin_busy = entry["runs"]
-    assert [run["name"] for run in entry["runs"]] == ["quiet", "spin quiet", "busy", "spin busy"]
-    assert quiet["seconds"] == spin_quiet["seconds"] == [1.0] * 4
+    quiet, busy = entry["runs"]
+    assert [run["name"] for run in entry["runs"]] == ["quiet", "busy"]
+    assert quiet["seconds"] == [1.0] * 4
     assert busy["slowdown"] == {"samples": [2.0] * 4, "median": 2.0, "p20": 2.0, "p80": 2.0}
-    assert spin_busy["slowdown"]["median"] == 1.5
-    assert entry["over_fair"] == 1
-    assert entry["over_spin"]["median"] == pytest.approx(4 / 3)
 
 
 def test_short_tasks_are_repeated_within_a_sample(made_up: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "SAMPLE", 2.5)
-    entry = load.measure(made_up.task, 1, **{**HOW, "rounds": Rounds(1, 1e9, timer=load.own_time)})
-    assert made_up.log == "tT" + "t" + "ttts" + "TTTS"
-    assert [run["seconds"] for run in entry["runs"]] == [[1.0], [1.0], [2.0], [1.5]]  # of one call
+    entry = measured(made_up.task, 1)
+    assert made_up.log == "tt" + "tttTTT" * 2
+    assert [run["seconds"] for run in entry["runs"]] == [[1.0], [2.0]]  # of one call
 
 
 def test_a_task_whose_results_change_under_load_is_not_timed() -> None:
@@ -193,7 +176,7 @@ def test_a_task_whose_results_change_under_load_is_not_timed() -> None:
         return torch.tensor([float(len(children()))])
 
     before = len(children())
-    entry = load.measure(run, 1, **{**HOW, "tolerance": 0.5})
+    entry = measured(run, tolerance=0.5)
     assert not entry["check"]["passed"]
     assert entry["check"]["max_error"] == 3  # the busy processes
     assert entry["runs"] == []
@@ -204,11 +187,9 @@ def made_up_record() -> dict[str, Any]:
     good = {"passed": True, "max_error": 0.0, "tolerance": 2e-5, "reason": None}
     cells: list[dict[str, Any]] = []
     for task, threads, slower in (("sample", 1, 1.6), ("sample", 2, 2.2), ("denoise", 1, 1.5), ("denoise", 2, 27.0)):
-        samples = {"quiet": [1.0] * 3, "spin quiet": [1.0] * 3, "busy": [0.9 * slower, slower, 1.1 * slower]}
-        runs = load.load_runs({**samples, "spin busy": [1.9] * 3})
-        fair = fair_slowdown(threads, 2, 2)
-        entry = {"check": good, "fair": fair, "runs": runs, "over_fair": slower / fair}
-        entry["over_spin"] = harness.spread([slower / 1.9])
+        runs = harness.runs_of({"quiet": [1.0] * 3, "busy": [0.9 * slower, slower, 1.1 * slower]})
+        runs[1]["slowdown"] = harness.ratio(runs[1]["seconds"], runs[0]["seconds"])
+        entry = {"check": good, "fair": fair_slowdown(threads, 2, 2), "runs": runs}
         cells.append({"label": {"task": task, "threads": threads}, **entry})
     bad = {**good, "passed": False, "max_error": 0.25, "reason": "differs by more than 2e-05"}
     cells.append({"label": {"task": "log_prob", "threads": 1}, "check": bad, "fair": 1.5, "runs": []})
@@ -219,11 +200,9 @@ def made_up_record() -> dict[str, Any]:
             "model": "fashion_mnist",
             "batch": 80,
             "dtype": "float32",
-            "density": "auto",
             "busy": 2,
             "cores": 2,
             "omp_wait_policy": None,
-            "target": 1.5,
             "threads": 2,
         },
         "limits": {},
@@ -231,42 +210,25 @@ def made_up_record() -> dict[str, Any]:
     }
 
 
-def test_the_table_names_what_misses_the_target() -> None:
+def test_the_table_has_slowdowns_and_what_is_fair() -> None:
     lines = SUITE.table(made_up_record()).splitlines()
     assert lines[1].endswith("OMP_WAIT_POLICY not set")
     assert lines[2] == "load:    2 busy processes on 2 cores; load average before that 0.1"
     rows = [line.split() for line in lines if line.startswith(("sample", "denoise", "log_prob"))]
-    assert rows[3] == [
-        "denoise",
-        "2",
-        "1",
-        "27",
-        "3",
-        "27.00",
-        "25.38-28.62",
-        "2.00",
-        "1.90",
-        "13.50",
-        "14.21",
-        "0.0e+00",
-    ]
-    assert rows[4] == ["log_prob", "1", "FAILED", *["-"] * 8, "2.5e-01"]
-    assert "target: at most 1.5 times the fair share, missed by denoise on 2 threads (13.50)" in lines
-    assert lines[-1] == "FAILED log_prob on 1 thread: differs by more than 2e-05"
+    assert rows[3] == ["denoise", "2", "1", "27", "3", "27.00", "25.38-28.62", "2.00", "13.50", "0.0e+00"]
+    assert rows[4] == ["log_prob", "1", "FAILED", *["-"] * 4, "1.50", "-", "2.5e-01"]
+    assert lines[-1] == "FAILED task log_prob, threads 1: differs by more than 2e-05"
 
 
 def test_the_picture_has_a_panel_for_each_task() -> None:
     made = made_up_record()
     figure = SUITE.figure(made)
     sample, denoise, log_prob = figure.axes
-    assert [axes.get_title() for axes in figure.axes] == ["sample", "denoise", "log_prob"]
-    fair, target, *points = sample.lines
-    assert list(fair.get_ydata()) == [1.5, 2]
-    assert list(target.get_ydata()) == [2.25, 3]
-    assert [y for line in points for y in line.get_ydata()] == [1.9, 1.9, 1.6, 2.2]
-    assert denoise.lines[-1].get_ydata()[1] == 27
+    assert [axes.get_title() for axes in figure.axes] == ["task sample", "task denoise", "task log_prob"]
+    assert [bar.get_height() for bar in sample.patches] == [1.6, 2.2]
+    assert [text.get_text() for text in sample.texts] == ["1.60×\n94%", "2.20×\n91%"]
+    assert denoise.patches[1].get_height() == 27
     assert [text.get_text() for text in log_prob.texts] == ["check\nfailed"]
-    assert len(figure.legends[0].get_texts()) == 4
 
 
 def saved_model(folder: Path) -> Path:
@@ -294,8 +256,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cell in made["cells"]:
         assert cell["check"]["passed"]
         assert all(len(run["seconds"]) == 2 for run in cell["runs"])
-        assert cell["over_fair"] > 0
-        assert cell["over_spin"]["median"] > 0
+        assert cell["runs"][1]["slowdown"]["median"] > 0
     assert made["settings"]["busy"] == 1
     assert SUITE.table(made) in result.output
     with Image.open(out.with_suffix(".png")) as image:
@@ -313,10 +274,10 @@ def test_threads_beyond_the_cores_are_wrong_usage(tmp_path: Path) -> None:
 @pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
 def test_the_commands_do_what_the_library_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved_model(tmp_path)
-    tasks = Tasks(tff.load(path), path, 3, 5, "auto", tmp_path)
+    tasks = Tasks(tff.load(path), path, 3, 5, tmp_path)
 
     def run(name: str) -> torch.Tensor:
-        return TASKS[name][0](tasks, 1)()
+        return TASKS[name][0](tasks)
 
     # the command denoises, as its model was trained on noisy images
     torch.testing.assert_close(run("tarflow-fast sample"), run("denoise"), atol=2e-5, rtol=0)

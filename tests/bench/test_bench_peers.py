@@ -15,10 +15,10 @@ from PIL import Image
 from stand_in import bench, quick_limits, stand_in
 
 from bench.common import gemm, machine, record
-from bench.common.harness import TOLERANCE
+from bench.common.harness import TOLERANCE, Case
 from bench.suites.peers import SIZES, SUITES
 from tarflow_fast.backend.cpu.engine import cpu_missing
-from tarflow_fast.native import choose_instruction_set, instruction_sets
+from tarflow_fast.native import choose_instruction_set
 
 SUITE, ON_CPU = SUITES
 
@@ -48,7 +48,7 @@ def test_cases() -> None:
         {"model": "tiny", "batch": 3, "guidance": 0.0},
         {"model": "tiny", "batch": 3, "guidance": 2.0},
     ]
-    assert len(chosen(SUITE).cases()) == 8
+    assert len(chosen(SUITE).cases()) == 9
     assert len({tuple(case.label.values()) for case in chosen(ON_CPU).cases()}) == 12
     sizes = SIZES["medium"]
     assert (sizes.channels, sizes.layers_per_block, sizes.num_blocks, sizes.num_patches) == (256, 4, 4, 256)
@@ -150,22 +150,12 @@ def test_cpu_end_to_end(tmp_path: Path, quick: None) -> None:
     assert fp32["check"]["tolerance"] == TOLERANCE < bf16["check"]["max_error"] <= bf16["check"]["tolerance"]
     for cell in made["cells"]:
         assert [run["name"] for run in cell["runs"]] == ["ml-tarflow", "torch", "cpu"]
-        assert cell["label"]["isa"] == choose_instruction_set()
         assert cell["gemm"]["seconds"] > 0
-    assert result.output.count("torch's products, tiny, 2, ") == 2
+    assert result.output.count("torch's products, model tiny, batch 2, ") == 2
+    assert made["settings"]["instruction_set"] == choose_instruction_set()
     for cell in made["cells"]:
-        del cell["gemm"], cell["label"]["isa"]  # an older record is shown as it was
+        del cell["gemm"]  # an older record is shown as it was
     assert "torch's products" not in ON_CPU.table(made)
-
-
-@pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
-def test_every_instruction_set_is_a_case_of_its_own() -> None:
-    sets = instruction_sets()
-    command = ON_CPU.command()
-    context = command.make_context("cpu", ["--isa", "all", "--isa", sets[0], "--batch", "2", "--config", "tiny"])
-    suite = chosen(ON_CPU, **context.params)
-    assert [case.label["isa"] for case in suite.cases() if case.dtype == "float32"] == sets
-    assert bench("cpu", "--isa", "sse9", "--explain").exit_code == 1
 
 
 @pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
@@ -181,9 +171,10 @@ def test_explain_tells_what_was_chosen_and_needs_no_checkout(quick: None) -> Non
 def test_the_rate_of_products_counts_every_operation(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "product_rate", lambda rows, k, columns, dtype: 1.0)
     sizes = SIZES["tiny"]
+    case = Case({"batch": 5}, sizes)
     steps = sizes.num_blocks * (sizes.num_patches - 1) * sizes.layers_per_block
     flops = 24 * 5 * sizes.channels**2
-    assert gemm.limit(sizes, 5, torch.float32) == {"seconds": steps * flops, "flops_per_second": 1.0}
+    assert gemm.limit(case, torch.float32) == {"seconds": steps * flops, "flops_per_second": 1.0}
 
 
 @pytest.mark.slow

@@ -13,9 +13,8 @@ import torch
 from stand_in import bench
 
 from bench.common import harness, machine, record, roofline
-from bench.common.harness import TOLERANCE
-from bench.common.limits import hold_to_limit
-from bench.common.plot import cells_figure as picture
+from bench.common.harness import TOLERANCE, Case
+from bench.common.limits import hold
 from bench.suites.peers import SUITES
 
 SUITE = SUITES[0]
@@ -27,8 +26,8 @@ def made_up_record(*, failed: bool = False) -> dict[str, Any]:
     checks = {"passed": True, "max_error": 1e-6, "tolerance": TOLERANCE, "reason": None}
     cell = {"label": {"model": "m", "batch": 1, "guidance": 0.0}, "check": checks, "work": work._asdict()}
     cells = [{**cell, "runs": harness.runs_of(samples, work)}]
-    slow = {"matrix_flops_per_second": 1e11, "read_bandwidth": [{"bytes": 20, "bytes_per_second": 2e9}]}
-    hold_to_limit(cells[0], slow)  # 0.5 s of memory traffic
+    slow = {"float32_flops_per_second_2": 1e11, "read_bandwidth_2": [{"bytes": 20, "bytes_per_second": 2e9}]}
+    hold(cells[0], slow, Case({}, work=work, threads=2))  # 0.5 s of memory traffic
     if failed:
         bad = {**checks, "passed": False, "max_error": None, "reason": "torch: not finite"}
         cells.append({"label": {"model": "m", "batch": 64, "guidance": 2.0}, "check": bad, "runs": []})
@@ -58,8 +57,8 @@ def test_runs_hold_every_sample_and_the_rates_at_the_median() -> None:
 
 def test_the_table_is_aligned_and_a_failed_cell_has_no_times() -> None:
     lines = SUITE.table(made_up_record(failed=True)).splitlines()
-    head, *rows = lines[3:]
-    assert "50.0 GB/s from 1 MiB" in lines[1]
+    head, *rows = lines[4:]
+    assert lines[1:3] == ["matrix flops per second: 100.0 GFLOP/s", "read bandwidth: 50.0 GB/s at 1 MiB"]
     assert [row.split()[3] for row in rows] == ["theirs", "torch", "torch", "FAILED"]
     for column in ("seconds", "n", "faster", "of limit"):
         end = head.index(f" {column}") + 1 + len(column)
@@ -79,22 +78,18 @@ def test_a_record_survives_its_file(tmp_path: Path) -> None:
 
 def test_the_picture_has_a_bar_for_each_run() -> None:
     made = made_up_record(failed=True)
-    figure = picture(made)
-    above, below = figure.axes
-    runs = made["cells"][0]["runs"]
-    for axes, wanted in (
-        (above, [run["ratio"]["median"] for run in runs[1:]]),
-        (below, [100 * run["fraction_of_limit"] for run in runs]),
-    ):
-        bars = axes.patches
-        assert [bar.get_height() for bar in bars] == pytest.approx(wanted)
-        assert all(a.get_x() + a.get_width() <= b.get_x() for a, b in itertools.pairwise(bars))  # side by side
-        assert bars[0].get_x() > -0.5  # about their cell
-        assert bars[-1].get_x() + bars[-1].get_width() < 0.5
-    said = [text.get_text() for text in above.texts]
-    assert said == ["2.00×", "4.20×", "check\nfailed"]
-    assert [text.get_text() for text in below.get_xticklabels()][1] == "model m\nbatch 64\nguidance 2"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["theirs", "torch", "torch compiled"]
+    figure = SUITE.figure(made)
+    passed, failed = figure.axes
+    runs, bars = made["cells"][0]["runs"], passed.patches
+    assert [bar.get_height() for bar in bars] == pytest.approx([run["ratio"]["median"] for run in runs[1:]])
+    assert all(a.get_x() + a.get_width() <= b.get_x() for a, b in itertools.pairwise(bars))  # side by side
+    assert bars[0].get_x() > -0.5  # about their cell
+    assert bars[-1].get_x() + bars[-1].get_width() < 0.5
+    assert [text.get_text() for text in passed.texts] == ["2.00×\n24%", "4.20×\n50%"]
+    assert [text.get_text() for text in failed.texts] == ["check\nfailed"]
+    assert [axes.get_title() for axes in figure.axes] == ["model m, guidance 0", "model m, guidance 2"]
+    assert [text.get_text() for text in failed.get_xticklabels()] == ["batch 64"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["torch", "torch compiled"]
 
 
 def test_show_draws_a_finished_run_again(tmp_path: Path) -> None:

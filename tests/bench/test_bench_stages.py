@@ -11,10 +11,10 @@ import torch
 from stand_in import bench, quick_limits, stand_in
 
 from bench.common import record
-from bench.suites.gpu import stages
+from bench.suites.gpu import cells
 from bench.suites.gpu import suite as gpu
 
-WRITES = "import json, sys; json.dump([sys.argv[1], json.loads(sys.argv[2])], open(sys.argv[3], 'w'))"
+WRITES = "import json, sys; json.dump([json.loads(sys.argv[1])], open(sys.argv[2], 'w'))"
 
 
 def command(code: str) -> tuple[str, ...]:
@@ -22,8 +22,8 @@ def command(code: str) -> tuple[str, ...]:
 
 
 def test_a_stage_is_given_its_request_and_leaves_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "COMMAND", command(WRITES))
-    assert stages.in_process("cell", {"a": [1.5, None]}, 60.0) == ["cell", {"a": [1.5, None]}]
+    monkeypatch.setattr(cells, "COMMAND", command(WRITES))
+    assert cells.in_process({"a": [1.5, None]}, 60.0) == [{"a": [1.5, None]}]
 
 
 @pytest.mark.parametrize(
@@ -36,37 +36,36 @@ def test_a_stage_is_given_its_request_and_leaves_a_result(monkeypatch: pytest.Mo
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="exit codes of POSIX")
 def test_a_stage_that_goes_wrong_is_told(code: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "COMMAND", command(code))
+    monkeypatch.setattr(cells, "COMMAND", command(code))
     with pytest.raises(RuntimeError, match=said):
-        stages.in_process("cell", {}, 1.0 if "sleep" in code else 60.0)
+        cells.in_process({}, 1.0 if "sleep" in code else 60.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for the interpreter, and kernels are compiled here")
 def test_a_cell_whose_process_dies_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick_limits(monkeypatch)
-    asked: list[tuple[str, Any]] = []
+    asked: list[Any] = []
 
-    def in_process(name: str, request: dict[str, Any], seconds: float) -> Any:
-        asked.append((name, seconds))
-        if name == "cell" and request["case"]["batch"] == 2:
+    def in_process(request: dict[str, Any], seconds: float) -> Any:
+        asked.append(seconds)
+        if request["case"] == "afhq:2:loss":
             raise RuntimeError("its process ended with -6: Aborted")
-        return [] if name == "launches" else stages.here(name, {**request, "dry": True})
+        return cells.cell(**{**request, "dry": True})
 
-    monkeypatch.setattr(stages, "in_process", in_process)
+    monkeypatch.setattr(cells, "in_process", in_process)
     monkeypatch.setattr(gpu, "_device", lambda dry: torch.device("cpu"))
     monkeypatch.setattr(gpu, "cuda_missing", lambda device, dtype: "not built")
-    out, cells = tmp_path / "run.json", ("--cell", "afhq:2:forward", "--cell", "imagenet:1:forward")
-    for name in stages.cases.SIZES:
-        monkeypatch.setitem(stages.cases.SIZES, name, stages.cases.models.DRY[name])
-    arguments = ("--ml-tarflow", stand_in(tmp_path), "--repeat", "2", "--out", out, "--skip-tests", *cells)
+    out, wanted = tmp_path / "run.json", ("--cell", "afhq:2:loss", "--cell", "imagenet:1:loss")
+    for name in cells.SIZES:
+        monkeypatch.setitem(cells.SIZES, name, cells.models.DRY[name])
+    arguments = ("--ml-tarflow", stand_in(tmp_path), "--repeat", "2", "--out", out, "--skip-tests", *wanted)
     result = bench("gpu", *arguments)
     assert result.exit_code == 1
-    assert [name for name, _ in asked] == ["launches", "limits", "cell", "cell", "limits"]
-    assert all(0 < seconds < 2000 for _, seconds in asked)
+    assert len(asked) == 2
+    assert all(0 < seconds < 2000 for seconds in asked)
     made = record.read(out)
     dead, alive = made["cells"]
     assert (dead["runs"], dead["check"]["passed"]) == ([], False)
     assert len(alive["runs"]) == 2
-    line = "density afhq 1 of 8 forward 2 0: RuntimeError: its process ended with -6: Aborted"
-    assert made["failures"] == [line]
-    assert f"FAILED {line}" in result.output
+    assert dead["check"]["reason"] == "RuntimeError: its process ended with -6: Aborted"
+    assert "1 of 2 checks failed" in result.output

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 from tarflow_fast import TarFlowError
-
-from ...common.harness import wall
 
 # The loop ends with the process that started it, however that ends: nobody else holds the other end of its standard
 # input, which the system then closes. Ctrl-C, which reaches the loop too, ends it without a traceback.
@@ -26,15 +22,12 @@ while True:
     pass
 """
 SETTLE = 0.1  # seconds until the scheduler has spread new processes over the cores
-_CALIBRATION = 200_000  # iterations whose time gives the rate of `spin`
 
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[list[int]]:
     """Keeps so many processes of one thread spinning while the context lasts, none longer, and yields their numbers.
-
-    Raises TarFlowError where a process cannot be started.
-    """
+    Raises TarFlowError where a process cannot be started."""
     # They stay in this session: on Linux the processes of another are a scheduling group with a share of its own.
     command = [sys.executable, "-I", "-S", "-c", _LOOP]
     with ExitStack() as stack:
@@ -52,23 +45,8 @@ def busy_processes(count: int) -> Iterator[list[int]]:
 
 
 def fair_slowdown(threads: int, busy: int, cores: int) -> float:
-    """Returns max(1, (t + n) / c): how many times as long t <= c threads take beside n busy processes on c cores.
-
-    t + n threads that never wait share c cores, and a fair scheduler gives each the part min(1, c / (t + n)) of one.
-    """
+    """Returns max(1, (t + n) / c): how many times as long t <= c threads take beside n busy processes on c cores, if
+    t + n threads never wait, and the scheduler gives each the part min(1, c / (t + n)) of a core."""
     if threads > cores:
         raise ValueError(f"{threads} threads on {cores} cores")
     return max(1.0, (threads + busy) / cores)
-
-
-def spin(threads: int, iterations: int) -> None:
-    """Makes so many rounds of a hash in each thread, the yardstick: the threads work side by side without the GIL,
-    without memory, and never wait for each other."""
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(threads):
-            pool.submit(hashlib.pbkdf2_hmac, "sha256", b"yardstick", b"", iterations)
-
-
-def spin_rate() -> float:
-    """Returns the rounds that one thread of `spin` makes in a second: the best of three."""
-    return _CALIBRATION / min(wall(lambda: spin(1, _CALIBRATION)) for _ in range(3))

@@ -12,7 +12,7 @@ import click
 import torch
 from torch import Tensor
 
-from tarflow_fast import Sampler, TarFlow
+from tarflow_fast import Sampler
 from tarflow_fast.backend import choose_backend
 from tarflow_fast.engine import BlockEngine, BlockState, Condition, Guidance
 from tarflow_fast.engine.backend import Request
@@ -20,36 +20,29 @@ from tarflow_fast.solvers import Solution, adaptive, sequential
 
 from ...common import models, options, plot
 from ...common.harness import ADAPTIVE_BOUND as BOUND
-from ...common.harness import Rounds, check_of, runs_of
-from ...common.record import Check, hardware, short, title
+from ...common.harness import Case, Rounds, measure_cell, ready
+from ...common.record import hardware, short, title
 from ...common.suite import Suite
 from ...common.table import table
 from .baselines import gs_jacobi, jacobi
 
-TOLS = (1e-2, 1e-3, 1e-4)
-PUBLISHED_THRESHOLD = 0.5
+TOLS, PUBLISHED_THRESHOLD = (1e-2, 1e-3, 1e-4), 0.5
 BASELINE, PROMISED = "sequential", f"adaptive {TOLS[1]:g}"
 FINAL = 1e-3  # a token is final if it is this near to the sequential one
 COLUMNS = (
-    "block: {block} | policy: {name} | passes: {passes} | evaluations: {evaluations:.0f} | gained: {advance:.1f} | "
-    "max error: {error} | residual: {residual:.1e} | same error: {jacobi_evaluations} | seconds: {median:.4g} | "
-    "p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | faster: {faster}"
+    "block: {block} | policy: {name} | passes: {passes} | evaluations: {evaluations:.0f} | max error: {error} | "
+    "same error: {jacobi_evaluations} | seconds: {median:.4g} | p20-p80: {p20:.3g}-{p80:.3g} | n: {n} | "
+    "faster: {faster}"
 )
-LEGEND = """\
-passes: dependent steps. evaluations: tokens evaluated for each image. gained: tokens by a pass. max error: from the
-sequential result of the same input. residual: as the solver states it, max |forward(x) - z|. same error: tokens that
-all-Jacobi evaluates for each image until its error is no larger."""
 SHOWN = {  # colour and width, from the slowest on
     "all-Jacobi 0.001": ("#e07b1a", 3.2),
     "adaptive 0.0001": ("#1f4f94", 1.6),
     "adaptive 0.001": ("#63aee8", 1.6),
 }
-Solve = functools.partial[Solution]
-"""A solver with its settings, which the record has."""
 
 
-def candidates(segments: int, gs_passes: int) -> dict[str, Solve]:
-    """Returns the baseline and then the others, by name."""
+def candidates(segments: int, gs_passes: int) -> dict[str, functools.partial[Solution]]:
+    """Returns the baseline and then the others, by name, with their settings, which the record has."""
     return {
         BASELINE: functools.partial(sequential),
         **{f"adaptive {tol:g}": functools.partial(adaptive, tol=tol) for tol in TOLS},
@@ -82,111 +75,65 @@ class Problem:
         self._reuse = self.engine.begin(self.z, self.condition, reuse=self._reuse)
         return self._reuse
 
-    def error(self, x: Tensor) -> float | None:
-        """Returns max |x − wanted|; None if that is no number."""
-        return finite((x - self.wanted).abs().max())
-
     def final(self, x: Tensor) -> int:
         """Returns how many tokens, from the first on, are within FINAL of the sequential ones in the worst sample."""
         return int(((x - self.wanted).abs().amax(-1) <= FINAL).cumprod(1).sum(1).min())
 
 
-def finite(value: Tensor) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-@torch.no_grad()
-def problems(
-    model: TarFlow, backend: str, device: torch.device, *, batch: int, guidance: float, seed: int
-) -> Iterator[Problem]:
-    """Yields the blocks in the order of sampling, each from the sequential result of the one before."""
-    sampler = Sampler(model, backend=backend, device=device, solver=BASELINE)
-    z, y = models.inputs(model.config, batch, seed, device, none=True)
-    x = z * model.var.to(device).sqrt()
-    for k, stage in reversed(list(enumerate(sampler.flow.stages))):
-        problem = Problem(k, sampler.engines[k], stage.enter(x), Condition(y, Guidance(guidance)))
-        yield problem
-        x = stage.leave(problem.wanted)
-
-
-def examine(problem: Problem, name: str, solve: Solve) -> dict[str, Any]:
-    """Returns a run without times.
-
-    final: of the state before the first pass and after each (`Problem.final`). advance: tokens gained by a pass.
-    evaluations: for each image. residual: what the solver states; None if it states none.
-    """
+def examine(problem: Problem, solve: Any) -> dict[str, Any]:
+    """Returns what a run tells beside times and errors. final: of the state before the first pass and after each
+    (`Problem.final`). evaluations: for each image."""
     state = problem.begin()
-    B, T, _ = state.x.shape
     final = [problem.final(state.x)]
     solution = solve(problem.engine, state, lambda tokens: final.append(problem.final(state.x)))
     return {
-        "name": name,
         "settings": solve.keywords,
         "passes": solution.passes,
-        "evaluations": solution.evaluations / B,
-        "advance": (T - 1) / solution.passes if solution.passes else 0.0,
-        "max_error": problem.error(state.x),
-        "residual": finite(solution.residual.max()),
+        "evaluations": solution.evaluations / len(state.x),
         "final": final if len(final) == solution.passes + 1 else None,  # engines may report several steps at once
-        "seconds": [],
     }
 
 
-@torch.no_grad()
-def jacobi_errors(problem: Problem, until: float) -> list[float | None]:
-    """Returns the largest error after 1, 2, … passes over all tokens, to the first that is no larger than `until`."""
-    state = problem.begin()
-    T = state.x.shape[1]
-    errors: list[float | None] = []
-    while len(errors) < T - 1 and not (errors and errors[-1] is not None and errors[-1] <= until):
-        problem.engine.fixed_point(state, 1, T)
-        errors.append(problem.error(state.x))
+def jacobi_errors(problem: Problem) -> list[float]:
+    """Returns the largest error after 1, 2, … T − 1 passes over all tokens."""
+    state, errors = problem.begin(), list[float]()
+
+    def note(tokens: int) -> None:
+        errors.append(float((state.x - problem.wanted).abs().max().nan_to_num(math.inf)))
+
+    jacobi(problem.engine, state, note, threshold=0.0)
     return errors
 
 
-def check(runs: Sequence[dict[str, Any]]) -> Check:
-    """Holds adaptive's errors to BOUND · tol; the figures are of the run that is nearest to its bound, or beyond."""
-    held = [(run["name"], run["max_error"], BOUND * run["settings"]["tol"]) for run in runs if "tol" in run["settings"]]
-    name, error, allowed = max(held, key=lambda run: math.inf if run[1] is None else run[1] / run[2])
-    reason = None
-    if error is None:
-        reason = f"{name}: not finite"
-    elif error > allowed:
-        reason = f"{name}: {error:.1e} from sequential, allowed {allowed:.1e}"
-    return check_of(reason, error, allowed)
+def measure(problem: Problem, candidates: Mapping[str, Any], rounds: Rounds) -> dict[str, Any]:
+    """Returns one of the record's "cells". A run of adaptive's has "jacobi_evaluations": what all-Jacobi evaluates
+    until its error is no larger. Adaptive is held to BOUND · tol, the published ones to nothing but numbers."""
+
+    def solved(solve: Any) -> Tensor:
+        state = problem.begin()
+        solve(problem.engine, state)
+        return state.x
+
+    T = problem.z.shape[1]
+    bounds = {name: BOUND * solve.keywords.get("tol", math.inf) for name, solve in candidates.items()}
+    runs = ready({name: functools.partial(solved, solve) for name, solve in candidates.items()})
+    how: dict[str, Any] = {"exact": problem.wanted, "tolerance": 1.0, "slack": bounds}
+    cell = measure_cell(Case(problem.label), runs, rounds, **how)
+    for run in cell["runs"]:
+        run |= examine(problem, candidates[run["name"]])
+    errors = jacobi_errors(problem)
+    for run in cell["runs"]:
+        if "tol" in run["settings"]:
+            passes = next((n for n, error in enumerate(errors, 1) if error <= run["max_error"]), T - 1)
+            run["jacobi_evaluations"] = passes * (T - 1)
+    return {**cell, "tokens": T}
 
 
-def measure(problem: Problem, candidates: Mapping[str, Solve], rounds: Rounds) -> dict[str, Any]:
-    """Returns one of the record's "cells"; its runs are there if the check failed too, with times if it passed.
-
-    largest: the largest |x| of the sequential result; jacobi_errors: see there. A run of adaptive's has
-    "jacobi_evaluations": what all-Jacobi evaluates until its error is no larger.
-    """
-    T, largest = problem.z.shape[1], finite(problem.wanted.abs().max())
-    cell: dict[str, Any] = {"label": problem.label, "tokens": T, "largest": largest, "runs": [], "jacobi_errors": []}
-    if largest is None:
-        return {**cell, "check": check_of("sequential: not finite")}
-    runs = [examine(problem, *each) for each in candidates.items()]
-    cell |= {"runs": runs, "check": check(runs)}
-    ours = [run for run in runs if "tol" in run["settings"] and run["max_error"] is not None]
-    cell["jacobi_errors"] = jacobi_errors(problem, min((run["max_error"] for run in ours), default=math.inf))
-    for run in ours:
-        errors = enumerate(cell["jacobi_errors"], 1)
-        reached = (n for n, error in errors if error is not None and error <= run["max_error"])
-        run["jacobi_evaluations"] = next(reached, T - 1) * (T - 1)
-    if cell["check"]["passed"]:
-        turns = {name: lambda solve=solve: solve(problem.engine, problem.begin()) for name, solve in candidates.items()}
-        for run, times in zip(runs, runs_of(rounds.alternate(turns)), strict=True):
-            run.update(times)
-    return cell
-
-
-def _total(runs: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Returns the sums of one candidate's runs over all blocks, of so many tokens each."""
+def _total(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the sums of one candidate's runs over all blocks."""
     figures = ("passes", "evaluations", "median", "jacobi_evaluations")
     total = {name: sum(run[name] for run in runs) for name in figures if all(name in run for run in runs)}
-    advance = {"advance": len(runs) * (tokens - 1) / total["passes"]} if total["passes"] else {}
-    return {"block": "all", "name": runs[0]["name"], **total, **advance}
+    return {"block": "all", "name": runs[0]["name"], **total}
 
 
 def _model(settings: dict[str, Any]) -> str:
@@ -210,7 +157,12 @@ class SolverSuite(Suite):
                      (arXiv 2505.12849)
 
     Checked: adaptive is within 20 TOL of the sequential result in every block, and takes no more passes than the
-    sequential solver has steps. A block that fails is not timed, and the exit code is 1.
+    sequential solver has steps; else the exit code is 1. What fails is not timed.
+
+    \b
+    Columns of the table:
+      passes, evaluations  dependent steps, and tokens evaluated for each image
+      same error           tokens that all-Jacobi evaluates for each image until its error is no larger
     """
 
     name = "solver"
@@ -228,15 +180,22 @@ class SolverSuite(Suite):
 
     def prepare(self) -> None:
         self.model_name, self.model = options.load_model(self.chosen.path, self.device)
-        self.backend, self.reason = choose_backend(self.chosen.backend, Request(self.device))
+        self.backend, _ = choose_backend(self.chosen.backend, Request(self.device))
 
     def settings(self) -> dict[str, Any]:
-        found = {"model": self.model_name, "sizes": self.model.config.to_dict(), "final": FINAL, "bound": BOUND}
-        return {**found, "backend": self.backend, "backend_reason": self.reason}
+        return {"model": self.model_name, "sizes": self.model.config.to_dict(), "backend": self.backend}
 
+    @torch.no_grad()
     def cases(self) -> Iterator[Problem]:
-        how = {name: getattr(self.chosen, name) for name in ("batch", "guidance", "seed")}
-        return problems(self.model, self.backend, self.device, **how)
+        """Yields the blocks in the order of sampling, each from the sequential result of the one before."""
+        chosen, model = self.chosen, self.model
+        sampler = Sampler(model, backend=chosen.backend, device=self.device, solver=BASELINE)
+        z, y = models.inputs(model.config, chosen.batch, chosen.seed, self.device, none=True)
+        x = z * model.var.to(self.device).sqrt()
+        for k, stage in reversed(list(enumerate(sampler.flow.stages))):
+            problem = Problem(k, sampler.engines[k], stage.enter(x), Condition(y, Guidance(chosen.guidance)))
+            yield problem
+            x = stage.leave(problem.wanted)
 
     def measure(self, case: Problem) -> Any:
         return measure(case, candidates(self.chosen.segments, self.chosen.gs_passes), self.rounds)
@@ -249,28 +208,20 @@ class SolverSuite(Suite):
 
     def lines(self, record: Any) -> list[str]:
         """Returns a line for each candidate in each block, and over all blocks."""
-        rows, settings = [], record["settings"]
-        solved = [cell for cell in record["cells"] if cell["runs"]]
+        rows, settings, of = [], record["settings"], dict[str, list[Any]]()
         for cell in record["cells"]:
-            rows += [{"reason": "not finite", **run, **cell["label"]} for run in cell["runs"]]
-            rows += [] if cell["check"]["passed"] else [{"name": "FAILED", **cell["label"]}]
-        rows += [_total(runs, solved[0]["tokens"]) for runs in zip(*(cell["runs"] for cell in solved), strict=True)]
-        sizes = ", ".join(f"{title(cell['label'])} {cell['largest']:.1f}" for cell in solved)
-        return [
-            f"model:   {_model(settings)}, {settings['backend']} backend, {settings['dtype']}",
-            "",
-            *table(COLUMNS, rows, 2),
-            "",
-            *LEGEND.splitlines(),
-            f"largest |x| of the sequential results: {sizes}",
-            *self.failed(record),
-        ]
+            rows += [{**part, **cell["label"]} for part in (*cell["runs"], *cell.get("left_out", []))]
+            for run in cell["runs"]:
+                of.setdefault(run["name"], []).append(run)
+        rows += [_total(runs) for runs in of.values() if len(runs) == len(record["cells"])]
+        head = f"model:   {_model(settings)}, {settings['backend']} backend, {settings['dtype']}"
+        return [head, "", *table(COLUMNS, rows, 2), *self.failed(record)]
 
     def figure(self, record: Any) -> plot.Figure:
         """Returns a panel for each block, in the order of sampling: how many of its tokens are final after so many
         passes. Each is as wide as its slowest candidate takes passes."""
         settings, panels = record["settings"], []
-        for number, cell in enumerate(record["cells"]):
+        for cell in record["cells"]:
             T, finals = cell["tokens"], {run["name"]: run["final"] for run in cell["runs"] if run["final"]}
             series = [plot.Series(BASELINE, [0, T - 1], [1, T], {"linestyle": "--", "color": plot.GREY})]
             for name, (colour, width) in ((name, how) for name, how in SHOWN.items() if name in finals):
@@ -279,12 +230,10 @@ class SolverSuite(Suite):
             widest = max([1, *(len(each.y) - 1 for each in series[1:])])
             axes = {"xlim": (0, widest), "ylim": (0, T), "xlabel": "passes"}
             axes |= {"xticks": range(0, widest + 1, -(-widest // 6))}
-            axes |= {} if number % 4 else {"ylabel": "tokens final, worst sample"}
-            failed = "" if cell["check"]["passed"] else ", check failed"
-            panels.append(plot.Panel(f"{title(cell['label'])}{failed}", series=series, axes=axes))
-        final = f"final: within {settings['final']:g} of the sequential result, as all tokens before it"
+            panels.append(plot.Panel(title(cell["label"]), series=series, axes=axes))
+        final = f"final: within {FINAL:g} of the sequential result, as all tokens before it"
         below = f"{_model(settings)}; {hardware(record)}\n{final}; a line that ends below the top has a larger error"
-        return plot.draw(panels, 4, (3.1, 3.0), below, sharey=True)
+        return plot.draw(panels, 4, (3.1, 3.0), below, ylabel="tokens final, worst sample", sharey=True)
 
 
 SUITE = SolverSuite()
