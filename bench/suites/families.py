@@ -194,7 +194,7 @@ class Families(Suite):
         pairs = [(data, family) for data in names for family in self.chosen.families]
         return [Case({"data": d, "family": f}) for d, f in pairs if kinds[d] in FAMILIES[f].kinds]
 
-    def limits(self) -> Limits:
+    def limits(self, case: Case) -> Limits:
         return {RATE: matrix_rate()}
 
     def _hold(self, record: Any, cases: list[Any]) -> None:

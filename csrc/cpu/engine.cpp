@@ -69,8 +69,7 @@ struct Team {
   Team(const Block& b, int64_t rows, int64_t size, int64_t near_bytes)
       : barrier(static_cast<int>(size)), workers(size) {
     const int64_t shared = rows * (b.channel_stride + 2 * b.attention_stride + b.hidden_stride + b.out_stride);
-    const int64_t near = near_bytes / int64_t{sizeof(float)};
-    const int64_t own = rows * (b.channel_stride + b.in_stride) + round_up(b.head_dim, 16) + near;
+    const int64_t own = rows * (b.channel_stride + b.in_stride) + round_up(b.head_dim, 16);
     memory = allocate((shared + size * own) * sizeof(float));
     float* at = static_cast<float*>(memory.get());
     const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
@@ -88,7 +87,6 @@ struct Team {
       all.normed = take(rows * b.channel_stride);
       all.gathered = take(rows * b.in_stride);
       all.scratch = take(round_up(b.head_dim, 16));
-      all.near = take(near);
       workers[rank] = all;
     }
   }

@@ -99,8 +99,8 @@ struct Worker {
   int64_t rank, size;
   Barrier* barrier;
   float *stream, *query, *attended, *hidden, *out;  // shared by the team
-  float *normed, *gathered, *scratch, *near;  // the worker's own
-  int64_t near_bytes;  // of `near`, and of weights that stay in L1 while all rows pass
+  float *normed, *gathered, *scratch;  // the worker's own
+  int64_t near_bytes;  // of a panel's weights that stay in L1 while all rows pass
 };
 
 // A step evaluates the transformer on `count` rows, each `ahead` tokens further on than the row says, writes their keys

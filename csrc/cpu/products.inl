@@ -11,7 +11,7 @@ struct F32 {
 };
 
 // bf16 weights have two k to a lane. With the dot-product instruction, activations are rounded to bf16 too; without it,
-// weights are widened and activations stay fp32.
+// weights are widened in registers and activations stay fp32.
 struct BF16 {
   using weight = bf16;
   using act = ACTIVATION;
@@ -42,17 +42,13 @@ INLINE void fetch_ahead(Ahead& ahead, int64_t panel) {
   }
 }
 
-// Whether sums may go on from what a tile left in memory. Where pairs are taken apart, registers are too few for that.
-template <class M>
-constexpr bool resumes = M::depth == 1 || TARFLOW_DOT;
-
 // out (R, 2·P vectors) = a Wᵀ over k, added to what is there unless this begins the sums.
 template <class M, int R, int P>
 void tile(const typename M::act* a, int64_t stride, const typename M::weight* w, int64_t panel, int64_t k, bool begins,
           Ahead ahead, float* out) {
   vf acc[R][2 * P];
   UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] = begins || !resumes<M> ? vf{} : load(out + (r * 2 * P + j) * VW);
+    UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] = begins ? vf{} : load(out + (r * 2 * P + j) * VW);
   constexpr bool fetches = R >= 4;  // fewer rows wait for memory alone, and the processor sees that
   // Three rows share a pointer. With one for each row, compilers run out of registers, and fetch the rest from vector
   // registers through a port that multiplies.
@@ -77,26 +73,32 @@ void tile(const typename M::act* a, int64_t stride, const typename M::weight* w,
     }
   } else {
     for (int64_t i = 0; i < k; i += 2, w += 2 * NB) {
-      if constexpr (!resumes<M>) ahead = streaming(w);
       if constexpr (fetches) fetch_ahead<P>(ahead, panel * sizeof *w);
+#if TARFLOW_DOT
       vu column[2 * P];
       UNROLL for (int j = 0; j < 2 * P; j++) column[j] = load_u32(w + (j / 2) * panel + (j % 2) * 2 * VW);
       UNROLL for (int r = 0; r < R; r++) {
-#if TARFLOW_DOT
         int32_t pair;
         __builtin_memcpy(&pair, from[r / 3] + r % 3 * stride, 4);
         __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
         UNROLL for (int j = 0; j < 2 * P; j++)
           acc[r][j] = (vf)_mm512_dpbf16_ps((__m512)acc[r][j], x, (__m512bh)column[j]);
-#else
-        const auto* x = from[r / 3] + r % 3 * stride;
-        vf x0 = splat(x[0]), x1 = splat(x[1]);
-        UNROLL for (int j = 0; j < 2 * P; j++) {
-          acc[r][j] += x0 * low_half(column[j]);
-          acc[r][j] += x1 * high_half(column[j]);
-        }
-#endif
       }
+#else
+      constexpr bool tall = R >= 4;
+      UNROLL for (int half = 0; half < 2; half++) {
+        vf column[2 * P];
+        UNROLL for (int j = 0; j < 2 * P; j++) {
+          vu pair = load_u32(w + (j / 2) * panel + (j % 2) * 2 * VW);
+          column[j] = tall ? half_beside_products(pair, half) : half ? high_half(pair) : low_half(pair);
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+          vf x = splat(from[r / 3][r % 3 * stride + half]);
+          UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] += x * column[j];
+        }
+        if constexpr (tall) asm("" : "+r"(w));  // pairs are loaded again: no registers are left to keep them
+      }
+#endif
       advance();
     }
   }
@@ -121,16 +123,6 @@ Tile<M> choose_tile(int64_t rows, int64_t panels) {
   }
 }
 
-// Brings `depth` k of a panel of bf16 weights into fp32, in which the sums are the same.
-inline void widen(const bf16* w, int64_t depth, float* out) {
-  for (int64_t i = 0; i < depth; i += 2, w += 2 * NB, out += 2 * NB)
-    UNROLL for (int j = 0; j < 2; j++) {
-      const vu pair = load_u32(w + j * 2 * VW);
-      store(out + j * VW, low_half(pair));
-      store(out + NB + j * VW, high_half(pair));
-    }
-}
-
 // Calls finish(row, rows, column, columns, y) for every tile y (rows, columns) of this worker's share of the columns.
 // rows: at most GROUP_ROWS. If they are more than a tile has, all pass over as many k of a panel as stay in the L1
 // cache, before any passes over the next; their sums so far wait in memory, which changes no bit of them.
@@ -141,11 +133,10 @@ void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t 
   const int64_t first = l.panels * worker.rank / worker.size, last = l.panels * (worker.rank + 1) / worker.size;
   constexpr int64_t most = ACCUMULATORS / 2;
   const int64_t blocks = (rows + most - 1) / most, tallest = (rows + blocks - 1) / blocks;
-  const bool widens = !resumes<M> && blocks >= 4;  // fewer tiles do not repay it
   // Two panels give few rows enough independent sums; with four, hardware prefetchers lose track (−10%).
   const int64_t widest = 4 * tallest <= ACCUMULATORS ? 2 : 1;
-  const bool divides = widens || (resumes<M> && blocks > 1);
-  const int64_t panel = l.k * NB, pieces = divides ? (l.k * STEP + worker.near_bytes - 1) / worker.near_bytes : 1;
+  const int64_t panel = l.k * NB, bytes = panel * sizeof(W);
+  const int64_t pieces = blocks > 1 ? (bytes + worker.near_bytes - 1) / worker.near_bytes : 1;
   const int64_t deepest = (l.k + 2 * pieces - 1) / (2 * pieces) * 2;  // all pieces about equal, of whole pairs
   const auto* weight = static_cast<const W*>(l.weight);
   alignas(64) float y[GROUP_ROWS * NB];
@@ -155,18 +146,13 @@ void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t 
       depth = deepest < l.k - k ? deepest : l.k - k;
       const bool ends = k + depth == l.k;
       const W *now = weight + p * panel + k * NB, *next = now + depth * NB;
-      if constexpr (!resumes<M>)
-        if (widens) widen(now, depth, worker.near);
       for (int64_t b = 0; b < blocks; b++) {
         const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-        const Ahead shared{reinterpret_cast<const char*>(next + depth * NB * b / blocks),
-                           (widens ? LINE / 2 : LINE) / blocks};
+        const Ahead shared{reinterpret_cast<const char*>(next + depth * NB * b / blocks), LINE / blocks};
         const Ahead ahead = blocks > 1 ? shared : streaming(now);
         const auto* from = a + row * stride + k;
         float* to = y + row * wide * NB;
-        if constexpr (!resumes<M>)
-          if (widens) choose_tile<F32>(count, 1)(from, stride, worker.near, 0, depth, k == 0, ahead, to);
-        if (!widens) choose_tile<M>(count, wide)(from, stride, now, panel, depth, k == 0, ahead, to);
+        choose_tile<M>(count, wide)(from, stride, now, panel, depth, k == 0, ahead, to);
         if (ends) finish(row, count, p * NB, wide * NB, to);
       }
     }

@@ -20,6 +20,21 @@ INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 INLINE vf low_half(vu pair) { return bits(pair << 16); }
 INLINE vf high_half(vu pair) { return bits(pair & 0xffff0000u); }
 
+// Returns one half of pairs, by a shuffle where shifts and masks would take what a tall tile has none of to spare: the
+// ports that multiply, and registers.
+INLINE vf half_beside_products(vu pair, int half) {
+#if defined(__AVX2__) && VW == 8
+  static constexpr uint32_t order[2][8] = {  // bytes; 0x80 gives zero
+      {0x01008080, 0x05048080, 0x09088080, 0x0d0c8080, 0x01008080, 0x05048080, 0x09088080, 0x0d0c8080},
+      {0x03028080, 0x07068080, 0x0b0a8080, 0x0f0e8080, 0x03028080, 0x07068080, 0x0b0a8080, 0x0f0e8080}};
+  vf out;
+  asm("vpshufb %2, %1, %0" : "=x"(out) : "x"(pair), "m"(order[half]));
+  return out;
+#else
+  return half ? high_half(pair) : low_half(pair);
+#endif
+}
+
 INLINE vf load(const bf16* p) {
   vh v;
   __builtin_memcpy(&v, p, sizeof v);
