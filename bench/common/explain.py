@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 from tarflow_fast.backend.cpu.engine import CpuEngine
 from tarflow_fast.engine import Condition
-from tarflow_fast.native import load_native
+from tarflow_fast.native import ISA_VARIABLE, load_native
 
 from . import models
 from .harness import Case
@@ -16,6 +20,11 @@ from .record import counted, title
 from .roofline import inverse_work
 
 STEPS = 2  # of a pass that has next to no attention
+
+
+def instruction_set(case: Case) -> AbstractContextManager[Any]:
+    """Has the CPU engine that is made inside take the case's instruction set, if its label has one."""
+    return patch.dict(os.environ, {ISA_VARIABLE: case.label["isa"]} if "isa" in case.label else {})
 
 
 def _machine() -> str:
@@ -36,7 +45,8 @@ def lines(cases: Iterable[Case], threads: int | None, seed: int) -> Iterator[str
     for case in cases:
         config, batch = replace(case.sizes, num_blocks=1, num_classes=0), case.label["batch"]
         weights = models.random_model(config, seed).block_weights(0)
-        engine = CpuEngine(weights, dtype=models.DTYPES[case.dtype], threads=threads)
+        with instruction_set(case):
+            engine = CpuEngine(weights, dtype=models.DTYPES[case.dtype], threads=threads)
         plan, itemsize = engine.schedule(batch), engine.dtype.itemsize
         work, tokens = inverse_work(config, batch, itemsize=itemsize), config.num_patches
         state = engine.begin(models.inputs(config, batch, seed)[0], Condition())

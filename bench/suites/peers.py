@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from tarflow_fast.native import choose_instruction_set
+from tarflow_fast.native import choose_instruction_set, instruction_sets
 
 from ..common import explain, gemm, harness, models, options
 from ..common.harness import Case
@@ -55,9 +56,10 @@ class Peers(Suite):
         self.name, self.backends, self.varies, self.panels = name, backends, varies, ("model", varies)
         dtypes = tuple(DTYPES) if varies == "dtype" else ("float32",)
         explained = options.option("--explain", is_flag=True, help="Tell how passes are divided and why, alone.")
+        sets = options.several("--isa", "isas", type=str, help="Instruction sets of the CPU engine, or all")
         self.options = (
             options.CHECKOUT,
-            *((explained,) if "cpu" in backends else ()),
+            *((explained, sets) if "cpu" in backends else ()),
             options.several("--config", "configs", type=SIZES, default=("small", "medium"), help="Models"),
             options.batches(),
             options.dtypes(dtypes),
@@ -76,9 +78,14 @@ class Peers(Suite):
         self.ml_tarflow = MlTarflow.load(self.chosen.checkout)
 
     def settings(self) -> dict[str, Any]:
-        found = {"instruction_set": choose_instruction_set()} if "cpu" in self.backends else {}
+        found = {"instruction_set": ", ".join(self.instruction_sets())} if "cpu" in self.backends else {}
         found["baseline_sha256"] = self.ml_tarflow.sha256
         return {**found, "backend": ", ".join(self.backends), "solver": "sequential"}
+
+    def instruction_sets(self) -> Iterable[str]:
+        """Returns those that were asked for, or the one that is chosen here."""
+        asked = self.chosen.isas
+        return instruction_sets() if "all" in asked else dict.fromkeys(asked) or (choose_instruction_set(),)
 
     def cases(self) -> list[Case]:
         """Returns every case that was chosen, each once."""
@@ -89,7 +96,8 @@ class Peers(Suite):
             for guidance, dtype, batch in itertools.product(scales, dtypes, batches):
                 work = inverse_work(SIZES[config], batch, guided=guidance > 0, itemsize=DTYPES[dtype].itemsize)
                 label = {"model": config, "batch": batch, self.varies: dtype if self.varies == "dtype" else guidance}
-                found.append(Case(label, SIZES[config], work, dtype))
+                for more in [{"isa": isa} for isa in self.instruction_sets()] if "cpu" in self.backends else [{}]:
+                    found.append(Case({**label, **more}, SIZES[config], work, dtype))
         return found
 
     def measure(self, case: Case) -> Any:
@@ -100,7 +108,8 @@ class Peers(Suite):
         model = models.random_model(case.sizes, seed)
         candidates = models.samplers(self.baseline, self.ml_tarflow, ours, model, inputs, CPU, dtype)
         yardstick = None if case.dtype == "float32" else ("torch", dtype)
-        cell = harness.measure_cell(case, candidates, self.rounds, yardstick=yardstick)
+        with explain.instruction_set(case):
+            cell = harness.measure_cell(case, candidates, self.rounds, yardstick=yardstick)
         return {**cell, **({"gemm": gemm.limit(case, dtype)} if "cpu" in self.backends else {})}
 
     def lines(self, record: Any) -> list[str]:

@@ -18,7 +18,7 @@ from bench.common import gemm, machine, record
 from bench.common.harness import TOLERANCE, Case
 from bench.suites.peers import SIZES, SUITES
 from tarflow_fast.backend.cpu.engine import cpu_missing
-from tarflow_fast.native import choose_instruction_set
+from tarflow_fast.native import choose_instruction_set, instruction_sets
 
 SUITE, ON_CPU = SUITES
 
@@ -150,12 +150,25 @@ def test_cpu_end_to_end(tmp_path: Path, quick: None) -> None:
     assert fp32["check"]["tolerance"] == TOLERANCE < bf16["check"]["max_error"] <= bf16["check"]["tolerance"]
     for cell in made["cells"]:
         assert [run["name"] for run in cell["runs"]] == ["ml-tarflow", "torch", "cpu"]
+        assert cell["label"]["isa"] == choose_instruction_set()
         assert cell["gemm"]["seconds"] > 0
     assert result.output.count("torch's products, model tiny, batch 2, ") == 2
     assert made["settings"]["instruction_set"] == choose_instruction_set()
     for cell in made["cells"]:
-        del cell["gemm"]  # an older record is shown as it was
+        del cell["gemm"], cell["label"]["isa"]  # an older record is shown as it was
     assert "torch's products" not in ON_CPU.table(made)
+
+
+@pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
+def test_every_instruction_set_is_a_case_of_its_own() -> None:
+    sets = instruction_sets()
+    command = ON_CPU.command()
+    context = command.make_context("cpu", ["--isa", "all", "--isa", sets[0], "--batch", "2", "--config", "tiny"])
+    suite = chosen(ON_CPU, **context.params)
+    assert [case.label["isa"] for case in suite.cases() if case.dtype == "float32"] == sets
+    shown = bench("cpu", "--explain", "--isa", sets[0], "--config", "tiny", "--dtype", "float32", "--threads", "1")
+    assert f", {sets[0]}, one block" in shown.output
+    assert bench("cpu", "--isa", "sse9", "--explain").exit_code == 1
 
 
 @pytest.mark.skipif(cpu_missing() is not None, reason=str(cpu_missing()))
