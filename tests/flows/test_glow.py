@@ -85,11 +85,11 @@ def test_the_last_scale_takes_squares_where_sides_are_even() -> None:
     assert sum(isinstance(module, Squeeze) for module in model.modules()) == 3
 
 
-@pytest.mark.parametrize("shape", [(3,), (1, 4, 4)], ids=str)
-def test_the_first_batch_sets_the_scale(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "sizes"), [((3,), {"steps": 1}), ((1, 4, 4), {"depth": 1, "scales": 1})], ids=str)
+def test_the_first_batch_sets_the_scale(shape: tuple[int, ...], sizes: dict[str, int]) -> None:
     """A new model's latents of its first batch have mean 0 and variance 1 in every channel, as couplings do nothing."""
     torch.manual_seed(0)
-    model = build("glow", data_shape=shape, steps=1, depth=1, scales=1).train()
+    model = build("glow", data_shape=shape, **sizes).train()
     x = 5 + 3 * torch.randn(512, *shape)
     steps = [module for module in model.modules() if isinstance(module, ActNorm)]
     outputs: list[Tensor] = []
