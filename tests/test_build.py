@@ -214,6 +214,7 @@ def names(*folders: str) -> set[str]:
 HOST = ("cpu", "png")
 
 
+@pytest.mark.slow
 def test_a_second_build_compiles_what_has_changed(source: Source) -> None:
     source.with_gpu("9.0")
     everything = names(*HOST, "cuda")

@@ -117,6 +117,7 @@ def test_a_fixed_window_is_that_of_every_block(monkeypatch: pytest.MonkeyPatch) 
     assert errors["sequential"] == 0.0 < errors["window 2"] <= BOUND
 
 
+@pytest.mark.slow
 def test_in_bf16_what_rounding_makes_of_the_sequential_result_is_allowed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_times(monkeypatch, TIMES)
     suite, case = suite_of(model_of()), case_of("bfloat16")
@@ -129,6 +130,7 @@ def test_in_bf16_what_rounding_makes_of_the_sequential_result_is_allowed_twice(m
     assert suite.measure(case_of())["check"]["tolerance"] == BOUND
 
 
+@pytest.mark.slow
 def test_a_window_that_took_twice_as_long_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = measured(monkeypatch, TIMES)
     assert [(run["name"], len(run["seconds"])) for run in entry["runs"]] == [
@@ -303,6 +305,7 @@ def test_a_model_that_overflows_fails_with_a_record(tmp_path: Path) -> None:
     assert bench("show", out).exit_code == 0
 
 
+@pytest.mark.slow
 def test_the_record_is_strict_json_also_between_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_times(monkeypatch, TIMES)
     found: list[int] = []

@@ -122,6 +122,7 @@ def test_as_many_are_timed_as_twice_the_budget_allows(monkeypatch: pytest.Monkey
     assert count == 1000
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_and_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def log_prob(self: NICE, x: Tensor, *rest: Any, **how: Any) -> Tensor:
         raise ValueError("no density today")
@@ -135,6 +136,7 @@ def test_what_fails_is_told_and_costs_the_others_nothing(tmp_path: Path, monkeyp
     assert len(second["runs"]) == 2
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = NICE.sample
     monkeypatch.setattr(NICE, "sample", lambda *given, **how: right(*given, **how) * torch.nan)

@@ -281,6 +281,7 @@ def test_a_failed_check_is_in_the_record_and_not_timed(tmp_path: Path, monkeypat
     assert bench("show", out).exit_code == 0
 
 
+@pytest.mark.slow
 def test_too_many_passes_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(engine: BlockEngine, state: BlockState, progress: Any = None, *, tol: float) -> Solution:
         found = adaptive(engine, state, progress, tol=tol)

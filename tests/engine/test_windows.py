@@ -65,10 +65,9 @@ def test_parts_of_the_tokens_are_the_whole(
     check_parts(backend, dtype, tolerance, guidance, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", CUDA])
-@pytest.mark.parametrize(
-    "guidance", [pytest.param(Guidance(), marks=pytest.mark.slow), GUIDED], ids=["unguided", "guided"]
-)
+@pytest.mark.parametrize("guidance", [Guidance(), GUIDED], ids=["unguided", "guided"])
 @FEW_TOKENS
 @settings(max_examples=3)
 @given(data=st.data())

@@ -67,7 +67,8 @@ def test_the_estimated_density_is_the_exact_one_on_average(noise: str) -> None:
     assert abs(float(estimates.mean() - wanted[0])) < STANDARD_ERRORS * error
 
 
-@pytest.mark.parametrize("trace", ["exact", pytest.param("hutchinson", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 def test_the_adjoint_has_the_gradient_of_the_steps(trace: str) -> None:
     x, gradients = torch.randn(8, 2, dtype=torch.float64), []
     weights = small().state_dict()

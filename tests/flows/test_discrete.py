@@ -114,6 +114,7 @@ def test_the_bound_of_uniform_tokens_from_uniform_draws_has_a_closed_form() -> N
     assert float(found.mean()) == pytest.approx(-3 / 4 * (math.log(4) + 1), abs=0.05)
 
 
+@pytest.mark.slow
 @sources
 def test_training_learns_the_law(source: str) -> None:
     torch.manual_seed(0)

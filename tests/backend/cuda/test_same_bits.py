@@ -32,6 +32,7 @@ def test_the_same_bits_for_any_grid_and_any_order_of_threads(guidance: Guidance,
         assert all(map(torch.equal, got, wanted))
 
 
+@pytest.mark.slow
 @IN_EMULATION
 def test_the_same_bits_in_any_shared_memory(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one slot, or eight rows at a time, to all at once. A slot of 6 k-tiles is no whole number of chunks of
