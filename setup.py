@@ -39,6 +39,7 @@ if SANITIZE:  # the first finding ends the process, and says in which line it is
 # Hot loops are compiled for each instruction set, after which their source is named; which runs is decided at run time.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+INSTRUCTION_SETS["amx_bf16"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 INTEL = platform.machine().lower() in ("x86_64", "amd64")
 
 CUDA_WANTED = nvcc.wanted(os.environ)
@@ -73,6 +74,17 @@ def answer(compiler: str, *question: str) -> str:
         return subprocess.run([compiler, *question], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise ExecError(f"no compiler: {compiler} cannot be run ({error})") from error
+
+
+def flags_of(compiler: list[str], source: str) -> list[str]:
+    """The flags of a source's instruction set: none where the compiler is too old for it, so that it is left out."""
+    flags = INSTRUCTION_SETS.get(instruction_set(source), []) if INTEL else []
+    try:
+        if flags and not WINDOWS:  # clang-cl, which has another command line, is new enough
+            answer(*compiler, *flags, "-E", "-x", "c++", os.devnull)
+    except ExecError:
+        return []
+    return flags
 
 
 class BuildNative(build_ext):
@@ -150,7 +162,7 @@ class BuildNative(build_ext):
 
     def compile_host(self, ext: Extension, source: str) -> None:
         compiler = [self.compiler.cc] if WINDOWS else self.compiler.compiler_so_cxx
-        flags = [*ext.extra_compile_args, *(INSTRUCTION_SETS.get(instruction_set(source), []) if INTEL else [])]
+        flags = [*ext.extra_compile_args, *flags_of(compiler, source)]
         flags = ["/std:c++17", *(f"/clang:{flag}" for flag in flags)] if WINDOWS else ["-std=c++17", *flags]
 
         def compile() -> None:

@@ -247,6 +247,17 @@ def test_an_object_that_was_not_finished_is_made_again(source: Source) -> None:
     assert source.engines() == ["_cpu", "_png"]
 
 
+def test_a_compiler_is_not_told_of_instructions_that_it_does_not_know(source: Source) -> None:
+    """The kernels of a later instruction set are then left out, and those of the others are there."""
+    program(source.bin, COMPILER.replace('case "$*" in', 'case "$*" in\n  *-mamx*) echo unknown >&2; exit 1;;'), "g++")
+    assert source.build(TARFLOW_FAST_CUDA="0").returncode == 0
+    assert source.engines() == ["_cpu", "_png"]
+    lines = source.log.read_text(encoding="utf-8").splitlines()
+    flags = {Path(line.split(" -c ")[1].split()[0]).stem: line.split() for line in lines if " -c " in line}
+    assert "-mavx512bf16" in flags["kernels_avx512_bf16"]
+    assert not [flag for flag in flags["kernels_amx_bf16"] if flag.startswith("-m")]
+
+
 def test_without_a_compiler_the_install_goes_through_without_the_engine(source: Source) -> None:
     """That of an earlier install goes too: it may be of other sources."""
     assert source.build().returncode == 0

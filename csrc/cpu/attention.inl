@@ -17,11 +17,8 @@ INLINE void scores(const typename M::act* q, const typename M::weight* keys, int
         UNROLL for (int b = 0; b < N; b++) acc[half][b] += x * load(from + b * block);
       } else {
 #if TARFLOW_DOT
-        int32_t pair;
-        __builtin_memcpy(&pair, q + 2 * half, 4);
-        __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-        UNROLL for (int b = 0; b < N; b++)
-          acc[half][b] = (vf)_mm512_dpbf16_ps((__m512)acc[half][b], x, (__m512bh)load_u32(from + b * block));
+        const vu x = splat_pair(q + 2 * half);
+        UNROLL for (int b = 0; b < N; b++) acc[half][b] = add_dots(acc[half][b], x, load_u32(from + b * block));
 #else
         vf x0 = splat(q[2 * half]), x1 = splat(q[2 * half + 1]);
         UNROLL for (int b = 0; b < N; b++) {
@@ -49,11 +46,8 @@ INLINE void weigh(const typename M::act* p, const typename M::weight* values, in
       UNROLL for (int v = 0; v < N; v++) acc[v] += q[0] * load(from + v * VW);
     } else {
 #if TARFLOW_DOT
-      int32_t two;
-      __builtin_memcpy(&two, q, 4);
-      __m512bh x = (__m512bh)_mm512_set1_epi32(two);
-      UNROLL for (int v = 0; v < N; v++)
-        acc[v] = (vf)_mm512_dpbf16_ps((__m512)acc[v], x, (__m512bh)(load_u32(from + v * 2 * VW) & mask));
+      const vu x = splat_pair(q);
+      UNROLL for (int v = 0; v < N; v++) acc[v] = add_dots(acc[v], x, load_u32(from + v * 2 * VW) & mask);
 #else
       UNROLL for (int v = 0; v < N; v++) {
         vu two = load_u32(from + v * 2 * VW) & mask;

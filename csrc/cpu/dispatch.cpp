@@ -2,8 +2,36 @@
 
 #include <algorithm>
 #include <stdexcept>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace tarflow {
+
+namespace {
+
+// Returns whether this process may use AMX's tile registers, for which Linux has to be asked first. No other system that
+// the engine is built for gives them to whoever does not ask in ways of its own.
+bool tiles_usable() {
+#if TARFLOW_EMULATED  // check/amx.sh
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d = 0;
+  if (!__builtin_cpu_supports("avx512bf16") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!(d & bf16) || !(d & tile)) return false;
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> found{{kernels_portable, true}};
@@ -14,10 +42,13 @@ std::vector<InstructionSet> instruction_sets() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (kernels_avx2) found.push_back({kernels_avx2, avx2});
   if (kernels_avx512) found.push_back({kernels_avx512, avx512});
-  if (kernels_avx512_bf16) found.push_back({kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")});
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (kernels_avx512_bf16) found.push_back({kernels_avx512_bf16, pairs});
   // Intel's processors make a dot product of 512 bits every other cycle, and four fused multiply-adds meanwhile, which
   // do twice as much, and round no activations. AMD's make as many of one as of the other.
   if (__builtin_cpu_is("intel") && kernels_avx512 && kernels_avx512_bf16) std::swap(found.back(), found.end()[-2]);
+  static const bool tiles = tiles_usable();
+  if (kernels_amx_bf16) found.push_back({kernels_amx_bf16, tiles});
 #endif
   return found;
 }

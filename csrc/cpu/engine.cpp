@@ -100,11 +100,7 @@ struct Team {
 }  // namespace
 
 Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& kernels, const Machine& machine)
-    : layers_(s.layers),
-      step_(bf16 ? kernels.step_bf16 : kernels.step_f32),
-      machine_(machine),
-      lanes_(kernels.vector),
-      tile_rows_(kernels.tile_rows) {
+    : layers_(s.layers), passes_(bf16 ? kernels.bf16 : kernels.f32), machine_(machine), lanes_(kernels.vector) {
   const int64_t width = 2 * kernels.vector;
   block_.channels = s.channels;
   block_.heads = s.channels / s.head_dim;
@@ -139,8 +135,8 @@ Schedule Engine::schedule(const Plan& plan, const Batch& batch, bool sequential,
   const double element = block_.bf16 ? 2 : 4;
   double tokens = 0;  // seen in a step of a sequential pass, on average; those of a window share theirs
   if (sequential) tokens = (batch.start[0] + batch.stop[0]) / 2.0;
-  return choose_schedule({machine_, lanes_, tile_rows_, block_.heads, block_.layers, block_.hidden_stride,
-                          static_cast<double>(packed_bytes_), element,
+  return choose_schedule({machine_, lanes_, passes_.tile_rows, passes_.multiplies, block_.heads, block_.layers,
+                          block_.hidden_stride, static_cast<double>(packed_bytes_), element,
                           tokens / block_.key_tokens * cache_elements() * element, batch.guidance ? 2 : 1, plan.steps,
                           threads, [&](int64_t n) { return plan.largest_part(n); }});
 }
@@ -150,7 +146,7 @@ bool Engine::run(const Batch& batch, bool sequential, int threads, const Caller:
   const int64_t branches = batch.guidance ? 2 : 1, steps = plan.steps;
   const Schedule chosen = schedule(plan, batch, sequential, Pool::at_hand(threads));
   const int64_t teams = chosen.teams, near_bytes = near();
-  const int64_t whole = tile_rows_ / std::gcd(tile_rows_, branches);  // samples whose rows are whole tiles
+  const int64_t whole = tile_rows() / std::gcd(tile_rows(), branches);  // samples whose rows are whole tiles
   std::vector<std::unique_ptr<Team>> team;
   std::vector<int64_t> groups(teams), group_size(teams);
   for (int64_t i = 0; i < teams; i++) {
@@ -178,7 +174,7 @@ bool Engine::run(const Batch& batch, bool sequential, int threads, const Caller:
       const Row* row = plan.rows.data() + all.first + first;
       for (int64_t step = 0; step < steps; step++, parity ^= 1) {
         if (worker.rank == 0) mine.stop[parity].store(caller.stopped());
-        step_(block_, batch, worker, row, count, step);
+        passes_.step(block_, batch, worker, row, count, step);
         if (thread == 0) caller.attend((group * steps + step + 1) / groups[t]);
         if (mine.stop[parity].load()) return;
       }

@@ -37,8 +37,8 @@ class Engine {
   int64_t cache_elements() const;  // elements of a cache row: keys and values of all layers, in the weights' dtype
   int64_t channel_stride() const { return block_.channel_stride; }
   size_t packed_bytes() const { return packed_bytes_; }
-  int64_t tile_rows() const { return tile_rows_; }
-  int64_t near() const { return near_bytes(machine_, lanes_, tile_rows_); }  // see near_bytes
+  int64_t tile_rows() const { return passes_.tile_rows; }
+  int64_t near() const { return near_bytes(machine_, lanes_, tile_rows()); }  // see near_bytes
 
  private:
   Schedule schedule(const Plan& plan, const Batch& batch, bool sequential, int threads) const;
@@ -47,9 +47,9 @@ class Engine {
   std::vector<Layer> layers_;
   Memory memory_;
   size_t packed_bytes_ = 0;
-  Step step_;
+  Passes passes_;
   const Machine machine_;
-  int64_t lanes_, tile_rows_;
+  int64_t lanes_;
 };
 
 }  // namespace tarflow

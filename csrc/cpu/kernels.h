@@ -111,12 +111,19 @@ using Step = void (*)(const Block&, const Batch&, const Worker&, const Row*, int
 using SplineRun = void (*)(const SplineLaw& law, const SplineBatch& batch, void* scratch, int64_t first, int64_t stop);
 using CouplingRun = void (*)(const CouplingBatch& batch, int64_t first, int64_t stop);
 
+// What there is for weights of one dtype. tile_rows: rows whose sums stay in registers. multiplies: multiply-adds that a
+// core makes in a cycle, at best.
+struct Passes {
+  Step step;
+  int64_t tile_rows;
+  double multiplies;
+};
+
 struct Kernels {
   const char* name;
   int64_t vector;  // VW, fp32 lanes; a panel has 2·VW columns
-  int64_t tile_rows;
   bool bf16_operands;  // whether the rows of a bf16 product are bf16 too, or fp32
-  Step step_f32, step_bf16;
+  Passes f32, bf16;
   const DensityKernels* density;
   const MaskedKernels* masked;
   // These are for tests of the parts: out[i] = GELU(x[i]), GELU′(x[i]) and exp(x[i]), where n is a multiple of 16.
@@ -132,6 +139,7 @@ extern const Kernels* const kernels_portable;
 extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_avx512;
 extern const Kernels* const kernels_avx512_bf16;
+extern const Kernels* const kernels_amx_bf16;
 
 // The kernels call this. It is in threads.cpp, so that no atomic is inlined into code for one instruction set.
 void wait_at(Barrier* barrier);

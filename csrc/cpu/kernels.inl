@@ -1,7 +1,8 @@
 // All hot loops of a step, compiled once for every instruction set. The including file defines
 //   KERNELS       the name of the table that it fills,    NAME  what it is called,
 //   VW            fp32 lanes of a vector,                 ACCUMULATORS  registers for a tile's sums,
-//   TARFLOW_DOT   1 where bf16 dot products exist,        ACTIVATION    float, or uint16_t with TARFLOW_DOT.
+//   TARFLOW_DOT   1 where bf16 dot products exist,        ACTIVATION    float, or uint16_t with TARFLOW_DOT,
+//   TARFLOW_AMX   1 where AMX has them too.
 // No standard header with inline functions is included here: see kernels.h.
 
 #include "density.h"
@@ -13,6 +14,9 @@ namespace {
 
 #include "vectors.inl"
 #include "products.inl"
+#if TARFLOW_AMX
+#include "amx.inl"
+#endif
 #include "attention.inl"
 #include "packing.inl"
 #include "density.inl"
@@ -292,9 +296,28 @@ void exp_all(const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += VW) store(out + i, exp_negative(load(x + i)));
 }
 
-const Kernels table = {NAME,           VW,            ACCUMULATORS / 2, TARFLOW_DOT, step<F32>,         step<BF16>,
-                       &density_table, &masked_table, gelu_all,         gelu_slope_all, exp_all, spline_all<float>,
-                       spline_all<double>, couple<float>, couple<double>};
+constexpr int64_t TILE = ACCUMULATORS / 2;
+constexpr double MULTIPLIES = 2 * VW;  // two vectors in a cycle, also of pairs: see dispatch.cpp
+#if TARFLOW_AMX
+constexpr Passes BF16_PASSES{step<BF16>, 2 * HIGH, HIGH * HIGH * DEEP / 16.0};  // a product of tiles in 16 cycles
+#else
+constexpr Passes BF16_PASSES{step<BF16>, TILE, MULTIPLIES};
+#endif
+
+const Kernels table = {NAME,
+                       VW,
+                       TARFLOW_DOT,
+                       {step<F32>, TILE, MULTIPLIES},
+                       BF16_PASSES,
+                       &density_table,
+                       &masked_table,
+                       gelu_all,
+                       gelu_slope_all,
+                       exp_all,
+                       spline_all<float>,
+                       spline_all<double>,
+                       couple<float>,
+                       couple<double>};
 
 }  // namespace
 

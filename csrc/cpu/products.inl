@@ -78,11 +78,8 @@ void tile(const typename M::act* a, int64_t stride, const typename M::weight* w,
       vu column[2 * P];
       UNROLL for (int j = 0; j < 2 * P; j++) column[j] = load_u32(w + (j / 2) * panel + (j % 2) * 2 * VW);
       UNROLL for (int r = 0; r < R; r++) {
-        int32_t pair;
-        __builtin_memcpy(&pair, from[r / 3] + r % 3 * stride, 4);
-        __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-        UNROLL for (int j = 0; j < 2 * P; j++)
-          acc[r][j] = (vf)_mm512_dpbf16_ps((__m512)acc[r][j], x, (__m512bh)column[j]);
+        const vu x = splat_pair(from[r / 3] + r % 3 * stride);
+        UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] = add_dots(acc[r][j], x, column[j]);
       }
 #else
       constexpr bool tall = R >= 4;
@@ -123,12 +120,21 @@ Tile<M> choose_tile(int64_t rows, int64_t panels) {
   }
 }
 
+#if TARFLOW_AMX
+template <class Finish>
+void product_in_tiles(const Linear& l, const bf16* a, int64_t stride, int64_t rows, const Worker& worker,
+                      const Finish& finish);
+#endif
+
 // Calls finish(row, rows, column, columns, y) for every tile y (rows, columns) of this worker's share of the columns.
 // rows: at most GROUP_ROWS. If they are more than a tile has, all pass over as many k of a panel as stay in the L1
 // cache, before any passes over the next; their sums so far wait in memory, which changes no bit of them.
 template <class M, class Finish>
 void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t rows, const Worker& worker,
              const Finish& finish) {
+#if TARFLOW_AMX
+  if constexpr (M::depth == 2) return product_in_tiles(l, a, stride, rows, worker, finish);
+#endif
   using W = typename M::weight;
   const int64_t first = l.panels * worker.rank / worker.size, last = l.panels * (worker.rank + 1) / worker.size;
   constexpr int64_t most = ACCUMULATORS / 2;

@@ -12,7 +12,6 @@ namespace {
 constexpr double HERTZ = 3e9;
 constexpr double L2_BYTES = 24, L3_BYTES = 10, MEMORY_BYTES = 4;  // in a cycle, for one core
 constexpr double MEMORY_BYTES_OF_ALL = 16;
-constexpr double MULTIPLIES = 2;      // vectors in a cycle
 constexpr double LEVEL = 1.03;        // times within which the model cannot tell two schedules apart
 constexpr double USABLE = 0.75;       // of a cache, beside what else passes through it
 
@@ -36,7 +35,7 @@ struct Model {
     const double tiles = std::ceil(double(rows) / d.tile_rows), keys = rows * d.row_bytes;
     const double own = (d.weight_bytes + keys) / size, all = d.weight_bytes + keys * teams;
     const double multiplies = (rows + tiles) * d.weight_bytes / d.element_bytes / size;  // a tile costs a row to begin
-    const double compute = multiplies / d.lanes / MULTIPLIES / HERTZ;
+    const double compute = multiplies / d.multiplies / HERTZ;
     double stream = read(d.weight_bytes / size, own, all);
     // Rows that do not stay in L2 come again for every panel.
     const double activations = double(rows) * d.hidden * sizeof(float), panel = 2 * d.lanes;

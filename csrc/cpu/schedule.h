@@ -14,6 +14,7 @@ namespace tarflow {
 struct Demand {
   const Machine& machine;
   int64_t lanes, tile_rows;  // of the instruction set
+  double multiplies;  // in a cycle
   int64_t heads, layers, hidden;
   double weight_bytes, element_bytes;
   double row_bytes;  // keys and values that a row reads in a step, on average; 0 where rows share them

@@ -49,13 +49,31 @@ INLINE vu to_bf16(vf x) {
 }
 
 INLINE void store(bf16* p, vf x) {
-#if TARFLOW_DOT
+#if TARFLOW_DOT && !TARFLOW_EMULATED
   __m256bh v = _mm512_cvtneps_pbh((__m512)x);
 #else
   vh v = __builtin_convertvector(to_bf16(x), vh);
 #endif
   __builtin_memcpy(p, &v, sizeof v);
 }
+
+#if TARFLOW_DOT
+INLINE vu splat_pair(const bf16* p) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return vu{} + pair;
+}
+
+// Adds the dot products of pairs of bf16 to a, the odd elements' first.
+INLINE vf add_dots(vf a, vu x, vu y) {
+#if TARFLOW_EMULATED
+  a += high_half(x) * high_half(y);
+  return a + low_half(x) * low_half(y);
+#else
+  return (vf)_mm512_dpbf16_ps((__m512)a, (__m512bh)x, (__m512bh)y);
+#endif
+}
+#endif
 
 // Sets the even (half 0) or odd (half 1) elements of 2·VW to x.
 INLINE void store_half(bf16* p, vf x, int64_t half) {
