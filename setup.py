@@ -38,9 +38,15 @@ if SANITIZE:  # the first finding ends the process, and says in which line it is
     FLAGS += [*SANITIZE, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 # Hot loops are compiled for each instruction set, after which their source is named; which runs is decided at run time.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-INSTRUCTION_SETS["amx_bf16"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
-INTEL = platform.machine().lower() in ("x86_64", "amd64")
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+X86 = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx_bf16": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+ARM = {"neon_bf16": ["-march=armv8.2-a+bf16"]}
+INSTRUCTION_SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine().lower(), {})
 
 CUDA_WANTED = nvcc.wanted(os.environ)
 ARCHITECTURES = nvcc.architectures(os.environ)
@@ -78,7 +84,7 @@ def answer(compiler: str, *question: str) -> str:
 
 def flags_of(compiler: list[str], source: str) -> list[str]:
     """The flags of a source's instruction set: none where the compiler is too old for it, so that it is left out."""
-    flags = INSTRUCTION_SETS.get(instruction_set(source), []) if INTEL else []
+    flags = INSTRUCTION_SETS.get(instruction_set(source), [])
     try:
         if flags and not WINDOWS:  # clang-cl, which has another command line, is new enough
             answer(*compiler, *flags, "-E", "-x", "c++", os.devnull)

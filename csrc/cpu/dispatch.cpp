@@ -6,8 +6,11 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace tarflow {
@@ -16,7 +19,7 @@ namespace {
 
 // Returns whether this process may use AMX's tile registers, for which Linux has to be asked first. No other system that
 // the engine is built for gives them to whoever does not ask in ways of its own.
-bool tiles_usable() {
+[[maybe_unused]] bool tiles_usable() {
 #if TARFLOW_EMULATED  // check/amx.sh
   return true;
 #elif defined(__x86_64__) && defined(__linux__)
@@ -26,6 +29,20 @@ bool tiles_usable() {
   if (!__builtin_cpu_supports("avx512bf16") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   if (!(d & bf16) || !(d & tile)) return false;
   return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+// Returns whether an ARM processor has dot products of bf16. Windows does not tell.
+[[maybe_unused]] bool arm_dots_usable() {
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16
+  return getauxval(AT_HWCAP2) & bf16;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found;
 #else
   return false;
 #endif
@@ -49,6 +66,8 @@ std::vector<InstructionSet> instruction_sets() {
   if (__builtin_cpu_is("intel") && kernels_avx512 && kernels_avx512_bf16) std::swap(found.back(), found.end()[-2]);
   static const bool tiles = tiles_usable();
   if (kernels_amx_bf16) found.push_back({kernels_amx_bf16, tiles});
+#elif defined(__aarch64__)
+  if (kernels_neon_bf16) found.push_back({kernels_neon_bf16, arm_dots_usable()});
 #endif
   return found;
 }

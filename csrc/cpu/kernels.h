@@ -140,6 +140,7 @@ extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_avx512;
 extern const Kernels* const kernels_avx512_bf16;
 extern const Kernels* const kernels_amx_bf16;
+extern const Kernels* const kernels_neon_bf16;
 
 // The kernels call this. It is in threads.cpp, so that no atomic is inlined into code for one instruction set.
 void wait_at(Barrier* barrier);

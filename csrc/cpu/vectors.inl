@@ -49,8 +49,10 @@ INLINE vu to_bf16(vf x) {
 }
 
 INLINE void store(bf16* p, vf x) {
-#if TARFLOW_DOT && !TARFLOW_EMULATED
-  __m256bh v = _mm512_cvtneps_pbh((__m512)x);
+#if TARFLOW_DOT && defined(__aarch64__)
+  const bfloat16x4_t v = vcvt_bf16_f32((float32x4_t)x);
+#elif TARFLOW_DOT && !TARFLOW_EMULATED
+  const __m256bh v = _mm512_cvtneps_pbh((__m512)x);
 #else
   vh v = __builtin_convertvector(to_bf16(x), vh);
 #endif
@@ -64,11 +66,13 @@ INLINE vu splat_pair(const bf16* p) {
   return vu{} + pair;
 }
 
-// Adds the dot products of pairs of bf16 to a, the odd elements' first.
+// Adds the dot products of pairs of bf16 to a; x86-64 adds those of the odd elements first.
 INLINE vf add_dots(vf a, vu x, vu y) {
 #if TARFLOW_EMULATED
   a += high_half(x) * high_half(y);
   return a + low_half(x) * low_half(y);
+#elif defined(__aarch64__)
+  return (vf)vbfdotq_f32((float32x4_t)a, (bfloat16x8_t)x, (bfloat16x8_t)y);
 #else
   return (vf)_mm512_dpbf16_ps((__m512)a, (__m512bh)x, (__m512bh)y);
 #endif

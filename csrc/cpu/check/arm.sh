@@ -7,7 +7,12 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 flags="-std=c++17 -O2 -Wall -Wextra -Werror -fno-math-errno -fno-trapping-math -ffp-contract=fast -pthread"
 engine=$(ls "$here"/../*.cpp | grep -v bindings)
-aarch64-linux-gnu-g++ $flags "$here"/bits.cpp $engine -o "$build"/arm
+dots=$here/../kernels_neon_bf16.cpp
+aarch64-linux-gnu-g++ $flags -march=armv8.2-a+bf16 -c "$dots" -o "$build"/dots.o
+aarch64-linux-gnu-g++ $flags "$here"/bits.cpp $(echo "$engine" | grep -v neon_bf16) "$build"/dots.o -o "$build"/arm
 g++ $flags "$here"/bits.cpp $engine -o "$build"/here
 "$build"/here
-qemu-aarch64 -L /usr/aarch64-linux-gnu "$build"/arm
+for processor in cortex-a72 max; do  # without and with dot products of bf16
+  echo "$processor:"
+  qemu-aarch64 -cpu $processor -L /usr/aarch64-linux-gnu "$build"/arm
+done
