@@ -84,6 +84,31 @@ void multiply_tiles(const bf16* const (&a)[2], int64_t stride, const bf16* w, in
   if constexpr (Tall * Wide == 4) store_tile<2>(second, row), store_tile<3>(second + VW, row);
 }
 
+// Adds what is left of k after whole tiles of it to `rows` rows of sums, by dot products. wide: panels.
+INLINE void add_rest(const bf16* a, int64_t stride, int64_t rows, const bf16* w, int64_t panel, int64_t wide, int64_t k,
+                     bool begins, float* out) {
+  for (int64_t r = 0, some; r < rows; r += some) {
+    some = ACCUMULATORS / 2 / wide < rows - r ? ACCUMULATORS / 2 / wide : rows - r;
+    choose_tile<BF16>(some, wide)(a + r * stride, stride, w, panel, k, begins, streaming(w), out + r * wide * NB);
+  }
+}
+
+// Calls finish(row, rows, y) with the sums y of one panel for each of one or two tiles of rows, as begin_tiles was told.
+// The second begins early enough to be whole, and has some rows that the first has too.
+template <class Finish>
+void panel_in_tiles(const bf16* a, int64_t stride, int64_t rows, const bf16* w, int64_t k, const Finish& finish) {
+  const int64_t high = rows < HIGH ? rows : HIGH, second = rows - high, whole = k / DEEP * DEEP;
+  alignas(64) float y[2 * HIGH * NB];
+  const bf16* const from[2] = {a, a + second * stride};
+  if (second) multiply_tiles<2, 2>(from, stride, w, 0, whole, true, y);
+  else multiply_tiles<1, 2>(from, stride, w, 0, whole, true, y);
+  if (whole < k)
+    for (int t = 0; t < (second ? 2 : 1); t++)
+      add_rest(from[t] + whole, stride, high, w + whole * NB, 0, 1, k - whole, false, y + t * HIGH * NB);
+  finish(0, high, y);
+  if (second) finish(high, second, y + (HIGH + high - second) * NB);
+}
+
 // Does what `product` does. The last tile of rows begins early enough to be whole, and has some of them once more.
 template <class Finish>
 void product_in_tiles(const Linear& l, const bf16* a, int64_t stride, int64_t rows, const Worker& worker,
@@ -115,11 +140,7 @@ void product_in_tiles(const Linear& l, const bf16* a, int64_t stride, int64_t ro
       const int64_t begin = begin_of(t), count = begin + high - row;
       float* to = y + t * HIGH * NB;
       if (whole < l.k)
-        for (int64_t r = 0, some; r < high; r += some) {
-          some = ACCUMULATORS / 2 / wide < high - r ? ACCUMULATORS / 2 / wide : high - r;
-          choose_tile<BF16>(some, wide)(a + (begin + r) * stride + whole, stride, weight + whole * NB, panel,
-                                        l.k - whole, whole == 0, streaming(weight), to + r * wide * NB);
-        }
+        add_rest(a + begin * stride + whole, stride, high, weight + whole * NB, panel, wide, l.k - whole, whole == 0, to);
       finish(row, count, p * NB, wide * NB, to + (row - begin) * wide * NB);
       row += count;
     }

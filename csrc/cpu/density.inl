@@ -23,7 +23,13 @@ template <class M, bool Transposed, class Finish>
 void multiply(const typename M::act* a, int64_t stride, int64_t rows, const float* weight, int64_t ld, int64_t columns,
               int64_t k, const float* bias, const DensityWorker& w, const Finish& finish) {
   auto* panel = static_cast<typename M::weight*>(w.panel);
-  const int64_t panels = (columns + NB - 1) / NB, blocks = (rows + MOST_ROWS - 1) / MOST_ROWS;
+#if TARFLOW_AMX
+  constexpr int64_t most = M::depth == 2 ? 2 * HIGH : MOST_ROWS;
+  if (M::depth == 2) begin_tiles(rows < HIGH ? rows : HIGH);
+#else
+  constexpr int64_t most = MOST_ROWS;
+#endif
+  const int64_t panels = (columns + NB - 1) / NB, blocks = (rows + most - 1) / most;
   const int64_t padded = (k + M::depth - 1) / M::depth * M::depth;
   const int64_t end = panels * blocks * (w.rank + 1) / w.size;
   alignas(64) float y[ACCUMULATORS * VW];
@@ -39,10 +45,21 @@ void multiply(const typename M::act* a, int64_t stride, int64_t rows, const floa
       const int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
       if (column + NB < columns)
         fetch_panel<Transposed>(weight + (column + NB) * (Transposed ? ld : 1), ld, k, b, blocks);
+#if TARFLOW_AMX
+      if constexpr (M::depth == 2) {
+        panel_in_tiles(a + row * stride, stride, count, panel, padded, [&](int64_t r, int64_t n, const float* sums) {
+          finish(row + r, n, column, sums, shift);
+        });
+        continue;
+      }
+#endif
       choose_tile<M>(count, 1)(a + row * stride, stride, panel, 0, padded, true, streaming(panel), y);
       finish(row, count, column, y, shift);
     }
   }
+#if TARFLOW_AMX
+  if (M::depth == 2) end_tiles();
+#endif
 }
 
 // Returns the row of the batch's (B, T, D) tensors that has token `token` of a sample, counted in the block's order.

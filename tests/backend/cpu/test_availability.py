@@ -36,7 +36,7 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif("avx512_bf16" not in SETS or not Path("/proc/cpuinfo").is_file(), reason="one set to choose from")
 def test_dot_products_are_chosen_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Intel's take as long as four multiply-adds of fp32, which do twice as much; AMD's as long as one. AMX makes more."""
+    """Intel's take as long as four multiply-adds of fp32, which do twice as much; AMD's as long as one. AMX wins."""
     monkeypatch.delenv(ISA_VARIABLE, raising=False)
     intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     assert choose_instruction_set() == ("amx_bf16" if "amx_bf16" in SETS else "avx512" if intel else "avx512_bf16")
