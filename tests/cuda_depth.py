@@ -34,8 +34,10 @@ from tarflow_fast.models.tarflow import TarFlow
 
 # As in csrc/cuda/params.h, and in emulation/timing.h.
 PHASES = ("EMBED", "QKV", "ATTENTION", "PROJ", "FC1", "FC2", "PROJ_OUT", "update")
-SECTIONS = ("other", "staging", "multiply", "sums", "epilogue", "attend", "merge", "fetch", "update", "barrier")
-CAUSES = ("instructions", "shared memory", "L2", "DRAM", "tensor cores", "sync_block", "barrier")
+SECTIONS = (
+    "other", "staging", "norm", "multiply", "sums", "epilogue", "attend", "merge", "fetch", "update", "await", "barrier"
+)  # fmt: skip
+CAUSES = ("instructions", "shared memory", "L2", "DRAM", "tensor cores", "sync_block", "barrier", "sent data")
 TOTALS = ("dram", "l2", "shared", "waited", "flights", "instructions")
 ONCE = ("EMBED", "PROJ_OUT", "update")  # the phases that do not come once a layer
 MULTIPROCESSORS = 132

@@ -58,9 +58,17 @@ DEVICE float sum_lanes(float value) {
 // Returns the larger, or NaN if one is NaN.
 DEVICE float larger(float a, float b) { return a != a || a > b ? a : b; }
 
-DEVICE float largest_lane(float value) {
-  for (int mask = 16; mask > 0; mask /= 2) value = larger(value, shuffle_xor(value, mask));
-  return value;
+// Replaces each value by the largest of the lanes of a warp.
+template <int N>
+DEVICE void largest_lane(float (&values)[N]) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    Loaded<float> others[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) others[i] = shuffle_xor(values[i], mask);
+#pragma unroll
+    for (int i = 0; i < N; i++) values[i] = larger(values[i], others[i]);
+  }
 }
 
 // Makes token `token` + 1 of a position, by a warp. before(d) loads what take(d, x, xa, loaded) needs besides each value,
@@ -130,13 +138,14 @@ DEVICE void update(const Params& p, const Rows& rows) {
       if (p.mode == FIXED_POINT) moved.take(old, value, xa);
       store(x, place * p.token_dim + d, value);
     });
-    const float change = largest_lane(moved.change), residual = largest_lane(moved.residual);
+    float most[2] = {moved.change, moved.residual};
+    largest_lane(most);
     if (thread() % 32 > 0) continue;
     store(log_dets, place, log_det);
     if (p.mode == SEQUENTIAL) continue;
     const int64_t at = p.sample[i] * (p.change.count / p.samples) + p.column[i];
-    store(changes, at, change);
-    store(residuals, at, residual);
+    store(changes, at, most[0]);
+    store(residuals, at, most[1]);
   }
 }
 

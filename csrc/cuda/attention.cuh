@@ -8,7 +8,7 @@
 // In a block, groups of lanes take a key each, 16 bytes a lane. All of it is fp32.
 #pragma once
 
-#include "rows.cuh"
+#include "sent.cuh"
 
 namespace tarflow {
 
@@ -46,9 +46,14 @@ struct Part {
   }
 };
 
-// Returns where in `partials` the maxima and weights begin: after the sums, at an even element.
-DEVICE int64_t statistics(const Params& p, const Rows& rows) {
-  return (static_cast<int64_t>(rows.count()) * p.heads * p.splits * p.head_dim + 1) / 2 * 2;
+// Returns how many elements of `partials` the maxima and weights of a turn take, and where those of a turn begin: after
+// the sums, at a multiple of 16 bytes.
+DEVICE int statistics_size(const Params& p, const Rows& rows) {
+  return divide_up(rows.count() * p.heads * p.splits * 2, 4) * 4;
+}
+DEVICE int64_t statistics(const Params& p, const Rows& rows, int turn) {
+  const int64_t sums = static_cast<int64_t>(rows.count()) * p.heads * p.splits * p.head_dim;
+  return (sums + 3) / 4 * 4 + turn * statistics_size(p, rows);
 }
 
 // Asks for keys [first, last) and values of a part before they are needed.
@@ -80,9 +85,9 @@ struct Query {
   static constexpr int STEP = V < 4 ? V : 4;
   Vector<float, STEP> values[V / STEP];
 
-  DEVICE void load_from(const Params& p, const Part& part, int channel, bool inside) {
+  DEVICE void load_from(const Params& p, const Part& part, int turn, int channel, bool inside) {
     const Global<float> queries(p.queries);
-    const int64_t at = static_cast<int64_t>(part.row) * whole_tiles(p.channels) + part.head * p.head_dim + channel;
+    const int64_t at = turn_row(turn, part.row) * whole_tiles(p.channels) + part.head * p.head_dim + channel;
 #pragma unroll
     for (int i = 0; i < V / STEP; i++) {
       values[i] = {};
@@ -98,18 +103,25 @@ struct Round {
   Vector<T, V> k[KEYS_IN_FLIGHT], v[KEYS_IN_FLIGHT];
 };
 
-// Stores what a row has attended to, of which there is one part: channels of one head, unnormalised.
-template <class T, int N>
-DEVICE void store_attended(const Params& p, int row, int channel, const float (&sum)[N], float weights) {
+// Stores, or sends, what a row has attended to, of which there is one part: channels of one head, unnormalised.
+template <class T, bool SENDS, int N>
+DEVICE void store_attended(const Params& p, int turn, int row, int channel, const float (&sum)[N], float weights) {
+  const Global<T> attended(p.attended);
+  const int64_t at = turn_row(turn, row) * whole_tiles(p.channels) + channel;
   Vector<T, N> y;
   for (int i = 0; i < N; i++) y.at[i] = from_float<T>(weights > 0 || weights != weights ? sum[i] / weights : 0.0f);
-  store_vector(Global<T>(p.attended), static_cast<int64_t>(row) * whole_tiles(p.channels) + channel, y);
+  if constexpr (!SENDS)
+    store_vector(attended, at, y);
+  else if constexpr (N == 1)
+    send(attended, at, y.at[0]);
+  else
+    send_vector(attended, at, y);
 }
 
-// Attends with this block's parts. V: elements of a key that a lane takes, which divide head_dim. memory: (WARPS,
-// part_floats(d)).
-template <class T, int V, int WARPS>
-DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> memory) {
+// Attends with this block's parts. V: elements of a key that a lane takes, which divide head_dim. SENDS: whether what it
+// leaves is sent. memory: (WARPS, part_floats(d)).
+template <class T, int V, int WARPS, bool SENDS>
+DEVICE void attend(const Params& p, const Rows& rows, int layer, int turn, Shared<float> memory) {
   const Global<T> cache(p.keys_values);
   const Global<float> partials(p.partials);
   const int warp = thread() / 32, lane = thread() % 32, d = p.head_dim, parts = rows.count() * p.heads * p.splits;
@@ -120,7 +132,17 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
   bool again = false;
   for (int index = block(); index < parts; index += blocks()) {
     const Part part(p, rows, index);
-    if (part.first == part.last) continue;
+    const bool ends = SENDS && p.splits == 1 && part.head + 1 == p.heads;
+    const int width_ended =
+        d + (ends ? whole_tiles(p.channels) - p.channels : 0);  // columns beyond the channels are sent too
+    if (part.first == part.last) {
+      if (!SENDS || p.splits > 1) continue;
+      const float none[1] = {0};
+#pragma unroll 1
+      for (int c = thread(); c < width_ended; c += WARPS * 32)
+        store_attended<T, SENDS, 1>(p, turn, part.row, part.head * d + c, none, 0);
+      continue;
+    }
     if (index + blocks() < parts) {
       const Part following(p, rows, index + blocks());
       prefetch_part<T, WARPS>(p, rows, layer, following, following.first, following.last);
@@ -139,7 +161,7 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
       }
     };
     Query<V> query;
-    query.load_from(p, part, channel, inside);
+    query.load_from(p, part, turn, channel, inside);
     const Loaded<float> scale = constant(Global<const float>(p.scale), rows.branch(part.row));
     float sum[V] = {}, most = LOWEST, weights = 0;
     Round<T, V> next = {};
@@ -214,7 +236,12 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
     if (lane == 0) store_vector(memory, own + of_block, Vector<float, 2>{most, weights});
     sync_block();
 #pragma unroll 1
-    for (int c = thread(); c < d; c += WARPS * 32) {  // merges the block's warps
+    for (int c = thread(); c < width_ended; c += WARPS * 32) {  // merges the block's warps
+      if (c >= d) {
+        const float none[1] = {0};
+        store_attended<T, SENDS, 1>(p, turn, part.row, part.head * d + c, none, 0);
+        continue;
+      }
       Vector<float, 2> of[WARPS];
       Loaded<float> sums[WARPS];
 #pragma unroll
@@ -233,44 +260,65 @@ DEVICE void attend(const Params& p, const Rows& rows, int layer, Shared<float> m
         y[0] += share * sums[w];
       }
       if (p.splits == 1) {
-        store_attended<T, 1>(p, part.row, part.head * d + c, y, total);
+        store_attended<T, SENDS, 1>(p, turn, part.row, part.head * d + c, y, total);
         continue;
       }
-      store(partials, part.index(p) * d + c, y[0]);
+      const int64_t of_part = statistics(p, rows, turn) + 2 * part.index(p);
+      if constexpr (SENDS)
+        send(partials, part.index(p) * d + c, y[0]);
+      else
+        store(partials, part.index(p) * d + c, y[0]);
       if (c > 0) continue;
-      store(partials, statistics(p, rows) + 2 * part.index(p), M);
-      store(partials, statistics(p, rows) + 2 * part.index(p) + 1, total);
+      if constexpr (SENDS)
+        send_vector(partials, of_part, Vector<float, 2>{M, total});
+      else
+        store_vector(partials, of_part, Vector<float, 2>{M, total});
     }
     section(ATTEND);
   }
 }
 
-// Returns channels [channel, channel + V), all of one head, of what a row has attended to.
-template <int V, class T>
-DEVICE Vector<T, V> attended(const Params& p, const Rows& rows, int row, int channel) {
+// Returns channels [channel, channel + V), all of one head, of what a row has attended to. SENT: whether the parts are
+// sent; of these the sums have one reader, who empties them, and all lanes of a warp take part. row: −1 for none.
+template <int V, class T, bool SENT>
+DEVICE Vector<T, V> attended(const Params& p, const Rows& rows, int turn, int row, int channel) {
   constexpr int AT_ONCE = 8;
   const Global<float> partials(p.partials);
-  const int d = p.head_dim, keys = rows.token(row) + 1, each = p.tiles ? 1 : split_keys(p, keys);
+  const int d = p.head_dim, keys = row < 0 ? 0 : rows.token(row) + 1, each = p.tiles ? 1 : split_keys(p, keys);
   const int parts = keys == 0 ? 0 : p.tiles ? p.splits : divide(keys + each - 1, each);
   const int head = divide(channel, d), of_head = channel - head * d;
   const int64_t first = (static_cast<int64_t>(row) * p.heads + head) * p.splits;
-  const int64_t of_first = statistics(p, rows) + 2 * first;
+  const int64_t of_first = statistics(p, rows, turn) + 2 * first;
   float y[V] = {}, most = LOWEST, weights = 0;
 #pragma unroll 1
-  for (int begin = 0; begin < parts; begin += AT_ONCE) {
+  for (int begin = 0; begin < (SENT ? p.splits : parts); begin += AT_ONCE) {
+    const auto sum_at = [&](int i) -> int64_t { return begin + i < parts ? (first + begin + i) * d + of_head : -1; };
+    const auto of_at = [&](int i) -> int64_t { return begin + i < parts ? of_first + 2 * (begin + i) : -1; };
     Vector<float, V> sum[AT_ONCE];
     Vector<float, 2> of[AT_ONCE];
+    if constexpr (SENT) {
+      const bool sent = sends(p, ATTENTION);
+      // The lanes of a head wait for one part each.
+      await_sent<2>(sent, partials, of_at(divide(of_head, V) & (AT_ONCE - 1)));
+      sync_warp();
+      look_for(sent, partials, sum, sum_at);
+      look_for(sent, partials, of, of_at);
+      receive(sent, partials, sum, sum_at);
+      receive(sent, partials, of, of_at);
+    } else {
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        of[i] = {};
+        sum[i] = {};
+        if (begin + i >= parts) continue;
+        sum[i] = load_vector<V>(partials, sum_at(i));
+        of[i] = load_vector<2>(partials, of_at(i));
+      }
+    }
     float higher = most;
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      of[i] = {{LOWEST, 0.0f}};
-      sum[i] = {};
-      if (begin + i >= parts) continue;
-      sum[i] = load_vector<V>(partials, (first + begin + i) * d + of_head);
-      of[i] = load_vector<2>(partials, of_first + 2 * (begin + i));
-    }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) higher = fmaxf(higher, of[i].at[0]);
+    for (int i = 0; i < AT_ONCE; i++)
+      if (begin + i < parts) higher = fmaxf(higher, of[i].at[0]);
     const float kept = rescale(most, higher);
     most = higher;
     weights *= kept;
@@ -282,6 +330,7 @@ DEVICE Vector<T, V> attended(const Params& p, const Rows& rows, int row, int cha
       instructions(2 * V + 6);
       weights += share * of[i].at[1];
       for (int j = 0; j < V; j++) y[j] += share * sum[i].at[j];
+      if constexpr (SENT) empty<V>(partials, sum_at(i));
     }
   }
   Vector<T, V> result;
@@ -289,16 +338,28 @@ DEVICE Vector<T, V> attended(const Params& p, const Rows& rows, int row, int cha
   return result;
 }
 
-// Adds up the parts of all rows, once for all blocks, which divide rows and channels among them.
-template <class T, int V, int WARPS>
-DEVICE void merge(const Params& p, const Rows& rows) {
-  const int width = whole_tiles(p.channels), vectors = p.channels / V;
+// Adds up the parts of all rows, once for all blocks, whose warps divide rows and channels among them.
+template <class T, int V, int WARPS, bool SENDS>
+DEVICE void merge(const Params& p, const Rows& rows, int turn) {
+  const Global<T> to(p.attended);
+  const int width = whole_tiles(p.channels), vectors = (SENDS ? width : p.channels) / V;
 #pragma unroll 1
-  for (int i = block() * WARPS * 32 + thread(); i < rows.count() * vectors; i += blocks() * WARPS * 32) {
-    const int row = divide(i, vectors), channel = (i - row * vectors) * V;
+  for (int begin = (thread() / 32 * blocks() + block()) * 32; begin < rows.count() * vectors;
+       begin += blocks() * WARPS * 32) {
+    const int i = begin + thread() % 32, row = divide(i, vectors), channel = (i - row * vectors) * V;
     instructions(30);
-    store_vector(Global<T>(p.attended), static_cast<int64_t>(row) * width + channel,
-                 attended<V, T>(p, rows, row, channel));
+    const bool inside = row < rows.count() && channel < p.channels;
+    const Vector<T, V> of_channel = attended<V, T, SENDS>(p, rows, turn, inside ? row : -1, inside ? channel : 0);
+    if (row >= rows.count()) continue;
+    Vector<T, V> y{};
+    if (inside) y = of_channel;
+    const int64_t at = turn_row(turn, row) * width + channel;
+    if constexpr (!SENDS)
+      store_vector(to, at, y);
+    else if constexpr (V == 1)
+      send(to, at, y.at[0]);
+    else
+      send_vector(to, at, y);
   }
 }
 

@@ -92,6 +92,12 @@ struct Shared {
 // Returns the value of the lane whose number differs by `mask`. Every lane of the warp takes part.
 DEVICE Loaded<float> shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// Returns the first lane of the warp whose `flag` is set, or 32. Every lane of the warp takes part.
+DEVICE int first_lane(bool flag) {
+  const unsigned lanes = __ballot_sync(0xffffffffu, flag);
+  return lanes ? __ffs(lanes) - 1 : 32;
+}
+
 // Returns `count` elements of the block's dynamic shared memory, from this byte on, a multiple of 16.
 template <class T>
 DEVICE Shared<T> shared(int byte, int count) {
@@ -236,24 +242,115 @@ DEVICE void signal(Global<unsigned> counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter.data) : "memory");
 }
 
-constexpr unsigned long long PATIENCE = 2'000'000'000;  // nanoseconds, where a barrier takes a thousand
-constexpr unsigned GLANCES = 1 << 14;                    // looks at a counter between two looks at the clock
+// Ends the launch with an error when a wait has been in vain for too long, as the device would otherwise be lost to all
+// who use it.
+class Patience {
+ public:
+  // A wait calls it after each look that found nothing.
+  DEVICE void again() {
+    constexpr unsigned long long MOST = 2'000'000'000;  // nanoseconds, where a barrier takes a thousand
+    constexpr unsigned GLANCES = 1 << 14;               // looks between two looks at the clock
+    if (++glances_ % GLANCES) return;
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (began_ == 0) began_ = now;
+    if (now - began_ > MOST) asm volatile("trap;");
+  }
+
+ private:
+  unsigned glances_ = 0;
+  unsigned long long began_ = 0;
+};
 
 // Waits for the counter to reach a number. After the block's next sync_block, all that other blocks did before they
-// signalled can be seen. One thread of the block calls it. A wait that is in vain ends the launch with an error, as the
-// device would otherwise be lost to all who use it.
+// signalled can be seen. One thread of the block calls it.
 DEVICE void await(Global<unsigned> counter, unsigned number) {
-  unsigned long long began = 0;
-  for (unsigned glances = 1;; glances++) {
+  for (Patience patience;; patience.again()) {
     unsigned value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter.data) : "memory");
     if (static_cast<int>(value - number) >= 0) return;
-    if (glances % GLANCES) continue;
-    unsigned long long now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    if (began == 0) began = now;
-    if (now - began > PATIENCE) asm volatile("trap;");
   }
+}
+
+// What follows is for data that say themselves that they have come, so that nobody needs a barrier to read them. An
+// element whose bits are all ones is empty: a NaN that is never sent, as arithmetic gives another one, and conversions to
+// 16 bits 0x7fff. A place is emptied; then one thread sends to it;
+// then any number look whether it has come, and get it when it has. No other memory is ordered by that. The emptying has
+// to come before the sending and the looking, and after all uses of what was there before, by barriers of the grid; or
+// the only reader empties the place when it has got what was there.
+
+// Sends an element.
+template <class T>
+DEVICE void send(Global<T> to, int64_t i, T value) {
+  if constexpr (sizeof(T) == 2)
+    asm volatile("st.relaxed.gpu.global.b16 [%0], %1;" ::"l"(to.data + i),
+                 "h"(reinterpret_cast<const unsigned short&>(value))
+                 : "memory");
+  else
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to.data + i), "r"(reinterpret_cast<const unsigned&>(value))
+                 : "memory");
+}
+
+// Sends N elements, 8 or 16 bytes. i: a multiple of N.
+template <int N, class T>
+DEVICE void send_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  static_assert(bytes == 8 || bytes == 16);
+  const unsigned* words = reinterpret_cast<const unsigned*>(&value);
+  if constexpr (bytes == 8)
+    asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to.data + i), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  else
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to.data + i), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
+
+// Empties N elements, 4 or 16 bytes. i: a multiple of N.
+template <int N, class T>
+DEVICE void empty(Global<T> to, int64_t i) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  static_assert(bytes == 4 || bytes == 16);
+  if constexpr (bytes == 4)
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to.data + i), "r"(~0u) : "memory");
+  else
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %1, %1, %1};" ::"l"(to.data + i), "r"(~0u) : "memory");
+}
+
+// Looks for N elements, 4, 8 or 16 bytes. i: a multiple of N. waits: whether the caller looks again until all have come.
+template <int N, class T>
+DEVICE Vector<T, N> look(Global<T> from, int64_t i, bool waits) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  Vector<T, N> value;
+  unsigned* at = reinterpret_cast<unsigned*>(&value);
+  if constexpr (bytes == 4)
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(at[0]) : "l"(from.data + i) : "memory");
+  else if constexpr (bytes == 8)
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(at[0]), "=r"(at[1])
+                 : "l"(from.data + i)
+                 : "memory");
+  else
+    asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(at[0]), "=r"(at[1]), "=r"(at[2]), "=r"(at[3])
+                 : "l"(from.data + i)
+                 : "memory");
+  return value;
+}
+
+// Returns whether an element of these is empty.
+template <int N, class T>
+DEVICE bool any_empty(const Vector<T, N>& value) {
+  const unsigned* words = reinterpret_cast<const unsigned*>(&value);
+  unsigned found = 0;
+#pragma unroll
+  for (int w = 0; w < N * static_cast<int>(sizeof(T)) / 4; w++)
+    if constexpr (sizeof(T) == 4)
+      found = max(found, words[w]);
+    else  // the subtraction borrows from a half's top bit where its complement is 0
+      found |= (~words[w] - 0x00010001u) & words[w] & 0x80008000u;
+  return sizeof(T) == 4 ? found == 0xffffffffu : found != 0;
 }
 
 template <class T>

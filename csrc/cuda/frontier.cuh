@@ -103,12 +103,11 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
         size = larger(size, fabsf(old));
         if (!(fabsf(value) < INFINITY)) bad = 1;
       });
-      moved = {largest_lane(moved.change), largest_lane(moved.residual)};
-      bad = largest_lane(bad);
-      size = largest_lane(size);
+      float most[4] = {moved.change, moved.residual, bad, size};
+      largest_lane(most);
       if (lane > 0) continue;
       store(log_dets, place, log_det);
-      found.keep(j, moved, bad, size);
+      found.keep(j, {most[0], most[1]}, most[2], most[3]);
     }
     sync_block();
     int kept = 0;

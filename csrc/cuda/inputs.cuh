@@ -123,30 +123,47 @@ DEVICE float sum_block(float value, Shared<float> memory, int at) {
   return sum;
 }
 
-// Adds up the residual stream into h, and its norms, or itself without `normed`, into `norms`, in the weights' type. This
-// is done once for all blocks, which take a row each: many rows are then read in half the bytes. memory: (2 WARPS + C',).
+// Adds up the residual stream into h, and sends its norms, or itself without `normed`, in the weights' type, to rows of
+// `norms` from `to` on. This is done once for all blocks, which have rows of their own: many rows are then read in half
+// the bytes. memory: (2 WARPS + C',).
 template <int WARPS, class T>
-DEVICE void keep_norms(const Stream& stream, const Rows& rows, bool normed, Shared<float> memory) {
+DEVICE void send_norms(const Stream& stream, const Rows& rows, bool normed, int to, Shared<float> memory) {
   const Params& p = stream.p;
   const Global<float> h(p.h), rest(p.rest);
   const Global<T> norms(p.norms);
-  const int width = stream.width(), rests = stream.rests();
+  const int width = stream.width(), parts = stream.sent();
+  const bool sent = sends(p, stream.after);
 #pragma unroll 1
   for (int row = block(); row < rows.count(); row += blocks()) {
+    constexpr int EACH = 3;  // tiles that a block may send in one go
+    const int last = width / TILE - 1, spots = parts * (last / EACH + 1);
+    section(AWAIT);
+#pragma unroll 1
+    for (int spot = thread(); spot < spots; spot += WARPS * 32) {
+      const int tile = divide(spot, parts) * EACH + EACH - 1;
+      await_sent<4>(sent, rest, stream.rest_at(spot & (parts - 1), row) + ((tile < last ? tile : last) + 1) * TILE - 4);
+    }
+    if (spots) sync_block();
+    section(NORM);
     float mean = 0, scale = 0;
 #pragma unroll 1
-    for (int k = thread() * 4; k < width; k += WARPS * 128) {
-      Vector<float, 4> v = load_vector<4>(h, stream.at(row) + k), others[MOST_PARTS - 1];
+    for (int begin = thread() / 32 * 128; begin < width; begin += WARPS * 128) {
+      const int k = begin + thread() % 32 * 4;
+      const auto place = [&](int i) -> int64_t { return i < parts && k < width ? stream.rest_at(i, row) + k : -1; };
+      Vector<float, 4> v{}, sums[MOST_PARTS];
+      if (k < width) v = load_vector<4>(h, stream.at(row) + k);
+      look_for(sent, rest, sums, place);
+      receive(sent, rest, sums, place);
+      if (k >= width) continue;
+      instructions(20);
 #pragma unroll
-      for (int i = 0; i < MOST_PARTS - 1; i++) {
-        others[i] = {};
-        if (i < rests) others[i] = load_vector<4>(rest, stream.rest_at(i, row) + k);
+      for (int i = 0; i < MOST_PARTS; i++) {
+        if (i >= parts) continue;
+        instructions(4);
+        for (int j = 0; j < 4; j++) v.at[j] += sums[i].at[j];
+        empty<4>(rest, place(i));
       }
-#pragma unroll
-      for (int i = 0; i < MOST_PARTS - 1; i++)
-        for (int j = 0; j < 4; j++) v.at[j] += others[i].at[j];
-      instructions(40);
-      if (rests) store_vector(h, stream.at(row) + k, v);
+      if (parts) store_vector(h, stream.at(row) + k, v);
       store_vector(memory, 2 * WARPS + k, v);
       mean += (v.at[0] + v.at[1]) + (v.at[2] + v.at[3]);  // the values beyond the channels are 0
     }
@@ -167,7 +184,7 @@ DEVICE void keep_norms(const Stream& stream, const Rows& rows, bool normed, Shar
       const Vector<float, 4> v = load_vector<4>(memory, 2 * WARPS + k);
       Vector<T, 4> y;
       for (int i = 0; i < 4; i++) y.at[i] = from_float<T>(k + i < p.channels ? (v.at[i] - less) * by : 0.0f);
-      store_vector(norms, stream.at(row) + k, y);
+      send_vector(norms, stream.at(to + row) + k, y);
     }
   }
 }
@@ -187,35 +204,46 @@ DEVICE void stage_stream(const Stream& stream, const Scratch<T>& scratch, int fi
   }
 }
 
-// Columns [k0, k0 + k) of a buffer that is in the weights' type already, and has so many columns. If they are to be
-// copied, they come in up to four chunks, of which the first is multiplied while the others are on their way.
+// Columns [k0, k0 + k) of a buffer that is in the weights' type already, and has so many columns.
 template <int WARPS, class T>
-DEVICE Copies stage_ready(const Buffer& buffer, int columns, bool copied, const Scratch<T>& scratch, int first,
-                          int count, int k0, int k) {
-  constexpr int V = 16 / sizeof(T), LEAST = 2 * WARPS, STRIDE = WARPS * 32;
+DEVICE void stage_ready(const Buffer& buffer, int columns, const Scratch<T>& scratch, int first, int count, int k0,
+                        int k) {
   const Global<T> from(buffer);
-  const int width = whole_tiles(columns);
-  if (!copied || columns < width) {
-    stage_rows<WARPS, V>(from, width, first, count, k0, k, [&](int row, int column, Vector<T, V> v) {
-      if (k0 + column + V > columns)  // beyond the columns nobody has written
-        for (int i = 0; i < V; i++)
-          if (k0 + column + i >= columns) v.at[i] = from_float<T>(0.0f);
-      store_vector(scratch.staged, row * scratch.stride + column, v);
-    });
-    return {};
-  }
-  Copies copies{0, divide_up(k, 4 * LEAST * TILE) * LEAST};
-  const int chunk = copies.chunk * TILE;
+  stage_rows<WARPS, 16 / sizeof(T)>(from, whole_tiles(columns), first, count, k0, k, [&](int row, int column, auto v) {
+    constexpr int V = 16 / sizeof(T);
+    if (k0 + column + V > columns)  // beyond the columns nobody has written
+      for (int i = 0; i < V; i++)
+        if (k0 + column + i >= columns) v.at[i] = from_float<T>(0.0f);
+    store_vector(scratch.staged, row * scratch.stride + column, v);
+  });
+}
+
+// Columns [k0, k0 + k) of a buffer that others send, of `width` columns. sent: whether they do. by_rows: whether they
+// send whole rows, or else tiles of columns, of which the last row is the last.
+template <int WARPS, class T>
+DEVICE void stage_sent(bool sent, const Buffer& buffer, int width, bool by_rows, const Scratch<T>& scratch, int first,
+                       int count, int k0, int k) {
+  constexpr int V = 16 / sizeof(T), AT_ONCE = 12, STRIDE = WARPS * 32;
+  const Global<T> from(buffer);
+  const int vectors = k / V, step_rows = divide(STRIDE, vectors), step = STRIDE - step_rows * vectors;
+  int row = divide(thread(), vectors), column = thread() - row * vectors;
+  const auto at = [&](int row, int column) -> int64_t {
+    return row >= 0 && row < count ? static_cast<int64_t>(first + row) * width + k0 + column * V : -1;
+  };
+  section(AWAIT);
+  const int spots = by_rows ? count : k / TILE;
 #pragma unroll 1
-  for (int begin = 0; begin < k; begin += chunk, copies.groups++) {
-    const int vectors = (k - begin < chunk ? k - begin : chunk) / V;
-    const int step_rows = divide(STRIDE, vectors), step = STRIDE - step_rows * vectors;
-    int row = divide(thread(), vectors), column = thread() - row * vectors;
-#pragma unroll 4
-    while (row < count) {
-      const int at = begin + column * V;
-      instructions(6);
-      copy_async(scratch.staged, row * scratch.stride + at, from, static_cast<int64_t>(first + row) * width + k0 + at);
+  for (int spot = thread(); spot < spots; spot += STRIDE)  // what each sender sends last
+    await_sent<V>(sent, from, by_rows ? at(spot, vectors - 1) : at(count - 1, (spot + 1) * (TILE / V) - 1));
+  sync_block();
+  section(STAGING);
+#pragma unroll 1
+  for (int begin = 0; begin < count * vectors; begin += AT_ONCE * STRIDE) {
+    Vector<T, V> values[AT_ONCE];
+    int places[AT_ONCE];  // row and column in one register
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      places[u] = row << 16 | column;
       row += step_rows;
       column += step;
       if (column >= vectors) {
@@ -223,9 +251,15 @@ DEVICE Copies stage_ready(const Buffer& buffer, int columns, bool copied, const 
         row++;
       }
     }
-    commit_copies();
+    instructions(5 * AT_ONCE);
+    const auto place = [&](int u) { return at(places[u] >> 16, places[u] & 0xffff); };
+    look_for(sent, from, values, place);
+    receive(sent, from, values, place);
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++)
+      if (const int to = places[u] >> 16; to < count)
+        store_vector(scratch.staged, to * scratch.stride + (places[u] & 0xffff) * V, values[u]);
   }
-  return copies;
 }
 
 // Columns [k0, k0 + k) of the attended values, from the parts that blocks left of them.
@@ -238,7 +272,7 @@ DEVICE void stage_attended(const Params& p, const Rows& rows, const Scratch<T>& 
     const int row = divide(i, vectors), column = (i - row * vectors) * V;
     instructions(30);
     Vector<T, V> y{};
-    if (k0 + column < p.channels) y = attended<V, T>(p, rows, first + row, k0 + column);
+    if (k0 + column < p.channels) y = attended<V, T, false>(p, rows, 0, first + row, k0 + column);
     store_vector(scratch.staged, row * scratch.stride + column, y);
   }
 }

@@ -2,9 +2,11 @@
 //
 //   for each token:  proj_in | LayerNorm, qkv | attention | proj, + | LayerNorm, fc1, GELU | fc2, + | … | proj_out
 //
-// where | is a barrier: 5 L + 2 a token, and where LayerNorm or the sum of the attention's parts is a step of its own,
-// up to 8 L + 3. The affine update of a token is part of the next token's proj_in. Every output has one block that
-// computes it, so nothing is added atomically and a pass gives the same bits each time.
+// where | is a barrier, 5 L + 2 a token, and one more a layer where the attention's parts are added up in a step of their
+// own. Of more than 16 rows, LayerNorm is a step of its own as well, and only proj_in, qkv and proj_out end with a
+// barrier, L + 2 a token: all else is sent (see sent.cuh). The affine update of a token is part of the next token's
+// proj_in. Every output has one block that computes it, so nothing is added atomically and a pass gives the same bits each
+// time.
 #pragma once
 
 #include "frontier.cuh"
@@ -24,48 +26,48 @@ namespace tarflow {
 template <class T, int NT, int WARPS>
 struct Pass {
   static constexpr bool WINDOWS = sizeof(T) == 2 && NT > 1;  // whether rows can attend together
-  static constexpr bool NORMS = NT > 2;                      // whether LayerNorm is a step of its own
+  static constexpr bool SENDS = NT > 2;  // whether LayerNorm is a step of its own, and data are sent
 
   const Params& p;
   Rows rows;
   Grid grid;
   Shared<int> work;
   Scratch<T> scratch;
-  Shared<float> parts;   // of the attention, or what a parallel pass found; in the place of `scratch`
+  Shared<float> parts;  // of the attention, or what a parallel pass found; in the place of `scratch`
   Shared<float> biases;  // of all tiles of this block: no load of them is to wait behind the weights
   Ring<T, WARPS> ring;
   int tile = 0;  // the number of this block's next tile since the token's first one
+  int turn = 0;  // which half of the memory that others read is used until the next barrier; 0 where nothing is sent
 
   // Stages the input of a phase's product. begin: the first token of a pass is there; the others follow from
   // parameters.
-  DEVICE Copies stage(Phase phase, int layer, bool begin, int first, int count, int k0, int k) {
-    // A copy waits for all that were asked for before it, the weights of later phases too, while memory may be busy with
-    // early keys.
-    const bool copied = NORMS && (phase != FC2 || p.tiles);
-    const auto ready = [&](const Buffer& buffer, int columns) {
-      return stage_ready<WARPS>(buffer, columns, copied, scratch, first, count, k0, k);
-    };
-    switch (phase) {
-      case EMBED:
-        stage_tokens<WARPS>(p, rows, scratch, first, count, begin, load(work, 0) == 0 && load(work, 1) > 0);
-        break;
-      case PROJ:
-        if (p.splits == 1 || p.merges) return ready(p.attended, p.channels);
-        if (p.head_dim % 4 == 0)
-          stage_attended<WARPS, 4>(p, rows, scratch, first, count, k0, k);
-        else
-          stage_attended<WARPS, 1>(p, rows, scratch, first, count, k0, k);
-        break;
-      case FC2: return ready(p.hidden, p.hidden_dim);
-      default:
-        if constexpr (NORMS) return ready(p.norms, p.channels);
-        if (phase == PROJ_OUT) {
-          stage_stream<WARPS>(stream(phase, layer), scratch, first, count);
-          break;
-        }
-        if constexpr (!NORMS) stage_normed<WARPS>(stream(phase, layer), scratch, first, count);
+  DEVICE void stage(Phase phase, int layer, bool begin, int first, int count, int k0, int k) {
+    if (phase == EMBED) return stage_tokens<WARPS>(p, rows, scratch, first, count, begin, has_first(first));
+    if constexpr (SENDS) {
+      // LayerNorm and the sum of the attention's parts are never left out.
+      const bool sent = phase == FC2 ? sends(p, FC1) : phase != PROJ || p.merges || sends(p, ATTENTION);
+      const Buffer& from = phase == PROJ ? p.attended : phase == FC2 ? p.hidden : p.norms;
+      const int side = phase == FC1 ? 2 + turn : turn, width = whole_tiles(phase == FC2 ? p.hidden_dim : p.channels);
+      stage_sent<WARPS>(sent, from, width, phase != FC2, scratch, side * MOST_ROWS + first, count, k0, k);
+    } else if (phase == FC2) {
+      stage_ready<WARPS>(p.hidden, p.hidden_dim, scratch, first, count, k0, k);
+    } else if (phase == PROJ && (p.splits == 1 || p.merges)) {
+      stage_ready<WARPS>(p.attended, p.channels, scratch, first, count, k0, k);
+    } else if (phase == PROJ && p.head_dim % 4 == 0) {
+      stage_attended<WARPS, 4>(p, rows, scratch, first, count, k0, k);
+    } else if (phase == PROJ) {
+      stage_attended<WARPS, 1>(p, rows, scratch, first, count, k0, k);
+    } else if (phase == PROJ_OUT) {
+      stage_stream<WARPS>(stream(phase, layer), scratch, first, count);
+    } else {
+      stage_normed<WARPS>(stream(phase, layer), scratch, first, count);
     }
-    return {};
+  }
+
+  // Returns whether this block has the first tile of proj_in for the group of a row.
+  DEVICE bool has_first(int row) const {
+    const int unit = row < p.group_rows ? 0 : linear_of(p, EMBED, 0).tiles, first = load(work, 0);
+    return first <= unit && unit < first + load(work, 1);
   }
 
   // Returns the residual stream as it is where a phase begins.
@@ -80,8 +82,7 @@ struct Pass {
       const int token = rows.token_at(row) < 0 ? 0 : rows.token_at(row);
       of.h = constant(Global<const float>(p.position), static_cast<int64_t>(token) * p.channels + n);
     }
-    if ((phase == PROJ || phase == FC2) && part == 0)
-      of.load_from(NORMS ? Stream{p, EMBED} : stream(phase, layer), row, n);
+    if (!SENDS && (phase == PROJ || phase == FC2) && part == 0) of.load_from(stream(phase, layer), row, n);
     return of;
   }
 
@@ -93,13 +94,18 @@ struct Pass {
       case FC1: {
         instructions(30);
         const float gelu = 0.5f * y * (1 + erff(y * 0.70710678f));
-        return store(Global<T>(p.hidden), static_cast<int64_t>(row) * whole_tiles(p.hidden_dim) + n,
-                     from_float<T>(gelu));
+        const Global<T> hidden(p.hidden);
+        const int64_t at = turn_row(turn, row) * whole_tiles(p.hidden_dim) + n;
+        if constexpr (SENDS)
+          return send(hidden, at, from_float<T>(gelu));
+        else
+          return store(hidden, at, from_float<T>(gelu));
       }
       case PROJ_OUT:
         return store(Global<float>(p.parameters), static_cast<int64_t>(row) * whole_tiles(p.out_dim) + n, y);
       default: {
         const Stream after{p, phase};
+        if constexpr (SENDS) return send(Global<float>(p.rest), after.rest_at(part, row) + n, y);
         if (part > 0) return store(Global<float>(p.rest), after.rest_at(part - 1, row) + n, y);
         return store(Global<float>(p.h), after.at(row) + n, loaded.sum() + y);  // as one thread takes each element
       }
@@ -129,7 +135,8 @@ struct Pass {
     const int channel = n - which * p.channels;
     instructions(10);
     if (which == 0) {
-      const int64_t at = static_cast<int64_t>(row) * whole_tiles(p.channels) + channel;
+      const int64_t at =
+          turn_row(SENDS ? 1 - turn : 0, row) * whole_tiles(p.channels) + channel;  // it is read in the next turn
       if (WINDOWS && p.tiles)
         store(Global<T>(p.queries), at, from_float<T>(y));
       else
@@ -143,12 +150,12 @@ struct Pass {
   DEVICE void attention(int layer) {
     section(ATTEND);
     if constexpr (WINDOWS)
-      if (p.tiles) return attend_windows<T, WARPS>(p, rows, layer, parts);
+      if (p.tiles) return attend_windows<T, WARPS, SENDS>(p, rows, layer, turn, parts);
     constexpr int V = 16 / sizeof(T);
     if (p.head_dim % V == 0)
-      attend<T, V, WARPS>(p, rows, layer, parts);
+      attend<T, V, WARPS, SENDS>(p, rows, layer, turn, parts);
     else
-      attend<T, 1, WARPS>(p, rows, layer, parts);
+      attend<T, 1, WARPS, SENDS>(p, rows, layer, turn, parts);
   }
 
   DEVICE void phase_of(Phase phase, int layer, bool begin) {
@@ -163,18 +170,21 @@ struct Pass {
     tile = first + load(work, 2 * of.index + 1);
     if (skipped) return skip(p, of, ring, work);
     linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch, biases, first,
-                      [&](int first, int count, int k0, int k) {
-      return stage(phase, layer, begin, first, count, k0, k);
-    }, [&](int part, int n, int row) { return before(phase, layer, part, n, row); },
+                      [&](int first, int count, int k0, int k) { stage(phase, layer, begin, first, count, k0, k); },
+                      [&](int part, int n, int row) { return before(phase, layer, part, n, row); },
                       [&](int part, int n, int row, float y, const LoadedStream& loaded) {
       finish(phase, layer, part, n, row, y, loaded);
     });
   }
 
-  // after: the phase that has just ended, or PHASES where that was a step of its own.
-  DEVICE void barrier(Phase after, int layer) {
-    grid.sync([&] {
-      ring.fill();
+  // Ends a phase, or, as PHASES, a step of its own: what it has left is for all blocks, and its shared memory for others.
+  DEVICE void end(Phase after, int layer) {
+    const auto meanwhile = [&] {
+      if (p.sums_in_slots) ring.release();  // the sums have been read
+      if (SENDS)
+        ring.fill_some(after == PHASES || after == ATTENTION ? 2 : 1);
+      else
+        ring.fill();
       if constexpr (WINDOWS)
         if (p.tiles) {
           if (after == QKV) prefetch_window<T, WARPS>(p, rows, layer);
@@ -183,7 +193,47 @@ struct Pass {
       const int of_layer = after == FC1 ? layer + 1 : layer;  // after proj others may still wait for memory
       if ((after == EMBED || after == FC1 || after == QKV) && of_layer < p.layers)
         prefetch_keys<T, WARPS>(p, rows, of_layer, after != QKV);
-    });
+    };
+    if constexpr (SENDS) {
+      if (after != EMBED && after != QKV && after != PROJ_OUT) {
+        sync_block();
+        section(FETCH);
+        return meanwhile();
+      }
+    }
+    grid.sync(meanwhile);
+    if constexpr (SENDS) next_turn();
+  }
+
+  // Begins a turn, in which what others have read in the one before is emptied.
+  DEVICE void next_turn() {
+    turn = 1 - turn;
+    empty_turn(1 - turn);
+  }
+
+  // Empties what others have read in a turn, of all rows.
+  DEVICE void empty_turn(int of) {
+    const int count = rows.count(), width = whole_tiles(p.channels), hidden = whole_tiles(p.hidden_dim);
+    empty_all<WARPS>(Global<T>(p.hidden), turn_row(of, 0) * hidden, count * hidden);
+    empty_all<WARPS>(Global<T>(p.attended), turn_row(of, 0) * width, count * width);
+    empty_all<WARPS>(Global<T>(p.norms), turn_row(of, 0) * width, count * width);
+    empty_all<WARPS>(Global<T>(p.norms), turn_row(2 + of, 0) * width, count * width);
+    if (p.merges) empty_all<WARPS>(Global<float>(p.partials), statistics(p, rows, of), statistics_size(p, rows));
+  }
+
+  // Empties all that is sent before the first of it is.
+  DEVICE void begin_turns() {
+    const int width = whole_tiles(p.channels), sums = static_cast<int>(statistics(p, rows, 0));
+    const Global<float> rest(p.rest);
+#pragma unroll 1
+    for (int i = 0; i < MOST_PARTS; i++) {
+      empty_all<WARPS>(rest, Stream{p, PROJ}.rest_at(i, 0), rows.count() * width);
+      empty_all<WARPS>(rest, Stream{p, FC2}.rest_at(i, 0), rows.count() * width);
+    }
+    if (p.merges) empty_all<WARPS>(Global<float>(p.partials), 0, sums);
+    empty_turn(1 - turn);
+    empty_turn(turn);
+    grid.sync([] {});
   }
 
   // Evaluates the transformer.
@@ -193,20 +243,21 @@ struct Pass {
 #pragma unroll 1
     while (true) {
       phase_of(phase, layer, begin);
-      barrier(phase, layer);
+      end(phase, layer);
       if (phase == ATTENTION && p.merges) {
         section(MERGE);
         if (p.head_dim % 4 == 0)
-          merge<T, 4, WARPS>(p, rows);
+          merge<T, 4, WARPS, SENDS>(p, rows, turn);
         else
-          merge<T, 1, WARPS>(p, rows);
-        barrier(PHASES, layer);
+          merge<T, 1, WARPS, SENDS>(p, rows, turn);
+        end(PHASES, layer);
       }
-      if constexpr (NORMS)
+      if constexpr (SENDS)
         if (phase == EMBED || phase == PROJ || phase == FC2) {
-          section(STAGING);
-          keep_norms<WARPS, T>(Stream{p, phase}, rows, phase != FC2 || layer + 1 < p.layers, parts);
-          barrier(PHASES, layer);
+          section(NORM);
+          const int to = (phase == PROJ ? 2 + turn : turn) * MOST_ROWS;
+          send_norms<WARPS, T>(Stream{p, phase}, rows, phase != FC2 || layer + 1 < p.layers, to, parts);
+          end(PHASES, layer);
         }
       if (phase == PROJ_OUT) break;
       if (phase == FC2) layer++;
@@ -217,6 +268,7 @@ struct Pass {
   DEVICE void run() {
     int passes = 0;
     ring.fill();
+    if constexpr (SENDS) begin_turns();
 #pragma unroll 1
     for (bool begin = true;; begin = p.mode == FRONTIER) {
       if (p.mode == FRONTIER && (passes == p.max_passes || !look<WARPS>(p, rows))) break;
@@ -227,7 +279,7 @@ struct Pass {
       section(PHASES, UPDATE);
       if (p.mode == FRONTIER) {
         advance<WARPS>(p, rows, parts);
-        barrier(PHASES, 0);
+        grid.sync([&] { ring.fill(); });
       } else if (p.mode == FIXED_POINT || rows.next + 2 >= p.stop) {
         update<WARPS>(p, rows);
         break;
@@ -250,8 +302,8 @@ DEVICE void find_tiles(const Params& p, Shared<int> tiles) {
   }
 }
 
-// Shared memory has tokens of the positions, and their tiles; work and jobs of this block; biases; sums and X, or what
-// attention needs; and the ring, as plan.py counts.
+// Shared memory has tokens of the positions, and their tiles; work and jobs of this block; biases; sums, unless they go
+// into slots of the ring, and X, or what attention needs; and the ring, as plan.py counts.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   const int positions = divide_up(4 * (MOST_ROWS + 3 * p.tiles + 1), 16) * 16;  // bytes of tokens and tiles
@@ -261,13 +313,15 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   const Shared<int> work = shared<int>(positions, 2 * layers);
   const Shared<int> jobs = shared<int>(positions + 8 * layers, 2 * p.most_jobs);
   const Shared<float> biases = shared<float>(tables, p.bias_tiles * TILE);
-  const int sums = SUMS_AT_ONCE<NT, T> * NT * WARPS * 128, stride = p.staged_k + 8;
+  const int sums = p.sums_in_slots ? 0 : ABREAST<NT, T> * NT * WARPS * 128, stride = p.staged_k + 8;
   const int product_bytes = 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
   const int alone = WARPS * part_floats(p.head_dim), together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0;
   const int needed = 4 * (alone > together ? alone : together);
   const int shared_bytes = product_bytes > needed ? product_bytes : needed, ring = work_bytes + shared_bytes;
   const Scratch<T> scratch{shared<T>(work_bytes + 4 * sums, p.staged_rows * stride), stride,
-                           shared<float>(work_bytes, sums)};
+                           p.sums_in_slots
+                               ? shared<float>(ring, p.slots * p.slot_k * TILE * static_cast<int>(sizeof(T)) / 4)
+                               : shared<float>(work_bytes, sums)};
   for (int i = thread(); i < p.positions; i += WARPS * 32) store(tokens, i, p.token[i]);
   if (thread() == 0 && p.tiles) find_tiles(p, tiles);
   for (int i = thread(); i < 2 * layers; i += WARPS * 32)
@@ -280,9 +334,12 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   for (int i = 0, tile = 0; i < layers && p.bias_tiles; i++) {
     const Linear layer = linear_at(p, i);
     const int first = load(work, 2 * i), count = load(work, 2 * i + 1);
-    for (int j = thread(); j < count * TILE; j += WARPS * 32)
-      if (first + j / TILE < layer.tiles)  // the other parts have none
-        store(biases, tile * TILE + j, constant(Global<const float>(p.biases), layer.biases + first * TILE + j));
+    for (int j = thread(); j < count * TILE; j += WARPS * 32) {
+      const Unit unit(layer, first + j / TILE);
+      if (unit.part > 0) continue;  // the other parts have none
+      store(biases, tile * TILE + j,
+            constant(Global<const float>(p.biases), layer.biases + unit.tile * TILE + j % TILE));
+    }
     tile += count;
   }
   sync_block();
@@ -297,8 +354,7 @@ template <class T, int WARPS = TARFLOW_WARPS>
 Instances instances_of(const char* dtype) {
   return {{{dtype, 8, WARPS, pass_kernel<T, 1, WARPS>},
            {dtype, 16, WARPS, pass_kernel<T, 2, WARPS>},
-           {dtype, 32, WARPS, pass_kernel<T, 4, WARPS>},
-           {dtype, 64, WARPS, pass_kernel<T, 8, WARPS>}}};
+           {dtype, MOST_ROWS, WARPS, pass_kernel<T, GROUP_ROWS / 8, WARPS>}}};
 }
 
 }  // namespace tarflow

@@ -14,13 +14,13 @@ using Kernel = void (*)(Params);
 // One instance of the kernel, for a type of weights and at most so many rows, with the size of its block.
 struct Instance {
   const char* dtype;  // "float32", "bfloat16", "float16"
-  int rows;  // 8, 16, 32 or 64
+  int rows;  // 8, 16 or 64
   int warps;
   Kernel kernel;
 };
 
-// The instances have tiles for 8, 16, 32 and 64 rows.
-using Instances = std::array<Instance, 4>;
+// The instances are for up to 8, 16 and 64 rows.
+using Instances = std::array<Instance, 3>;
 Instances float32_instances();
 Instances float16_instances();
 Instances bfloat16_instances();

@@ -25,18 +25,20 @@ struct Linear {
   int tiles;     // tiles along its outputs
   int k_tiles;   // tiles along its inputs
   int biases;    // where its biases begin
-  int halvings;  // 2^halvings parts of its inputs are units of work of their own
+  int halvings;  // 2^halvings parts of its inputs are units of work of their own, for each group of rows
 
   // Returns the first tile along the inputs of a part.
   DEVICE int first_k(int part) const { return k_tiles * part >> halvings; }
 };
 
-// A unit of work: a tile of outputs, and a part of its inputs.
+// A unit of work: a tile of outputs, a part of its inputs, and a group of rows.
 struct Unit {
-  int tile, part = 0;
+  int tile, part = 0, group;
 
   DEVICE Unit(const Linear& layer, int unit) : tile(unit) {
     for (; tile >= layer.tiles; tile -= layer.tiles) part++;
+    group = part >> layer.halvings;
+    part -= group << layer.halvings;
   }
 };
 

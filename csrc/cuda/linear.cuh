@@ -11,7 +11,8 @@
 namespace tarflow {
 
 // The shared memory of a product. staged: (staged_rows, stride) of X, where the stride keeps lanes in different banks.
-// sums: (SUMS_AT_ONCE<NT, T>, NT, WARPS, 32, 4).
+// sums: (ABREAST<NT, T>, NT, WARPS, 32, 4), or with `sums_in_slots` (NT, WARPS, 32, 4) in the slot of each tile, which is
+// then the first memory of the ring.
 template <class T>
 struct Scratch {
   Shared<T> staged;
@@ -24,13 +25,11 @@ template <int NT>
 constexpr int CHAINS = NT <= 2 ? 2 : 1;
 
 // Tiles of outputs that are multiplied with what is read once of X, where each has one slot. 16 rows have no registers
-// for two on sm_80.
+// for two on sm_80. plan.py counts their sums, too.
 template <int NT, class T>
-constexpr int ABREAST = sizeof(T) == 2 && NT != 2 ? 2 : 1;
-
-// Tiles whose sums are in shared memory at once. plan.py counts them, too.
-template <int NT, class T>
-constexpr int SUMS_AT_ONCE = NT == 8 ? 1 : ABREAST<NT, T>;
+constexpr int ABREAST = sizeof(T) == 4 || NT == 2 ? 1
+                        : NT == 1                 ? 2
+                                                  : 3;
 
 // What a warp multiplies for two of its k-tiles, k and k + WARPS: W of each tile, and X of each n-tile.
 template <int NT, class T>
@@ -39,12 +38,12 @@ struct Operands {
   Vector<T, 2> b[NT][4];
 };
 
-// sums += W X for the slots of one tile, or of two, by the k-tiles of this warp among [begin, end). The n-tiles [first,
+// sums += W X for the slots of up to ABREAST tiles, by the k-tiles of this warp among the first `end`. The n-tiles [first,
 // first + count) of rows are staged, from column `column` of `staged` on.
 template <int NT, int WARPS, class T>
 DEVICE void multiply(float (&sums)[ABREAST<NT, T>][CHAINS<NT> * NT][4], Shared<T> slots,
-                     const int (&slot)[ABREAST<NT, T>], int tiles, int begin, int end, const Scratch<T>& scratch,
-                     int column, int first, int count) {
+                     const int (&slot)[ABREAST<NT, T>], int tiles, int end, const Scratch<T>& scratch, int column,
+                     int first, int count) {
   const int lane = thread() % 32, matrix = lane / 8;
   const int at = lane % 8 * scratch.stride + column + matrix % 2 * 8;
   const auto read = [&](Operands<NT, T>& to, int k) {
@@ -76,34 +75,25 @@ DEVICE void multiply(float (&sums)[ABREAST<NT, T>][CHAINS<NT> * NT][4], Shared<T
     }
   };
   constexpr int STEP = 2 * WARPS;
-  int k = begin + thread() / 32;
-  if constexpr (NT == 8) {  // two sets of operands would not fit in registers
-    Operands<NT, T> now = {};
+  int k = thread() / 32;
+  Operands<NT, T> now = {}, next = {};
+  if (k < end) read(now, k);
 #pragma unroll 1
-    for (; k < end; k += STEP) {
-      read(now, k);
-      add(now, k);
-    }
-  } else {
-    Operands<NT, T> now = {}, next = {};
-    if (k < end) read(now, k);
-#pragma unroll 1
-    for (; k < end; k += 2 * STEP) {
-      if (k + STEP < end) read(next, k + STEP);
-      add(now, k);
-      if (k + 2 * STEP < end) read(now, k + 2 * STEP);
-      if (k + STEP < end) add(next, k + STEP);
-    }
+  for (; k < end; k += 2 * STEP) {
+    if (k + STEP < end) read(next, k + STEP);
+    add(now, k);
+    if (k + 2 * STEP < end) read(now, k + 2 * STEP);
+    if (k + STEP < end) add(next, k + STEP);
   }
 }
 
 // Does the same in fp32, by the same lanes. The slot holds tiles of 16 outputs × 16 inputs as they are.
 template <int NT, int WARPS>
-DEVICE void multiply_plain(float (&sums)[1][CHAINS<NT> * NT][4], Shared<float> slots, int slot, int begin, int end,
+DEVICE void multiply_plain(float (&sums)[1][CHAINS<NT> * NT][4], Shared<float> slots, int slot, int end,
                            const Scratch<float>& scratch, int column, int first, int count) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
-  for (int k = begin + thread() / 32; k < end; k += WARPS) {
+  for (int k = thread() / 32; k < end; k += WARPS) {
     const int a = slot + k * TILE * TILE + g * TILE;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
@@ -122,140 +112,130 @@ DEVICE void multiply_plain(float (&sums)[1][CHAINS<NT> * NT][4], Shared<float> s
   }
 }
 
-// X on its way into shared memory: the groups of copies that are not waited for yet, each of `chunk` k-tiles, and the
-// k-tiles that have come. There are no groups where X was stored.
-struct Copies {
-  int groups = 0, chunk = 0, come = 0;
-};
-
 // Computes a layer. stage(first, count, k0, k), called by all threads, puts columns [k0, k0 + k) of rows [first, first
-// + count) of X into scratch.staged, from row 0 and column 0 on, and returns the Copies that have yet to come; a chunk is
-// a multiple of 2 WARPS k-tiles, so that a warp has the same k-tiles as without. before(part, n, row) loads what finish
-// needs, long before finish(part, n, row, y, loaded) takes an output, on the same thread. biases: (bias_tiles, 16), of all
+// + count) of X into scratch.staged, from row 0 and column 0 on. before(part, n, row) loads what finish needs, long
+// before finish(part, n, row, y, loaded) takes an output, on the same thread. biases: (bias_tiles, 16), of all
 // tiles of this block, with those of this layer from first_bias on.
 template <int NT, int WARPS, class T, class Stage, class Before, class Finish>
-DEVICE void linear(const Params& p, const Linear& layer, int rows, Ring<T, WARPS>& ring, Shared<int> work,
+DEVICE void linear(const Params& p, const Linear& layer, int all_rows, Ring<T, WARPS>& ring, Shared<int> work,
                    const Scratch<T>& scratch, Shared<float> biases, int first_bias, Stage stage, Before before,
                    Finish finish) {
-  constexpr int AT_ONCE = SUMS_AT_ONCE<NT, T>, TURNS = ABREAST<NT, T> / AT_ONCE, OUTPUTS = NT * 8 * TILE;
-  constexpr int EACH = (AT_ONCE * OUTPUTS + WARPS * 32 - 1) / (WARPS * 32);  // outputs that a thread finishes in a turn
-  const int units = load(work, 2 * layer.index + 1);
-  const int groups = divide_up(rows, p.staged_rows), slot_tiles = p.slot_k / TILE, staged_tiles = p.staged_k / TILE;
+  constexpr int MOST = ABREAST<NT, T>, OUTPUTS = NT * 8 * TILE;
+  constexpr int EACH = (MOST * OUTPUTS + WARPS * 32 - 1) / (WARPS * 32);  // outputs that a thread finishes
+  const int first_unit = load(work, 2 * layer.index), units = load(work, 2 * layer.index + 1);
+  const int slot_tiles = p.slot_k / TILE, staged_tiles = p.staged_k / TILE;
   const int lane = thread() % 32, warp = thread() / 32, m = thread() % TILE;
-  const auto tile_of = [&](int j) -> int { return AT_ONCE == 1 ? 0 : (thread() + j * WARPS * 32) / OUTPUTS; };
+  const auto tile_of = [&](int j) -> int { return MOST == 1 ? 0 : (thread() + j * WARPS * 32) / OUTPUTS; };
   const auto row_of = [&](int j) -> int {
-    return AT_ONCE == 1 ? thread() / TILE + j * WARPS * 2 : (thread() + j * WARPS * 32) % OUTPUTS / TILE;
+    return MOST == 1 ? thread() / TILE + j * WARPS * 2 : (thread() + j * WARPS * 32) % OUTPUTS / TILE;
   };
-  int staged_k = -1, staged_group = -1;
-  Copies copies;
-  Unit unit(layer, load(work, 2 * layer.index));
+  int staged_k = -1, staged_row = -1;
+  Unit unit(layer, first_unit);
   for (int i = 0, tiles = 1; i < units; i += tiles, unit.tile += tiles) {
-    if (unit.tile == layer.tiles) unit = {layer, layer.tiles * (unit.part + 1)};
+    if (i > 0 && p.sums_in_slots) {
+      sync_block();  // the sums of the tiles before have been read
+      ring.release();
+      ring.fill();
+    }
+    if (unit.tile == layer.tiles) unit = {layer, first_unit + i};
     const int part = unit.part, first_k = layer.first_k(part), end_k = layer.first_k(part + 1);
-    const bool single = ABREAST<NT, T> == 1 || i + 1 == units || unit.tile + 1 == layer.tiles;
-    tiles = single || groups > 1 || p.slots == 1 || end_k - first_k > slot_tiles ? 1 : 2;
-    Loaded<float> bias[TURNS][EACH] = {};
-    decltype(before(0, 0, 0)) loaded[TURNS][EACH] = {};
+    const int first_row = unit.group * p.group_rows, left = all_rows - first_row;
+    const int rows = left < 0 ? 0 : left < p.group_rows ? left : p.group_rows;
+    const int turns = rows > p.staged_rows ? divide_up(rows, p.staged_rows) : 1;
+    tiles = 1;
+    if (turns == 1 && end_k - first_k <= slot_tiles)
+      while (tiles < MOST && tiles < p.slots && i + tiles < units && unit.tile + tiles < layer.tiles) tiles++;
+    Loaded<float> bias[EACH] = {};
+    decltype(before(0, 0, 0)) loaded[EACH] = {};
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++)
-#pragma unroll
-      for (int j = 0; j < EACH; j++) {
-        const int of = turn * AT_ONCE + tile_of(j), row = row_of(j), tile = unit.tile + of;
-        if (of >= tiles || row >= rows) continue;
-        if (part == 0 && p.bias_tiles)
-          bias[turn][j] = load(biases, (first_bias + i + of) * TILE + m);
-        else if (part == 0)
-          bias[turn][j] = constant(Global<const float>(p.biases), layer.biases + tile * TILE + m);
-        loaded[turn][j] = before(part, tile * TILE + m, row);
-      }
+    for (int j = 0; j < EACH; j++) {
+      const int of = tile_of(j), row = row_of(j), tile = unit.tile + of;
+      if (of >= tiles || row >= rows) continue;
+      if (part == 0 && p.bias_tiles)
+        bias[j] = load(biases, (first_bias + i + of) * TILE + m);
+      else if (part == 0)
+        bias[j] = constant(Global<const float>(p.biases), layer.biases + tile * TILE + m);
+      loaded[j] = before(part, tile * TILE + m, first_row + row);
+    }
     float sums[ABREAST<NT, T>][CHAINS<NT> * NT][4];
     for (auto& sum : sums[0])
       for (float& each : sum) each = 0;
+    int slot[ABREAST<NT, T>] = {};
     int from_k = first_k;  // the first k-tile that is staged together with k
     for (int k = first_k; k < end_k; k += slot_tiles) {
       const int k_tiles = end_k - k < slot_tiles ? end_k - k : slot_tiles;
       if (k + k_tiles > from_k + staged_tiles) from_k = k;
-      int slot[ABREAST<NT, T>] = {};
-      for (int group = 0; group < groups; group++) {
-        const int first = group * p.staged_rows;
+      for (int turn = 0; turn < turns; turn++) {
+        const int first = turn * p.staged_rows;
         const int count = rows - first < p.staged_rows ? rows - first : p.staged_rows;
-        if (staged_k != from_k || staged_group != group) {
+        if (staged_k != from_k || staged_row != first_row + first) {
           if (staged_k >= 0) {
             sync_block();  // all warps have read what is staged
-            ring.release(group > 0);
+            ring.release(turn > 0);
             ring.fill();
           }
           const int rest = end_k - from_k;
           section(STAGING);
-          copies = stage(first, count, from_k * TILE, (rest < staged_tiles ? rest : staged_tiles) * TILE);
-          ring.mark();
+          stage(first_row + first, count, from_k * TILE, (rest < staged_tiles ? rest : staged_tiles) * TILE);
           staged_k = from_k;
-          staged_group = group;
+          staged_row = first_row + first;
         }
         section(FETCH);
-        if (group == 0 && k > first_k && ring.empty()) {  // all that was fetched has been multiplied
+        if (turn == 0 && k > first_k && ring.empty()) {  // all that was fetched has been multiplied
           sync_block();
           ring.release();
           ring.fill();
         }
-        if (group == 0)
+        if (turn == 0)
           for (int t = 0; t < ABREAST<NT, T>; t++)
-            if (t < tiles) slot[t] = ring.take(copies.groups);
+            if (t < tiles) slot[t] = ring.take();
         // Several tiles are multiplied in one go, so their sums begin here: they need no registers before.
         for (int t = 1; t < ABREAST<NT, T>; t++)
           for (auto& sum : sums[t])
             for (float& each : sum) each = 0;
         const int column = k - from_k, n_tiles = divide_up(count, 8);
-        for (int begin = 0, end; begin < k_tiles; begin = end) {
-          end = k_tiles;
-          section(STAGING);
-          if (copies.groups > 0 && begin + copies.chunk < k_tiles) end = begin + copies.chunk;
-          for (; copies.groups > 0 && copies.come < column + end; copies.come += copies.chunk)
-            ring.wait_first(copies.groups--);
-          sync_block();
-          section(MULTIPLY);
-          if constexpr (sizeof(T) == 4)
-            multiply_plain<NT, WARPS>(sums, ring.slots(), slot[0], begin, end, scratch, column * TILE, first / 8,
-                                      n_tiles);
-          else
-            multiply<NT, WARPS>(sums, ring.slots(), slot, tiles, begin, end, scratch, column * TILE, first / 8,
-                                n_tiles);
-        }
+        sync_block();
+        if constexpr (NT > 2) ring.fill_some(1);  // the L2 cache has nothing else to do
+        section(MULTIPLY);
+        if constexpr (sizeof(T) == 4)
+          multiply_plain<NT, WARPS>(sums, ring.slots(), slot[0], k_tiles, scratch, column * TILE, first / 8, n_tiles);
+        else
+          multiply<NT, WARPS>(sums, ring.slots(), slot, tiles, k_tiles, scratch, column * TILE, first / 8, n_tiles);
       }
     }
+    section(SUMS);
+    if (p.sums_in_slots) sync_block();  // all warps have read the weights
+    const int first_slot = slot[0];
+    const auto sums_of = [&](int t) -> int {  // the first element of a tile's sums
+      return p.sums_in_slots ? ring.following(first_slot, t) / (4 / static_cast<int>(sizeof(T))) : t * NT * WARPS * 128;
+    };
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-      if (turn * AT_ONCE >= tiles) continue;
-      section(SUMS);
-      if (turn > 0) sync_block();  // the sums of the tile before have been read
+    for (int t = 0; t < MOST; t++)
 #pragma unroll
-      for (int t = turn * AT_ONCE; t < (turn + 1) * AT_ONCE; t++)
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-          if (t >= tiles || n * 8 >= rows) continue;
-          float (&of)[4] = sums[t][n];
-          if constexpr (CHAINS<NT> == 2)
-            for (int c = 0; c < 4; c++) of[c] += sums[t][NT + n][c];
-          store_vector(scratch.sums, (((t - turn * AT_ONCE) * NT + n) * WARPS + warp) * 128 + lane * 4,
-                       Vector<float, 4>{of[0], of[1], of[2], of[3]});
-        }
-      sync_block();
-      ring.release();
-      section(EPILOGUE);
-#pragma unroll
-      for (int j = 0; j < EACH; j++) {
-        const int of = tile_of(j), row = row_of(j), n = row % 8;
-        if (turn * AT_ONCE + of >= tiles || row >= rows) continue;
-        const int of_lane = m % 8 * 4 + n / 2, of_sum = m / 8 * 2 + n % 2;
-        Loaded<float> parts[WARPS];
-#pragma unroll
-        for (int w = 0; w < WARPS; w++)
-          parts[w] = load(scratch.sums, ((of * NT + row / 8) * WARPS + w) * 128 + of_lane * 4 + of_sum);
-        float y = bias[turn][j];
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) y += parts[w];
-        finish(part, (unit.tile + turn * AT_ONCE + of) * TILE + m, row, y, loaded[turn][j]);
+      for (int n = 0; n < NT; n++) {
+        if (t >= tiles || n * 8 >= rows) continue;
+        float (&of)[4] = sums[t][n];
+        if constexpr (CHAINS<NT> == 2)
+          for (int c = 0; c < 4; c++) of[c] += sums[t][NT + n][c];
+        store_vector(scratch.sums, sums_of(t) + (n * WARPS + warp) * 128 + lane * 4,
+                     Vector<float, 4>{of[0], of[1], of[2], of[3]});
       }
+    sync_block();
+    if (!p.sums_in_slots) ring.release();
+    section(EPILOGUE);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int of = tile_of(j), row = row_of(j), n = row % 8;
+      if (of >= tiles || row >= rows) continue;
+      const int of_lane = m % 8 * 4 + n / 2, of_sum = m / 8 * 2 + n % 2;
+      Loaded<float> parts[WARPS];
+#pragma unroll
+      for (int w = 0; w < WARPS; w++)
+        parts[w] = load(scratch.sums, sums_of(of) + (row / 8 * WARPS + w) * 128 + of_lane * 4 + of_sum);
+      float y = bias[j];
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) y += parts[w];
+      finish(part, (unit.tile + of) * TILE + m, first_row + row, y, loaded[j]);
     }
   }
 }

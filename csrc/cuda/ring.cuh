@@ -21,23 +21,22 @@ class Ring {
     while (ahead_ + held_ < p_.slots) fetch();
   }
 
-  // Returns the next slot's first element when this thread's part of it has come. After sync_block all of it can be
-  // read. others: the groups of other copies that were asked for when `mark` was called, and are not waited for yet.
-  DEVICE int take(int others = 0) {
+  // Fetches into so many slots, if they are free. Where the L2 cache is the bound, all that are free would come in the way
+  // of what is sent next.
+  DEVICE void fill_some(int count) {
+    for (int i = 0; i < count && ahead_ + held_ < p_.slots; i++) fetch();
+  }
+
+  // Returns the next slot's first element when this thread's part of it has come. After sync_block all of it can be read.
+  DEVICE int take() {
     if (ahead_ == 0) fill();
     ahead_--;
     held_++;
-    wait_groups(ahead_ + (ahead_ >= since_ ? others : 0));
+    wait_copies(ahead_ < 7 ? ahead_ : 7);
     const int slot = take_;
     take_ = following(take_);
     return slot;
   }
-
-  // Notes that other copies have been asked for. Copies come in their turn: these after the slots that were fetched before.
-  DEVICE void mark() { since_ = 0; }
-
-  // Waits for the first of so many groups of these copies.
-  DEVICE void wait_first(int others) const { wait_groups(others - 1 + since_); }
 
   // Frees the slots that were taken, but for the last `kept`. All warps must have read them.
   DEVICE void release(int kept = 0) { held_ = kept; }
@@ -49,14 +48,13 @@ class Ring {
 
   DEVICE Shared<T> slots() const { return memory_; }
 
- private:
-  DEVICE static void wait_groups(int pending) { wait_copies(pending < 7 ? pending : 7); }
-
-  DEVICE int following(int slot) const {
-    const int size = p_.slot_k * TILE;
-    return slot + size == p_.slots * size ? 0 : slot + size;
+  // Returns the first element of the slot that comes so many after this one, fewer than there are.
+  DEVICE int following(int slot, int count = 1) const {
+    const int size = p_.slot_k * TILE, all = p_.slots * size, next = slot + count * size;
+    return next < all ? next : next - all;
   }
 
+ private:
   DEVICE void fetch() {
     constexpr int vector = 16 / sizeof(T), size = TILE * TILE;
     const Global<const T> weights(p_.weights);
@@ -68,7 +66,6 @@ class Ring {
     commit_copies();
     fill_ = following(fill_);
     ahead_++;
-    since_++;
     job_++;
     if (job_ == p_.most_jobs || load(jobs_, 2 * job_ + 1) == 0) job_ = 0;
   }
@@ -81,7 +78,6 @@ class Ring {
   // The numbers of slots that were fetched and not taken, and taken and not freed. A block that has no tile of any layer
   // never frees a slot, and has none.
   int ahead_ = 0, held_;
-  int since_ = 0;  // slots that were fetched since `mark`
 };
 
 }  // namespace tarflow

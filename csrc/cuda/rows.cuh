@@ -33,4 +33,7 @@ struct Rows {
   }
 };
 
+// Returns the row of a buffer that has all rows for two turns, see sent.cuh. There is one of few rows.
+DEVICE int64_t turn_row(int turn, int row) { return turn * MOST_ROWS + row; }
+
 }  // namespace tarflow

@@ -2,10 +2,10 @@
 //
 //   stream = h + Σ_i rest[i]
 //
-// The block that has the first part of a product's inputs adds its sum to h, and the others keep theirs in `rest`, so
-// that nothing is added atomically. Whoever reads the stream adds them up, in the order of the parts: where rows are few
-// each block does, of the two parts that there are then; else the step that applies LayerNorm does, and puts the sum
-// into h.
+// Nothing is added atomically: whoever reads the stream adds up the parts, in their order. Where rows are few, the block
+// that has the first part of a product's inputs adds its sum to h, and the other keeps its own in `rest`; each block that
+// reads adds both. Else all parts are sent to `rest`, and the step that applies LayerNorm adds them up and puts the sum
+// into h, of which each block has rows of its own.
 #pragma once
 
 #include "rows.cuh"
@@ -19,15 +19,14 @@ struct Stream {
   Phase after;
 
   DEVICE int width() const { return whole_tiles(p.channels); }
-  // Returns the number of sums besides h.
+  // Returns the number of sums besides h: of few rows, and of many.
   DEVICE int rests() const { return (1 << halvings_of(p, after)) - 1; }
+  DEVICE int sent() const { return after == EMBED ? 0 : 1 << halvings_of(p, after); }
   DEVICE int64_t at(int row) const { return static_cast<int64_t>(row) * width(); }
-  DEVICE int64_t rest_at(int i, int row) const {
-    return at(((after == FC2 ? MOST_PARTS - 1 : 0) + i) * MOST_ROWS + row);
-  }
+  DEVICE int64_t rest_at(int i, int row) const { return at(((after == FC2 ? MOST_PARTS : 0) + i) * MOST_ROWS + row); }
 };
 
-// An element of the stream on its way, where there are two parts at most.
+// An element of the stream on its way, where rows are few.
 struct LoadedStream {
   Loaded<float> h = {}, rest = {};
 

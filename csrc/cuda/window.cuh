@@ -65,10 +65,12 @@ DEVICE void prefetch_window(const Params& p, const Rows& rows, int layer) {
   }
 }
 
-// Attends with this block's parts. memory: (WARPS, 16, WINDOW_ROW).
-template <class T, int WARPS>
-DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<float> memory) {
+// Attends with this block's parts. SENDS: whether what it leaves is sent. memory: (WARPS, 16, WINDOW_ROW).
+template <class T, int WARPS, bool SENDS>
+DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, int turn, Shared<float> memory) {
   constexpr int KEYS = TILE, COLUMNS = WINDOW_HEAD / 8;
+  constexpr bool AHEAD =
+      SENDS;  // whether keys are loaded while those before are used: few rows have no registers for it
   const Global<T> cache(p.keys_values);
   const Global<float> partials(p.partials);
   const Global<T> queries(p.queries);
@@ -106,10 +108,11 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
       for (int i = 0; i < 2; i++) {
         q[r][i] = {};
         if (g + r * 8 < part.count)
-          q[r][i] =
-              load_vector<8>(queries, static_cast<int64_t>(row) * width + part.head * WINDOW_HEAD + t * 16 + i * 8);
+          q[r][i] = load_vector<8>(queries, turn_row(turn, row) * width + part.head * WINDOW_HEAD + t * 16 + i * 8);
       }
     }
+    Vector<T, 8> k[2][2] = {}, v[4] = {};
+    if (AHEAD && part.first + warp * KEYS < part.last) read(part.first + warp * KEYS, k, v);
     sync_warp();
     Vector<T, 8> a[4];
 #pragma unroll
@@ -119,8 +122,9 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
     float sum[COLUMNS][4] = {}, most[2] = {LOWEST, LOWEST}, weights[2] = {};
 #pragma unroll 1
     for (int from = part.first + warp * KEYS; from < part.last; from += WARPS * KEYS) {
-      Vector<T, 8> k[2][2], v[4];
-      read(from, k, v);
+      Vector<T, 8> next_k[2][2] = {}, next_v[4] = {};
+      if (!AHEAD) read(from, k, v);
+      if (AHEAD && from + WARPS * KEYS < part.last) read(from + WARPS * KEYS, next_k, next_v);
       sync_warp();
       float logits[2][4] = {};
 #pragma unroll
@@ -196,6 +200,11 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
         for (int i = 0; i < 4; i++) b[i / 2].at[i % 2] = v[i].at[n];
         multiply_tiles(sum[n], shares, b[0], b[1]);
       }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        k[i / 2][i % 2] = next_k[i / 2][i % 2];
+        v[i] = next_v[i];
+      }
     }
     section(MERGE);
 #pragma unroll
@@ -239,12 +248,21 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, Shared<
         for (int j = 0; j < 4; j++) y[j] += share * sums[w].at[j];
       }
       if (p.splits == 1) {
-        store_attended<T, 4>(p, row, part.head * WINDOW_HEAD + c, y, total);
+        store_attended<T, SENDS, 4>(p, turn, row, part.head * WINDOW_HEAD + c, y, total);
         continue;
       }
+      if (rows.token(row) < 0) continue;  // nobody reads it
       const int64_t to = (static_cast<int64_t>(row) * p.heads + part.head) * p.splits + part.split;
-      store_vector(partials, to * WINDOW_HEAD + c, Vector<float, 4>{y[0], y[1], y[2], y[3]});
-      if (c == 0) store_vector(partials, statistics(p, rows) + 2 * to, Vector<float, 2>{M, total});
+      const Vector<float, 4> values{y[0], y[1], y[2], y[3]};
+      const Vector<float, 2> of_values{M, total};
+      const int64_t of_part = statistics(p, rows, turn) + 2 * to;
+      if constexpr (SENDS) {
+        send_vector(partials, to * WINDOW_HEAD + c, values);
+        if (c == 0) send_vector(partials, of_part, of_values);
+      } else {
+        store_vector(partials, to * WINDOW_HEAD + c, values);
+        if (c == 0) store_vector(partials, of_part, of_values);
+      }
     }
     section(ATTEND);
   }

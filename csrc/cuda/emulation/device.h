@@ -2,6 +2,7 @@
 // broken, the launch ends with an error that says who did what.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -89,6 +90,23 @@ DEVICE Loaded<float> shuffle_xor(float value, int mask) {
 #else
   return other;
 #endif
+}
+
+namespace emulation {
+
+inline void find_first(Warp& warp) {
+  int first = 0;
+  while (first < 32 && !*static_cast<const bool*>(warp.given[first])) first++;
+  for (int lane = 0; lane < 32; lane++) *static_cast<int*>(warp.taken[lane]) = first;
+}
+
+}  // namespace emulation
+
+DEVICE int first_lane(bool flag) {
+  int first;
+  emulation::instructions(4);
+  emulation::machine->meet("first_lane", 0, &flag, &first, emulation::find_first);
+  return first;
 }
 
 // The type of an argument that a template does not deduce from.
@@ -265,6 +283,73 @@ DEVICE void await(Global<unsigned> counter, unsigned number) {
   emulation::use(emulation::view(counter), 0, 1, emulation::HINT);
   emulation::machine->await(counter.data, number);
 }
+
+namespace emulation {
+
+// Returns elements [i, i + N). Whoever looks again goes on when some more of them have come; in the model of time each look
+// has its time, and finds nothing before that of the sending.
+template <int N, class T>
+Vector<T, N> look(Global<T> from, int64_t i, bool waits) {
+  if (waits) machine->await_sent(view(from), i, N);
+  auto value = read<Vector<T, N>, N>(from, i, LOOK);
+  if (TIMED && here->time.early) std::memset(static_cast<void*>(&value), 0xff, N * sizeof(T));
+  return value;
+}
+
+template <class T>
+bool is_empty(const T& value) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&value);
+  return std::all_of(bytes, bytes + sizeof value, [](unsigned char byte) { return byte == 0xff; });
+}
+
+// Returns a number as a GPU's arithmetic would give it: all of its NaNs are this one, and a host's are not.
+template <class T>
+T canonical(T value) {
+  if constexpr (std::is_same_v<T, float>) return value != value ? bits_as<float>(0x7fffffffu) : value;
+  return value;
+}
+
+}  // namespace emulation
+
+template <class T>
+DEVICE void send(Global<T> to, int64_t i, typename Given<T>::Type value) {
+  value = emulation::canonical<T>(value);
+  emulation::machine->send(emulation::view(to), i, 1, &value);
+}
+
+template <int N, class T>
+DEVICE void send_vector(Global<T> to, int64_t i, const Vector<T, N>& value) {
+  static_assert(N * sizeof(T) == 8 || N * sizeof(T) == 16);
+  emulation::await_value(value);
+  T values[N];
+  for (int j = 0; j < N; j++) values[j] = emulation::canonical<T>(value.at[j]);
+  emulation::machine->send(emulation::view(to), i, N, values);
+}
+
+template <int N, class T>
+DEVICE void empty(Global<T> to, int64_t i) {
+  static_assert(N * sizeof(T) == 4 || N * sizeof(T) == 16);
+  std::memset(emulation::use(emulation::view(to), i, N, emulation::EMPTY), 0xff, N * sizeof(T));
+}
+
+template <int N, class T>
+DEVICE Vector<T, N> look(Global<T> from, int64_t i, bool waits) {
+  static_assert(N * sizeof(T) == 4 || N * sizeof(T) == 8 || N * sizeof(T) == 16);
+  return emulation::look<N>(from, i, waits);
+}
+
+template <int N, class T>
+DEVICE bool any_empty(const Vector<T, N>& value) {
+  emulation::instructions(N * static_cast<int>(sizeof(T)) / 4 * (sizeof(T) == 4 ? 1 : 2));
+  bool any = false;
+  for (int j = 0; j < N; j++) any |= emulation::is_empty(value.at[j]);
+  return any;
+}
+
+class Patience {
+ public:
+  DEVICE void again() {}  // a wait in vain is a deadlock, which the machine finds
+};
 
 namespace emulation {
 

@@ -141,6 +141,28 @@ void Machine::await(uint32_t* address, uint32_t number) {
 #endif
 }
 
+void Machine::send(const View& to, int64_t i, int n, const void* value) {
+  unsigned char* at = use(to, i, n, SEND);
+  std::memcpy(at, value, n * to.size);
+  for (int j = 0; j < n; j++) {
+    const auto found = looking_.find(at + j * to.size);
+    if (found == looking_.end()) continue;
+    for (int fiber : found->second) fibers_.wake(fiber);
+    looking_.erase(found);
+  }
+}
+
+void Machine::await_sent(const View& from, int64_t i, int n) {
+  if (i < 0 || i > from.count - n) return;  // which `use` says
+  for (int j = 0; j < n; j++) {
+    const unsigned char* at = from.data + (i + j) * from.size;
+    if (!std::all_of(at, at + from.size, [](unsigned char byte) { return byte == 0xff; })) continue;
+    looking_[at].push_back(here->fiber);
+    pause("look");
+    if (!TIMED) return;
+  }
+}
+
 void Machine::meet(const char* call, int detail, const void* given, void* taken, void (*finish)(Warp&)) {
   Block& block = *here->block;
   Warp& warp = block.warps[here->index / 32];

@@ -61,6 +61,11 @@ class Machine {
   void signal(uint32_t* counter);
   void await(uint32_t* counter, uint32_t number);
 
+  // Sends elements [i, i + n), and lets go on who waits for one of them.
+  void send(const View& to, int64_t i, int n, const void* value);
+  // Waits, if one of elements [i, i + n) is empty, until some have come; for the model of time, until all have.
+  void await_sent(const View& from, int64_t i, int n);
+
   // Every lane of a warp comes to the same call with the same detail; the last one calls finish(warp) for all.
   void meet(const char* call, int detail, const void* given, void* taken, void (*finish)(Warp&));
 
@@ -90,6 +95,7 @@ class Machine {
   std::vector<Thread> thread_;
   std::unordered_map<uint32_t*, Counter> counters_;
   std::vector<int> awaiting_;  // the fibers that wait for a counter
+  std::unordered_map<const void*, std::vector<int>> looking_;  // and those that wait for what is to be sent to a place
 };
 
 // Sets the device for later launches. At first it has 3 multiprocessors, on each of which one block runs, and 227 KiB
@@ -99,6 +105,6 @@ void set_device(int multiprocessors, int64_t shared_bytes);
 void set_seed(uint64_t seed);
 
 extern Machine* machine;  // the machine of the launch, of which there is one at a time
-extern Thread* here;      // the thread that runs
+extern Thread* here;  // the thread that runs
 
 }  // namespace tarflow::emulation

@@ -10,7 +10,8 @@
 namespace tarflow::emulation {
 namespace {
 
-const char* const USES[] = {"reads", "writes", "reads as constant", "copies to", "prefetches", "reads", "copies from"};
+const char* const USES[] = {"reads", "writes",      "reads as constant", "copies to", "prefetches",
+                            "reads", "copies from", "sends to",          "empties",   "looks at"};
 
 std::string element(const View& view, int64_t i) {
   std::string text = std::string(view.name) + "[" + std::to_string(i) + "] of " + std::to_string(view.count);
@@ -40,7 +41,12 @@ bool ordered(const Stamp& stamp) {
   return stamp.block == here->block->index && stamp.thread == here->index && !(stamp.flags & Stamp::MANY);
 }
 
-const char* written(const Stamp& stamp) { return stamp.flags & Stamp::COMING ? "waits for a copy to it" : "wrote"; }
+const char* written(const Stamp& stamp) {
+  return stamp.flags & Stamp::COMING  ? "waits for a copy to it"
+         : stamp.flags & Stamp::SENT  ? "sent to it"
+         : stamp.flags & Stamp::EMPTY ? "emptied it"
+                                      : "wrote";
+}
 
 }  // namespace
 
@@ -52,7 +58,7 @@ unsigned char* use(const View& view, int64_t i, int n, Use how) {
   if (how == HINT) return at;
 
   Block& block = *here->block;
-  const int readers = view.shared ? 1 : machine->blocks, stride = 1 + readers;
+  const int readers = view.shared ? 1 : machine->blocks, stride = 1 + readers + !view.shared;
   Stamp* stamps =
       view.shared ? block.stamps.get() + (at - block.shared) / GRANULE * stride : machine->global_stamps.at(at);
   const Stamp now{block.clock[block.index], static_cast<uint16_t>(here->index), static_cast<uint8_t>(block.index), 0};
@@ -63,20 +69,44 @@ unsigned char* use(const View& view, int64_t i, int n, Use how) {
       writer.flags = Stamp::CONSTANT;
       continue;
     }
-    if (!ordered(writer) || writer.flags & Stamp::COMING) race(view, i, byte, how, writer, written(writer));
+    Stamp& reader = stamps[view.shared ? 1 : 1 + block.index];
+    const bool again = reader.epoch == now.epoch;
+    if (how == SEND) {
+      if (!(writer.flags & Stamp::EMPTY)) fail("not empty:", view, i + byte / view.size, how);
+      if (!ordered(writer)) race(view, i, byte, how, writer, "emptied");
+      writer = now;
+      writer.flags = Stamp::SENT;
+      continue;
+    }
+    if (how == LOOK) {
+      const Stamp& emptied = stamps[1 + readers];
+      if (!emptied.epoch) fail("never emptied:", view, i + byte / view.size, how);
+      if (!ordered(emptied)) race(view, i, byte, how, emptied, "emptied");
+      const uint8_t got = writer.flags & Stamp::SENT ? Stamp::GOT : 0;
+      const uint8_t others = again && reader.thread != now.thread ? Stamp::MANY : again ? reader.flags : 0;
+      reader = now;
+      reader.flags = others | got;
+      continue;
+    }
+    // Who is the only one to have got what was sent may empty the place.
+    const bool got = how == EMPTY && writer.flags & Stamp::SENT && reader.flags & Stamp::GOT &&
+                     !(reader.flags & Stamp::MANY) && reader.thread == now.thread;
+    if ((!ordered(writer) && !got) || writer.flags & Stamp::COMING) race(view, i, byte, how, writer, written(writer));
     if (how == READ || how == MATRIX_READ || how == COPY_READ) {
       if (view.shared && !writer.epoch) fail("never written:", view, i + byte / view.size, how);
-      Stamp& reader = stamps[view.shared ? 1 : 1 + block.index];
-      const bool again = reader.epoch == now.epoch;
       const uint8_t others = again && reader.thread != now.thread ? Stamp::MANY : again ? reader.flags : 0;
       reader = now;
       reader.flags = others;
     } else {
       if (writer.flags & Stamp::CONSTANT) fail("constant for the launch:", view, i + byte / view.size, how);
-      for (int r = 1; r < stride; r++)
+      for (int r = 1; r <= readers; r++)
         if (!ordered(stamps[r])) race(view, i, byte, how, stamps[r], "read");
       writer = now;
       if (how == COPY) writer.flags = Stamp::COMING;
+      if (how != EMPTY) continue;
+      writer.flags = Stamp::EMPTY;
+      stamps[1 + readers] = now;
+      for (int r = 1; r <= readers; r++) stamps[r] = {};
     }
   }
   return at;

@@ -2,7 +2,8 @@
 //
 // Each block counts time in epochs, one more after each sync_block. A block's clock says of every block the first epoch
 // that it has not seen the end of. What a thread did comes before what another does if the other's block has seen the
-// end of that epoch, by a sync_block of its own or by signal and await. Shuffles order no memory, as in CUDA.
+// end of that epoch, by a sync_block of its own or by signal and await. Shuffles order no memory, as in CUDA, and nor
+// does what is sent: that a place was emptied has to come before its sending and before each look at it.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,9 @@ struct Stamp {
     MANY = 1,  // others of the reader's block have read it, too
     COMING = 2,  // the writer is a copy that has not come
     CONSTANT = 4,  // nobody may write it
+    EMPTY = 8,  // the writer emptied it, or
+    SENT = 16,  // sent what is there
+    GOT = 32,  // the reader has got what was sent
   };
   uint32_t epoch;  // 0 where there is no thread yet
   uint16_t thread;
@@ -30,7 +34,8 @@ struct Stamp {
 
 constexpr int GRANULE = 2;  // bytes that have stamps of their own, the size of the smallest types
 
-// The stamps of memory, zeroed: for each granule the last writer, and the last reader of each block that can reach it.
+// The stamps of memory, zeroed: for each granule the last writer, and the last reader of each block that can reach it; of
+// global memory also who emptied it last.
 using Stamps = std::unique_ptr<Stamp[], decltype(&std::free)>;
 inline Stamps make_stamps(size_t granules, int readers) {
   Stamps stamps{static_cast<Stamp*>(std::calloc(granules * (1 + readers), sizeof(Stamp))), &std::free};
@@ -47,7 +52,7 @@ class GlobalStamps {
     const auto byte = reinterpret_cast<uintptr_t>(address), page = byte / PAGE;
     Recent& recent = recent_[page % RECENT];
     if (recent.page != page || !recent.stamps) recent = {page, find(page)};
-    return recent.stamps + byte % PAGE / GRANULE * (1 + blocks_);
+    return recent.stamps + byte % PAGE / GRANULE * (2 + blocks_);
   }
 
  private:
@@ -59,7 +64,7 @@ class GlobalStamps {
 
   Stamp* find(uintptr_t page) {
     Stamps& stamps = pages_.try_emplace(page, nullptr, &std::free).first->second;
-    if (!stamps) stamps = make_stamps(PAGE / GRANULE, blocks_);
+    if (!stamps) stamps = make_stamps(PAGE / GRANULE, blocks_ + 1);
     return stamps.get();
   }
 
@@ -77,7 +82,7 @@ struct View {
   bool shared;
 };
 
-enum Use { READ, WRITE, CONSTANT_READ, COPY, HINT, MATRIX_READ, COPY_READ };
+enum Use { READ, WRITE, CONSTANT_READ, COPY, HINT, MATRIX_READ, COPY_READ, SEND, EMPTY, LOOK };
 
 // Returns where elements [i, i + n) are, for the running thread. Throws std::runtime_error if they are outside or not
 // aligned to their whole size, or if nothing orders this use and another one.

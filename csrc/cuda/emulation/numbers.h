@@ -34,7 +34,7 @@ inline float from_float<float>(float value) {
 template <>
 inline bf16 from_float<bf16>(float value) {
   const auto bits = bits_as<uint32_t>(value);
-  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};  // rounding could make it infinite
+  if (value != value) return {0x7fff};  // as CUDA's conversion does, whichever NaN it is
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
@@ -42,9 +42,8 @@ template <>
 inline fp16 from_float<fp16>(float value) {
   const uint32_t bits = bits_as<uint32_t>(value), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
   uint32_t half;
-  if (size > 0x7f800000) {
-    half = 0x7e00 | (size >> 13 & 0x3ff);  // NaN
-  } else if (size >= 0x47800000) {
+  if (size > 0x7f800000) return {0x7fff};
+  if (size >= 0x47800000) {
     half = 0x7c00;  // 65536 and more
   } else if (size < 0x38800000) {
     half = bits_as<uint32_t>(bits_as<float>(size) + 0.5f) - bits_as<uint32_t>(0.5f);  // subnormal: the sum rounds it

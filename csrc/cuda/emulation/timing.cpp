@@ -47,6 +47,7 @@ struct Shared_ {
   std::vector<Asked> asked;
   std::vector<std::unordered_map<uintptr_t, double>> l1;
   std::unordered_map<uintptr_t, Line> lines;
+  std::unordered_map<uintptr_t, Sent> sent;  // the last of what was sent to a sector
   double missed = 0;
   Totals totals[CELLS];
   int warps = 0;
@@ -117,6 +118,21 @@ Ready fetch_all(const unsigned char* at, int bytes, bool cached) {
   return ready;
 }
 
+// Looks for what was sent to a sector. Whoever finds it after looks in vain has waited for its sender.
+Ready look(const unsigned char* at, int bytes) {
+  Time& time = here->time;
+  Ready ready = fetch_all(at, bytes, false);
+  const Sent& sent = device_.sent[reinterpret_cast<uintptr_t>(at) / SECTOR];
+  time.early = sent.seen > time.now + gpu.l2_latency / 2;
+  if (time.early) {
+    time.in_vain[time.vain++ % Time::RECENT] = at;
+  } else if (const auto found = std::find(time.in_vain, std::end(time.in_vain), at); found != std::end(time.in_vain)) {
+    *found = nullptr;
+    ready = {ready.at, ON_SENT, -1, &sent};
+  }
+  return ready;
+}
+
 void issue_one(Time::Sunk& load) {
   if (load.issued) return;
   load.issued = true;
@@ -181,6 +197,10 @@ void await(const Ready& ready) {
     of = load.ready;
   }
   if (of.at <= time.now) return;
+  if (of.sent) {
+    time.now = of.sent->now;
+    time.path = of.sent->path;
+  }
   if (of.cause == ON_L2 || of.cause == ON_DRAM) {
     int flying = 0;
     for (double at : time.flights) flying += at > time.now;
@@ -265,7 +285,7 @@ unsigned char* use(const View& view, int64_t i, int n, Use how) {
   unsigned char* at = view.data + i * view.size;
   const int bytes = n * view.size;
   Time& time = here->time;
-  if (how == WRITE) await_sums(nullptr);
+  if (how == WRITE || how == SEND) await_sums(nullptr);
   if (how == READ && !view.shared && gpu.sinks) {
     time.ready = sink(at, bytes);
     return at;
@@ -276,14 +296,20 @@ unsigned char* use(const View& view, int64_t i, int n, Use how) {
     const double passed = device_.shared[here->block->index].take(time.now, bytes);
     totals.shared += bytes;
     if (how != WRITE) time.ready = {passed + gpu.shared_latency, ON_SHARED};
-  } else if (how == WRITE) {
+  } else if (how == WRITE || how == SEND || how == EMPTY) {
     const auto sector = reinterpret_cast<uintptr_t>(at) / SECTOR;
-    device_.lines[sector] = {device_.missed, device_.l2.take(time.now, bytes)};
+    const double passed = device_.l2.take(time.now, bytes);
+    device_.lines[sector] = {device_.missed, passed};
     totals.l2 += bytes;
+    if (how == SEND) {
+      Sent& sent = device_.sent[sector];
+      const double seen = passed + gpu.l2_latency / 2;
+      if (seen > sent.seen) sent = {time.now, seen, time.path};
+    }
   } else if (how == HINT) {
     prefetch(reinterpret_cast<uintptr_t>(at) / SECTOR);
   } else {
-    time.ready = fetch_all(at, bytes, how == CONSTANT_READ && bytes < 16);
+    time.ready = how == LOOK ? look(at, bytes) : fetch_all(at, bytes, how == CONSTANT_READ && bytes < 16);
   }
   return at;
 }
@@ -325,9 +351,7 @@ void end_timing(const std::vector<Thread>& threads) {
 namespace tarflow {
 
 // The model is of bf16 alone.
-Instances float32_instances() {
-  return {{{"", 0, 1, nullptr}, {"", 0, 1, nullptr}, {"", 0, 1, nullptr}, {"", 0, 1, nullptr}}};
-}
+Instances float32_instances() { return {{{"", 0, 1, nullptr}, {"", 0, 1, nullptr}, {"", 0, 1, nullptr}}}; }
 Instances float16_instances() { return float32_instances(); }
 
 }  // namespace tarflow

@@ -9,6 +9,7 @@
 //   that forgets the least recently used, the memory behind it, the port of the multiprocessor, shared memory. Each
 //   level has so many bytes a cycle; whoever asks for more waits (Server).
 // - Lanes that ask for the same 32 bytes at about the same time ask once.
+// - What is sent can be seen when it is in the L2 cache: a look that is there before finds nothing, and takes as long.
 // - Where threads meet, all go on from the clock of the last one. A thread's path is by what the time was spent along
 //   the chain of the last ones, from the launch's beginning to now: of the thread that ends last, the critical path.
 // There is no model of bank conflicts, of registers, of instruction fetches, or of arithmetic but for conversions and
@@ -51,13 +52,16 @@ struct Gpu {
 };
 
 // What time was spent on.
-enum Cause : uint8_t { ISSUE, ON_SHARED, ON_L2, ON_DRAM, ON_TENSOR, ON_SYNC, ON_BARRIER, CAUSES };
+enum Cause : uint8_t { ISSUE, ON_SHARED, ON_L2, ON_DRAM, ON_TENSOR, ON_SYNC, ON_BARRIER, ON_SENT, CAUSES };
+
+struct Sent;
 
 // When a value is there, and what it comes from.
 struct Ready {
   double at = 0;
   Cause cause = ISSUE;
   int sunk = -1;  // the number of its load if that was not yet issued
+  const Sent* sent = nullptr;  // what it waited for, where another block sent it
 };
 
 // A resource that passes so much a cycle, in bins of time, so that threads need not ask in the order of their clocks.
@@ -81,6 +85,12 @@ struct Path {
   float spent[CELLS] = {}, causes[CAUSES] = {};
 };
 
+// When something was sent, by its sender's clock and path, and when it can be seen in the L2 cache.
+struct Sent {
+  double now = 0, seen = 0;
+  Path path;
+};
+
 // A thread's clock.
 struct Time {
   static constexpr int RECENT = 32;
@@ -96,6 +106,9 @@ struct Time {
   Ready ready;  // of the value of the last use
   double flights[RECENT] = {};  // when its last loads come
   int flight = 0, sunk = 0;
+  bool early = false;  // whether the last look found nothing yet
+  const unsigned char* in_vain[RECENT] = {};  // what the last looks that found nothing were for
+  int vain = 0;
   Sunk waiting[RECENT] = {};
   const void* sums[RECENT] = {};  // sums on tensor cores, and when they are there
   double sums_at[RECENT] = {};

@@ -49,6 +49,7 @@ from .plan import (
     grid_blocks,
     make_division,
     make_plan,
+    most_of_division,
     whole,
 )
 
@@ -169,8 +170,7 @@ class CudaEngine(EngineBase):
             multiprocessors, self._shared_bytes = self._native.device(index=self._index)
             self.blocks = grid_blocks(self.shape, multiprocessors)
             self._early_keys = early_keys(self.shape, dtype, self.blocks, _l2_bytes(device))
-            few, many = (make_division(self.shape, rows, self.blocks, device) for rows in (NORMED_ROWS, MOST_ROWS))
-            self._few, self._many = few, many
+            self._divisions = {n: make_division(self.shape, n, self.blocks, device) for n in MOST_HALVINGS}
             self._weights, self._biases = pack(weights, device, dtype)
             self._position = self._fp32(weights.position)
             self._classes = None if weights.classes is None else self._fp32(weights.classes)
@@ -184,7 +184,7 @@ class CudaEngine(EngineBase):
         self._most_parts = max(alone, together) * self.shape.heads
 
     def _division(self, rows: int) -> Division:
-        return self._few if rows <= NORMED_ROWS else self._many
+        return self._divisions[most_of_division(rows)]
 
     def plan(self, rows: int, tiles: int = 0, branches: int = 1) -> Plan:
         """Returns how a launch of so many rows is divided.
@@ -282,8 +282,8 @@ class CudaEngine(EngineBase):
     def barriers(self, batch: int, branches: int) -> list[int]:
         """Returns how many barriers of the grid a token takes in each launch of a sequential pass."""
         rows = [len(samples) * branches for samples in self._groups(list(range(batch)), MOST_ROWS // branches)]
-        few = [(5 + self.plan(n).merges) * self.shape.layers + 2 for n in rows]
-        return [count + (2 * self.shape.layers + 1) * (n > NORMED_ROWS) for n, count in zip(rows, few, strict=True)]
+        L = self.shape.layers
+        return [(5 + self.plan(n).merges if n <= NORMED_ROWS else 1) * L + 2 for n in rows]
 
     def max_window(self, state: BlockState) -> int:
         return self._most_rows(state)
@@ -377,12 +377,12 @@ class CudaEngine(EngineBase):
             {
                 "keys_values": keys_values,
                 "h": empty(MOST_ROWS, C),
-                "rest": empty(2, 2**MOST_HALVINGS - 1, MOST_ROWS, C),
-                "queries": empty(MOST_ROWS, C),
-                "partials": empty(self._most_parts * (d + 2) + 1),
-                "hidden": empty(MOST_ROWS, whole(shape.hidden, TILE), dtype=self.dtype),
-                "attended": empty(MOST_ROWS, C, dtype=self.dtype),
-                "norms": empty(MOST_ROWS, C, dtype=self.dtype),
+                "rest": empty(2, 2 ** max(MOST_HALVINGS.values()), MOST_ROWS, C),
+                "queries": empty(2, MOST_ROWS, C),
+                "partials": empty(whole(self._most_parts * d, 4) + 2 * whole(self._most_parts * 2, 4)),
+                "hidden": empty(2, MOST_ROWS, whole(shape.hidden, TILE), dtype=self.dtype),
+                "attended": empty(2, MOST_ROWS, C, dtype=self.dtype),
+                "norms": empty(4, MOST_ROWS, C, dtype=self.dtype),
                 "parameters": empty(MOST_ROWS, out),
                 "barrier": torch.zeros(1, dtype=torch.int32, device=self.device),
                 "class_rows": classes,

@@ -24,18 +24,26 @@ TILE = 16
 class LinearSize(NamedTuple):
     """The size of a packed layer in tiles: `tiles` along its outputs, `k_tiles` along its inputs.
 
-    halvings: how often its inputs are halved, so that 2^halvings blocks share a tile of outputs.
+    halvings: how often its inputs are halved. groups: into how many groups its rows are divided. So 2^halvings · groups
+    blocks share a tile of outputs.
     """
 
     tiles: int
     k_tiles: int
     halvings: int = 0
+    groups: int = 1
 
-    def part(self, part: int) -> tuple[int, int]:
-        """Returns the first tile of a part of the inputs, and the one after its last.
+    @property
+    def parts(self) -> int:
+        """Returns how many blocks share a tile: all parts of the inputs for the first group of rows, then the next."""
+        return self.groups << self.halvings
 
-        part: from 0 to 2^halvings − 1.
+    def inputs(self, part: int) -> tuple[int, int]:
+        """Returns the first tile of a part's inputs, and the one after its last.
+
+        part: from 0 to parts − 1.
         """
+        part %= 1 << self.halvings
         return self.k_tiles * part >> self.halvings, self.k_tiles * (part + 1) >> self.halvings
 
 
@@ -74,7 +82,7 @@ def pack(weights: BlockWeights, device: torch.device, dtype: torch.dtype) -> tup
     packed = torch.empty(sum(size.tiles * size.k_tiles for size in sizes), TILE * TILE, dtype=dtype, device=device)
     biases = torch.zeros(sum(size.tiles for size in sizes) * TILE, dtype=torch.float32, device=device)
     at = bias_at = 0
-    for (weight, bias), (tiles, k_tiles, _) in zip(_linears(weights, device), sizes, strict=True):
+    for (weight, bias), (tiles, k_tiles, *_) in zip(_linears(weights, device), sizes, strict=True):
         packed[at : at + tiles * k_tiles] = pack_linear(weight, dtype).flatten(0, 1)
         biases[bias_at : bias_at + bias.numel()] = bias
         at, bias_at = at + tiles * k_tiles, bias_at + tiles * TILE

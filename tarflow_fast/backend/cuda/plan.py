@@ -26,8 +26,9 @@ LEAST_KEYS = 128  # keys that are worth a block of their own
 MOST_SPLITS = 16
 MERGED_ROWS = 4  # rows whose parts of the attention each block adds up for itself; those of more take a step
 NORMED_ROWS = 16  # rows that each block normalises for itself; those of more take a step, in instances of their own
-FEW_HALVINGS, MOST_HALVINGS = 1, 3  # of the inputs of proj and fc2, for at most NORMED_ROWS rows, and for more
-LEAST_K_TILES = 8  # tiles of inputs that are worth a block of their own: one for each warp
+GROUP_ROWS = 32  # rows of a group, for which a tile of outputs is a unit of work
+MOST_HALVINGS = {NORMED_ROWS: 1, GROUP_ROWS: 3, MOST_ROWS: 2}  # of the inputs of proj and fc2, for at most so many rows
+LEAST_K_TILES = 8  # tiles of inputs that are worth a block of their own: one for each warp, or three with two groups
 TILE_ROWS = 16  # positions of a sample that attend together, see window.cuh
 WINDOW_HEAD, WINDOW_ROW = 64, 68  # the head_dim that this is for, and what a row takes of shared memory, in floats
 PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys
@@ -35,7 +36,7 @@ PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and
 
 @dataclass(frozen=True)
 class Division:
-    """The division of the linear layers among blocks, of all launches of few rows, or of all others.
+    """The division of the linear layers among blocks, of all launches of so many rows as MOST_HALVINGS tells apart.
 
     work, jobs: see `share` and `fetches`. most_tiles: the most tiles of any block.
     """
@@ -54,6 +55,8 @@ class Plan:
 
     slots: int
     slot_k: int
+    sums_in_slots: bool
+    group_rows: int
     staged_rows: int
     staged_k: int
     tiles: int
@@ -81,34 +84,43 @@ def grid_blocks(shape: BlockShape, multiprocessors: int) -> int:
     return min(multiprocessors, max(size.tiles for size in linear_sizes(shape)))
 
 
+def most_of_division(rows: int) -> int:
+    """Returns the most rows that a launch is divided for in the same way as one of so many."""
+    return next(most for most in MOST_HALVINGS if rows <= most)
+
+
 def divide(shape: BlockShape, rows: int) -> list[LinearSize]:
-    """Returns the sizes of the packed layers, with the parts of the inputs of proj and fc2 that blocks share.
+    """Returns the sizes of the packed layers, with the parts of the inputs of proj and fc2 that blocks share, and the
+    groups of rows.
 
     The parts are added up by whoever reads the residual stream: by every block, where rows are few, and else once. They
     depend on the grid in nothing, so that a pass gives the same bits for any.
     """
-    most = FEW_HALVINGS if rows <= NORMED_ROWS else MOST_HALVINGS
+    most = MOST_HALVINGS[most_of_division(rows)]
+    groups = -(-rows // GROUP_ROWS)
+    least = LEAST_K_TILES if groups == 1 else 3 * LEAST_K_TILES
 
     def halved(size: LinearSize) -> LinearSize:
-        return size._replace(halvings=max(n for n in range(most + 1) if n == 0 or size.k_tiles >> n >= LEAST_K_TILES))
+        return size._replace(halvings=max(n for n in range(most + 1) if n == 0 or size.k_tiles >> n >= least))
 
-    sizes = linear_sizes(shape)
+    sizes = [size._replace(groups=groups) for size in linear_sizes(shape)]
     return [halved(size) if i % 4 in (2, 0) and 0 < i < len(sizes) - 1 else size for i, size in enumerate(sizes)]
 
 
 def share(sizes: list[LinearSize], blocks: int) -> Tensor:
     """Returns the first unit and the number of units of each layer and block, (layers, blocks, 2) int32.
 
-    A unit is a tile of outputs and a part of its inputs: all tiles of the first part, then of the second. Blocks are
-    divided among parts, as one that has several tiles of a part reads its inputs once. Of the blocks of a part only so
-    many have tiles as it takes for the most tiles of any to be the fewest: the others would read all inputs and make
-    nobody's work less. Those with tiles, and with one more, are the ones that have the least work so far.
+    A unit is a tile of outputs, and a part of its inputs for a group of rows (see LinearSize): all tiles of the first
+    part, then of the second. Blocks are divided among parts, as one that has several tiles of a part reads its inputs
+    once. Of the blocks of a part only so many have tiles as it takes for the most tiles of any to be the fewest: the
+    others would read all inputs and make nobody's work less. Those with tiles, and with one more, have the least work
+    so far.
     """
     load = torch.zeros(blocks, dtype=torch.int64, device="cpu")
     work = torch.zeros(len(sizes), blocks, 2, dtype=torch.int32, device="cpu")
     for layer, size in enumerate(sizes):
         order = load.argsort(stable=True)
-        parts = 1 << size.halvings
+        parts = size.parts
         groups = [order] if blocks < parts else [order[part::parts] for part in range(parts)]
         units = size.tiles * parts // len(groups)
         for part, group in enumerate(groups):
@@ -118,7 +130,7 @@ def share(sizes: list[LinearSize], blocks: int) -> Tensor:
             count[group[: units % len(group)]] += 1
             work[layer, group, 0] = (part * units + count.cumsum(0) - count)[group].int()
             work[layer, group, 1] = count[group].int()
-        load += work[layer, :, 1] * size.k_tiles // parts
+        load += work[layer, :, 1] * size.k_tiles >> size.halvings
     return work
 
 
@@ -134,7 +146,7 @@ def fetches(sizes: list[LinearSize], work: Tensor, slot_k: int) -> Tensor:
         for block, (first_unit, count) in enumerate(of_layer):
             for unit in range(first_unit, first_unit + count):
                 part, tile = divmod(unit, size.tiles)
-                first, stop = size.part(part)
+                first, stop = size.inputs(part)
                 jobs[block] += [
                     (begin + tile * size.k_tiles + k, min(most_tiles, stop - k)) for k in range(first, stop, most_tiles)
                 ]
@@ -220,18 +232,23 @@ def make_plan(
     parts = max(warps * (whole(shape.head_dim, 4) + 4), together)
     tables = whole(whole(4 * (MOST_ROWS + 3 * tiles + 1), 16) + 8 * (layers + jobs), 16)
     slot = slot_k * TILE * size
-    sums = 2 if size == 2 and most_rows in (8, 32) else 1  # SUMS_AT_ONCE in linear.cuh
+    group_rows = rows if rows <= GROUP_ROWS else whole(-(-rows // 2), 8)
+    sums = {8: 2, 16: 1}.get(most_rows, 3) if size == 2 else 1  # ABREAST in linear.cuh
+    tile_sums = 4 * (min(most_rows, GROUP_ROWS) // 8 * warps * 128)
+    in_slots = most_rows > NORMED_ROWS and tile_sums <= slot  # where there are slots to gain
 
     def taken(staged_rows: int, staged_k: int, bias_tiles: int) -> int:
         """Returns the bytes of all but the ring. The attention's parts lie where a product has its sums and inputs."""
-        product = 4 * sums * (most_rows // 8 * warps * 128) + staged_rows * (staged_k + 8) * size
+        product = (0 if in_slots else tile_sums * sums) + staged_rows * (staged_k + 8) * size
         return tables + 4 * TILE * bias_tiles + max(product, 4 * parts)
 
-    # All inputs of a part for all rows; or those of a slot; or those for some rows. Biases go before any of these does.
+    # All inputs of a part for all rows of a group; or those of a slot; or those for some rows. Biases go before any of
+    # these does.
     sizes = divide(shape, rows)
     widest = max(-(-size.k_tiles // (1 << size.halvings)) for size in sizes)
     wide = max(slot_k, TILE * widest)
-    inputs = [(whole(rows, 8), wide), *((n, slot_k) for n in range(whole(rows, 8), 0, -8))]
+    staged = whole(group_rows, 8)
+    inputs = [(staged, wide), *((n, slot_k) for n in range(staged, 0, -8))]
     choices = [(*of, biases) for of in inputs for biases in (block_tiles, 0)]
     least = (8, slot_k, 0)
     choice = next((each for each in choices if shared_bytes - taken(*each) >= GOOD_SLOTS * slot), least)
@@ -248,6 +265,8 @@ def make_plan(
     return Plan(
         slots=count,
         slot_k=slot_k,
+        sums_in_slots=in_slots,
+        group_rows=group_rows,
         staged_rows=staged_rows,
         staged_k=staged_k,
         tiles=tiles,

@@ -16,7 +16,7 @@ import torch
 
 from ...engine.shape import BlockShape
 from ...machine_code import SHARED_LIMIT, Compiled, cuda_findings, resource_usage
-from .plan import grid_blocks, make_division, make_plan
+from .plan import GROUP_ROWS, MOST_ROWS, grid_blocks, make_division, make_plan
 
 DTYPES = {"f": torch.float32, "6__half": torch.float16, "13__nv_bfloat16": torch.bfloat16}  # as C++ mangles them
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -59,7 +59,8 @@ def _row(architecture: int, kernel: str, used: dict[str, int], shapes: Sequence[
     found = re.search(r"11pass_kernelI(\w+)Li(\d+)ELi(\d+)EE", kernel)
     if found is None or found[1] not in DTYPES:
         raise ValueError(f"expected instances of pass_kernel alone, got {kernel}")
-    dtype, tokens, warps = DTYPES[found[1]], 8 * int(found[2]), int(found[3])
+    dtype, n_tiles, warps = DTYPES[found[1]], int(found[2]), int(found[3])
+    tokens = MOST_ROWS if 8 * n_tiles == GROUP_ROWS else 8 * n_tiles
     dynamic = max(dynamic_bytes(shape, dtype, tokens, warps, architecture) for shape in shapes)
     return Compiled(
         "cuda pass",

@@ -252,6 +252,46 @@ void written_constant(CONSTANT_PARAMS p) {
   wait_copies(0);
 }
 
+// Each block sends four numbers to the next one in each of four turns, through h (2, blocks, 4), of which the half of a
+// turn is emptied in the next one: by the block that has sent, or with p.start by the thread that has got them.
+void sending(CONSTANT_PARAMS p) {
+  const Global<float> h(p.h);
+  const Global<unsigned> counter(p.barrier);
+  const int from = (block() + 1) % blocks();
+  unsigned passed = 0;
+  const auto at = [&](int half, int of) { return (half * blocks() + of) * 4; };
+  const auto barrier = [&] {
+    sync_block();
+    if (thread() == 0) signal(counter);
+    if (thread() == 5) await(counter, passed += blocks());
+    sync_block();
+  };
+  for (int half = 0; half < 2; half++)
+    if (thread() == 0 && p.mode != 6) empty<4>(h, at(half, block()));
+  if (p.mode != 1) barrier();
+  float sum = 0;
+  for (int turn = 0; turn < 4; turn++) {
+    const int half = turn % 2;
+    if (thread() == 0 && p.mode != 5) {
+      const float own = 10.0f * block() + turn;
+      send_vector(h, at(half, block()), Vector<float, 4>{own, own, own, own});
+      if (p.mode == 2) send(h, at(half, block()), own);
+    }
+    if (p.mode == 3) {
+      for (float each : load_vector<4>(h, at(half, from)).at) sum += each;
+    } else if (!p.start || thread() == 0 || (p.mode == 7 && thread() == 1)) {
+      auto value = look<4>(h, at(half, from), true);
+      for (Patience patience; any_empty(value); patience.again()) value = look<4>(h, at(half, from), true);
+      for (float each : value.at) sum += each;
+      if (p.start && thread() == 0) empty<4>(h, at(half, from));
+    }
+    if (p.mode == 4 && thread() == 0) empty<4>(h, at(half, block()));
+    barrier();
+    if (!p.start && thread() == 0 && p.mode != 8) empty<4>(h, at(half, block()));
+  }
+  if (thread() == 0) store(Global<float>(p.z), block(), sum);
+}
+
 void skipped_sync(CONSTANT_PARAMS p) {
   if (thread() != p.start) sync_block();
 }
@@ -285,6 +325,7 @@ const std::map<std::string, Kernel> KERNELS{
     {"access", access},
     {"unwritten", unwritten},
     {"reserved", reserved},
+    {"sending", sending},
     {"skipped_sync", skipped_sync},
     {"written_constant", written_constant},
     {"many", many},

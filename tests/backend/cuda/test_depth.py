@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,16 @@ def test_a_barrier_costs_a_fence_and_waits_for_the_last_block() -> None:
     assert each(mode=1) > each() + 5000
 
 
+def test_what_is_sent_is_got_without_a_fence() -> None:
+    """On the way to the L2 cache and back, and as late as the look that finds it."""
+
+    def each(**gpu: float) -> float:
+        return (cycles("answers", 22, blocks=2, **gpu) - cycles("answers", 2, blocks=2, **gpu)) / 20
+
+    assert L2 < each() < 2.5 * L2
+    assert each(fence=2 * FENCE) == pytest.approx(each(), rel=0.05)
+
+
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> cuda_depth.Case:
     monkeypatch.setattr(cuda_engine, "load_native", cuda_engine.load_native)  # which cuda_depth sets, and this undoes
@@ -122,10 +133,12 @@ def test_a_step_is_the_sum_of_its_phases(case: cuda_depth.Case) -> None:
     assert f"small: {timing.microseconds:.1f} µs on H200 parameters — a model's figure, not a measurement" in text
 
 
-def test_a_step_has_its_barriers(case: cuda_depth.Case) -> None:
-    """5 L + 2, each of which costs a fence more where a fence does."""
+@pytest.mark.parametrize(("batch", "barriers"), [(2, 5 * 3 + 2), pytest.param(33, 3 + 2, marks=pytest.mark.slow)])
+def test_a_step_has_its_barriers(case: cuda_depth.Case, batch: int, barriers: int) -> None:
+    """5 L + 2 of few rows and L + 2 of many, each of which costs a fence more where a fence does."""
+    case = replace(case, batch=batch)
     more = cuda_depth.step(case, fence=2.0 * FENCE).microseconds - cuda_depth.step(case, fence=FENCE).microseconds
-    assert more == pytest.approx((5 * 3 + 2) * FENCE / CLOCK * 1e6, rel=0.02)
+    assert more == pytest.approx(barriers * FENCE / CLOCK * 1e6, rel=0.02 if batch == 2 else 0.1)
 
 
 def test_the_model_is_refused_a_parameter_that_it_does_not_have() -> None:

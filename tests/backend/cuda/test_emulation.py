@@ -6,6 +6,7 @@ Kernels are those of emulation_kernels.cpp, in which `mode` plants a fault.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -195,7 +196,40 @@ def test_a_launch_that_the_device_cannot_hold(blocks: int, shared_bytes: int) ->
         run("shuffle", blocks=blocks, shared_bytes=shared_bytes, x=torch.randn(THREADS), z=nan(5, THREADS))
 
 
+def sent(blocks: int, start: int, mode: int = 0) -> dict[str, Any]:
+    """The arguments of the kernel `sending`."""
+    given = {"h": nan(2, blocks, 4), "z": nan(blocks), "barrier": torch.zeros(1, dtype=torch.int32)}
+    return {"blocks": blocks, "start": start, "mode": mode, **given}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("start", [0, 1], ids=["emptied by the sender", "emptied by the reader"])
+def test_what_is_sent_is_got_without_a_barrier(start: int, seed: int) -> None:
+    native().set_seed(seed)
+    given = sent(3, start)
+    run("sending", **given)
+    torch.testing.assert_close(given["z"], torch.tensor([184.0, 344.0, 24.0]), rtol=0, atol=0)
+
+
 # What is not
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("mode", "start", "message"),
+    [
+        (1, 0, "race on h.*emptied|never emptied: h"),  # no barrier after the first emptying
+        (2, 0, "not empty: h"),  # sent twice
+        (3, 0, "race on h.*sent to it"),  # read as if a barrier had come before
+        (4, 0, "race on h"),  # emptied while others may look
+        (5, 0, "deadlock.*look"),  # never sent
+        (6, 0, "not empty: h|never emptied: h"),
+        (7, 1, "race on h|deadlock.*look"),  # emptied by one of two readers, which the other may wait for
+        (8, 0, "not empty: h"),  # not emptied for the second use
+    ],
+)
+def test_sending_that_lacks_a_part(mode: int, start: int, message: str, seed: int) -> None:
+    assert re.search(message, fault("sending", seed, **sent(3, start, mode)), re.DOTALL)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

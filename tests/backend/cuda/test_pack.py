@@ -48,7 +48,7 @@ def test_layer_norms_are_folded_in() -> None:
         (weights.proj_out_weight, weights.proj_out_bias, torch.randn(32)),
     ]
     at = bias_at = 0
-    for (tiles, k_tiles, _), linear in zip(sizes, plain, strict=True):
+    for (tiles, k_tiles, *_), linear in zip(sizes, plain, strict=True):
         count = tiles * k_tiles * 256
         matrix = packed[at : at + count].view(tiles, k_tiles, 16, 16).transpose(1, 2).reshape(tiles * 16, -1)
         bias = biases[bias_at : bias_at + tiles * 16]

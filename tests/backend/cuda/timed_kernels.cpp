@@ -88,9 +88,30 @@ void barriers(CONSTANT_PARAMS p) {
   }
 }
 
-const std::map<std::string, Kernel> KERNELS{{"loads", loads},         {"moves", moves},   {"constants", constants},
-                                            {"in_shared", in_shared}, {"stream", stream}, {"products", products},
-                                            {"barriers", barriers}};
+// Two blocks that send each other p.start vectors in turn, each when it has got the one before.
+void answers(CONSTANT_PARAMS p) {
+  const Global<float> x(p.x);
+  const Global<unsigned> counter(p.barrier);
+  if (thread() == 0 && block() == 0)
+    for (int i = 0; i < p.start; i++) empty<4>(x, i * SECTOR);
+  sync_block();
+  if (thread() == 0) {
+    signal(counter);
+    await(counter, 2);
+  }
+  sync_block();
+  if (thread() > 0) return;
+  for (int i = 0; i < p.start; i++) {
+    if (i % 2 == block())
+      send_vector(x, i * SECTOR, Vector<float, 4>{1, 1, 1, 1});
+    else
+      while (any_empty(look<4>(x, i * SECTOR, true))) continue;
+  }
+}
+
+const std::map<std::string, Kernel> KERNELS{{"loads", loads},         {"moves", moves},    {"constants", constants},
+                                            {"in_shared", in_shared}, {"stream", stream},  {"products", products},
+                                            {"barriers", barriers},   {"answers", answers}};
 
 void run(const std::string& kernel, const std::map<std::string, int>& sizes, const py::dict& buffers, int blocks,
          int warps) {
