@@ -71,6 +71,7 @@ def test_a_model_is_the_same_file_in_every_process(tmp_path: Path) -> None:
     assert json.loads(made[0][8 : 8 + size])["__metadata__"]["format"] == "pt"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
 def test_a_killed_save_leaves_nothing_that_the_next_one_does_not_remove(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])

@@ -45,6 +45,7 @@ def check(recipe: Recipe, batch: int, shared: bool = False) -> None:
     assert_close(ours / size, -log_det.float() / size, 3e-4)
 
 
+@pytest.mark.slow
 @given(recipe=recipes(("softclip", "softplus", "sigmoid", "shift", "floor spline")), batch=st.sampled_from([1, 17]))
 @settings(max_examples=25)
 def test_any_transform(recipe: Recipe, batch: int) -> None:
