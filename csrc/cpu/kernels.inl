@@ -296,18 +296,17 @@ void exp_all(const float* x, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += VW) store(out + i, exp_negative(load(x + i)));
 }
 
-constexpr int64_t TILE = ACCUMULATORS / 2;
 constexpr double MULTIPLIES = 2 * VW;  // two vectors in a cycle, also of pairs: see dispatch.cpp
 #if TARFLOW_AMX
 constexpr Passes BF16_PASSES{step<BF16>, 2 * HIGH, HIGH * HIGH * DEEP / 16.0};  // a product of tiles in 16 cycles
 #else
-constexpr Passes BF16_PASSES{step<BF16>, TILE, MULTIPLIES};
+constexpr Passes BF16_PASSES{step<BF16>, MOST_ROWS, MULTIPLIES};
 #endif
 
 const Kernels table = {NAME,
                        VW,
                        TARFLOW_DOT,
-                       {step<F32>, TILE, MULTIPLIES},
+                       {step<F32>, MOST_ROWS, MULTIPLIES},
                        BF16_PASSES,
                        &density_table,
                        &masked_table,

@@ -37,17 +37,23 @@ struct LoadedParameters {
   }
 };
 
-// Replaces each value by its sum over the lanes of a warp.
-template <int N>
-DEVICE void sum_lanes(float (&values)[N]) {
+// Replaces each value by what `combine` makes of those of all lanes of a warp, by twos.
+template <int N, class Combine>
+DEVICE void over_lanes(float (&values)[N], Combine combine) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
     Loaded<float> others[N];
 #pragma unroll
     for (int i = 0; i < N; i++) others[i] = shuffle_xor(values[i], mask);
 #pragma unroll
-    for (int i = 0; i < N; i++) values[i] += others[i];
+    for (int i = 0; i < N; i++) values[i] = combine(values[i], others[i]);
   }
+}
+
+// Replaces each value by its sum over the lanes of a warp.
+template <int N>
+DEVICE void sum_lanes(float (&values)[N]) {
+  over_lanes(values, [](float a, float b) { return a + b; });
 }
 DEVICE float sum_lanes(float value) {
   float values[1] = {value};
@@ -61,14 +67,7 @@ DEVICE float larger(float a, float b) { return a != a || a > b ? a : b; }
 // Replaces each value by the largest of the lanes of a warp.
 template <int N>
 DEVICE void largest_lane(float (&values)[N]) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    Loaded<float> others[N];
-#pragma unroll
-    for (int i = 0; i < N; i++) others[i] = shuffle_xor(values[i], mask);
-#pragma unroll
-    for (int i = 0; i < N; i++) values[i] = larger(values[i], others[i]);
-  }
+  over_lanes(values, larger);
 }
 
 // Makes token `token` + 1 of a position, by a warp. before(d) loads what take(d, x, xa, loaded) needs besides each value,

@@ -110,12 +110,7 @@ DEVICE void store_attended(const Params& p, int turn, int row, int channel, cons
   const int64_t at = turn_row(turn, row) * whole_tiles(p.channels) + channel;
   Vector<T, N> y;
   for (int i = 0; i < N; i++) y.at[i] = from_float<T>(weights > 0 || weights != weights ? sum[i] / weights : 0.0f);
-  if constexpr (!SENDS)
-    store_vector(attended, at, y);
-  else if constexpr (N == 1)
-    send(attended, at, y.at[0]);
-  else
-    send_vector(attended, at, y);
+  leave<SENDS>(attended, at, y);
 }
 
 // Attends with this block's parts. V: elements of a key that a lane takes, which divide head_dim. SENDS: whether what it
@@ -354,12 +349,7 @@ DEVICE void merge(const Params& p, const Rows& rows, int turn) {
     Vector<T, V> y{};
     if (inside) y = of_channel;
     const int64_t at = turn_row(turn, row) * width + channel;
-    if constexpr (!SENDS)
-      store_vector(to, at, y);
-    else if constexpr (V == 1)
-      send(to, at, y.at[0]);
-    else
-      send_vector(to, at, y);
+    leave<SENDS>(to, at, y);
   }
 }
 

@@ -274,10 +274,10 @@ DEVICE void await(Global<unsigned> counter, unsigned number) {
 
 // What follows is for data that say themselves that they have come, so that nobody needs a barrier to read them. An
 // element whose bits are all ones is empty: a NaN that is never sent, as arithmetic gives another one, and conversions to
-// 16 bits 0x7fff. A place is emptied; then one thread sends to it;
-// then any number look whether it has come, and get it when it has. No other memory is ordered by that. The emptying has
-// to come before the sending and the looking, and after all uses of what was there before, by barriers of the grid; or
-// the only reader empties the place when it has got what was there.
+// 16 bits 0x7fff. A place is emptied; then one thread sends to it; then any number look whether it has come, and get it
+// when it has. No other memory is ordered by that. The emptying has to come before the sending and the looking, and after
+// all uses of what was there before, by barriers of the grid; or the only reader empties the place when it has got what
+// was there.
 
 // Sends an element.
 template <class T>

@@ -12,6 +12,17 @@ namespace tarflow {
 // Returns whether a phase sends what it has to. One that is left out, for measurements, does not.
 DEVICE bool sends(const Params& p, Phase phase) { return !(p.skip_phases >> phase & 1); }
 
+// Sends a vector, or stores it where its readers wait for a barrier. i: a multiple of N.
+template <bool SENDS, int N, class T>
+DEVICE void leave(Global<T> to, int64_t i, const Vector<T, N>& value) {
+  if constexpr (!SENDS)
+    store_vector(to, i, value);
+  else if constexpr (N == 1)
+    send(to, i, value.at[0]);
+  else
+    send_vector(to, i, value);
+}
+
 // Looks for vectors of `from` that others send, all at once. sent: whether they do. place(u): the index of one of them,
 // or −1 where there is none, which becomes 0.
 template <int N, int COUNT, class T, class Place>
