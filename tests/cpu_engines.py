@@ -16,15 +16,12 @@ from torch import Tensor
 from tarflow_fast.backend.cpu.engine import CpuEngine, cpu_missing
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.models.tarflow import TarFlow
-from tarflow_fast.native import instruction_sets
 
 if cpu_missing() is not None:
     pytest.skip(str(cpu_missing()), allow_module_level=True)
 
 
-SETS = instruction_sets()
 UNGUIDED = Guidance()
-every_set = pytest.mark.parametrize("isa", SETS)
 
 
 def engine_of(model: TarFlow, k: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> CpuEngine:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import SETS, cases
 from splines import LAWS, NO_LEAST_SIZE, random_splines
 from tolerances import SAME_F32, SAME_F64, assert_close
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch import Tensor
 from tarflow_fast import reference
 from tarflow_fast.backend.cpu.engine import cpu_missing
 from tarflow_fast.errors import ArgumentError, BackendError
-from tarflow_fast.native import instruction_sets
 from tarflow_fast.spline import SplineLaw, knots, spline, spline_native
 
 Spline = Callable[..., tuple[Tensor, Tensor]]
@@ -26,11 +26,7 @@ def native(isa: str) -> Spline:
     return lambda *arguments, **options: spline_native(*arguments, **options, instruction_set=isa)
 
 
-WAYS: dict[str, Spline] = {
-    "torch": spline,
-    **{f"cpu, {isa}": native(isa) for isa in (instruction_sets() if not cpu_missing() else [])},
-}
-every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+every_way = pytest.mark.parametrize("way", [pytest.param(spline, id="torch"), *cases(of=native, name="cpu, {}".format)])
 every_law = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 spreads = pytest.mark.parametrize("spread", [1, 30, 1000])
 
@@ -119,7 +115,7 @@ def test_laws(law: SplineLaw, spread: float, seed: int, beside: float | None) ->
     assert (((slope - log_derivative.exp()) / terms).abs() <= 1e-12).all()
     further = x.detach() + 1e-3 * span
     further = further if law.tails else further.clamp(max=law.high)
-    for way in WAYS.values():
+    for way in (spline, *map(native, SETS)):
         assert (way(parameters, further, law)[0] >= y - 1e-15 * span).all()
         back, inverse_log = way(parameters, y.detach(), law, inverse=True)
         assert (((back - x) / (1 + (-log_derivative).exp())).abs() <= 1e-14 * span).all()  # y's rounding, magnified

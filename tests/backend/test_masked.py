@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import SETS, cases
 from masked_flows import LAWS, Recipe, naive_inverse, recipes, transform_of
 from tolerances import INVERSE_F64, SAME_F64, assert_close
 from torch import Tensor
 
-from tarflow_fast.backend.cpu.engine import cpu_missing
 from tarflow_fast.backend.cpu.masked import CpuMaskedEngine
 from tarflow_fast.backend.pytorch.masked import TorchMaskedEngine
 from tarflow_fast.engine.contract import BlockState
@@ -20,11 +20,9 @@ from tarflow_fast.engine.masked import ContextCondition, MaskedEngine, enter, le
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.masked.sorting import SortedTransform, sort_transform
 from tarflow_fast.masked.stepping import Buffer, Memory, invert
-from tarflow_fast.native import instruction_sets
 
-SETS = [] if cpu_missing() else [f"cpu-{name}" for name in instruction_sets() if not name.endswith("_bf16")]
-ENGINES = ["torch", *SETS]
-every_engine = pytest.mark.parametrize("engine", ENGINES)
+NATIVE = cases([s for s in SETS if not s.endswith("_bf16")], "cpu-{}".format, "cpu-{}".format)
+every_engine = pytest.mark.parametrize("engine", ["torch", *NATIVE])
 WIDE = Recipe(
     levels=tuple(i % 7 for i in range(40)), passed=3, hidden=50, blocks=2, context=2, gate=True, activation="tanh"
 )
@@ -147,7 +145,7 @@ def test_a_wide_transform(engine: str, dtype: torch.dtype) -> None:
     assert_close(leave(made.transform, state.x), wanted, 1e-4 if dtype == torch.float32 else INVERSE_F64)
 
 
-@pytest.mark.parametrize("engine", SETS)
+@pytest.mark.parametrize("engine", NATIVE)
 def test_neither_threads_nor_batch_mates_change_a_bit(engine: str) -> None:
     transform, z, context, _ = case(WIDE, 70, torch.float32)
     assert context is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import KERNEL_DEVICE
+from instruction_sets import every_set
 from splines import LAWS, random_splines
 from tolerances import SAME_F32, SAME_F64, assert_close
 from torch import Tensor
@@ -20,18 +21,16 @@ from tarflow_fast.flows.coupling import alternating, checkerboard, half_of_chann
 from tarflow_fast.fused import affine_coupling, function, fused_spline
 from tarflow_fast.fused.affine_coupling import _AffineCoupling
 from tarflow_fast.fused.spline import _Spline
-from tarflow_fast.native import ISA_VARIABLE, instruction_sets
+from tarflow_fast.native import ISA_VARIABLE
 from tarflow_fast.spline import spline
 
 native = pytest.mark.skipif(cpu_missing() is not None, reason="needs the compiled module")
-SETS = instruction_sets() if cpu_missing() is None else []
 MASKS = {
     "two values": alternating((2,)),
     "seven values": alternating((7,), odd=True),
     "checkerboard": checkerboard((3, 6, 4)),
     "channels": half_of_channels((4, 5, 5), odd=True),
 }
-every_set = pytest.mark.parametrize("isa", SETS)
 both_ways = pytest.mark.parametrize("inverse", [False, True])
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GOLDEN, Case, random_images, random_model
+from instruction_sets import every_set
 from tolerances import GOLDEN as GOLDEN_TOLERANCE
 from tolerances import SAME_F32, assert_close, error_budget, max_error
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from tarflow_fast.models import cpu_density as module
 from tarflow_fast.models.cpu_density import CpuDensity, cpu_density
 from tarflow_fast.models.denoising import denoise
 from tarflow_fast.models.tarflow import TarFlow
-from tarflow_fast.native import ISA_VARIABLE, instruction_sets, load_native
+from tarflow_fast.native import ISA_VARIABLE, load_native
 
 try:
     load_native()
@@ -32,9 +33,6 @@ except BackendError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("poisoned_density")
-
-
-every_set = pytest.mark.parametrize("isa", instruction_sets())
 
 
 def density(model: TarFlow, images: Tensor, y: Tensor | None = None, **options: Any) -> CpuDensity:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import random_model
-from cpu_engines import SETS, engine_of
+from cpu_engines import engine_of
 from engines import CPU
+from instruction_sets import SETS
 
 from tarflow_fast.backend import backends, choose_backend
 from tarflow_fast.engine.backend import Request

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import random_latents, random_model
-from cpu_engines import SHAPES, Problem, engine_of, every_set, inverse
+from cpu_engines import SHAPES, Problem, engine_of, inverse
 from engines import GUIDED
+from instruction_sets import every_set
 from tolerances import BF16_BIAS, BF16_BITS, BF16_IMAGE, error_budget, max_error
 
 from tarflow_fast.checkpoints import load_pretrained

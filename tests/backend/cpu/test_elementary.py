@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from cpu_engines import every_set
+from instruction_sets import every_set
 from torch import Tensor
 
 from tarflow_fast.native import load_native

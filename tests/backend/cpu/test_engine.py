@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import random_latents, random_model
-from cpu_engines import SHAPES, Problem, engine_of, every_set, inverse
+from cpu_engines import SHAPES, Problem, engine_of, inverse
 from engines import GUIDED, expected
+from instruction_sets import every_set
 from tolerances import GOLDEN, assert_close
 
 from tarflow_fast.engine import Condition, Guidance

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cases import random_latents, random_model
-from cpu_engines import engine_of, every_set, inverse
+from cpu_engines import engine_of, inverse
+from instruction_sets import every_set
 
 from tarflow_fast.engine import Condition
 from tarflow_fast.native import load_native

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import random_latents, random_model
-from cpu_engines import engine_of, every_set, inverse
+from cpu_engines import engine_of, inverse
 from engines import GUIDED, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import every_set
 from torch import Tensor
 
 from tarflow_fast.engine import BlockState, Condition, Guidance
