@@ -11,6 +11,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def remarks() -> Iterator[Remarks]:
 
 
 MOST_PROCESSES = 8  # each of them imports torch, which takes longer than an eighth of the tests
+SLOW_CASES = Path(__file__).with_name("slow_cases.txt")
 SECONDS, SLOW_SECONDS = 120, 600  # that a test may take, on a machine that does other things as well
 
 
@@ -63,8 +65,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "worksteal"  # some tests take a hundred times as long as others
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sets limits of time, if pytest-timeout is there and `--timeout` does not give another."""
+    """Marks what is in slow_cases.txt as slow: cases of which an interpreter, an emulation or a process takes most of a
+    second, where others of the same test or file take little. Sets limits of time, if pytest-timeout is there and
+    `--timeout` does not give another."""
+    slow = set(SLOW_CASES.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
     if config.pluginmanager.hasplugin("timeout") and config.option.timeout is None:
         for item in items:
             item.add_marker(pytest.mark.timeout(SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS))

@@ -20,7 +20,8 @@ SETS = instruction_sets() if cpu_missing() is None else []
 def cases(sets: Sequence[str] = SETS, of: Callable[[str], Any] = str, name: Callable[[str], str] = str) -> list[Any]:
     """Returns parameters of sets, the best first: what `of` makes of each, under its `name`."""
     ends = (*sets[:1], *sets[-1:])
-    return [pytest.param(of(s), id=name(s), marks=[] if s in ends else [pytest.mark.slow]) for s in sets]
+    between = [pytest.mark.slow, pytest.mark.between]
+    return [pytest.param(of(s), id=name(s), marks=[] if s in ends else between) for s in sets]
 
 
 every_set = pytest.mark.parametrize("isa", cases())

@@ -24,4 +24,4 @@ export UBSAN_OPTIONS=print_stacktrace=1
 python -m pytest tests/backend/cpu tests/models/test_cpu_density.py tests/models/test_cpu_density_fallback.py \
   tests/engine/test_contract.py tests/engine/test_windows.py tests/backend/test_masked.py tests/sampling/test_masked.py \
   tests/test_spline.py tests/fused tests/data/test_png.py \
-  -k "(cpu or png) and not peak_memory" "$@"
+  -m "not slow or between" -k "(cpu or png) and not peak_memory" "$@"
