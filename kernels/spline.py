@@ -43,7 +43,16 @@ def _clip(p, BOUND: tl.constexpr):
 
 
 @triton.jit
-def _sizes(pointer, mask, BINS: tl.constexpr, BLOCK_K: tl.constexpr, LOW, HIGH, CLIP, LEAST, DIVISOR):
+def _wide(NUMBER: tl.constexpr):
+    """Returns the number in fp64; as it stands, `tl.where` and comparisons would round it to fp32."""
+    return tl.full([], NUMBER, tl.float64)
+
+
+@triton.jit
+def _sizes(
+    pointer, mask, BINS: tl.constexpr, BLOCK_K: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    CLIP: tl.constexpr, LEAST: tl.constexpr, DIVISOR: tl.constexpr,
+):  # fmt: skip
     """Returns the left and right ends of bins, their softmax and the derivative of the clip, (N, BLOCK_K) fp64 each.
 
     pointer, mask: (N, BLOCK_K), where the parameters are, and of which bins there are any.
@@ -55,8 +64,8 @@ def _sizes(pointer, mask, BINS: tl.constexpr, BLOCK_K: tl.constexpr, LOW, HIGH, 
     softmax = e / tl.sum(e, 1)[:, None]
     share = tl.where(k < BINS, LEAST + (1 - LEAST * BINS) * softmax, 0.0)
     right = LOW + (HIGH - LOW) * tl.cumsum(share, 1)
-    left = tl.where(k == 0, LOW, right - (HIGH - LOW) * share)
-    return left, tl.where(k == BINS - 1, HIGH, right), softmax, slope / DIVISOR
+    left = tl.where(k == 0, _wide(LOW), right - (HIGH - LOW) * share)
+    return left, tl.where(k == BINS - 1, _wide(HIGH), right), softmax, slope / DIVISOR
 
 
 @triton.jit
@@ -66,7 +75,7 @@ def _pick(block, here):
 
 
 @triton.jit
-def _derivative(pointer, mask, CLIP, LEAST, EXPONENTIAL: tl.constexpr):
+def _derivative(pointer, mask, CLIP: tl.constexpr, LEAST: tl.constexpr, EXPONENTIAL: tl.constexpr):
     """Returns the derivatives at knots and theirs by the parameters, (N,) fp64 each; 1 and 0 where there are none."""
     p, slope = _clip(tl.load(pointer, mask, other=0.0).to(tl.float64), CLIP)
     if EXPONENTIAL:
@@ -83,16 +92,18 @@ def _derivative(pointer, mask, CLIP, LEAST, EXPONENTIAL: tl.constexpr):
 
 
 @triton.jit
-def _between(x, LOW, HIGH):
+def _between(x, LOW: tl.constexpr, HIGH: tl.constexpr):
     """Returns x brought into the interval; a NaN stays one."""
-    x = tl.where(x < LOW, LOW, x)
-    return tl.where(x > HIGH, HIGH, x)
+    low, high = _wide(LOW), _wide(HIGH)
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
 
 
 @triton.jit
-def _at_least(x, LOW):
+def _at_least(x, LOW: tl.constexpr):
     """Returns the larger of x and LOW; a NaN stays one."""
-    return tl.where(x < LOW, LOW, x)
+    low = _wide(LOW)
+    return tl.where(x < low, low, x)
 
 
 @triton.jit
@@ -170,7 +181,8 @@ def spline_values(
         log = -log
     else:
         out = y0 + h * (h * theta * theta + w * d0 * theta * phi) / bottom
-    outside = (given < LOW) | (given > HIGH)
+    out = _between(out, LOW, HIGH)  # beyond it, where rounding alone leads, the way back has no value
+    outside = (given < _wide(LOW)) | (given > _wide(HIGH))
     out = tl.where(outside, given if TAILS else float("nan"), out)
     log = tl.where(outside, 0.0 if TAILS else float("nan"), log)
     return out, log
@@ -195,7 +207,9 @@ def _spline_kernel(
 
 
 @triton.jit
-def _size_gradient(pointer, mask, k, number, g0, g1, softmax, slope, BINS: tl.constexpr, SPAN, LEAST):
+def _size_gradient(
+    pointer, mask, k, number, g0, g1, softmax, slope, BINS: tl.constexpr, SPAN: tl.constexpr, LEAST: tl.constexpr
+):  # fmt: skip
     """Store the gradient of the parameters of sizes, from those g0, g1 of the left and right end of the bin `number`.
 
     The left end is the sum of the sizes before the bin; the right end has its own besides, unless it is the last.
@@ -217,9 +231,9 @@ def _spline_backward_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < n
     given = tl.load(value + row, inside, other=0.0).to(tl.float64)
-    outside = (given < LOW) | (given > HIGH)
+    outside = (given < _wide(LOW)) | (given > _wide(HIGH))
     x = tl.load((image if INVERSE else value) + row, inside, other=0.0).to(tl.float64)
-    x = _between(tl.where(outside, LOW, x), LOW, HIGH)
+    x = _between(tl.where(outside, _wide(LOW), x), LOW, HIGH)
     x0, _, w, h, d0, d1, number, x_softmax, y_softmax, x_slope, y_slope, s0, s1 = _bin(
         parameters, row, inside, x, BINS, LOW, HIGH, CLIP, MIN_WIDTH, MIN_HEIGHT, MIN_DERIVATIVE, DIVISOR,
         EXPONENTIAL, TAILS, False, BLOCK_K,

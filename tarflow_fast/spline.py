@@ -225,6 +225,7 @@ def spline(parameters: Tensor, value: Tensor, law: SplineLaw, *, inverse: bool =
     outside = (wide < law.low) | (wide > law.high)
     image, log_derivative = _within(torch.where(outside, law.low, wide), at, inverse)
     log_derivative = -log_derivative if inverse else log_derivative
+    image = image - (image - law.high).clamp_min(0).detach()  # rounding leads out, where it has no inverse
     if law.tails:
         image, log_derivative = torch.where(outside, wide, image), torch.where(outside, 0.0, log_derivative)
     else:

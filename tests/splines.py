@@ -13,7 +13,7 @@ LAWS = {
     "zuko": SplineLaw.zuko(8),
     "zuko, steep": SplineLaw.zuko(5, bound=2.0, slope=1e-4),
     "nflows": SplineLaw.nflows(10, 3.0),
-    "nflows, divided": SplineLaw.nflows(4, 1.0, divisor=6.0),
+    "nflows, divided": SplineLaw.nflows(4, 0.7, divisor=6.0),
     "nflows, no tails": SplineLaw.nflows(6, None),
     "normflows, one bin": SplineLaw.normflows(1),
     "circular": replace(SplineLaw.normflows(5), ends=True),

@@ -173,6 +173,7 @@ INLINE void spline_lanes(const SplineLaw& law, bool inverse, const T* parameters
   const vd both = theta * phi, squares = theta * theta + phi * phi;
   const vd bottom = h * squares + w * (d0 + d1) * both;
   vd out = inverse ? x0 + theta * w : y0 + h * (h * theta * theta + w * d0 * both) / bottom;
+  out = at_most(out, law.high);  // beyond it, where rounding alone leads, the way back has no value
   const vd ratio = h / bottom;
   vd log = log_wide(ratio * ratio * ((w * (d1 * theta * theta + d0 * phi * phi) + 2.0 * h * both) / w));
   if (inverse) log = -log;

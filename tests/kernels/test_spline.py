@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import KERNEL_DEVICE
@@ -99,6 +101,15 @@ def test_bins_without_size_do_no_harm(inverse: bool) -> None:
     got = through_triton(parameters, value, NO_LEAST_SIZE, inverse=inverse)
     assert got[0].abs().max() <= 2 + 1e-14
     assert got[1].isfinite().all()
+
+
+def test_the_end_comes_back() -> None:
+    """The image of the interval's end is not beyond it, however its terms are rounded."""
+    law = replace(LAWS["nflows, no tails"], low=-0.1, high=0.3)
+    parameters, _ = problem(law, 10.0, torch.float64, 400)
+    image, _ = through_triton(parameters, torch.full((400,), law.high, dtype=torch.float64, device=KERNEL_DEVICE), law)
+    assert (image <= law.high).all()
+    assert through_triton(parameters, image, law, inverse=True)[0].isfinite().all()
 
 
 def test_shapes() -> None:
