@@ -68,6 +68,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up tests need none, and these take most of the time that a pytest of its own needs to start."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # options of plugins
 
 
 def made_up_tests(folder: Path, *lines: str) -> Path:
