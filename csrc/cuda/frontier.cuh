@@ -31,12 +31,12 @@ struct Found {
   Shared<float> memory;  // 5 W + 1 floats
   int W;
 
-  DEVICE float change(int j) const { return load(memory, j); }
-  DEVICE float residual(int j) const { return load(memory, W + j); }
+  DEVICE Loaded<float> change(int j) const { return load(memory, j); }
+  DEVICE Loaded<float> residual(int j) const { return load(memory, W + j); }
   DEVICE bool bad(int j) const { return load(memory, 2 * W + j) > 0; }
-  DEVICE float size(int j) const { return larger(load(memory, 3 * W + j), 1.0f); }  // the guess's size, at least 1
+  DEVICE Loaded<float> size(int j) const { return load(memory, 3 * W + j); }  // of the guess, at least 1
   // How far token j had moved in the pass before; −1 is the token before the window.
-  DEVICE float before(int j) const { return load(memory, 4 * W + 1 + j); }
+  DEVICE Loaded<float> before(int j) const { return load(memory, 4 * W + 1 + j); }
   DEVICE void keep_before(int j, float moved) const { store(memory, 4 * W + 1 + j, moved); }
   DEVICE void keep(int j, const Moved& moved, float bad, float size) const {
     store(memory, j, moved.change);
@@ -51,6 +51,7 @@ struct Found {
 template <int WARPS>
 DEVICE void record(const Params& p, int sample, int front, int width, int kept, const Found& found) {
   constexpr float NEAR = 0.5f, FORGET = 0.9f;
+  constexpr int AT_ONCE = 4;
   const Global<float> trail(p.trail);
   const int64_t plane = static_cast<int64_t>(p.samples) * p.tokens;
   const int64_t first = static_cast<int64_t>(sample) * p.tokens + front;
@@ -61,10 +62,21 @@ DEVICE void record(const Params& p, int sample, int front, int width, int kept, 
   const int64_t moved = first + j, sensitivity = moved + plane, defect = sensitivity + plane, scale = defect + plane;
   const Loaded<float> shown_before = load(trail, sensitivity), scale_before = load(trail, scale);
   float reach = 0, size = 1;
-#pragma unroll 4
-  for (int i = 0; i <= j; i++) {
-    reach = larger(reach, found.before(i - 1));
-    size = larger(size, found.size(i));
+#pragma unroll 1
+  for (int begin = 0; begin <= j; begin += AT_ONCE) {
+    Loaded<float> moves[AT_ONCE] = {}, sizes[AT_ONCE] = {};
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      if (begin + u > j) continue;
+      moves[u] = found.before(begin + u - 1);
+      sizes[u] = found.size(begin + u);
+    }
+    instructions(4 * AT_ONCE);
+#pragma unroll
+    for (int u = 0; u < AT_ONCE; u++) {
+      reach = larger(reach, moves[u]);
+      size = larger(size, sizes[u]);
+    }
   }
   const float before = found.before(j), change = found.change(j), residual = found.residual(j);
   const bool finite = !found.bad(j);
@@ -95,7 +107,7 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
     for (int j = warp; j < width; j += WARPS) {
       const int64_t place = rows.place(begin, front + j);
       Moved moved;
-      float bad = 0, size = 0;
+      float bad = 0, size = 1;
       const auto before = [&](int d) { return load(x, place * D + d); };
       const float log_det =
           next_token(p, rows, begin + j, front + j - 1, before, [&](int, float value, float xa, float old) {
@@ -110,13 +122,18 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
       found.keep(j, {most[0], most[1]}, most[2], most[3]);
     }
     sync_block();
-    int kept = 0;
-    float residual = 0;
+    int kept = 0;  // by each warp, whose lanes take a token each
 #pragma unroll 1
-    for (; kept < width; kept++) {
-      const float least = p.tol > 0 ? larger(p.tol, p.stream * found.size(kept)) : 0.0f;
-      if (!(found.change(kept) <= least)) break;
-      residual = larger(residual, found.residual(kept));
+    for (int first = 0, stay = 32; first < width && stay == 32; first += 32) {
+      const int j = first + lane;
+      Loaded<float> change = {}, size = {};
+      if (j < width) {
+        change = found.change(j);
+        size = found.size(j);
+      }
+      const float least = p.tol > 0 ? larger(p.tol, p.stream * size) : 0.0f;
+      stay = first_lane(j >= width || !(change <= least));
+      kept += stay;
     }
     const bool failed = kept < width && found.bad(kept);
 #pragma unroll 1
@@ -134,10 +151,15 @@ DEVICE void advance(const Params& p, const Rows& rows, Shared<float> memory) {
       for (int i = thread(); i < count; i += WARPS * 32) store(x, first + i, NAN);
     }
     record<WARPS>(p, sample, front, width, kept, found);
-    if (thread() > 0) continue;
+    if (warp > 0) continue;
+    float residual[1] = {};
+#pragma unroll 1
+    for (int j = lane; j < kept; j += 32) residual[0] = larger(residual[0], found.residual(j));
+    largest_lane(residual);
+    if (lane > 0) continue;
     store(reached, sample, failed ? p.tokens : kept < width ? front + kept + 1 : front + width);
     store(evaluations, sample, load(evaluations, sample) + width);
-    store(residuals, sample, larger(load(residuals, sample), residual));
+    store(residuals, sample, larger(load(residuals, sample), residual[0]));
   }
 }
 

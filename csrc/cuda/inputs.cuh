@@ -107,25 +107,38 @@ DEVICE void stage_normed(const Stream& stream, const Scratch<T>& scratch, int fi
   }
 }
 
-// Returns the sum of a value over the block's threads, in the order of its warps. memory: (WARPS,), which nobody else
-// reads or writes before the next sync_block.
+// The mean of a row's channels, and the sum of the squares of what they differ by from it.
+struct Spread {
+  float mean, squares;
+};
+
+// Returns the spread of a row of so many channels, of which each warp has some: their number, their sum, and the sum of
+// the squares of what they differ by from their own mean. It is added up in the order of warps (Chan, Golub and LeVeque,
+// 1983). memory: (WARPS, 4), which nobody else reads or writes before the next sync_block.
 template <int WARPS>
-DEVICE float sum_block(float value, Shared<float> memory, int at) {
-  value = sum_lanes(value);
-  if (thread() % 32 == 0) store(memory, at + thread() / 32, value);
+DEVICE Spread spread_of_block(float count, float sum, float squares, int channels, Shared<float> memory) {
+  if (thread() % 32 == 0)
+    store_vector(memory, thread() / 32 * 4, Vector<float, 4>{count, sum, count > 0 ? sum / count : 0.0f, squares});
   sync_block();
-  Loaded<float> of[WARPS];
+  Vector<float, 4> of[WARPS];
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) of[w] = load(memory, at + w);
-  float sum = 0;
+  for (int w = 0; w < WARPS; w++) of[w] = load_vector<4>(memory, w * 4);
+  instructions(5 * WARPS);
+  Spread all{0, 0};
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) sum += of[w];
-  return sum;
+  for (int w = 0; w < WARPS; w++) all.mean += of[w].at[1];
+  all.mean /= channels;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    const float off = of[w].at[2] - all.mean;
+    all.squares += of[w].at[3] + of[w].at[0] * off * off;
+  }
+  return all;
 }
 
 // Adds up the residual stream into h, and sends its norms, or itself without `normed`, in the weights' type, to rows of
 // `norms` from `to` on. This is done once for all blocks, which have rows of their own: many rows are then read in half
-// the bytes. memory: (2 WARPS + C',).
+// the bytes. memory: (4 WARPS + C',).
 template <int WARPS, class T>
 DEVICE void send_norms(const Stream& stream, const Rows& rows, bool normed, int to, Shared<float> memory) {
   const Params& p = stream.p;
@@ -143,9 +156,9 @@ DEVICE void send_norms(const Stream& stream, const Rows& rows, bool normed, int 
       const int tile = divide(spot, parts) * EACH + EACH - 1;
       await_sent<4>(sent, rest, stream.rest_at(spot & (parts - 1), row) + ((tile < last ? tile : last) + 1) * TILE - 4);
     }
-    if (spots) sync_block();
+    if (spots || row != block()) sync_block();  // all warps have read what is known of the row before
     section(NORM);
-    float mean = 0, scale = 0;
+    float count_sum[2] = {};  // of this lane's channels, then of the warp's
 #pragma unroll 1
     for (int begin = thread() / 32 * 128; begin < width; begin += WARPS * 128) {
       const int k = begin + thread() % 32 * 4;
@@ -164,24 +177,29 @@ DEVICE void send_norms(const Stream& stream, const Rows& rows, bool normed, int 
         empty<4>(rest, place(i));
       }
       if (parts) store_vector(h, stream.at(row) + k, v);
-      store_vector(memory, 2 * WARPS + k, v);
-      mean += (v.at[0] + v.at[1]) + (v.at[2] + v.at[3]);  // the values beyond the channels are 0
+      store_vector(memory, 4 * WARPS + k, v);
+      count_sum[0] += k + 4 < p.channels ? 4 : k < p.channels ? p.channels - k : 0;
+      count_sum[1] += (v.at[0] + v.at[1]) + (v.at[2] + v.at[3]);  // the values beyond the channels are 0
     }
+    float less = 0, by = 1;
     if (normed) {
-      mean = sum_block<WARPS>(mean, memory, 0) / p.channels;
+      sum_lanes(count_sum);
+      const float mean = count_sum[0] > 0 ? count_sum[1] / count_sum[0] : 0.0f;
+      float squares = 0;
 #pragma unroll 1
       for (int k = thread() * 4; k < width; k += WARPS * 128) {
-        const Vector<float, 4> v = load_vector<4>(memory, 2 * WARPS + k);
+        const Vector<float, 4> v = load_vector<4>(memory, 4 * WARPS + k);
         instructions(12);
         for (int i = 0; i < 4; i++)
-          if (k + i < p.channels) scale += (v.at[i] - mean) * (v.at[i] - mean);
+          if (k + i < p.channels) squares += (v.at[i] - mean) * (v.at[i] - mean);
       }
-      scale = sum_block<WARPS>(scale, memory, WARPS);
+      const Spread found = spread_of_block<WARPS>(count_sum[0], count_sum[1], sum_lanes(squares), p.channels, memory);
+      less = found.mean;
+      by = 1 / sqrtf(found.squares / p.channels + 1e-5f);
     }
-    const float by = normed ? 1 / sqrtf(scale / p.channels + 1e-5f) : 1.0f, less = normed ? mean : 0.0f;
 #pragma unroll 1
     for (int k = thread() * 4; k < width; k += WARPS * 128) {
-      const Vector<float, 4> v = load_vector<4>(memory, 2 * WARPS + k);
+      const Vector<float, 4> v = load_vector<4>(memory, 4 * WARPS + k);
       Vector<T, 4> y;
       for (int i = 0; i < 4; i++) y.at[i] = from_float<T>(k + i < p.channels ? (v.at[i] - less) * by : 0.0f);
       send_vector(norms, stream.at(to + row) + k, y);
@@ -219,31 +237,36 @@ DEVICE void stage_ready(const Buffer& buffer, int columns, const Scratch<T>& scr
 }
 
 // Columns [k0, k0 + k) of a buffer that others send, of `width` columns. sent: whether they do. by_rows: whether they
-// send whole rows, or else tiles of columns, of which the last row is the last.
+// send whole rows, or else tiles of columns, of which the last row is the last. With the first share of the columns all of
+// them are awaited.
 template <int WARPS, class T>
 DEVICE void stage_sent(bool sent, const Buffer& buffer, int width, bool by_rows, const Scratch<T>& scratch, int first,
-                       int count, int k0, int k) {
-  constexpr int V = 16 / sizeof(T), AT_ONCE = 12, STRIDE = WARPS * 32;
+                       int count, int k0, int k, Share share) {
+  constexpr int V = 16 / sizeof(T), AT_ONCE = 12;
   const Global<T> from(buffer);
-  const int vectors = k / V, step_rows = divide(STRIDE, vectors), step = STRIDE - step_rows * vectors;
-  int row = divide(thread(), vectors), column = thread() - row * vectors;
+  const int half = first_half(k / TILE) * TILE, first_thread = share == REST ? MULTIPLIERS<4, WARPS> * 32 : 0;
+  const int begins = share == REST ? half : 0, ends = share == FIRST ? half : k, threads = WARPS * 32 - first_thread;
+  const int vectors = (ends - begins) / V, step_rows = divide(threads, vectors), step = threads - step_rows * vectors;
+  int row = divide(thread() - first_thread, vectors), column = thread() - first_thread - row * vectors;
   const auto at = [&](int row, int column) -> int64_t {
     return row >= 0 && row < count ? static_cast<int64_t>(first + row) * width + k0 + column * V : -1;
   };
-  section(AWAIT);
-  const int spots = by_rows ? count : k / TILE;
+  if (share != REST) {
+    section(AWAIT);
+    const int spots = by_rows ? count : k / TILE;
 #pragma unroll 1
-  for (int spot = thread(); spot < spots; spot += STRIDE)  // what each sender sends last
-    await_sent<V>(sent, from, by_rows ? at(spot, vectors - 1) : at(count - 1, (spot + 1) * (TILE / V) - 1));
-  sync_block();
-  section(STAGING);
+    for (int spot = thread(); spot < spots; spot += WARPS * 32)  // what each sender sends last
+      await_sent<V>(sent, from, by_rows ? at(spot, k / V - 1) : at(count - 1, (spot + 1) * (TILE / V) - 1));
+    sync_block();
+    section(STAGING);
+  }
 #pragma unroll 1
-  for (int begin = 0; begin < count * vectors; begin += AT_ONCE * STRIDE) {
+  for (int begin = 0; begin < count * vectors; begin += AT_ONCE * threads) {
     Vector<T, V> values[AT_ONCE];
     int places[AT_ONCE];  // row and column in one register
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      places[u] = row << 16 | column;
+      places[u] = row << 16 | (begins / V + column);
       row += step_rows;
       column += step;
       if (column >= vectors) {

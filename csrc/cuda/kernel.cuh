@@ -34,21 +34,22 @@ struct Pass {
   Shared<int> work;
   Scratch<T> scratch;
   Shared<float> parts;  // of the attention, or what a parallel pass found; in the place of `scratch`
+  Shared<T> keys;  // of windows, in the same memory
   Shared<float> biases;  // of all tiles of this block: no load of them is to wait behind the weights
   Ring<T, WARPS> ring;
-  int tile = 0;  // the number of this block's next tile since the token's first one
   int turn = 0;  // which half of the memory that others read is used until the next barrier; 0 where nothing is sent
+  int since = 0;  // the groups of weights that were asked for in the last meanwhile
 
   // Stages the input of a phase's product. begin: the first token of a pass is there; the others follow from
   // parameters.
-  DEVICE void stage(Phase phase, int layer, bool begin, int first, int count, int k0, int k) {
+  DEVICE void stage(Phase phase, int layer, bool begin, int first, int count, int k0, int k, Share share) {
     if (phase == EMBED) return stage_tokens<WARPS>(p, rows, scratch, first, count, begin, has_first(first));
     if constexpr (SENDS) {
       // LayerNorm and the sum of the attention's parts are never left out.
       const bool sent = phase == FC2 ? sends(p, FC1) : phase != PROJ || p.merges || sends(p, ATTENTION);
       const Buffer& from = phase == PROJ ? p.attended : phase == FC2 ? p.hidden : p.norms;
       const int side = phase == FC1 ? 2 + turn : turn, width = whole_tiles(phase == FC2 ? p.hidden_dim : p.channels);
-      stage_sent<WARPS>(sent, from, width, phase != FC2, scratch, side * MOST_ROWS + first, count, k0, k);
+      stage_sent<WARPS>(sent, from, width, phase != FC2, scratch, side * MOST_ROWS + first, count, k0, k, share);
     } else if (phase == FC2) {
       stage_ready<WARPS>(p.hidden, p.hidden_dim, scratch, first, count, k0, k);
     } else if (phase == PROJ && (p.splits == 1 || p.merges)) {
@@ -150,7 +151,7 @@ struct Pass {
   DEVICE void attention(int layer) {
     section(ATTEND);
     if constexpr (WINDOWS)
-      if (p.tiles) return attend_windows<T, WARPS, SENDS>(p, rows, layer, turn, parts);
+      if (p.tiles) return attend_windows<T, WARPS, SENDS>(p, rows, layer, turn, parts, keys, since);
     constexpr int V = 16 / sizeof(T);
     if (p.head_dim % V == 0)
       attend<T, V, WARPS, SENDS>(p, rows, layer, turn, parts);
@@ -166,12 +167,12 @@ struct Pass {
       return;
     }
     const Linear of = linear_of(p, phase, layer);
-    const int first = phase == EMBED ? 0 : tile;
-    tile = first + load(work, 2 * of.index + 1);
     if (skipped) return skip(p, of, ring, work);
-    linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch, biases, first,
-                      [&](int first, int count, int k0, int k) { stage(phase, layer, begin, first, count, k0, k); },
-                      [&](int part, int n, int row) { return before(phase, layer, part, n, row); },
+    const bool shares = SENDS && phase != EMBED;
+    linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch, biases, shares,
+                      [&](int first, int count, int k0, int k, Share share) {
+      stage(phase, layer, begin, first, count, k0, k, share);
+    }, [&](int part, int n, int row) { return before(phase, layer, part, n, row); },
                       [&](int part, int n, int row, float y, const LoadedStream& loaded) {
       finish(phase, layer, part, n, row, y, loaded);
     });
@@ -181,18 +182,18 @@ struct Pass {
   DEVICE void end(Phase after, int layer) {
     const auto meanwhile = [&] {
       if (p.sums_in_slots) ring.release();  // the sums have been read
-      if (SENDS)
-        ring.fill_some(after == PHASES || after == ATTENTION ? 2 : 1);
-      else
-        ring.fill();
+      if constexpr (WINDOWS)
+        if (p.tiles && after == QKV && !(p.skip_phases >> ATTENTION & 1)) copy_window<T, WARPS>(p, rows, layer, keys);
+      since = SENDS ? ring.fill_some(after == PHASES || after == ATTENTION ? 2 : 1) : ring.fill();
+      const int of_layer = after == FC1 ? layer + 1 : layer;  // after proj others may still wait for memory
+      const bool early = after == EMBED || after == FC1;
+      if (!(early || after == QKV) || of_layer == p.layers) return;
       if constexpr (WINDOWS)
         if (p.tiles) {
-          if (after == QKV) prefetch_window<T, WARPS>(p, rows, layer);
+          if (early) prefetch_window<T, WARPS>(p, rows, of_layer);
           return;
         }
-      const int of_layer = after == FC1 ? layer + 1 : layer;  // after proj others may still wait for memory
-      if ((after == EMBED || after == FC1 || after == QKV) && of_layer < p.layers)
-        prefetch_keys<T, WARPS>(p, rows, of_layer, after != QKV);
+      prefetch_keys<T, WARPS>(p, rows, of_layer, early);
     };
     if constexpr (SENDS) {
       if (after != EMBED && after != QKV && after != PROJ_OUT) {
@@ -265,20 +266,22 @@ struct Pass {
     }
   }
 
+  // Returns how many tokens, or passes, are done.
+  DEVICE int steps() const { return rows.next + 1 - p.start; }
+
   DEVICE void run() {
-    int passes = 0;
     ring.fill();
     if constexpr (SENDS) begin_turns();
 #pragma unroll 1
     for (bool begin = true;; begin = p.mode == FRONTIER) {
-      if (p.mode == FRONTIER && (passes == p.max_passes || !look<WARPS>(p, rows))) break;
+      if (p.mode == FRONTIER && (steps() == p.max_passes || !look<WARPS>(p, rows))) break;
       if constexpr (WINDOWS)
         if (p.tiles) count_keys<WARPS>(p, rows);
       step(begin);
-      passes++;
       section(PHASES, UPDATE);
       if (p.mode == FRONTIER) {
         advance<WARPS>(p, rows, parts);
+        rows.next++;
         grid.sync([&] { ring.fill(); });
       } else if (p.mode == FIXED_POINT || rows.next + 2 >= p.stop) {
         update<WARPS>(p, rows);
@@ -287,16 +290,16 @@ struct Pass {
         rows.next++;
       }
     }
-    if (p.mode == FRONTIER && block() == 0 && thread() == 0) store(Global<int>(p.passes), 0, passes);
+    if (p.mode == FRONTIER && block() == 0 && thread() == 0) store(Global<int>(p.passes), 0, steps());
     ring.drain();
   }
 };
 
-// Finds the tiles: runs of at most 16 positions of one sample.
+// Finds the tiles: runs of at most WINDOW_ROWS positions of one sample.
 DEVICE void find_tiles(const Params& p, Shared<int> tiles) {
   int count = 0, first = 0;
   for (int i = 0; i <= p.positions; i++) {
-    if (i > 0 && i < p.positions && i - first < TILE && p.sample[i] == p.sample[first]) continue;
+    if (i > 0 && i < p.positions && i - first < WINDOW_ROWS && p.sample[i] == p.sample[first]) continue;
     store(tiles, count++, i);
     first = i;
   }
@@ -307,13 +310,14 @@ DEVICE void find_tiles(const Params& p, Shared<int> tiles) {
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   const int positions = divide_up(4 * (MOST_ROWS + 3 * p.tiles + 1), 16) * 16;  // bytes of tokens and tiles
-  const int layers = 4 * p.layers + 2, tables = divide_up(positions + 8 * (layers + p.most_jobs), 16) * 16;
+  const int layers = 4 * p.layers + 2, jobs_bytes = positions + divide_up(12 * layers, 16) * 16;
+  const int tables = divide_up(jobs_bytes + 8 * p.most_jobs, 16) * 16;
   const int work_bytes = tables + 4 * TILE * p.bias_tiles;
   const Shared<int> tokens = shared<int>(0, MOST_ROWS), tiles = shared<int>(4 * MOST_ROWS, 3 * p.tiles + 1);
-  const Shared<int> work = shared<int>(positions, 2 * layers);
-  const Shared<int> jobs = shared<int>(positions + 8 * layers, 2 * p.most_jobs);
+  const Shared<int> work = shared<int>(positions, 3 * layers);
+  const Shared<int> jobs = shared<int>(jobs_bytes, 2 * p.most_jobs);
   const Shared<float> biases = shared<float>(tables, p.bias_tiles * TILE);
-  const int sums = p.sums_in_slots ? 0 : ABREAST<NT, T> * NT * WARPS * 128, stride = p.staged_k + 8;
+  const int sums = p.sums_in_slots ? 0 : ABREAST<NT, T> * NT * MULTIPLIERS<NT, WARPS> * 128, stride = p.staged_k + 8;
   const int product_bytes = 4 * sums + p.staged_rows * stride * static_cast<int>(sizeof(T));
   const int alone = WARPS * part_floats(p.head_dim), together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0;
   const int needed = 4 * (alone > together ? alone : together);
@@ -325,16 +329,17 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   for (int i = thread(); i < p.positions; i += WARPS * 32) store(tokens, i, p.token[i]);
   if (thread() == 0 && p.tiles) find_tiles(p, tiles);
   for (int i = thread(); i < 2 * layers; i += WARPS * 32)
-    store(work, i, constant(Global<const int>(p.work), (i / 2 * blocks() + block()) * 2 + i % 2));
+    store(work, i / 2 * 3 + i % 2, constant(Global<const int>(p.work), (i / 2 * blocks() + block()) * 2 + i % 2));
   for (int i = thread(); i < 2 * p.most_jobs; i += WARPS * 32)
     store(jobs, i, constant(Global<const int>(p.jobs), block() * p.most_jobs * 2 + i));
   // Rows that no token fills are multiplied too, and columns beyond a layer's own.
   for (int i = thread(); i < p.staged_rows * stride; i += WARPS * 32) store(scratch.staged, i, from_float<T>(0.0f));
   sync_block();
-  for (int i = 0, tile = 0; i < layers && p.bias_tiles; i++) {
+  for (int i = 0, tile = 0; i < layers; i++) {
     const Linear layer = linear_at(p, i);
-    const int first = load(work, 2 * i), count = load(work, 2 * i + 1);
-    for (int j = thread(); j < count * TILE; j += WARPS * 32) {
+    const int first = load(work, 3 * i), count = load(work, 3 * i + 1);
+    if (thread() == 0) store(work, 3 * i + 2, tile);
+    for (int j = thread(); j < count * TILE && p.bias_tiles; j += WARPS * 32) {
       const Unit unit(layer, first + j / TILE);
       if (unit.part > 0) continue;  // the other parts have none
       store(biases, tile * TILE + j,
@@ -343,10 +348,15 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
     tile += count;
   }
   sync_block();
-  Pass<T, NT, WARPS> pass{p,       {p, tokens, tiles, p.start - 1},
-                          Grid(p), work,
-                          scratch, shared<float>(work_bytes, shared_bytes / 4),
-                          biases,  {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
+  Pass<T, NT, WARPS> pass{p,
+                          {p, tokens, tiles, p.start - 1},
+                          Grid(p),
+                          work,
+                          scratch,
+                          shared<float>(work_bytes, shared_bytes / 4),
+                          shared<T>(work_bytes, p.room * 2 * WINDOW_ROW),
+                          biases,
+                          {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
   pass.run();
 }
 

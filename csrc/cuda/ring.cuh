@@ -16,15 +16,15 @@ class Ring {
   DEVICE Ring(const Params& p, Shared<T> memory, Shared<int> jobs)
       : p_(p), memory_(memory), jobs_(jobs), held_(load(jobs, 1) == 0 ? p.slots : 0) {}
 
-  // Fetches into the slots that are free.
-  DEVICE void fill() {
-    while (ahead_ + held_ < p_.slots) fetch();
-  }
+  // Fetches into the slots that are free. Returns their number, that of the groups of copies.
+  DEVICE int fill() { return fill_some(p_.slots); }
 
   // Fetches into so many slots, if they are free. Where the L2 cache is the bound, all that are free would come in the way
   // of what is sent next.
-  DEVICE void fill_some(int count) {
-    for (int i = 0; i < count && ahead_ + held_ < p_.slots; i++) fetch();
+  DEVICE int fill_some(int count) {
+    int i = 0;
+    for (; i < count && ahead_ + held_ < p_.slots; i++) fetch();
+    return i;
   }
 
   // Returns the next slot's first element when this thread's part of it has come. After sync_block all of it can be read.

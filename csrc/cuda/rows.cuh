@@ -13,7 +13,7 @@ struct Rows {
   Shared<int> tokens;  // the token of each position, except for SEQUENTIAL, where it is `next` for all
   // With `tiles`: the first position of each, and the number of positions; then the most and the fewest keys of each.
   Shared<int> tiles;
-  int next;
+  int next;  // one more with each token, or pass
 
   DEVICE int count() const { return p.positions * p.branches; }
   DEVICE int branch(int row) const { return row >= p.positions; }  // there are two at most, and no division is cheap
@@ -26,6 +26,10 @@ struct Rows {
   DEVICE int64_t cached(int layer, int which, int row, int head) const {
     const int64_t rows = static_cast<int64_t>(p.branches) * p.samples;
     return (((2 * layer + which) * rows + cache_row(row)) * p.heads + head) * p.tokens * p.head_dim;
+  }
+  // Returns how far a value lies after its key.
+  DEVICE int64_t value_after_key() const {
+    return static_cast<int64_t>(p.branches) * p.samples * p.heads * p.tokens * p.head_dim;
   }
   // Returns the index in (samples, T) of token `token` of the sample at a position.
   DEVICE int64_t place(int position, int token) const {

@@ -178,8 +178,8 @@ class CudaEngine(EngineBase):
         # The most parts of the attention in any launch. Planning them all also shows that each fits in shared memory.
         alone = max(n * self.plan(n).splits for n in range(1, MOST_ROWS + 1))
         together = 0
-        if attends_together(self.shape, dtype):  # in tiles that are half full at least
-            rows_of = {tiles: min(tiles * TILE_ROWS, MOST_ROWS) for tiles in range(1, 2 * MOST_ROWS // TILE_ROWS + 1)}
+        if attends_together(self.shape, dtype):  # in tiles of 8 rows at least
+            rows_of = {tiles: min(tiles * TILE_ROWS, MOST_ROWS) for tiles in range(1, MOST_ROWS // 8 + 1)}
             together = max(rows * self.plan(rows, tiles).splits for tiles, rows in rows_of.items())
         self._most_parts = max(alone, together) * self.shape.heads
 

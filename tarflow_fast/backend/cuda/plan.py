@@ -29,8 +29,8 @@ NORMED_ROWS = 16  # rows that each block normalises for itself; those of more ta
 GROUP_ROWS = 32  # rows of a group, for which a tile of outputs is a unit of work
 MOST_HALVINGS = {NORMED_ROWS: 1, GROUP_ROWS: 3, MOST_ROWS: 2}  # of the inputs of proj and fc2, for at most so many rows
 LEAST_K_TILES = 8  # tiles of inputs that are worth a block of their own: one for each warp, or three with two groups
-TILE_ROWS = 16  # positions of a sample that attend together, see window.cuh
-WINDOW_HEAD, WINDOW_ROW = 64, 68  # the head_dim that this is for, and what a row takes of shared memory, in floats
+TILE_ROWS = 32  # positions of a sample that attend together, see window.cuh
+WINDOW_HEAD, WINDOW_ROW = 64, 72  # the head_dim that this is for, and what a row takes of shared memory, in floats
 PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys
 
 
@@ -66,6 +66,7 @@ class Plan:
     merges: bool
     splits: int
     least_keys: int
+    room: int
     shared_bytes: int
 
 
@@ -193,15 +194,16 @@ def attends_together(shape: BlockShape, dtype: torch.dtype) -> bool:
 
 
 def count_tiles(shape: BlockShape, dtype: torch.dtype, samples: Sequence[int], branches: int) -> int:
-    """Returns the number of tiles of a parallel pass, runs of at most 16 positions of one sample, or 0 where each row
-    attends alone: where heads are not those that tiles are for, or tiles would be more than half empty.
+    """Returns the number of tiles of a parallel pass, runs of at most 32 positions of one sample, or 0 where each row
+    attends alone: where heads are not those that tiles are for, or products of 16 rows would be more than half empty.
 
     samples: the sample of each position.
     """
     if not attends_together(shape, dtype) or len(samples) * branches <= 8:
         return 0
-    tiles = sum(-(-len(list(run)) // TILE_ROWS) for _, run in groupby(samples))
-    return tiles if len(samples) >= tiles * TILE_ROWS // 2 else 0
+    runs = [len(list(run)) for _, run in groupby(samples)]
+    products = sum(-(-run // TILE) for run in runs)
+    return sum(-(-run // TILE_ROWS) for run in runs) if len(samples) >= products * TILE // 2 else 0
 
 
 def make_plan(
@@ -228,19 +230,23 @@ def make_plan(
     """
     slot_k, size = slot_inputs(shape), dtype.itemsize
     layers = 4 * shape.layers + 2
-    together = warps * TILE_ROWS * WINDOW_ROW if tiles else 0
+    together = warps * TILE * WINDOW_ROW if tiles else 0
     parts = max(warps * (whole(shape.head_dim, 4) + 4), together)
-    tables = whole(whole(4 * (MOST_ROWS + 3 * tiles + 1), 16) + 8 * (layers + jobs), 16)
+    tables = sum(whole(each, 16) for each in (4 * (MOST_ROWS + 3 * tiles + 1), 12 * layers, 8 * jobs))
     slot = slot_k * TILE * size
     group_rows = rows if rows <= GROUP_ROWS else whole(-(-rows // 2), 8)
     sums = {8: 2, 16: 1}.get(most_rows, 3) if size == 2 else 1  # ABREAST in linear.cuh
-    tile_sums = 4 * (min(most_rows, GROUP_ROWS) // 8 * warps * 128)
+    multipliers = warps if most_rows <= NORMED_ROWS else max(warps // 2, 1)  # MULTIPLIERS
+    tile_sums = 4 * (min(most_rows, GROUP_ROWS) // 8 * multipliers * 128)
     in_slots = most_rows > NORMED_ROWS and tile_sums <= slot  # where there are slots to gain
 
+    def working(staged_rows: int, staged_k: int) -> int:
+        """Returns the bytes of a product's sums and inputs, where the attention's parts and keys lie in their turn."""
+        return max((0 if in_slots else tile_sums * sums) + staged_rows * (staged_k + 8) * size, 4 * parts)
+
     def taken(staged_rows: int, staged_k: int, bias_tiles: int) -> int:
-        """Returns the bytes of all but the ring. The attention's parts lie where a product has its sums and inputs."""
-        product = (0 if in_slots else tile_sums * sums) + staged_rows * (staged_k + 8) * size
-        return tables + 4 * TILE * bias_tiles + max(product, 4 * parts)
+        """Returns the bytes of all but the ring."""
+        return tables + 4 * TILE * bias_tiles + working(staged_rows, staged_k)
 
     # All inputs of a part for all rows of a group; or those of a slot; or those for some rows. Biases go before any of
     # these does.
@@ -276,5 +282,6 @@ def make_plan(
         merges=splits > 1 and rows > MERGED_ROWS,
         splits=splits,
         least_keys=LEAST_KEYS,
+        room=working(staged_rows, staged_k) // (2 * WINDOW_ROW * size) if tiles else 0,
         shared_bytes=taken(*choice) + count * slot,
     )

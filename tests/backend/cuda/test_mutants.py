@@ -73,8 +73,20 @@ MUTANTS = {  # file, text, instead, what is found
     ),
     "no sync after a copy": (
         "linear.cuh",
-        "        sync_block();\n        if constexpr (NT > 2)",
-        "        if constexpr (NT > 2)",
+        "        sync_block();\n        const auto multiply_k",
+        "        const auto multiply_k",
+        "race on shared memory",
+    ),
+    "no sync before the rest of the inputs": (
+        "linear.cuh",
+        "if (share == REST) sync_block();",
+        "",
+        "race on shared memory|sync_block",
+    ),
+    "no sync between two rows": (
+        "inputs.cuh",
+        "if (spots || row != block()) sync_block();",
+        "if (spots) sync_block();",
         "race on shared memory",
     ),
     "a copy not waited for": (
