@@ -20,6 +20,9 @@ constexpr float NO_KEYS = 1 << 30;  // the fewest keys where no row has any
 // that read them together in different banks.
 constexpr int WINDOW_ROW = WINDOW_HEAD + 8;
 
+// Returns how many parts the work of a layer has.
+DEVICE int window_parts(const Params& p) { return p.tiles * p.branches * p.heads * p.splits; }
+
 // A part of the work: some keys [first, last) of the rows of a tile, in one branch and head. row: the first one. known: how
 // many keys no row of the pass makes. least: the fewest of any row.
 struct WindowPart {
@@ -117,7 +120,7 @@ struct WindowKeys {
 // Asks for the keys and values of this block's first part that are known: before they are copied.
 template <class T, int WARPS>
 DEVICE void prefetch_window(const Params& p, const Rows& rows, int layer) {
-  if (block() >= p.tiles * p.branches * p.heads * p.splits) return;
+  if (block() >= window_parts(p)) return;
   const WindowPart part(p, rows, block());
   const Global<T> cache(p.keys_values);
   const int64_t keys = rows.cached(layer, 0, part.row, part.head), between = rows.value_after_key();
@@ -132,7 +135,7 @@ DEVICE void prefetch_window(const Params& p, const Rows& rows, int layer) {
 // Copies of them what there is memory for.
 template <class T, int WARPS>
 DEVICE void copy_window(const Params& p, const Rows& rows, int layer, Shared<T> memory) {
-  if (block() >= p.tiles * p.branches * p.heads * p.splits) return;
+  if (block() >= window_parts(p)) return;
   const WindowKeys<T, WARPS> of(p, rows, layer, block(), memory);
   for (int i = 0; i < 2; i++) {
     of.copy(i, 0, of.part.known);
@@ -150,7 +153,7 @@ DEVICE void attend_windows(const Params& p, const Rows& rows, int layer, int tur
   const Global<float> partials(p.partials);
   const Global<T> queries(p.queries);
   const int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4;
-  const int width = whole_tiles(p.channels), parts = p.tiles * p.branches * p.heads * p.splits;
+  const int width = whole_tiles(p.channels), parts = window_parts(p);
 #pragma unroll 1
   for (int index = block(); index < parts; index += blocks()) {
     const WindowKeys<T, WARPS> of_part(p, rows, layer, index, keys_memory);

@@ -16,7 +16,7 @@ from tarflow_fast.backend.cuda.engine import CudaEngine
 from tarflow_fast.engine import Condition, Guidance
 from tarflow_fast.errors import ArgumentError
 from tarflow_fast.solvers.frontier import Frontier
-from tarflow_fast.solvers.trail import SENSITIVITY, Trail
+from tarflow_fast.solvers.trail import SCALE, SENSITIVITY, Trail
 
 
 def by_the_host(frontier: Frontier, window: int, most: int = 1000) -> int:
@@ -48,6 +48,8 @@ def test_the_frontier_on_the_device_is_the_hosts(guidance: Guidance, tol: float,
         trails = [of.trail.values.nan_to_num(posinf=0) for of in (frontier, wanted)]
         if most == 5 or tol:
             assert_close(*trails, 2e-3)
+        else:
+            assert_close(trails[0][:SCALE], trails[1][:SCALE], 0.2)  # the scale is a quotient of two roundings then
     assert sum(moved) == model.config.num_patches - 1
     assert frontier.reached == wanted.reached
     assert frontier.evaluations == wanted.evaluations
@@ -76,7 +78,7 @@ def test_a_frontier_may_stop_and_go_on() -> None:
 
 @pytest.mark.parametrize("patch", [5, 11, 15])
 def test_tokens_of_any_size(patch: int) -> None:
-    """Of as many values as the lanes of a token take in one round, or more, or those of a warp do."""
+    """Of fewer values than a warp takes in one round, or more."""
     model = random_model(6, img_size=3 * patch, patch_size=patch)
     engine, z = engine_of(model), random_latents(model, 2)
     states = [engine.begin(z, Condition()) for _ in range(2)]
@@ -84,10 +86,9 @@ def test_tokens_of_any_size(patch: int) -> None:
     assert frontier.run(5) == by_the_host(wanted, 5)
     assert_close(states[0].x, states[1].x, GOLDEN)
     assert_close(states[0].token_log_det, states[1].token_log_det, GOLDEN)
-    scale = wanted.trail.values.nan_to_num(posinf=0).abs().clamp(min=1)
-    assert_close(
-        frontier.trail.values.nan_to_num(posinf=0) / scale, wanted.trail.values.nan_to_num(posinf=0) / scale, 2e-3
-    )
+    got, trail = (of.trail.values.nan_to_num(posinf=0) for of in (frontier, wanted))
+    scale = trail.abs().clamp(min=1)
+    assert_close(got / scale, trail / scale, 2e-3)
     engine.reverse(states[0])
     assert_close(states[0].x, expected(model, 0, z, Condition())[0], GOLDEN)
 
