@@ -43,12 +43,13 @@ def compiler_missing() -> str | None:
 
 
 @functools.cache
-def emulated(warps: int = WARPS, folder: Path = SOURCES) -> ModuleType:
+def emulated(warps: int = WARPS, folder: Path = SOURCES, gates: bool = True) -> ModuleType:
     """Returns the module `_cuda`, whose device is the CPU. folder: of sources that were changed, which are built
-    quickly."""
+    quickly. gates: whether the device has those of csrc/cuda/pair.cuh, as those of compute capability 9 and 10 do."""
     sources = [*folder.glob("*.cu"), *folder.glob("*.cpp"), *folder.glob("emulation/*.cpp")]
     sources = [path for path in sources if path.name != "launch.cu"]
-    return build("_cuda", sources, [f"-DTARFLOW_WARPS={warps}"], folder, optimise=folder == SOURCES)
+    flags = [f"-DTARFLOW_WARPS={warps}", *([] if gates else ["-DTARFLOW_NO_GATES"])]
+    return build("_cuda", sources, flags, folder, optimise=folder == SOURCES)
 
 
 def build(

@@ -27,6 +27,7 @@ template <class T, int NT, int WARPS>
 struct Pass {
   static constexpr bool WINDOWS = sizeof(T) == 2 && NT > 1;  // whether rows can attend together
   static constexpr bool SENDS = NT > 2;  // whether LayerNorm is a step of its own, and data are sent
+  static constexpr bool GATED = SENDS && GATES;  // whether the ring has gates
 
   const Params& p;
   Rows rows;
@@ -36,7 +37,7 @@ struct Pass {
   Shared<float> parts;  // of the attention, or what a parallel pass found; in the place of `scratch`
   Shared<T> keys;  // of windows, in the same memory
   Shared<float> biases;  // of all tiles of this block: no load of them is to wait behind the weights
-  Ring<T, WARPS> ring;
+  Ring<T, WARPS, GATED> ring;
   int turn = 0;  // which half of the memory that others read is used until the next barrier; 0 where nothing is sent
   int since = 0;  // the groups of weights that were asked for in the last meanwhile
 
@@ -167,13 +168,13 @@ struct Pass {
       return;
     }
     const Linear of = linear_of(p, phase, layer);
-    if (skipped) return skip(p, of, ring, work);
+    if (skipped) return skip<WARPS, GATED>(p, of, ring, work);
     const bool shares = SENDS && phase != EMBED;
-    linear<NT, WARPS>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch, biases, shares,
-                      [&](int first, int count, int k0, int k, Share share) {
+    linear<NT, WARPS, GATED>(p, of, phase == EMBED ? p.positions : rows.count(), ring, work, scratch, biases, shares,
+                             [&](int first, int count, int k0, int k, Share share) {
       stage(phase, layer, begin, first, count, k0, k, share);
     }, [&](int part, int n, int row) { return before(phase, layer, part, n, row); },
-                      [&](int part, int n, int row, float y, const LoadedStream& loaded) {
+                             [&](int part, int n, int row, float y, const LoadedStream& loaded) {
       finish(phase, layer, part, n, row, y, loaded);
     });
   }
@@ -270,7 +271,7 @@ struct Pass {
   DEVICE int steps() const { return rows.next + 1 - p.start; }
 
   DEVICE void run() {
-    ring.fill();
+    ring.open();
     if constexpr (SENDS) begin_turns();
 #pragma unroll 1
     for (bool begin = true;; begin = p.mode == FRONTIER) {
@@ -306,7 +307,7 @@ DEVICE void find_tiles(const Params& p, Shared<int> tiles) {
 }
 
 // Shared memory has tokens of the positions, and their tiles; work and jobs of this block; biases; sums, unless they go
-// into slots of the ring, and X, or what attention needs; and the ring, as plan.py counts.
+// into slots of the ring, and X, or what attention needs; and the ring with its gates, as plan.py counts.
 template <class T, int NT, int WARPS>
 KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   const int positions = divide_up(4 * (MOST_ROWS + 3 * p.tiles + 1), 16) * 16;  // bytes of tokens and tiles
@@ -322,10 +323,10 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
   const int alone = WARPS * part_floats(p.head_dim), together = p.tiles ? WARPS * TILE * WINDOW_ROW : 0;
   const int needed = 4 * (alone > together ? alone : together);
   const int shared_bytes = product_bytes > needed ? product_bytes : needed, ring = work_bytes + shared_bytes;
+  const int ring_size = p.slots * (p.slot_k * TILE + decltype(Pass<T, NT, WARPS>::ring)::TAIL);
   const Scratch<T> scratch{shared<T>(work_bytes + 4 * sums, p.staged_rows * stride), stride,
-                           p.sums_in_slots
-                               ? shared<float>(ring, p.slots * p.slot_k * TILE * static_cast<int>(sizeof(T)) / 4)
-                               : shared<float>(work_bytes, sums)};
+                           p.sums_in_slots ? shared<float>(ring, ring_size * static_cast<int>(sizeof(T)) / 4)
+                                           : shared<float>(work_bytes, sums)};
   for (int i = thread(); i < p.positions; i += WARPS * 32) store(tokens, i, p.token[i]);
   if (thread() == 0 && p.tiles) find_tiles(p, tiles);
   for (int i = thread(); i < 2 * layers; i += WARPS * 32)
@@ -348,15 +349,16 @@ KERNEL void pass_kernel(CONSTANT_PARAMS p) {
     tile += count;
   }
   sync_block();
-  Pass<T, NT, WARPS> pass{p,
-                          {p, tokens, tiles, p.start - 1},
-                          Grid(p),
-                          work,
-                          scratch,
-                          shared<float>(work_bytes, shared_bytes / 4),
-                          shared<T>(work_bytes, p.room * 2 * WINDOW_ROW),
-                          biases,
-                          {p, shared<T>(ring, p.slots * p.slot_k * TILE), jobs}};
+  Pass<T, NT, WARPS> pass{
+      p,
+      {p, tokens, tiles, p.start - 1},
+      Grid(p),
+      work,
+      scratch,
+      shared<float>(work_bytes, shared_bytes / 4),
+      shared<T>(work_bytes, p.room * 2 * WINDOW_ROW),
+      biases,
+      {p, shared<T>(ring, ring_size), jobs, shared<Gate>(ring, ring_size * static_cast<int>(sizeof(T)) / 8)}};
   pass.run();
 }
 

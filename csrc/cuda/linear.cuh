@@ -134,8 +134,8 @@ DEVICE void multiply_plain(float (&sums)[1][CHAINS<NT> * NT][4], Shared<float> s
 // loads what finish needs, long before finish(part, n, row, y, loaded) takes an output, on the same thread. work:
 // (layers, 3), the first of this block's units of a layer, their number, and that of its units of the layers before.
 // biases: (bias_tiles, 16), of all units of this block.
-template <int NT, int WARPS, class T, class Stage, class Before, class Finish>
-DEVICE void linear(const Params& p, const Linear& layer, int all_rows, Ring<T, WARPS>& ring, Shared<int> work,
+template <int NT, int WARPS, bool GATED, class T, class Stage, class Before, class Finish>
+DEVICE void linear(const Params& p, const Linear& layer, int all_rows, Ring<T, WARPS, GATED>& ring, Shared<int> work,
                    const Scratch<T>& scratch, Shared<float> biases, bool shares, Stage stage, Before before,
                    Finish finish) {
   constexpr int MOST = ABREAST<NT, T>, OUTPUTS = NT * 8 * TILE, PARTS = MULTIPLIERS<NT, WARPS>;
@@ -268,6 +268,7 @@ DEVICE void linear(const Params& p, const Linear& layer, int all_rows, Ring<T, W
         store_vector(scratch.sums, sums_of(t) + (n * PARTS + warp) * 128 + lane * 4,
                      Vector<float, 4>{of[0], of[1], of[2], of[3]});
       }
+    if (GATED && p.sums_in_slots) fence_copies();
     sync_block();
     if (!p.sums_in_slots) ring.release();
     section(EPILOGUE);
@@ -289,13 +290,14 @@ DEVICE void linear(const Params& p, const Linear& layer, int all_rows, Ring<T, W
 }
 
 // Takes the weights of a layer that is skipped.
-template <int WARPS, class T>
-DEVICE void skip(const Params& p, const Linear& layer, Ring<T, WARPS>& ring, Shared<int> work) {
+template <int WARPS, bool GATED, class T>
+DEVICE void skip(const Params& p, const Linear& layer, Ring<T, WARPS, GATED>& ring, Shared<int> work) {
   const int first = load(work, 3 * layer.index), units = load(work, 3 * layer.index + 1), slot_tiles = p.slot_k / TILE;
   for (int i = first; i < first + units; i++) {
     const int part = Unit(layer, i).part;
     for (int k = layer.first_k(part); k < layer.first_k(part + 1); k += slot_tiles) {
       ring.take();
+      if (GATED) sync_block();  // all have seen that it has come
       ring.release();
       ring.fill();
     }

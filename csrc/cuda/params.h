@@ -53,7 +53,7 @@ enum Section : int {
 // the cache; guide_a and guide_b, whether xa and xb are guided; skip_phases, the phases that are not done, for
 // measurements; and for FRONTIER max_passes and a window W, the tokens of a sample in a pass (P = W · samples of the
 // launch, sample after sample).
-// The plan has slots, those of the ring; slot_k, the inputs that a slot holds for 16 outputs; sums_in_slots, whether a
+// The plan has pairs, whether blocks 2 i and 2 i + 1 have the same tiles for a group of rows each; slots, those of the ring; slot_k, the inputs that a slot holds for 16 outputs; sums_in_slots, whether a
 // product leaves the sums of its warps where its weights were; group_rows, all rows R or, of more than 32, the first half
 // of them, a multiple of 8; staged_rows, the rows of a product's input that are in shared memory at once, a multiple of
 // 8, and staged_k their columns; tiles, the tiles of up to 32 positions of one sample each whose rows attend together
@@ -67,7 +67,7 @@ enum Section : int {
 #define TARFLOW_SIZES(X)                                                                                       \
   X(channels) X(heads) X(head_dim) X(hidden_dim) X(tokens) X(token_dim) X(out_dim) X(layers) X(affine) X(mode) X(start)      \
   X(stop) X(positions) X(branches) X(samples) X(guide_a) X(guide_b) X(skip_phases) X(window) X(max_passes) X(slots) X(slot_k) X(sums_in_slots) X(group_rows) \
-  X(staged_rows) X(staged_k) X(tiles) X(proj_halvings) X(fc2_halvings) X(merges) X(splits) X(least_keys) X(early_keys) X(room) X(most_jobs) X(bias_tiles)
+  X(pairs) X(staged_rows) X(staged_k) X(tiles) X(proj_halvings) X(fc2_halvings) X(merges) X(splits) X(least_keys) X(early_keys) X(room) X(most_jobs) X(bias_tiles)
 // clang-format on
 
 // The buffers, which are fp32 unless another type is given. "type" is that of weights and cache. C', F', O', D' are C,

@@ -115,7 +115,8 @@ def barrier(code: Code) -> list[str]:
     with the multiprocessor's own cache made invalid, and all threads meet before any of them goes on.
     """
     findings = []
-    polls = {id(_polled(code, i)) for i, each in enumerate(code) if each.opcode == "CCTL.IVALL"}
+    waits = [i for i, each in enumerate(code) if _ends_wait(code, i)]
+    polls = {id(_polled(code, i)) for i in waits}
     for i, each in enumerate(code):
         if each.name in UPDATES and "GPU" in each.modifiers:
             before = [c for c in code[max(i - NEAR, 0) : i][::-1] if not c.never]
@@ -123,7 +124,7 @@ def barrier(code: Code) -> list[str]:
                 findings.append(f"{each} signals without a fence before it")
             elif _first(before, {"BAR"}, STORES) is None:
                 findings.append(f"{each} signals before all threads of the block have met")
-        if each.opcode == "CCTL.IVALL":
+        if i in waits:
             after = [c for c in code[i + 1 : i + NEAR] if id(c) not in polls]
             if _first(after, {"BAR"}, LOADS | STORES) is None:
                 findings.append(f"memory is used after {each} before all threads of the block have met")
@@ -131,6 +132,11 @@ def barrier(code: Code) -> list[str]:
             if polled is None or "STRONG" not in polled.modifiers:
                 findings.append(f"nothing was waited for before {each}")
     return findings
+
+
+def _ends_wait(code: Code, i: int) -> bool:
+    """Returns whether instruction i ends a wait of a barrier of the grid: that of a cluster is the hardware's own."""
+    return code[i].opcode == "CCTL.IVALL" and not any(each.name == "UCGABAR_WAIT" for each in code[max(i - 3, 0) : i])
 
 
 def _polled(code: Code, i: int) -> Instruction | None:
@@ -151,7 +157,7 @@ def _first(code: Iterable[Instruction], wanted: set[str], unwanted: set[str]) ->
 def grid_barrier(code: Code) -> list[str]:
     """Finds what the barriers of a kernel with a grid's barrier lack, or that there are none."""
     signals = [each for each in code if each.name in UPDATES]
-    waits = [each for each in code if each.opcode == "CCTL.IVALL"]
+    waits = [each for i, each in enumerate(code) if _ends_wait(code, i)]
     if not signals or not waits:
         return [f"expected a barrier of the grid, found {len(signals)} signals and {len(waits)} waits"]
     return barrier(code)

@@ -116,6 +116,13 @@ def test_a_wait_for_a_plain_load_is_found() -> None:
     assert "nothing was waited for before CCTL.IVALL" in lint.grid_barrier(sass(*weak))[0]
 
 
+def test_a_barrier_of_a_cluster_is_none_of_the_grid() -> None:
+    of_cluster = ("MEMBAR.ALL.GPU", "ERRBAR", "UCGABAR_ARV", "UCGABAR_WAIT", "CCTL.IVALL", "LDG.E.STRONG.GPU R0, [R2]")
+    assert lint.barrier(sass(*of_cluster)) == []
+    assert "expected a barrier of the grid" in lint.grid_barrier(sass(*of_cluster))[0]
+    assert lint.barrier(without(of_cluster, "UCGABAR_WAIT"))
+
+
 @pytest.mark.parametrize("lacks", ["GLOBALTIMER", "TRAP"])
 def test_a_wait_without_an_end_is_found(lacks: str) -> None:
     assert "may last for ever" in lint.watchdog(without(BARRIER, lacks))[0]

@@ -9,14 +9,14 @@ namespace tarflow::emulation {
 Machine* machine = nullptr;
 Thread* here = nullptr;
 
+void join(Clock& clock, const Clock& other) {
+  for (size_t b = 0; b < clock.size(); b++) clock[b] = std::max(clock[b], other[b]);
+}
+
 namespace {
 
 constexpr size_t ALIGNMENT = 128;  // bytes that shared memory is aligned to
 constexpr int POISON = 0xff;       // NaN in every floating-point type
-
-void join(Clock& clock, const Clock& other) {
-  for (size_t b = 0; b < clock.size(); b++) clock[b] = std::max(clock[b], other[b]);
-}
 
 // Marks a copy as come: for other threads it was written in this epoch. Until now nobody may have written what it is of.
 void arrive(Coming& copy) {
@@ -27,7 +27,7 @@ void arrive(Coming& copy) {
   Stamp* stamps = block.stamps.get() + (at - block.shared) / GRANULE * 2;
   for (int g = 0; g < 16 / GRANULE; g++) {
     stamps[g * 2].epoch = block.clock[block.index];
-    stamps[g * 2].flags = 0;
+    stamps[g * 2].flags = Stamp::COPIED;
   }
 }
 
@@ -40,7 +40,8 @@ Machine::Machine(int blocks, int threads, int64_t shared_bytes, uint64_t seed)
       global_stamps(blocks),
       fibers_(blocks * threads, seed, TIMED, [this] { return stuck(); }),
       block_(blocks),
-      thread_(blocks * threads) {
+      thread_(blocks * threads),
+      in_pair_((blocks + 1) / 2) {
   emulation::machine = this;
   for (int b = 0; b < blocks; b++) {
     Block& block = block_[b];
@@ -73,6 +74,7 @@ void Machine::run(const std::function<void()>& kernel) {
                                std::to_string(me->index) + " has " + std::to_string(me->copies.size()) + " at its end");
     me->waits = "its end";
   });
+  check_gates();
   end_timing(thread_);
 }
 

@@ -22,11 +22,34 @@ struct Warp {
   void* taken[32];
 };
 
+// A bulk copy on its way, for when its gate opens.
+struct Bulk {
+  unsigned char *to, *from;
+  int bytes;
+  int64_t opening;  // how often the gate will have been open before
+};
+
+// A gate: what it needs to open, what is there of it, and what came before that.
+struct GateState {
+  int needed;
+  bool published = false;
+  int arrived = 0;
+  int64_t promised = 0, given = 0;  // bytes
+  int64_t openings = 0;
+  Clock clock, opened;  // of the arrivals, and of those that opened it last
+  std::vector<Bulk> coming;
+  std::vector<int> waiting;  // fibers
+  // Of the model of time: when it opens, its last opening, and the path of the last arrival.
+  Ready ready, was_ready;
+  Path path, was_path;
+};
+
 struct Block {
   int index;
   Clock clock, next_clock;  // the block's clock now, and after its next sync_block
   int arrived = 0;          // threads that have arrived at sync_block
   std::vector<Warp> warps;
+  std::unordered_map<int64_t, GateState> gates;  // by their places in shared memory, in bytes
   std::unique_ptr<unsigned char[]> memory;  // the shared memory
   unsigned char* shared;                    // the first aligned byte of memory
   Stamps stamps{nullptr, &std::free};
@@ -47,6 +70,8 @@ struct Thread {
   int64_t detail = 0;
   std::deque<Coming> copies;  // copies that have not come, the oldest first
   std::deque<int> groups;     // the number of copies in each group; the copies after them are in no group
+  Clock seen;                 // what came before the gates that it has passed
+  uint32_t fenced = 0;        // the epoch of its last fence_copies
   Time time;                  // of the model of time
 };
 
@@ -73,6 +98,18 @@ class Machine {
   void commit_copies();
   void wait_copies(int pending);
 
+  // These are of pair.cpp.
+  void make_gate(const View& gates, int i, int arrivals);
+  void publish_gates();
+  void promise(const View& gates, int i, int bytes);
+  void arrive_at_both(const View& gates, int i);
+  void pass_gate(const View& gates, int i, int odd);
+  void copy_bulk(const View& to, int64_t i, const View& from, int64_t j, int count, const View& gates, int gate,
+                 bool both);
+  void fence_copies();
+  void sync_pair();
+  Thread& thread_of(int block, int index) { return thread_[block * threads + index]; }
+
   const int blocks, threads;  // blocks of the grid, threads of a block
   const int64_t shared_bytes;
   GlobalStamps global_stamps;
@@ -86,6 +123,11 @@ class Machine {
   };
 
   Counter& counter(uint32_t* address);
+  GateState& gate_of(Block& block, const View& gates, int i, const char* call);
+  Block& other(const char* call);  // of the running thread's pair
+  void arrive_at(GateState& gate, int64_t promised, double latency);
+  void open_if_all_there(GateState& gate);
+  void check_gates() const;  // at the end of a launch
   void pause(const char* waits, int64_t detail = 0);
   void yield();
   std::string stuck() const;
@@ -94,9 +136,12 @@ class Machine {
   std::vector<Block> block_;
   std::vector<Thread> thread_;
   std::unordered_map<uint32_t*, Counter> counters_;
+  std::vector<int> in_pair_;  // the threads of each pair that have arrived at sync_pair
   std::vector<int> awaiting_;  // the fibers that wait for a counter
   std::unordered_map<const void*, std::vector<int>> looking_;  // and those that wait for what is to be sent to a place
 };
+
+void join(Clock& clock, const Clock& other);  // to the later of both for each block
 
 // Sets the device for later launches. At first it has 3 multiprocessors, on each of which one block runs, and 227 KiB
 // for a block. Throws std::runtime_error if there can be no such device.

@@ -10,8 +10,8 @@
 namespace tarflow::emulation {
 namespace {
 
-const char* const USES[] = {"reads", "writes",      "reads as constant", "copies to", "prefetches",
-                            "reads", "copies from", "sends to",          "empties",   "looks at"};
+const char* const USES[] = {"reads",       "writes",   "reads as constant", "copies to", "prefetches",       "reads",
+                            "copies from", "sends to", "empties",           "looks at",  "copies in bulk to"};
 
 std::string element(const View& view, int64_t i) {
   std::string text = std::string(view.name) + "[" + std::to_string(i) + "] of " + std::to_string(view.count);
@@ -39,6 +39,11 @@ std::string who(int block, int thread) {
 bool ordered(const Stamp& stamp) {
   if (stamp.epoch < here->block->clock[stamp.block]) return true;
   return stamp.block == here->block->index && stamp.thread == here->index && !(stamp.flags & Stamp::MANY);
+}
+
+// Of a copy that a thread asks for behind a gate, what came before the gate counts as well.
+bool before_copy(const Stamp& stamp) {
+  return ordered(stamp) || (!here->seen.empty() && stamp.epoch < here->seen[stamp.block]);
 }
 
 const char* written(const Stamp& stamp) {
@@ -110,6 +115,23 @@ unsigned char* use(const View& view, int64_t i, int n, Use how) {
     }
   }
   return at;
+}
+
+void begin_bulk(Block& block, const View& view, unsigned char* to, int bytes) {
+  const int64_t place = to - block.shared, first = place - (view.data - here->block->shared);
+  Stamp* stamps = block.stamps.get() + place / GRANULE * 2;
+  for (int byte = 0; byte < bytes; byte += GRANULE, stamps += 2) {
+    const int64_t i = (first + byte) / view.size;
+    for (const Stamp* stamp : {&stamps[0], &stamps[1]})
+      if (!before_copy(*stamp) || stamp->flags & Stamp::COMING)
+        race(view, i, 0, BULK, *stamp, stamp == stamps ? written(*stamp) : "read");
+    const Stamp& writer = stamps[0];
+    if (writer.epoch && !(writer.flags & Stamp::COPIED) &&
+        writer.epoch > machine->thread_of(writer.block, writer.thread).fenced)
+      race(view, i, 0, BULK, writer, "wrote without a fence");
+    stamps[0] = {here->block->clock[here->block->index], static_cast<uint16_t>(here->index),
+                 static_cast<uint8_t>(here->block->index), Stamp::COMING | Stamp::COPIED};
+  }
 }
 
 }  // namespace tarflow::emulation

@@ -15,6 +15,8 @@
 
 namespace tarflow::emulation {
 
+struct Block;
+
 using Clock = std::vector<uint32_t>;  // an epoch of each block
 
 // A thread in an epoch of its block.
@@ -26,6 +28,7 @@ struct Stamp {
     EMPTY = 8,  // the writer emptied it, or
     SENT = 16,  // sent what is there
     GOT = 32,  // the reader has got what was sent
+    COPIED = 64,  // the writer is a copy
   };
   uint32_t epoch;  // 0 where there is no thread yet
   uint16_t thread;
@@ -82,10 +85,14 @@ struct View {
   bool shared;
 };
 
-enum Use { READ, WRITE, CONSTANT_READ, COPY, HINT, MATRIX_READ, COPY_READ, SEND, EMPTY, LOOK };
+enum Use { READ, WRITE, CONSTANT_READ, COPY, HINT, MATRIX_READ, COPY_READ, SEND, EMPTY, LOOK, BULK };
 
 // Returns where elements [i, i + n) are, for the running thread. Throws std::runtime_error if they are outside or not
 // aligned to their whole size, or if nothing orders this use and another one.
 unsigned char* use(const View& view, int64_t i, int n, Use how);
+
+// Begins a bulk copy of the running thread to so many bytes of a block's shared memory. Throws std::runtime_error if nothing
+// orders it and another use, or if what a thread wrote there was not fenced.
+void begin_bulk(Block& block, const View& view, unsigned char* to, int bytes);
 
 }  // namespace tarflow::emulation

@@ -280,6 +280,28 @@ void await_signal(double at, const Path& path) {
   device_.l1[here->block->index].clear();
 }
 
+Ready fetch_bulk(const unsigned char* from, int bytes, int other) {
+  instructions(4);
+  const double now = here->time.now;
+  const int own = here->block->index;
+  device_.totals[here->time.cell].l2 += bytes;
+  double passed = std::max(device_.l2.take(now, bytes), device_.port[own].take(now, bytes)), there = 0;
+  if (other != own) passed = std::max(passed, device_.port[other].take(now, bytes));
+  const auto first = reinterpret_cast<uintptr_t>(from) / SECTOR;
+  for (int i = 0; i < bytes / SECTOR; i++) there = std::max(there, bring(first + i, now));
+  return {std::max(passed, there) + gpu.l2_latency, there > passed ? ON_DRAM : ON_L2};
+}
+
+void pass(const Ready& ready, const Path& path) {
+  Time& time = here->time;
+  instructions(4);
+  if (ready.at > time.now && ready.cause == ON_SENT) {
+    time.path = path;
+    time.now = std::max(time.now, ready.at - gpu.pair_latency);
+  }
+  spend(time, std::max(ready.at, time.now + gpu.shared_latency), ready.at > time.now ? ready.cause : ON_SHARED);
+}
+
 unsigned char* use(const View& view, int64_t i, int n, Use how) {
   if (i < 0 || i > view.count - n) throw std::runtime_error(std::string("out of bounds: ") + view.name);
   unsigned char* at = view.data + i * view.size;

@@ -46,6 +46,7 @@ struct Gpu {
   double shuffle_latency = 24;  // as of shared memory, which it shares the path of, less the address (assumed)
   double cycles = 2;  // an instruction of one warp: dependent ones take 4 (Luo et al.), about two overlap (assumed)
   double sync_latency = 30;  // bar.sync once the last warp has come (assumed: one trip through shared memory)
+  double pair_latency = 180;  // from one multiprocessor to another's shared memory (Luo et al., H100)
   double fence = 1000;  // MEMBAR.GPU. The least certain figure: with it a barrier without skew takes about
   // 0.8 µs, between its trips to L2 (0.5 µs) and 1.1 µs of the review
   bool sinks = false;  // whether loads may sink to their first use
@@ -123,6 +124,10 @@ void instructions(double count);
 void await(const Ready& ready);
 Ready sink(const unsigned char* at, int bytes);  // a load whose issue waits
 void issue_sunk();  // issues all that wait
+// Returns when a bulk copy comes to the running thread's block and to another one, or the same.
+Ready fetch_bulk(const unsigned char* from, int bytes, int other);
+void pass(const Ready& ready,
+          const Path& path);  // through a gate, which the last arrival with this path opened, or a copy
 void await_sums(const void* of);  // nullptr: all
 void multiplied(Thread& thread, const void* of, double at);
 double tensor(const Block& block, int warp, double now);

@@ -207,7 +207,7 @@ class CudaEngine(EngineBase):
                 warps=warps,
                 jobs=self._division(rows).jobs.shape[1],
                 block_tiles=self._division(rows).most_tiles,
-                blocks=self.blocks,
+                blocks=self._division(rows).blocks,
                 shared_bytes=self._shared_bytes,
             )
         return self._plans[key]
@@ -438,7 +438,8 @@ class CudaEngine(EngineBase):
             tiles = count_tiles(self.shape, self.dtype, [sample for sample, _, _ in positions], branches)
         rows = len(positions) * branches
         plan, division = self.plan(rows, tiles, branches), self._division(rows)
-        geometry = {**asdict(plan), "most_jobs": division.jobs.shape[1], "early_keys": self._early_keys}
+        geometry = {**asdict(plan), "most_jobs": division.jobs.shape[1], "pairs": division.pairs}
+        geometry["early_keys"] = self._early_keys
         shared_bytes = geometry.pop("shared_bytes")
         for name, value in {**geometry, **sizes}.items():
             launch.set_size(name, value)
@@ -451,7 +452,7 @@ class CudaEngine(EngineBase):
             launch.run(
                 dtype=self._dtype_name,
                 index=self._index,
-                blocks=self.blocks,
+                blocks=division.blocks,
                 shared_bytes=shared_bytes,
                 stream=stream,
             )

@@ -29,6 +29,7 @@ NORMED_ROWS = 16  # rows that each block normalises for itself; those of more ta
 GROUP_ROWS = 32  # rows of a group, for which a tile of outputs is a unit of work
 MOST_HALVINGS = {NORMED_ROWS: 1, GROUP_ROWS: 3, MOST_ROWS: 2}  # of the inputs of proj and fc2, for at most so many rows
 LEAST_K_TILES = 8  # tiles of inputs that are worth a block of their own: one for each warp, or three with two groups
+GATES_BYTES = 16  # of shared memory that a slot takes besides, of more than NORMED_ROWS rows
 TILE_ROWS = 32  # positions of a sample that attend together, see window.cuh
 WINDOW_HEAD, WINDOW_ROW = 64, 72  # the head_dim that this is for, and what a row takes of shared memory, in floats
 PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and of adding it up, in keys
@@ -38,12 +39,18 @@ PART_KEYS, SPLIT_KEYS = 64, 16  # the fixed cost of a part of the attention, and
 class Division:
     """The division of the linear layers among blocks, of all launches of so many rows as MOST_HALVINGS tells apart.
 
-    work, jobs: see `share` and `fetches`. most_tiles: the most tiles of any block.
+    work, jobs: see `share` and `fetches`. most_tiles: the most tiles of any block. pairs: whether blocks 2 i and
+    2 i + 1 have the same tiles, for a group of rows each.
     """
 
     work: Tensor
     jobs: Tensor
     most_tiles: int
+    pairs: bool
+
+    @property
+    def blocks(self) -> int:
+        return self.work.shape[1]
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,20 @@ def share(sizes: list[LinearSize], blocks: int) -> Tensor:
     return work
 
 
+def share_pairs(sizes: list[LinearSize], blocks: int) -> Tensor:
+    """Returns the same as `share`, for two groups of rows and an even number of blocks.
+
+    Of a pair, 2 i and 2 i + 1, each block has the same tiles as the other, for the first group of rows and for the
+    second.
+    """
+    of_group = [size._replace(groups=1) for size in sizes]
+    work = share(of_group, blocks // 2).repeat_interleave(2, dim=1)
+    for layer, size in enumerate(of_group):
+        second = work[layer, 1::2]
+        second[:, 0] += size.tiles * size.parts * (second[:, 1] > 0)
+    return work
+
+
 def fetches(sizes: list[LinearSize], work: Tensor, slot_k: int) -> Tensor:
     """Returns the weights that each block fetches for a token, slot by slot, (blocks, most, 2) int32.
 
@@ -160,11 +181,15 @@ def fetches(sizes: list[LinearSize], work: Tensor, slot_k: int) -> Tensor:
 
 
 def make_division(shape: BlockShape, rows: int, blocks: int, device: torch.device) -> Division:
-    """Returns which block has what of the linear layers in a launch of so many rows."""
+    """Returns which block has what of the linear layers in a launch of so many rows.
+
+    blocks: how many there are to divide work among. Pairs leave out the last one of an odd number.
+    """
     sizes = divide(shape, rows)
-    work = share(sizes, blocks)
+    pairs = sizes[0].groups == 2 and blocks > 1
+    work = share_pairs(sizes, blocks // 2 * 2) if pairs else share(sizes, blocks)
     jobs = fetches(sizes, work, slot_inputs(shape))
-    return Division(work.to(device), jobs.to(device), int(work[:, :, 1].sum(0).max()))
+    return Division(work.to(device), jobs.to(device), int(work[:, :, 1].sum(0).max()), pairs)
 
 
 def choose_splits(pairs: int, tokens: int, blocks: int) -> int:
@@ -233,12 +258,12 @@ def make_plan(
     together = warps * TILE * WINDOW_ROW if tiles else 0
     parts = max(warps * (whole(shape.head_dim, 4) + 4), together)
     tables = sum(whole(each, 16) for each in (4 * (MOST_ROWS + 3 * tiles + 1), 12 * layers, 8 * jobs))
-    slot = slot_k * TILE * size
+    slot = slot_k * TILE * size + (GATES_BYTES if most_rows > NORMED_ROWS else 0)
     group_rows = rows if rows <= GROUP_ROWS else whole(-(-rows // 2), 8)
     sums = {8: 2, 16: 1}.get(most_rows, 3) if size == 2 else 1  # ABREAST in linear.cuh
     multipliers = warps if most_rows <= NORMED_ROWS else max(warps // 2, 1)  # MULTIPLIERS
     tile_sums = 4 * (min(most_rows, GROUP_ROWS) // 8 * multipliers * 128)
-    in_slots = most_rows > NORMED_ROWS and tile_sums <= slot  # where there are slots to gain
+    in_slots = most_rows > NORMED_ROWS and tile_sums <= slot_k * TILE * size  # where there are slots to gain
 
     def working(staged_rows: int, staged_k: int) -> int:
         """Returns the bytes of a product's sums and inputs, where the attention's parts and keys lie in their turn."""

@@ -84,4 +84,4 @@ def _division(shape: BlockShape, rows: int, architecture: int) -> dict[str, int]
     """Returns the most that a block fetches, the most tiles that it has, and how many blocks there are."""
     blocks = grid_blocks(shape, MULTIPROCESSORS[architecture])
     division = make_division(shape, rows, blocks, torch.device("cpu"))
-    return {"jobs": division.jobs.shape[1], "block_tiles": division.most_tiles, "blocks": blocks}
+    return {"jobs": division.jobs.shape[1], "block_tiles": division.most_tiles, "blocks": division.blocks}

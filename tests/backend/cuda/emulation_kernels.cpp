@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "device.cuh"
+#include "pair.cuh"
 #include "kernel.h"
 #include "emulation/machine.h"
 
@@ -292,6 +292,49 @@ void sending(CONSTANT_PARAMS p) {
   if (thread() == 0) store(Global<float>(p.z), block(), sum);
 }
 
+// z (blocks, 64) = sums over the tiles of x (tiles, 64), in each block of a pair: each copies half of a tile for both, into
+// a ring of 3 slots, and writes there what it has so far before it frees a slot.
+void pair_ring(CONSTANT_PARAMS p) {
+  constexpr int SLOTS = 3;
+  const Global<const float> x(p.x);
+  const auto gates = shared<Gate>(0, 2 * SLOTS);
+  const auto slots = shared<float>(128, SLOTS * 64);
+  const int t = thread(), rank = block() % 2, tiles = p.tokens;
+  if (t == 0) {
+    for (int slot = 0; slot < SLOTS; slot++) {
+      make_gate(gates, slot, 1);
+      make_gate(gates, SLOTS + slot, p.mode == 11 ? 3 : 2);
+    }
+    if (p.mode != 6) publish_gates();
+  }
+  if (p.mode != 9) sync_pair();
+  const auto fetch = [&](int tile) {
+    const int slot = tile % SLOTS, lap = tile / SLOTS;
+    if (tile >= tiles || t > 0) return;
+    if (p.mode != 1) pass_gate(gates, SLOTS + slot, ~lap & 1);
+    promise(gates, slot, p.mode == 7 ? 128 : 256);
+    copy_bulk(slots, slot * 64 + rank * 32, x, tile * 64 + rank * 32, 32, gates, slot, p.mode != 12);
+  };
+  for (int tile = 0; tile < SLOTS; tile++) fetch(tile);
+  float sum = 0;
+  for (int tile = 0; tile < tiles; tile++) {
+    const int slot = tile % SLOTS, lap = tile / SLOTS;
+    if (p.mode == 10 && rank == 1 && tile == tiles - 1) break;
+    if (p.mode != 2 && (p.mode != 3 || t == 0)) pass_gate(gates, slot, lap & 1);
+    if (p.mode != 3) sync_block();
+    sum += load(slots, slot * 64 + 63 - t);
+    sync_block();
+    store(slots, slot * 64 + t, sum);
+    if (p.mode != 4) fence_copies();
+    if (p.mode != 8) sync_block();
+    if (t == 0) arrive_at_both(gates, SLOTS + slot);
+    fetch(tile + SLOTS);
+  }
+  if (p.mode == 5 && t == 0 && rank == 0) copy_bulk(slots, 0, x, 0, 32, gates, 0, false);
+  if (p.mode != 10) sync_pair();
+  store(Global<float>(p.z), block() * 64 + 63 - t, sum);
+}
+
 void skipped_sync(CONSTANT_PARAMS p) {
   if (thread() != p.start) sync_block();
 }
@@ -322,6 +365,7 @@ const std::map<std::string, Kernel> KERNELS{
     {"late_wait", late_wait},
     {"copy_of_written", copy_of_written},
     {"ring", ring},
+    {"pair_ring", pair_ring},
     {"access", access},
     {"unwritten", unwritten},
     {"reserved", reserved},

@@ -23,7 +23,7 @@ if cuda_emulation.compiler_missing() is not None:
     pytest.skip(str(cuda_emulation.compiler_missing()), allow_module_level=True)
 
 # The defaults of emulation/timing.h, in cycles.
-CLOCK, DRAM, L2, L1, SHARED, FENCE, TENSOR = 1.83e9, 479, 263, 41, 29, 1000, 33
+CLOCK, DRAM, L2, L1, SHARED, FENCE, TENSOR, PAIR = 1.83e9, 479, 263, 41, 29, 1000, 33, 180
 ISSUE = 4  # cycles of the two instructions of a load
 DEFAULTS = {"dram": 4.3e12, "l2": 5.6e12, "l2_bytes": 40e6, "fence": FENCE, "sinks": 0}
 
@@ -117,6 +117,22 @@ def test_what_is_sent_is_got_without_a_fence() -> None:
     assert each(fence=2 * FENCE) == pytest.approx(each(), rel=0.05)
 
 
+def test_a_copy_for_both_blocks_of_a_pair_leaves_the_l2_cache_once() -> None:
+    """Each takes half of what both need, or all of it."""
+
+    def each(mode: int) -> float:
+        few, many = (cycles("bulk", count, mode=mode, blocks=2, warps=1, l2=32 * CLOCK) for count in (12, 20))
+        return (many - few) / 8
+
+    assert each(0) == pytest.approx(2 * 1024 / 32, rel=0.05)
+    assert each(1) == pytest.approx(1024 / 32, rel=0.05)
+
+
+def test_an_arrival_at_another_blocks_gate_takes_the_way_between_two_multiprocessors() -> None:
+    each = (cycles("arrivals", 22, blocks=2) - cycles("arrivals", 2, blocks=2)) / 20
+    assert PAIR < each < PAIR + 2 * SHARED
+
+
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> cuda_depth.Case:
     monkeypatch.setattr(cuda_engine, "load_native", cuda_engine.load_native)  # which cuda_depth sets, and this undoes
@@ -138,7 +154,7 @@ def test_a_step_has_its_barriers(case: cuda_depth.Case, batch: int, barriers: in
     """5 L + 2 of few rows and L + 2 of many, each of which costs a fence more where a fence does."""
     case = replace(case, batch=batch)
     more = cuda_depth.step(case, fence=2.0 * FENCE).microseconds - cuda_depth.step(case, fence=FENCE).microseconds
-    assert more == pytest.approx(barriers * FENCE / CLOCK * 1e6, rel=0.02 if batch == 2 else 0.1)
+    assert more == pytest.approx(barriers * FENCE / CLOCK * 1e6, rel=0.04 if batch == 2 else 0.1)
 
 
 def test_the_model_is_refused_a_parameter_that_it_does_not_have() -> None:

@@ -12,7 +12,7 @@ import pytest
 SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 KERNEL = """
-#include "device.cuh"
+#include "pair.cuh"
 using namespace tarflow;
 extern "C" __global__ void kernel(const __grid_constant__ Params p) { %s }
 """
@@ -23,11 +23,12 @@ pytestmark = [
 ]
 
 
-def compiled(body: str, folder: Path) -> str:
+def compiled(body: str, folder: Path, architecture: str = "80") -> str:
     """The PTX of a kernel. Raises RuntimeError with what nvcc says."""
     source = folder / "kernel.cu"
     source.write_text(KERNEL % body, encoding="utf-8")
-    command = [str(NVCC), "-std=c++17", "-arch=sm_80", "-ptx", f"-I{SOURCES}", str(source), "-o", str(folder / "ptx")]
+    command = [str(NVCC), "-std=c++17", f"-arch=sm_{architecture}", "-ptx", f"-I{SOURCES}"]
+    command += [str(source), "-o", str(folder / "ptx")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
@@ -49,3 +50,20 @@ def test_a_wait_has_an_end(tmp_path: Path) -> None:
     assert "%globaltimer" in ptx
     assert re.search(r"setp\S+ .*, 200000000[01];", ptx)
     assert "trap;" in ptx
+
+
+def test_a_wait_at_a_gate_has_an_end(tmp_path: Path) -> None:
+    """After 2²⁷ looks, as a clock would take registers."""
+    ptx = compiled("pass_gate(shared<Gate>(0, 1), 0, p.mode);", tmp_path, "90a")
+    assert "mbarrier.test_wait.parity" in ptx
+    assert re.search(r"setp\S+ .*, 13421772[78];", ptx)
+    assert "trap;" in ptx
+
+
+@pytest.mark.parametrize(
+    ("architecture", "gates"), [("80", 0), ("89", 0), ("90", 1), ("90a", 1), ("100", 1), ("103", 1), ("120", 0)]
+)
+def test_which_devices_have_gates(architecture: str, gates: int, tmp_path: Path) -> None:
+    """Ampere and Ada have none, and GeForce's Blackwell has no copies to several blocks."""
+    ptx = compiled(f"static_assert(GATES == {gates}); store(Global<int>(p.reached), 0, 1);", tmp_path, architecture)
+    assert "st.global" in ptx

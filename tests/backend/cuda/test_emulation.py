@@ -211,7 +211,45 @@ def test_what_is_sent_is_got_without_a_barrier(start: int, seed: int) -> None:
     torch.testing.assert_close(given["z"], torch.tensor([184.0, 344.0, 24.0]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_the_blocks_of_a_pair_copy_for_each_other(blocks: int, seed: int) -> None:
+    native().set_device(4, 1024)
+    native().set_seed(seed)
+    x, z = torch.randint(100, (8, THREADS)).float(), nan(blocks, THREADS)
+    run("pair_ring", blocks=blocks, x=x, z=z, tokens=8)
+    torch.testing.assert_close(z, x.sum(0).expand(blocks, THREADS), rtol=0, atol=0)
+
+
 # What is not
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        (1, "race on shared memory.*copies in bulk to"),  # a slot that the other has not freed
+        (2, "race on shared memory.*waits for a copy|never written"),  # read before it has come
+        (3, "race on shared memory|never written"),  # passed by one thread alone, with no sync after it
+        (4, "wrote without a fence.*copies in bulk to"),
+        (5, "copies that nobody waited for: to block 0"),
+        (6, "no gate|not been published"),
+        (7, "deadlock.*pass_gate|race on shared memory|never written"),  # fewer bytes promised than come
+        (8, "race on shared memory.*copies in bulk to|wrote"),  # freed before all have written
+        (9, "no gate"),  # used before the other has made its own
+        (10, "block 1 has ended|deadlock|nobody waited for: to block 1"),  # that ends before the other
+        (11, "deadlock.*pass_gate"),  # a gate for three
+        (12, "deadlock.*pass_gate"),  # copies for one block, where bytes for both are promised
+    ],
+)
+def test_a_pair_that_lacks_a_part(mode: int, message: str, seed: int) -> None:
+    given = {"x": torch.randn(8, THREADS), "z": nan(2, THREADS), "tokens": 8}
+    assert re.search(message, fault("pair_ring", seed, blocks=2, mode=mode, **given), re.DOTALL)
+
+
+def test_a_block_that_has_no_other() -> None:
+    given = {"x": torch.randn(8, THREADS), "z": nan(3, THREADS), "tokens": 8}
+    assert "in no pair: block 2" in fault("pair_ring", blocks=3, **given)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

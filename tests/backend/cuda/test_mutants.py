@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 
+BATCH = 9  # rows are twice as many: one group, of which no blocks are pairs
 MUTANTS = {  # file, text, instead, what is found
     "no sync before the signal": (
         "grid.cuh",
@@ -89,12 +90,6 @@ MUTANTS = {  # file, text, instead, what is found
         "if (spots) sync_block();",
         "race on shared memory",
     ),
-    "a copy not waited for": (
-        "ring.cuh",
-        "wait_copies(ahead_ < 7 ? ahead_ : 7)",
-        "wait_copies(ahead_ < 7 ? ahead_ + 1 : 7)",
-        "wait_copies|copy",
-    ),
     "a slot too many": (
         "ring.cuh",
         "ahead_ + held_ < p_.slots",
@@ -120,20 +115,79 @@ MUTANTS = {  # file, text, instead, what is found
         "out of bounds: z",
     ),
 }
+WITHOUT_GATES = {
+    "a copy not waited for": (
+        "ring.cuh",
+        "wait_copies(ahead_ < 7 ? ahead_ : 7)",
+        "wait_copies(ahead_ < 7 ? ahead_ + 1 : 7)",
+        "wait_copies|copy",
+    ),
+}
+OF_PAIRS = {  # of so many samples that the rows are two groups
+    "a slot filled before the other block has freed it": (
+        "ring.cuh",
+        "if (p_.pairs) pass_gate(gates_, gate + 1, ~laps_ >> 1 & 1);",
+        "",
+        "race on shared memory.*(copies in bulk to|waits for a copy)",
+    ),
+    "a slot read before it has come": (
+        "ring.cuh",
+        "      pass_gate(gates_, gate_of(take_), laps_ & 1);\n    else",
+        "      ;\n    else",
+        "race on shared memory.*waits for a copy|never written",
+    ),
+    "sums in a slot that no fence follows": (
+        "linear.cuh",
+        "if (GATED && p.sums_in_slots) fence_copies();",
+        "",
+        "wrote without a fence",
+    ),
+    "a block that does not wait for its last copies": (
+        "ring.cuh",
+        "    if constexpr (GATED) {\n      sync_block();\n      release();",
+        "    if constexpr (GATED) {\n      return;\n      release();",
+        "nobody waited for|has ended",
+    ),
+    "the same half by both blocks": (
+        "ring.cuh",
+        "const int rank = block() & 1,",
+        "const int rank = 0,",
+        "race on shared memory.*(copies in bulk to|waits for a copy)|deadlock",
+    ),
+    "gates that the other block may not have yet": (
+        "ring.cuh",
+        "        publish_gates();\n      }\n      sync();",
+        "        publish_gates();\n      }",
+        "there is no gate",
+    ),
+}
+PLANTED = [
+    *(pytest.param(*mutant, BATCH, True, id=name) for name, mutant in MUTANTS.items()),
+    *(pytest.param(*mutant, BATCH, False, id=name) for name, mutant in WITHOUT_GATES.items()),
+    *(pytest.param(*mutant, 17, True, id=name) for name, mutant in OF_PAIRS.items()),
+]
 
 
-@pytest.mark.parametrize(("file", "text", "instead", "found"), MUTANTS.values(), ids=MUTANTS)
+@pytest.mark.parametrize(("file", "text", "instead", "found", "batch", "gates"), PLANTED)
 def test_is_caught(
-    file: str, text: str, instead: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str,
+    text: str,
+    instead: str,
+    found: str,
+    batch: int,
+    gates: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "cuda"
     shutil.copytree(SOURCES, folder)
     source = (folder / file).read_text()
     assert text in source
     (folder / file).write_text(source.replace(text, instead))
-    monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(2, folder))
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: emulated(2, folder, gates))
     model = random_model(6, num_classes=2, img_size=6, layers_per_block=2)
     engine = CudaEngine(model.block_weights(0), device=KERNEL_DEVICE, dtype=torch.bfloat16)
-    state = engine.begin(random_latents(model, 9), Condition(torch.tensor([0, 1, -1] * 3), GUIDED))
+    labels = torch.tensor([0, 1, -1]).repeat(6)[:batch]
+    state = engine.begin(random_latents(model, batch), Condition(labels, GUIDED))
     with pytest.raises(RuntimeError, match=found):
         engine.reverse(state)

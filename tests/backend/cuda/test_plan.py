@@ -18,9 +18,10 @@ from tarflow_fast.backend.cuda.plan import (
     early_keys,
     fetches,
     grid_blocks,
+    make_division,
     make_plan,
     share,
-    slot_inputs,
+    share_pairs,
 )
 from tarflow_fast.engine import BlockShape
 from tarflow_fast.models.config import TarFlowConfig
@@ -79,12 +80,35 @@ def test_blocks_fetch_their_tiles_in_order(sizes: list[LinearSize], blocks: int,
         assert not counts[int((counts > 0).sum()) :].any()  # a 0 ends the list
 
 
+@given(sizes=some_sizes, pairs=st.integers(1, 15))
+def test_the_blocks_of_a_pair_have_the_same_tiles_for_a_group_of_rows_each(sizes: list[LinearSize], pairs: int) -> None:
+    """Every unit is one block's, and a pair fetches the same weights in the same order."""
+    sizes = [size._replace(groups=2) for size in sizes]
+    work = share_pairs(sizes, 2 * pairs)
+    for size, of_layer in zip(sizes, work.tolist(), strict=True):
+        taken = [unit for first, count in of_layer for unit in range(first, first + count)]
+        assert sorted(taken) == list(range(size.tiles * size.parts))
+        of_group = size.tiles * size.parts // 2
+        assert all(unit < of_group for first, count in of_layer[::2] for unit in range(first, first + count))
+    jobs = fetches(sizes, work, 12 * TILE)
+    assert torch.equal(jobs[::2], jobs[1::2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "pairs"), [(32, 132, False), (33, 132, True), (64, 3, True), (64, 1, False)]
+)
+def test_blocks_are_pairs_where_rows_are_two_groups(rows: int, blocks: int, pairs: bool) -> None:
+    division = make_division(AFHQ, rows, blocks, torch.device("cpu"))
+    assert division.pairs == pairs
+    assert division.blocks == (blocks // 2 * 2 if pairs else blocks)
+
+
 @pytest.mark.parametrize("shape", [AFHQ, IMAGENET64], ids=["AFHQ", "ImageNet"])
 @pytest.mark.parametrize("blocks", [108, 132, 148])
 @pytest.mark.parametrize("rows", [2, 64])
 def test_blocks_fetch_about_as_much(shape: BlockShape, blocks: int, rows: int) -> None:
     sizes = divide(shape, rows)
-    tiles = fetches(sizes, share(sizes, blocks), slot_inputs(shape))[:, :, 1].sum(1)
+    tiles = make_division(shape, rows, blocks, torch.device("cpu")).jobs[:, :, 1].sum(1)
     assert tiles.sum() == sum(size.tiles * size.k_tiles * (2 if rows == 64 else 1) for size in sizes)
     assert tiles.max() <= 1.06 * tiles.double().mean()
 

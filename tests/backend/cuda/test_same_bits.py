@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,34 @@ def test_the_same_bits_for_any_grid_and_any_order_of_threads(guidance: Guidance,
         got = inverse(engine, z, condition)
         wanted = wanted or got
         assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.slow
+@IN_EMULATION
+@pytest.mark.parametrize("batch", [10, 17, 20], ids=["one group", "two groups", "two groups, of unlike sizes"])
+def test_the_same_bits_with_and_without_gates(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As devices of compute capability 9 and 10 have them, and others do not; in pairs of blocks, in one without the
+    other, and in several slots and in one."""
+    model = random_model(8, num_classes=2, img_size=6, layers_per_block=2)
+    z, condition = random_latents(model, batch), Condition((torch.arange(batch) % 3) - 1, GUIDED)
+    wanted = None
+    for gates in (False, True):
+        native = emulated(2, gates=gates)
+        monkeypatch.setattr(cuda_engine, "load_native", lambda native=native: native)
+        for multiprocessors, slots in ((1, 8), (2, 8), (3, 1), (5, 2)):
+            monkeypatch.setattr(cuda_plan, "MOST_SLOTS", slots)
+            native.set_device(multiprocessors, 227 * 1024)
+            native.set_seed(multiprocessors)
+            engine = engine_of(model, 0, torch.bfloat16)
+            assert engine._division(2 * batch).pairs == (batch > 16 and multiprocessors > 1)
+            got = inverse(engine, z, condition)
+            wanted = wanted or got
+            assert all(map(torch.equal, got, wanted))
+            # Where a device cannot hold all pairs at once, their blocks copy for themselves.
+            engine._divisions = {n: replace(division, pairs=False) for n, division in engine._divisions.items()}
+            assert all(map(torch.equal, inverse(engine, z, condition), wanted))
+        native.set_device(3, 227 * 1024)
+    assert_close(wanted[0], expected(model, 0, z, condition)[0], 0.1)
 
 
 @pytest.mark.slow

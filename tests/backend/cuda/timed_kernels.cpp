@@ -6,9 +6,9 @@
 #include <map>
 #include <string>
 
-#include "device.cuh"
 #include "emulation/machine.h"
 #include "kernel.h"
+#include "pair.cuh"
 
 namespace py = pybind11;
 using namespace tarflow;
@@ -109,9 +109,49 @@ void answers(CONSTANT_PARAMS p) {
   }
 }
 
-const std::map<std::string, Kernel> KERNELS{{"loads", loads},         {"moves", moves},    {"constants", constants},
-                                            {"in_shared", in_shared}, {"stream", stream},  {"products", products},
-                                            {"barriers", barriers},   {"answers", answers}};
+// Copies of 1024 bytes, p.start of them for each of two blocks: by each for itself (0), or a half by each for both (1).
+void bulk(CONSTANT_PARAMS p) {
+  constexpr int COUNT = 256;
+  const Global<const float> x(p.x);
+  const auto gates = shared<Gate>(0, 2);
+  const auto memory = shared<float>(16, COUNT / 2);
+  if (thread() == 0) {
+    make_gate(gates, 0, 1);
+    publish_gates();
+  }
+  sync_pair();
+  if (thread() == 0) {
+    promise(gates, 0, 4 * COUNT * p.start);
+    for (int i = 0; i < 2 * p.start; i++) {
+      const int half = i % 2;
+      if (p.mode == 0 || half == block()) copy_bulk(memory, 0, x, i * COUNT / 2, COUNT / 2, gates, 0, p.mode == 1);
+    }
+  }
+  pass_gate(gates, 0, 0);
+  sync_pair();
+}
+
+// Two blocks that arrive in turn at a gate of the other, which has one of its own for it, p.start times.
+void arrivals(CONSTANT_PARAMS p) {
+  const auto gates = shared<Gate>(0, 2);
+  if (thread() == 0) {
+    for (int i = 0; i < 2; i++) make_gate(gates, i, 1);
+    publish_gates();
+  }
+  sync_pair();
+  for (int i = 0; i < p.start && thread() == 0; i++) {
+    if (i % 2 == block())
+      arrive_at_both(gates, i % 2);
+    else
+      pass_gate(gates, i % 2, i / 2 & 1);
+  }
+  sync_pair();
+}
+
+const std::map<std::string, Kernel> KERNELS{{"bulk", bulk},      {"arrivals", arrivals},   {"loads", loads},
+                                            {"moves", moves},    {"constants", constants}, {"in_shared", in_shared},
+                                            {"stream", stream},  {"products", products},   {"barriers", barriers},
+                                            {"answers", answers}};
 
 void run(const std::string& kernel, const std::map<std::string, int>& sizes, const py::dict& buffers, int blocks,
          int warps) {
