@@ -37,6 +37,8 @@ SANITIZERS = os.environ.get("TARFLOW_FAST_SANITIZERS")
 SANITIZE = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
 if SANITIZE:  # the first finding ends the process, and says in which line it is
     FLAGS += [*SANITIZE, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
+    FLAGS += ["-O2"]  # of what -O3 does nothing is to be looked at, and compilers take twice as long for it
+    CALLS = ["-O0"]
 # Hot loops are compiled for each instruction set, after which their source is named; which runs is decided at run time.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]

@@ -194,13 +194,9 @@ def fork(action: Callable[[], object], environment: dict[str, str] | None = None
 
 def train_command(*arguments: str) -> Callable[[], object]:
     """Returns `tarflow-fast train …` for `fork`."""
+    from tarflow_fast.cli import main  # here, so that not each child has to import it
 
-    def act() -> None:
-        from tarflow_fast.cli import main
-
-        main(["train", *arguments])
-
-    return act
+    return lambda: main(["train", *arguments])
 
 
 def limit_files(size: int, action: Callable[[], object]) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ def run(out: Path, *more: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_end_to_end(tmp_path: Path) -> None:
+def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "matrix_rate", functools.cache(families.matrix_rate))  # takes seconds each time
     out, pixels = tmp_path / "run.json", np.random.default_rng(0).integers(0, 256, (2, 40, 1, 8, 8), np.uint8)
     np.savez(tmp_path / "pictures.npz", x_train=pixels[0], x_test=pixels[1])
     names = ("nice", "residual", "flow-matching")
