@@ -23,7 +23,7 @@ class Ring {
 
   // jobs: (most_jobs, 2), what this block fetches for each token. gates: the same memory.
   DEVICE Ring(const Params& p, Shared<T> memory, Shared<int> jobs, Shared<Gate> gates)
-      : p_(p), memory_(memory), jobs_(jobs), gates_(gates), held_(load(jobs, 1) == 0 ? p.slots : 0) {}
+      : p_(p), memory_(memory), jobs_(jobs), gates_(gates), held_(load(jobs, 1) == 0 ? NEVER : 0) {}
 
   // Begins, before all else.
   DEVICE void open() {
@@ -67,6 +67,7 @@ class Ring {
 
   // Frees the slots that were taken, but for the last `kept`. All warps must have read them.
   DEVICE void release(int kept = 0) {
+    if (held_ == NEVER) return;
     if constexpr (GATED)
       if (p_.pairs && thread() == 0)
         for (; held_ > kept; held_--) {
@@ -104,6 +105,8 @@ class Ring {
   }
 
  private:
+  static constexpr int NEVER = 1 << 16;
+
   DEVICE int stride() const { return p_.slot_k * TILE + TAIL; }
   // Returns the number of a slot's first gate.
   DEVICE int gate_of(int slot) const {
@@ -159,8 +162,8 @@ class Ring {
   int job_ = 0;  // the job that is fetched next
   int fill_ = 0, take_ = 0;  // the first elements of the slots that are next
   int laps_ = 0;  // whether all were taken an odd number of times, and filled
-  // The numbers of slots that were fetched and not taken, and taken and not freed. A block that has no tile of any layer
-  // never frees a slot, and has none.
+  // The numbers of slots that were fetched and not taken, and taken and not freed, or NEVER in a block that has no tile of
+  // any layer.
   int ahead_ = 0, held_;
 };
 

@@ -12,6 +12,7 @@ from cuda_emulation import emulated
 from cuda_engines import IN_EMULATION, engine_of, inverse
 from engines import GUIDED, expected, poisoned
 from tolerances import GOLDEN, assert_close
+from torch.nn.functional import pad
 
 from tarflow_fast.backend.cuda import engine as cuda_engine
 from tarflow_fast.backend.cuda import plan as cuda_plan
@@ -59,6 +60,31 @@ def test_the_same_bits_with_and_without_gates(batch: int, monkeypatch: pytest.Mo
             assert all(map(torch.equal, inverse(engine, z, condition), wanted))
         native.set_device(3, 227 * 1024)
     assert_close(wanted[0], expected(model, 0, z, condition)[0], 0.1)
+
+
+@pytest.mark.slow
+@IN_EMULATION
+@pytest.mark.parametrize("batch", [2, 10, 17], ids=["few rows", "one group", "pairs"])
+@pytest.mark.parametrize("gates", [True, False], ids=["gates", "no gates"])
+def test_blocks_that_have_nothing_to_multiply(batch: int, gates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fetch nothing, and still attend, and normalise."""
+    native = emulated(2, gates=gates)
+    monkeypatch.setattr(cuda_engine, "load_native", lambda: native)
+    model = random_model(8, num_classes=2, img_size=6, layers_per_block=2)
+    z, condition = random_latents(model, batch), Condition((torch.arange(batch) % 3) - 1, GUIDED)
+    native.set_device(4, 227 * 1024)
+    engine = engine_of(model, 0, torch.bfloat16)
+    wanted = inverse(engine, z, condition)
+    two = {n: cuda_plan.make_division(engine.shape, n, 2, torch.device("cpu")) for n in engine._divisions}
+    engine._divisions = {  # and two blocks more
+        n: replace(division, work=pad(division.work, (0, 0, 0, 2)), jobs=pad(division.jobs, (0, 0, 0, 0, 0, 2)))
+        for n, division in two.items()
+    }
+    engine._plans.clear()
+    for seed in range(4):
+        native.set_seed(seed)
+        assert all(map(torch.equal, inverse(engine, z, condition), wanted))
+    native.set_device(3, 227 * 1024)
 
 
 @pytest.mark.slow
