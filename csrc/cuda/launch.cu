@@ -133,10 +133,9 @@ void launch(const Instance& instance, const Params& params, int index, int block
   CHECK(cudaSetDevice, index);
   Params copy = params;
   Room room = room_for(instance, index, blocks, shared_bytes, copy.pairs);
-  if (room.clusters && blocks > room.blocks) {  // a part of a device: each block copies for itself, to the same bits
-    copy.pairs = 0;
+  if (room.clusters && blocks > room.blocks)  // a part of a device: each block copies for itself, to the same bits
     room = room_for(instance, index, blocks, shared_bytes, false);
-  }
+  copy.pairs = room.clusters;
   if (blocks > room.blocks)
     fail("cudaLaunchKernelExC", cudaErrorCooperativeLaunchTooLarge,
          std::to_string(blocks) + " blocks of " + std::to_string(instance.warps * 32) + " threads with " +

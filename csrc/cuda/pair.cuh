@@ -13,7 +13,7 @@
 
 namespace tarflow {
 
-// GeForce's Blackwell, 12.x, has no copies to several blocks.
+// On 12.x copies to several blocks are not said to be quick.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 constexpr bool GATES = true;
 #else
@@ -40,8 +40,9 @@ DEVICE void promise(Shared<Gate> gates, int i, int bytes) {
                : "memory");
 }
 
-// Arrives at the same gate of both blocks, after all that this block did to shared memory before its last sync_block. A
-// fence, which it would take for global memory as well, costs more than the weights are worth.
+// Arrives at the same gate of both blocks, after all that this block did to shared memory before its last sync_block. PTX
+// promises that for a wider scope, whose fence of global memory would cost more than the weights; CUTLASS, too, leans on
+// the order of shared memory alone.
 DEVICE void arrive_at_both(Shared<Gate> gates, int i) {
 #pragma unroll
   for (int rank = 0; rank < 2; rank++)

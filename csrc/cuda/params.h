@@ -53,7 +53,8 @@ enum Section : int {
 // the cache; guide_a and guide_b, whether xa and xb are guided; skip_phases, the phases that are not done, for
 // measurements; and for FRONTIER max_passes and a window W, the tokens of a sample in a pass (P = W · samples of the
 // launch, sample after sample).
-// The plan has pairs, whether blocks 2 i and 2 i + 1 have the same tiles for a group of rows each; slots, those of the ring; slot_k, the inputs that a slot holds for 16 outputs; sums_in_slots, whether a
+// The plan has pairs, whether blocks 2 i and 2 i + 1, which
+// have the same tiles for a group of rows each, copy for each other (launch.cu clears it where they cannot); slots, those of the ring; slot_k, the inputs that a slot holds for 16 outputs; sums_in_slots, whether a
 // product leaves the sums of its warps where its weights were; group_rows, all rows R or, of more than 32, the first half
 // of them, a multiple of 8; staged_rows, the rows of a product's input that are in shared memory at once, a multiple of
 // 8, and staged_k their columns; tiles, the tiles of up to 32 positions of one sample each whose rows attend together
