@@ -30,6 +30,7 @@ from .terminal import (
     Terminated,
     echo,
     give_up_output,
+    lost_stop,
     one_line,
     stoppable,
 )
@@ -85,11 +86,16 @@ class _Group(click.Group):
         try:
             with _warnings_as_lines():
                 return super().invoke(ctx)
-        except click.ClickException as error:
-            vars(error)["message"] = one_line(error.message)
+        except click.exceptions.Exit:
             raise
         except (KeyboardInterrupt, Interrupted, Terminated) as stop:
             ctx.exit(_stopped(stop))
+        except Exception as error:
+            if (lost := lost_stop(error)) is not None:
+                ctx.exit(_stopped(lost))
+            if isinstance(error, click.ClickException):
+                vars(error)["message"] = one_line(error.message)
+            raise
 
 
 @click.group(

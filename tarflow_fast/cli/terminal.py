@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -61,6 +61,22 @@ class Terminated(BaseException):
     """`Terminated` is raised by SIGTERM."""
 
 
+_stops: list[BaseException] = []  # those that signals have raised
+
+
+def lost_stop(error: BaseException) -> BaseException | None:
+    """Returns the stop that somebody else's code took for a failure of its own, so that `error` came of it, or None.
+
+    What fails while a stop is on its way has it in its context: that failure is to be told.
+    """
+    of: BaseException | None = error
+    while of is not None:
+        if of in _stops:
+            return None
+        of = of.__cause__ or of.__context__
+    return _stops[-1] if _stops else None
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Makes Ctrl-C and SIGTERM raise Interrupted and Terminated in the block, so that files are left as `replacing`
@@ -69,13 +85,18 @@ def stoppable() -> Iterator[None]:
         yield
         return
 
+    def stop_by(stop: BaseException) -> NoReturn:
+        _stops.append(stop)
+        raise stop
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted
+        stop_by(Interrupted())
 
     def terminate(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)
-        raise Terminated
+        stop_by(Terminated())
 
+    _stops.clear()
     ours: dict[int, Any] = {}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         ours[signal.SIGINT] = interrupt

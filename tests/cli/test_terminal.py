@@ -162,6 +162,34 @@ def test_an_interrupt_within_exec_ends_with_its_exit_code(evil: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted\n")
 
 
+@pytest.mark.parametrize(
+    ("swallowed", "code", "told"),
+    [
+        ("pass", 130, "Interrupted\n"),
+        ("raise OSError(28, 'No space left', 'a.png')", 1, "Error: a.png: No space left\n"),
+    ],
+    ids=["lost", "told of"],
+)
+def test_a_stop_that_somebody_took_for_a_failure_of_their_own(swallowed: str, code: int, told: str) -> None:
+    """torch does so where it looks whether an object is a sequence, and says then that a file's tensors have no shape.
+    What fails while a stop is on its way is another matter."""
+    program = f"""if True:
+        import signal
+        from tarflow_fast.cli import main
+        from tarflow_fast import devices
+        def pick_device(name):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:
+                {swallowed}
+            raise ValueError("could not determine the shape")
+        devices.pick_device = pick_device
+        main(["sample"])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
+
+
 def test_a_bar_that_was_never_whole_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     from tarflow_fast.progress import Bar
 
