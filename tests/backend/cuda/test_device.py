@@ -64,6 +64,6 @@ def test_a_wait_at_a_gate_has_an_end(tmp_path: Path) -> None:
     ("architecture", "gates"), [("80", 0), ("89", 0), ("90", 1), ("90a", 1), ("100", 1), ("103", 1), ("120", 0)]
 )
 def test_which_devices_have_gates(architecture: str, gates: int, tmp_path: Path) -> None:
-    """Ampere and Ada have none, and GeForce's Blackwell has no copies to several blocks."""
+    """Ampere and Ada have none, and on 12.x copies to several blocks are not said to be quick."""
     ptx = compiled(f"static_assert(GATES == {gates}); store(Global<int>(p.reached), 0, 1);", tmp_path, architecture)
     assert "st.global" in ptx
