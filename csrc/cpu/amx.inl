@@ -50,9 +50,10 @@ INLINE void multiply_tile() {
 // The sums of one tile of rows and half a panel or more of columns, or of two of each, in registers while k runs.
 // Tall, Wide: tiles of rows and of columns, 2 and 2, 1 and 2, or 1 and 4. a: where each tall tile begins. out: HIGH rows
 // of Wide vectors for each of these; sums go on from there unless this begins them. panel: elements of a panel.
-template <int Tall, int Wide>
-void multiply_tiles(const bf16* const (&a)[2], int64_t stride, const bf16* w, int64_t panel, int64_t k, bool begins,
-                    float* out) {
+// meanwhile() is called once for each DEEP k: vectors compute beside tiles.
+template <int Tall, int Wide, class Meanwhile>
+INLINE void multiply_tiles(const bf16* const (&a)[2], int64_t stride, const bf16* w, int64_t panel, int64_t k,
+                           bool begins, const Meanwhile& meanwhile, float* out) {
   constexpr int64_t row = Wide * VW * sizeof(float), pair = 2 * NB * sizeof(bf16);
   float* const second = out + (Tall == 2 ? HIGH * Wide * VW : 2 * VW);  // of registers 2 and 3
   if (begins) {
@@ -79,6 +80,7 @@ void multiply_tiles(const bf16* const (&a)[2], int64_t stride, const bf16* w, in
       load_tile<7>(w + panel + 2 * VW, pair);
       multiply_tile<3, 4, 7>();
     }
+    meanwhile();
   }
   store_tile<0>(out, row), store_tile<1>(out + VW, row);
   if constexpr (Tall * Wide == 4) store_tile<2>(second, row), store_tile<3>(second + VW, row);
@@ -100,14 +102,34 @@ void panel_in_tiles(const bf16* a, int64_t stride, int64_t rows, const bf16* w, 
   const int64_t high = rows < HIGH ? rows : HIGH, second = rows - high, whole = k / DEEP * DEEP;
   alignas(64) float y[2 * HIGH * NB];
   const bf16* const from[2] = {a, a + second * stride};
-  if (second) multiply_tiles<2, 2>(from, stride, w, 0, whole, true, y);
-  else multiply_tiles<1, 2>(from, stride, w, 0, whole, true, y);
+  const auto nothing = [] {};
+  if (second) multiply_tiles<2, 2>(from, stride, w, 0, whole, true, nothing, y);
+  else multiply_tiles<1, 2>(from, stride, w, 0, whole, true, nothing, y);
   if (whole < k)
     for (int t = 0; t < (second ? 2 : 1); t++)
       add_rest(from[t] + whole, stride, high, w + whole * NB, 0, 1, k - whole, false, y + t * HIGH * NB);
   finish(0, high, y);
   if (second) finish(high, second, y + (HIGH + high - second) * NB);
 }
+
+// The sums of a panel or two, which are finished a few rows at a time while the tiles have those of the next. Of `rows`
+// rows the last tile has `twice` that the one before has too.
+template <class Finish>
+struct Finishing {
+  const Finish& finish;
+  const int64_t rows, twice;
+  const float* y;
+  int64_t column, columns, done;
+
+  __attribute__((noinline)) void until(int64_t stop) {
+    const int64_t last = rows + twice - HIGH;  // where the last tile begins, had it no row twice
+    while (done < stop) {
+      const int64_t end = done < last && last < stop ? last : stop, at = done < last ? done : done + twice;
+      finish(done, end - done, column, columns, y + at * columns);
+      done = end;
+    }
+  }
+};
 
 // Does what `product` does. The last tile of rows begins early enough to be whole, and has some of them once more.
 template <class Finish>
@@ -119,11 +141,16 @@ void product_in_tiles(const Linear& l, const bf16* a, int64_t stride, int64_t ro
   const int64_t pieces = tiles > 2 ? (panel * 2 + worker.near_bytes - 1) / worker.near_bytes : 1;
   const int64_t deepest = (whole + DEEP * pieces - 1) / (DEEP * pieces) * DEEP;
   const auto begin_of = [&](int64_t t) { return t * HIGH < rows - high ? t * HIGH : rows - high; };
-  alignas(64) float y[GROUP_ROWS * NB];
+  alignas(64) float sums[2][GROUP_ROWS * NB];
+  Finishing<Finish> before{finish, rows, (tiles - 1) * HIGH + high - rows, nullptr, 0, 0, rows};
   begin_tiles(high);
-  for (int64_t p = first, wide; p < last; p += wide) {
+  for (int64_t p = first, wide, parity = 0; p < last; p += wide, parity ^= 1) {
     wide = tiles == 1 && p + 1 < last ? 2 : 1;
     const auto* weight = static_cast<const bf16*>(l.weight) + p * panel;
+    float* const y = sums[parity];
+    const int64_t steps = whole / DEEP * ((tiles + 1) / 2);
+    int64_t step = 0;
+    const auto finish_some = [&] { before.until(rows * ++step / steps); };
     for (int64_t k = 0, depth; k < whole; k += depth) {
       depth = deepest < whole - k ? deepest : whole - k;
       for (int64_t t = 0; t < tiles; t += 2) {
@@ -131,19 +158,18 @@ void product_in_tiles(const Linear& l, const bf16* a, int64_t stride, int64_t ro
         const bf16* const from[2] = {a + begin_of(t) * stride + k, a + begin_of(next) * stride + k};
         float* to = y + t * HIGH * NB;
         const bf16* now = weight + k * NB;
-        if (next != t) multiply_tiles<2, 2>(from, stride, now, panel, depth, k == 0, to);
-        else if (wide == 1) multiply_tiles<1, 2>(from, stride, now, panel, depth, k == 0, to);
-        else multiply_tiles<1, 4>(from, stride, now, panel, depth, k == 0, to);
+        if (next != t) multiply_tiles<2, 2>(from, stride, now, panel, depth, k == 0, finish_some, to);
+        else if (wide == 1) multiply_tiles<1, 2>(from, stride, now, panel, depth, k == 0, finish_some, to);
+        else multiply_tiles<1, 4>(from, stride, now, panel, depth, k == 0, finish_some, to);
       }
     }
-    for (int64_t t = 0, row = 0; t < tiles; t++) {
-      const int64_t begin = begin_of(t), count = begin + high - row;
-      float* to = y + t * HIGH * NB;
-      if (whole < l.k)
-        add_rest(a + begin * stride + whole, stride, high, weight + whole * NB, panel, wide, l.k - whole, whole == 0, to);
-      finish(row, count, p * NB, wide * NB, to + (row - begin) * wide * NB);
-      row += count;
-    }
+    if (whole < l.k)
+      for (int64_t t = 0; t < tiles; t++)
+        add_rest(a + begin_of(t) * stride + whole, stride, high, weight + whole * NB, panel, wide, l.k - whole,
+                 whole == 0, y + t * HIGH * wide * NB);
+    before.until(rows);
+    before.y = y, before.column = p * NB, before.columns = wide * NB, before.done = 0;
   }
+  before.until(rows);
   end_tiles();
 }
