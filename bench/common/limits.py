@@ -64,14 +64,15 @@ def measure_gpu(device: torch.device) -> Limits:
     return {RATE: matrix_rate(torch.bfloat16, device), COPY: [{"bytes": size, "bytes_per_second": rate}]}
 
 
-def _names(case: Case) -> tuple[str, str]:
+def names(case: Case) -> tuple[str, str]:
+    """Returns what a CPU's matrix rate and bandwidths are called for a case's dtype and threads."""
     threads = case.threads or torch.get_num_threads()
     return f"{case.dtype}_flops_per_second_{threads}", f"{READ}_{threads}"
 
 
 def measure(case: Case) -> Limits:
     """Returns what a case is held to on a CPU: the matrix rate of its dtype, and the bandwidth at its working set."""
-    (rate, read), size = _names(case), case.work.working_set
+    (rate, read), size = names(case), case.work.working_set
     with torch_threads(case.threads):
         entry = {"bytes": size, "bytes_per_second": read_bandwidth(size)}
         return {rate: matrix_rate(DTYPES[case.dtype]), read: [entry]}
@@ -92,7 +93,7 @@ def best(first: Limits, second: Limits) -> Limits:
 
 def hold(cell: Any, limits: Limits, case: Case) -> None:
     """Gives a cell its "limit", and each of its runs the share of it."""
-    rate, read = (RATE, COPY) if COPY in limits else _names(case)
+    rate, read = (RATE, COPY) if COPY in limits else names(case)
     sizes = {entry["bytes"]: entry["bytes_per_second"] for entry in limits[read]}
     reached = max(sizes.values()) if read == COPY else sizes[case.work.working_set]
     seconds, by = roofline.limit(case.work, limits[rate], reached)
