@@ -30,7 +30,7 @@ void multiply(const typename M::act* a, int64_t stride, int64_t rows, const floa
   constexpr int64_t most = MOST_ROWS;
 #endif
   const int64_t panels = (columns + NB - 1) / NB, blocks = (rows + most - 1) / most;
-  const int64_t padded = (k + M::depth - 1) / M::depth * M::depth;
+  const int64_t padded = (k + M::together - 1) / M::together * M::together;
   const int64_t end = panels * blocks * (w.rank + 1) / w.size;
   alignas(64) float y[ACCUMULATORS * VW];
   alignas(64) float shift[NB];

@@ -230,8 +230,8 @@ bool density_pass(const std::vector<DensityBlock>& blocks, const DensityBatch& b
         g.rows = samples * (tokens - 1);
         g.x = k == 0 ? batch.x : batch.outputs + (k - 1) * B * values;
         g.z = batch.outputs + k * B * values;
-        // Where the number of channels is odd, no column fills the second half of the last pair of bf16.
-        if (w.rank == 0 && g.sizes.channels % 2) {
+        // Where channels are no multiple of the k that lie together, no column fills what is left of the last ones.
+        if (w.rank == 0 && g.sizes.channels % kernels.bf16.together) {
           std::memset(g.attended, 0, g.rows * g.channel_stride * operand);
           if (gradient) std::memset(g.d_qkv, 0, g.rows * g.qkv_stride * operand);
         }

@@ -34,8 +34,8 @@ namespace {
 #endif
 }
 
-// Returns whether an ARM processor has dot products of bf16. Windows does not tell.
-[[maybe_unused]] bool arm_dots_usable() {
+// Returns whether an ARM processor has products of bf16. Windows does not tell.
+[[maybe_unused]] bool arm_bf16_usable() {
 #if defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16
   return getauxval(AT_HWCAP2) & bf16;
@@ -67,7 +67,7 @@ std::vector<InstructionSet> instruction_sets() {
   static const bool tiles = tiles_usable();
   if (kernels_amx_bf16) found.push_back({kernels_amx_bf16, tiles});
 #elif defined(__aarch64__)
-  if (kernels_neon_bf16) found.push_back({kernels_neon_bf16, arm_dots_usable()});
+  if (kernels_neon_bf16) found.push_back({kernels_neon_bf16, arm_bf16_usable()});
 #endif
   return found;
 }

@@ -119,7 +119,7 @@ Engine::Engine(const Sizes& s, const Source& source, bool bf16, const Kernels& k
   block_.hidden_stride = padded_stride(s.hidden);
   block_.out_stride = padded_stride(block_.out_dim);
   block_.in_stride = padded_stride(s.token_dim);
-  memory_ = pack(block_, layers_, s, source, width, packed_bytes_);
+  memory_ = pack(block_, layers_, s, source, width, passes_.together, packed_bytes_);
   block_.layer = layers_.data();
 }
 

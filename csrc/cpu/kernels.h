@@ -37,8 +37,8 @@ struct LayerSource {
 #undef TARFLOW_FIELD
 };
 
-// y = x Wᵀ + b. Columns of y are packed in panels of two vectors: fp32 [panel][k][width], bf16 [panel][k/2][width][2].
-// Rows of W beyond the true number of columns are zero, and so is their bias.
+// y = x Wᵀ + b. Columns of y are packed in panels of two vectors: [panel][k/n][width][n] with n = Passes::together. Rows
+// of W beyond the true number of columns are zero, and so is their bias.
 struct Linear {
   const void* weight;
   const float* bias;
@@ -112,11 +112,12 @@ using SplineRun = void (*)(const SplineLaw& law, const SplineBatch& batch, void*
 using CouplingRun = void (*)(const CouplingBatch& batch, int64_t first, int64_t stop);
 
 // What there is for weights of one dtype. tile_rows: rows whose sums stay in registers. multiplies: multiply-adds that a
-// core makes in a cycle, at best.
+// core makes in a cycle, at best. together: k of a column that lie together in a panel, 1 in fp32.
 struct Passes {
   Step step;
   int64_t tile_rows;
   double multiplies;
+  int64_t together;
 };
 
 struct Kernels {

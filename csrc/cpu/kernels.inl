@@ -2,7 +2,7 @@
 //   KERNELS       the name of the table that it fills,    NAME  what it is called,
 //   VW            fp32 lanes of a vector,                 ACCUMULATORS  registers for a tile's sums,
 //   TARFLOW_DOT   1 where bf16 dot products exist,        ACTIVATION    float, or uint16_t with TARFLOW_DOT,
-//   TARFLOW_AMX   1 where AMX has them too.
+//   TARFLOW_AMX   1 where AMX has them too,               TARFLOW_MMLA  1 where ARM's BFMMLA does more.
 // No standard header with inline functions is included here: see kernels.h.
 
 #include "density.h"
@@ -16,6 +16,9 @@ namespace {
 #include "products.inl"
 #if TARFLOW_AMX
 #include "amx.inl"
+#endif
+#if TARFLOW_MMLA
+#include "mmla.inl"
 #endif
 #include "attention.inl"
 #include "packing.inl"
@@ -298,15 +301,18 @@ void exp_all(const float* x, float* out, int64_t n) {
 
 constexpr double MULTIPLIES = 2 * VW;  // two vectors in a cycle, also of pairs: see dispatch.cpp
 #if TARFLOW_AMX
-constexpr Passes BF16_PASSES{step<BF16>, 2 * HIGH, HIGH * HIGH * DEEP / 16.0};  // a product of tiles in 16 cycles
+constexpr double BF16_MULTIPLIES = HIGH * HIGH * DEEP / 16.0;  // a product of tiles in 16 cycles
+constexpr Passes BF16_PASSES{step<BF16>, 2 * HIGH, BF16_MULTIPLIES, BF16::together};
+#elif TARFLOW_MMLA
+constexpr Passes BF16_PASSES{step<BF16>, MOST_ROWS, 4 * MULTIPLIES, BF16::together};  // of four k to a lane
 #else
-constexpr Passes BF16_PASSES{step<BF16>, MOST_ROWS, MULTIPLIES};
+constexpr Passes BF16_PASSES{step<BF16>, MOST_ROWS, MULTIPLIES, BF16::together};
 #endif
 
 const Kernels table = {NAME,
                        VW,
                        TARFLOW_DOT,
-                       {step<F32>, MOST_ROWS, MULTIPLIES},
+                       {step<F32>, MOST_ROWS, MULTIPLIES, F32::together},
                        BF16_PASSES,
                        &density_table,
                        &masked_table,

@@ -1,4 +1,4 @@
-// The kernels for 64-bit ARM with BF16 (Armv8.6-A): 128-bit vectors, and dot products of bf16 pairs.
+// The kernels for 64-bit ARM with BF16 (Armv8.6-A): 128-bit vectors, and products of bf16 by BFMMLA and BFDOT.
 #if defined(__aarch64__) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
 #define NAME "neon_bf16"
@@ -6,6 +6,7 @@
 #define VW 4
 #define ACCUMULATORS 24
 #define TARFLOW_DOT 1
+#define TARFLOW_MMLA 1
 #define ACTIVATION uint16_t
 #include "kernels.inl"
 #else

@@ -22,10 +22,10 @@ struct Matrix {
 
 // row(c) is the row of W that becomes column c of the panels, or −1; column(k) is the column of W for k, or −1.
 template <class Row, class Column>
-Linear pack_linear(Arena& arena, const Matrix& m, int64_t columns, int64_t k, int64_t width, bool bf16, const Row& row,
-                   const Column& column) {
-  const int64_t depth = bf16 ? 2 : 1;
-  Linear l{nullptr, nullptr, round_up(k, depth), (columns + width - 1) / width};
+Linear pack_linear(Arena& arena, const Matrix& m, int64_t columns, int64_t k, int64_t width, int64_t together,
+                   const Row& row, const Column& column) {
+  const bool bf16 = together > 1;
+  Linear l{nullptr, nullptr, round_up(k, together), (columns + width - 1) / width};
   void* weight = arena.take<void>(l.panels * l.k * width, bf16 ? 2 : 4);
   float* bias = arena.take(l.panels * width);
   l.weight = weight;
@@ -39,7 +39,7 @@ Linear pack_linear(Arena& arena, const Matrix& m, int64_t columns, int64_t k, in
       float w = from < 0 ? 0.0f : m.weight[r * m.in + from];
       if (from >= 0 && m.beta) b += static_cast<double>(w) * m.beta[from];
       if (from >= 0 && m.gamma) w *= m.gamma[from];
-      const int64_t at = (c / width * l.k + i / depth * depth) * width + c % width * depth + i % depth;
+      const int64_t at = (c / width * l.k + i / together * together) * width + c % width * together + i % together;
       if (bf16)
         static_cast<uint16_t*>(weight)[at] = to_bf16(w);
       else
@@ -50,7 +50,8 @@ Linear pack_linear(Arena& arena, const Matrix& m, int64_t columns, int64_t k, in
   return l;
 }
 
-void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s, const Source& source, int64_t width) {
+void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s, const Source& source, int64_t width,
+          int64_t together) {
   const int64_t C = s.channels, F = s.hidden, H = block.heads, d = block.head_dim, unit = block.unit_panels * width;
   const auto same = [](int64_t i) { return i; };
   const auto qkv_row = [&](int64_t c) {
@@ -60,7 +61,7 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
   const auto attended = [&](int64_t k) { return k % d < s.head_dim ? k / d * s.head_dim + k % d : -1; };
 
   block.in = pack_linear(arena, {source.in_weight, source.in_bias, s.token_dim, nullptr, nullptr}, C, s.token_dim,
-                         width, false, same, same);
+                         width, 1, same, same);
   float* position = arena.take(s.tokens * block.channel_stride);
   block.position = position;
   if (arena.filling()) {
@@ -70,29 +71,29 @@ void fill(Arena& arena, Block& block, std::vector<Layer>& layers, const Sizes& s
   }
   for (int64_t i = 0; i < s.layers; i++) {
     const LayerSource l = arena.filling() ? source.layer(i) : LayerSource{};
-    const bool bf16 = block.bf16;
     layers[i].qkv = pack_linear(arena, {l.qkv_weight, l.qkv_bias, C, l.norm1_weight, l.norm1_bias}, 3 * H * unit, C,
-                                width, bf16, qkv_row, same);
-    layers[i].proj =
-        pack_linear(arena, {l.proj_weight, l.proj_bias, C, nullptr, nullptr}, C, H * d, width, bf16, same, attended);
-    layers[i].fc1 =
-        pack_linear(arena, {l.fc1_weight, l.fc1_bias, C, l.norm2_weight, l.norm2_bias}, F, C, width, bf16, same, same);
-    layers[i].fc2 = pack_linear(arena, {l.fc2_weight, l.fc2_bias, F, nullptr, nullptr}, C, F, width, bf16, same, same);
+                                width, together, qkv_row, same);
+    layers[i].proj = pack_linear(arena, {l.proj_weight, l.proj_bias, C, nullptr, nullptr}, C, H * d, width, together,
+                                 same, attended);
+    layers[i].fc1 = pack_linear(arena, {l.fc1_weight, l.fc1_bias, C, l.norm2_weight, l.norm2_bias}, F, C, width,
+                                together, same, same);
+    layers[i].fc2 =
+        pack_linear(arena, {l.fc2_weight, l.fc2_bias, F, nullptr, nullptr}, C, F, width, together, same, same);
   }
-  block.out = pack_linear(arena, {source.out_weight, source.out_bias, C, nullptr, nullptr}, block.out_dim, C, width,
-                          false, same, same);
+  block.out = pack_linear(arena, {source.out_weight, source.out_bias, C, nullptr, nullptr}, block.out_dim, C, width, 1,
+                          same, same);
 }
 
 }  // namespace
 
 Memory pack(Block& block, std::vector<Layer>& layers, const Sizes& sizes, const Source& source, int64_t panel_width,
-            size_t& bytes) {
+            int64_t together, size_t& bytes) {
   Arena counted;
-  fill(counted, block, layers, sizes, source, panel_width);
+  fill(counted, block, layers, sizes, source, panel_width, together);
   bytes = counted.used();
   Memory memory = allocate(bytes);
   Arena arena(memory.get());
-  fill(arena, block, layers, sizes, source, panel_width);
+  fill(arena, block, layers, sizes, source, panel_width, together);
   return memory;
 }
 

@@ -7,6 +7,6 @@ namespace tarflow {
 
 // Fills block's and layers' weights, in the order in which a step reads them, in one piece of memory.
 Memory pack(Block& block, std::vector<Layer>& layers, const Sizes& sizes, const Source& source, int64_t panel_width,
-            size_t& bytes);
+            int64_t together, size_t& bytes);
 
 }  // namespace tarflow

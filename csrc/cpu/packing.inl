@@ -1,5 +1,5 @@
-// Matrices in torch's layout become panels as `tile` reads them: [k][NB] in fp32, [k / 2][NB][2] in bf16. Elements
-// beyond the last column, or beyond the last k of a pair, are zero.
+// Matrices in torch's layout become panels as `tile` reads them: [k / n][NB][n], with n = M::together. Elements beyond
+// the last column, or beyond the last k of those that lie together, are zero.
 
 // Loads n values, and zeros up to a whole vector.
 INLINE vf load_some(const float* p, int64_t n) {
@@ -54,6 +54,11 @@ INLINE void store_pair(bf16* to, vf even, vf odd) {
   __builtin_memcpy(to, &pair, sizeof pair);
 }
 
+// Stores half a panel, four k of each column.
+INLINE void store_fours(bf16* to, const vf* column) {
+  UNROLL for (int c = 0; c < VW; c++) store(to + c * 4, column[c]);
+}
+
 // Packs w (columns, k), whose rows are ld apart: column c of the panel is row c of w. columns <= NB.
 template <class M>
 void pack_rows(const float* w, int64_t ld, int64_t columns, int64_t k, typename M::weight* out) {
@@ -62,8 +67,12 @@ void pack_rows(const float* w, int64_t ld, int64_t columns, int64_t k, typename 
     for (int64_t i = 0; i < k; i += VW) {
       vf v[VW];
       UNROLL for (int c = 0; c < VW; c++) v[c] = c < used ? load_some(w + (half * VW + c) * ld + i, k - i) : vf{};
+      if constexpr (M::together == 4) {
+        store_fours(out + i * NB + half * NB * 2, v);
+        continue;
+      }
       transpose(v);
-      if constexpr (M::depth == 1) {
+      if constexpr (M::together == 1) {
         UNROLL for (int j = 0; j < VW; j++)
           if (i + j < k) store(out + (i + j) * NB + half * VW, v[j]);
       } else {
@@ -77,12 +86,21 @@ void pack_rows(const float* w, int64_t ld, int64_t columns, int64_t k, typename 
 // Packs w (k, columns), which the panel has in the same order. columns <= NB.
 template <class M>
 void pack_columns(const float* w, int64_t ld, int64_t columns, int64_t k, typename M::weight* out) {
-  for (int64_t i = 0; i < k; i += M::depth)
+  for (int64_t i = 0; i < k; i += M::together)
     for (int half = 0; half < 2; half++) {
       const float* from = w + i * ld + half * VW;
       const int64_t used = columns - half * VW > 0 ? columns - half * VW : 0;
       const vf first = load_some(from, used);
-      if constexpr (M::depth == 1) store(out + i * NB + half * VW, first);
-      else store_pair(out + i * NB + half * NB, first, i + 1 < k ? load_some(from + ld, used) : vf{});
+      if constexpr (M::together == 1) {
+        store(out + i * NB + half * VW, first);
+      } else if constexpr (M::together == 2) {
+        store_pair(out + i * NB + half * NB, first, i + 1 < k ? load_some(from + ld, used) : vf{});
+      } else {
+        vf v[VW] = {first};
+        UNROLL for (int j = 1; j < VW; j++)
+          if (i + j < k) v[j] = load_some(from + j * ld, used);
+        transpose(v);
+        store_fours(out + i * NB + half * NB * 2, v);
+      }
     }
 }

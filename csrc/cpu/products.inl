@@ -7,7 +7,8 @@ constexpr int NB = 2 * VW;  // the columns of a panel
 struct F32 {
   using weight = float;
   using act = float;  // the type of a product's rows
-  static constexpr int depth = 1;
+  static constexpr int depth = 1;     // k to a lane
+  static constexpr int together = 1;  // k of a column that lie together in a panel
 };
 
 // bf16 weights have two k to a lane. With the dot-product instruction, activations are rounded to bf16 too; without it,
@@ -16,6 +17,11 @@ struct BF16 {
   using weight = bf16;
   using act = ACTIVATION;
   static constexpr int depth = 2;
+#if TARFLOW_MMLA
+  static constexpr int together = 4;
+#else
+  static constexpr int together = 2;
+#endif
 };
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -42,10 +48,19 @@ INLINE void fetch_ahead(Ahead& ahead, int64_t panel) {
   }
 }
 
+#if TARFLOW_MMLA
+template <int R, int P>
+void tile_of_pairs(const bf16* a, int64_t stride, const bf16* w, int64_t panel, int64_t k, bool begins, Ahead ahead,
+                   float* out);
+#endif
+
 // out (R, 2·P vectors) = a Wᵀ over k, added to what is there unless this begins the sums.
 template <class M, int R, int P>
 void tile(const typename M::act* a, int64_t stride, const typename M::weight* w, int64_t panel, int64_t k, bool begins,
           Ahead ahead, float* out) {
+#if TARFLOW_MMLA
+  if constexpr (M::depth == 2) return tile_of_pairs<R, P>(a, stride, w, panel, k, begins, ahead, out);
+#endif
   vf acc[R][2 * P];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int j = 0; j < 2 * P; j++) acc[r][j] = begins ? vf{} : load(out + (r * 2 * P + j) * VW);
@@ -143,7 +158,8 @@ void product(const Linear& l, const typename M::act* a, int64_t stride, int64_t 
   const int64_t widest = 4 * tallest <= ACCUMULATORS ? 2 : 1;
   const int64_t panel = l.k * NB, bytes = panel * sizeof(W);
   const int64_t pieces = blocks > 1 ? (bytes + worker.near_bytes - 1) / worker.near_bytes : 1;
-  const int64_t deepest = (l.k + 2 * pieces - 1) / (2 * pieces) * 2;  // all pieces about equal, of whole pairs
+  constexpr int64_t some = BF16::together;
+  const int64_t deepest = (l.k + some * pieces - 1) / (some * pieces) * some;  // all pieces about equal
   const auto* weight = static_cast<const W*>(l.weight);
   alignas(64) float y[GROUP_ROWS * NB];
   for (int64_t p = first, wide; p < last; p += wide) {
