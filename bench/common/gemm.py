@@ -1,4 +1,4 @@
-"""What torch's own products take, on the same threads: limits beside the roofline, of a pass's shapes and of large ones."""
+"""Limits beside the roofline: torch's own products on the same threads, of a pass's shapes and of large ones."""
 
 from __future__ import annotations
 
