@@ -22,9 +22,14 @@ struct Model {
   int64_t threads() const { return teams * size; }
 
   // Returns the seconds in which each of the threads reads `bytes` of its own out of a working set of `own` bytes, of
-  // `all` bytes for all threads. Of what exceeds a cache, as much is found there as fits.
+  // `all` bytes for all threads. Of what exceeds L3, as much is found there as fits. What goes round in more than L2 has
+  // drives itself out: less is found there the more it is, and nothing of twice as much.
   double read(double bytes, double own, double all) const {
-    if (own <= USABLE * Machine::share(d.machine.l2)) return bytes / L2_BYTES / HERTZ;
+    const double near = std::clamp(2 - own / (USABLE * Machine::share(d.machine.l2)), 0.0, 1.0);
+    return near * bytes / L2_BYTES / HERTZ + (1 - near) * read_far(bytes, all);
+  }
+
+  double read_far(double bytes, double all) const {
     const double l3 = USABLE * Machine::share(d.machine.l3) * std::min(threads(), d.machine.l3.cores);
     const double found = std::min(1.0, l3 / all), memory = std::min(MEMORY_BYTES, MEMORY_BYTES_OF_ALL / threads());
     return bytes * (found / L3_BYTES + (1 - found) / memory) / HERTZ;

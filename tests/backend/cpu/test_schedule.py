@@ -4,6 +4,7 @@ groups that is chosen for them, which changes no bit."""
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,19 @@ def test_groups_are_whole_tiles_and_threads_that_would_only_wait_are_left_out(
     alone = engine.schedule(samples=1, tokens=9, guided=False, threads=4)
     assert alone["teams"] == alone["team_size"] == 1
     assert engine.schedule(samples=301, tokens=9, guided=False, threads=2)["teams"] == 2
+
+
+@every_set
+def test_a_little_more_cache_is_a_little_less_time(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that hardly exceed the L2 cache are not expected to come as slowly as if it held none of them."""
+    native, make = load_native(), load_native().Engine
+    model = random_model(4, img_size=6, channels=128, layers_per_block=2)
+
+    def expected(size: int) -> float:
+        monkeypatch.setattr(native, "Engine", functools.partial(make, caches={**HUGE, "L2": (size, 1)}))
+        engine = engine_of(model, 0, instruction_set=isa)._native
+        return float(engine.schedule(samples=1, tokens=9, guided=False, threads=1)["products"])
+
+    times = [expected(int(2**18 * 1.02**i)) for i in range(200)]
+    assert times[0] > 1.5 * times[-1]
+    assert all(0.95 * before <= after <= before for before, after in itertools.pairwise(times))
