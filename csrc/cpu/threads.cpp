@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <chrono>
 #ifdef _WIN32
 #include <process.h>  // getpid
@@ -63,13 +64,17 @@ void wake_all(const std::atomic<uint32_t>& word) {
 #endif
 }
 
-// A thread spins so long at a barrier before it sleeps, longer than a thread that runs keeps others waiting.
-constexpr std::chrono::microseconds PATIENCE{50};
+// A thread spins so long at a barrier before it sleeps: at most longer than a thread that runs keeps others waiting. Where
+// that was in vain it spins half as long the next time, and twice as long where it was not. Two threads of a team on one
+// core, where the system may leave them beside a process that keeps the other, would spin for each other's turn for ever.
+constexpr std::chrono::nanoseconds MOST_PATIENCE{50'000}, LEAST_PATIENCE{1'000};
 constexpr std::chrono::microseconds LINGER{200};  // between two flow blocks a sampler needs about this long
 
 thread_local bool running = false;  // whether this thread is inside Pool::run, or waits there for its turn
 
 }  // namespace
+
+Barrier::Barrier(int size) : size_(size), patience_(MOST_PATIENCE.count()) {}
 
 void Barrier::wait() {
   const uint32_t phase = phase_.load(std::memory_order_acquire);
@@ -80,13 +85,19 @@ void Barrier::wait() {
     return;
   }
   // To yield would hand the core to another process for a whole turn, where a thread that sleeps is woken at once.
-  const auto end = std::chrono::steady_clock::now() + PATIENCE;
+  const std::chrono::nanoseconds patience{patience_.load(std::memory_order_relaxed)};
+  const auto end = std::chrono::steady_clock::now() + patience;
   do {
-    for (int i = 0; i < SPINS; i++) {
-      if (phase_.load(std::memory_order_acquire) != phase) return;
+    for (int i = 0; i < SPINS / 16; i++) {  // a microsecond, where a pause takes 140 cycles
+      if (phase_.load(std::memory_order_acquire) != phase) {
+        if (patience < MOST_PATIENCE)
+          patience_.store(std::min(2 * patience, MOST_PATIENCE).count(), std::memory_order_relaxed);
+        return;
+      }
       pause_briefly();
     }
   } while (std::chrono::steady_clock::now() < end);
+  patience_.store(std::max(patience / 2, LEAST_PATIENCE).count(), std::memory_order_relaxed);
   sleeping_.fetch_add(1);
   while (phase_.load() == phase) sleep_while(phase_, phase);
   sleeping_.fetch_sub(1);

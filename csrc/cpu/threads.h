@@ -16,7 +16,7 @@ namespace tarflow {
 // sleeps, so that it does not burn its core while another process has taken the core of the thread that it waits for.
 class Barrier {
  public:
-  explicit Barrier(int size) : size_(size) {}
+  explicit Barrier(int size);
   void wait();
 
  private:
@@ -24,6 +24,7 @@ class Barrier {
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   std::atomic<int> sleeping_{0};
+  std::atomic<int64_t> patience_;  // nanoseconds, of the thread that comes next; any that was stored will do
 };
 
 // Worker threads that live as long as the process, woken for one job at a time.
