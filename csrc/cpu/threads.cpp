@@ -67,7 +67,9 @@ void wake_all(const std::atomic<uint32_t>& word) {
 // A thread spins so long at a barrier before it sleeps: at most longer than a thread that runs keeps others waiting. Where
 // that was in vain it spins half as long the next time, and twice as long where it was not. Two threads of a team on one
 // core, where the system may leave them beside a process that keeps the other, would spin for each other's turn for ever.
+// Now and then it tries the most again: what takes longer than the least may still be worth spinning for.
 constexpr std::chrono::nanoseconds MOST_PATIENCE{50'000}, LEAST_PATIENCE{1'000};
+constexpr int TRIED_AGAIN = 64;  // times in vain, after which
 constexpr std::chrono::microseconds LINGER{200};  // between two flow blocks a sampler needs about this long
 
 thread_local bool running = false;  // whether this thread is inside Pool::run, or waits there for its turn
@@ -75,6 +77,8 @@ thread_local bool running = false;  // whether this thread is inside Pool::run, 
 }  // namespace
 
 Barrier::Barrier(int size) : size_(size), patience_(MOST_PATIENCE.count()) {}
+
+void Barrier::be_patient(std::chrono::nanoseconds time) { patience_.store(time.count(), std::memory_order_relaxed); }
 
 void Barrier::wait() {
   const uint32_t phase = phase_.load(std::memory_order_acquire);
@@ -90,14 +94,15 @@ void Barrier::wait() {
   do {
     for (int i = 0; i < SPINS / 16; i++) {  // a microsecond, where a pause takes 140 cycles
       if (phase_.load(std::memory_order_acquire) != phase) {
-        if (patience < MOST_PATIENCE)
-          patience_.store(std::min(2 * patience, MOST_PATIENCE).count(), std::memory_order_relaxed);
+        if (patience < MOST_PATIENCE) be_patient(std::min(2 * patience, MOST_PATIENCE));
+        if (in_vain_.load(std::memory_order_relaxed) > 0) in_vain_.store(0, std::memory_order_relaxed);
         return;
       }
       pause_briefly();
     }
   } while (std::chrono::steady_clock::now() < end);
-  patience_.store(std::max(patience / 2, LEAST_PATIENCE).count(), std::memory_order_relaxed);
+  const bool again = in_vain_.fetch_add(1, std::memory_order_relaxed) % TRIED_AGAIN == TRIED_AGAIN - 1;
+  be_patient(again ? MOST_PATIENCE : std::max(patience / 2, LEAST_PATIENCE));
   sleeping_.fetch_add(1);
   while (phase_.load() == phase) sleep_while(phase_, phase);
   sleeping_.fetch_sub(1);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -20,11 +21,14 @@ class Barrier {
   void wait();
 
  private:
+  void be_patient(std::chrono::nanoseconds time);
+
   const int size_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   std::atomic<int> sleeping_{0};
-  std::atomic<int64_t> patience_;  // nanoseconds, of the thread that comes next; any that was stored will do
+  std::atomic<int64_t> patience_;  // nanoseconds, of whoever waits next; any that was stored will do
+  std::atomic<int> in_vain_{0};    // times that spinning was in vain since it was not
 };
 
 // Worker threads that live as long as the process, woken for one job at a time.
