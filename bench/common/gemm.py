@@ -33,11 +33,10 @@ def limit(case: Case, dtype: torch.dtype) -> dict[str, float]:
 
 def hold(cell: Any, limits: Limits, case: Case) -> None:
     """Gives a cell's "gemm" the parts of its time-weighted limit, in seconds: "products" of all layers at the rate of a
-    large square product, and "attention", its keys and values at the bandwidth of the working set. Beside them
+    large square product, and "attention", its keys and values at the bandwidth of the cell's "limit". Beside them
     "weights", which products read at that bandwidth: where these take longer, no pass reaches the limit."""
-    rate, read = names(case)
-    sizes = {entry["bytes"]: entry["bytes_per_second"] for entry in limits[read]}
-    bandwidth, gemm = sizes[case.work.working_set], cell["gemm"]
+    rate, _ = names(case)
+    bandwidth, gemm = cell["limit"]["bytes_per_second"], cell["gemm"]
     weights = case.sizes.num_blocks * (case.sizes.num_patches - 1) * case.work.weight_bytes
     gemm["weighted"] = {
         "products": gemm["seconds"] * gemm["flops_per_second"] / limits[rate],
