@@ -1,4 +1,4 @@
-"""Limits beside the roofline: torch's own products on the same threads, of a pass's shapes and of large ones."""
+"""What torch's own products of a pass's shapes take, on the same threads: a limit beside the roofline."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .harness import Case
-from .limits import fastest, names
-from .record import Limits, title
+from .limits import fastest
+from .record import title
 
 
 def product_rate(rows: int, k: int, columns: int, dtype: torch.dtype) -> float:
@@ -31,38 +31,14 @@ def limit(case: Case, dtype: torch.dtype) -> dict[str, float]:
     return {"seconds": steps * seconds, "flops_per_second": sum(flops) / seconds}
 
 
-def hold(cell: Any, limits: Limits, case: Case) -> None:
-    """Gives a cell's "gemm" the parts of its time-weighted limit, in seconds: "products" of all layers at the rate of a
-    large square product, and "attention", its keys and values at the bandwidth of the cell's "limit". Beside them
-    "weights", which products read at that bandwidth: where these take longer, no pass reaches the limit."""
-    rate, _ = names(case)
-    bandwidth, gemm = cell["limit"]["bytes_per_second"], cell["gemm"]
-    weights = case.sizes.num_blocks * (case.sizes.num_patches - 1) * case.work.weight_bytes
-    gemm["weighted"] = {
-        "products": gemm["seconds"] * gemm["flops_per_second"] / limits[rate],
-        "attention": (case.work.bytes - weights) / bandwidth,
-        "weights": weights / bandwidth,
-    }
-
-
 def table(record: Any) -> list[str]:
-    """Returns two lines for each cell of a record that has these limits, of the runs' shares; none if no cell has."""
+    """Returns a line for each cell of a record that has this limit, of the runs' share of it; none if no cell has."""
     lines = [""]
     for cell in record["cells"]:
-        if gemm := cell.get("gemm"):
+        if "gemm" in cell:
+            seconds, rate = cell["gemm"]["seconds"], cell["gemm"]["flops_per_second"]
+            shares = ", ".join(f"{run['name']} {seconds / run['median']:.1%}" for run in cell["runs"])
             lines.append(
-                f"torch's products, {title(cell['label'])}: {gemm['seconds']:.4g} s at "
-                f"{gemm['flops_per_second'] / 1e9:.1f} GFLOP/s; {_shares(cell, gemm['seconds'])}"
-            )
-        if parts := (gemm or {}).get("weighted"):
-            least = parts["products"] + parts["attention"]
-            each = ", ".join(f"{name} {seconds:.4g} s" for name, seconds in parts.items() if name != "weights")
-            lines.append(
-                f"time-weighted limit, {title(cell['label'])}: {each}; {_shares(cell, least)}; "
-                f"to read the weights takes {parts['weights']:.4g} s"
+                f"torch's products, {title(cell['label'])}: {seconds:.4g} s at {rate / 1e9:.1f} GFLOP/s; {shares}"
             )
     return lines if len(lines) > 1 else []
-
-
-def _shares(cell: Any, seconds: float) -> str:
-    return ", ".join(f"{run['name']} {seconds / run['median']:.1%}" for run in cell["runs"])

@@ -34,25 +34,39 @@ def fastest(*runs: Callable[[], object], device: torch.device = CPU) -> float:
     return min(times)
 
 
-def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> float:
-    """Returns the operations per second of a large product, 2·n³ / seconds with torch's threads; on a CPU the best of
-    torch.mm and of oneDNN where torch has it: which BLAS suits a processor differs by factors."""
+def square_products(
+    dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> tuple[int, list[Callable[[], object]]]:
+    """Returns the operations of a large product, 2·n³, and the ways to compute it: torch.mm, and oneDNN where torch has
+    it for a CPU, as which BLAS suits a processor differs by factors."""
     n = MATRIX_SIZE if device.type == "cpu" else GPU_MATRIX_SIZE
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     products: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         c, d = a.to_mkldnn(), b.to_mkldnn()
         products.append(lambda: torch.nn.functional.linear(c, d))
-    return 2 * n**3 / fastest(*products, device=device)
+    return 2 * n**3, products
+
+
+def matrix_rate(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> float:
+    """Returns the operations per second of a large product with torch's threads, computed in the fastest way."""
+    flops, products = square_products(dtype, device)
+    return flops / fastest(*products, device=device)
+
+
+def reads(size: int) -> tuple[int, list[Callable[[], object]]]:
+    """Returns the bytes of a buffer of about `size` bytes, >= 4·ROW, and the ways to read it: its sums as fp32 and as
+    fp64 values, and its product, as a (rows, ROW) matrix, with a vector. Which one a processor is fastest at depends on
+    the cache that they fit in, by factors."""
+    rows = size // (4 * ROW)
+    matrix, vector = torch.ones(rows, ROW), torch.ones(ROW)
+    return 4 * rows * ROW, [matrix.sum, matrix.view(torch.float64).sum, lambda: torch.mv(matrix, vector)]
 
 
 def read_bandwidth(size: int) -> float:
-    """Returns the bytes per second at which a buffer of `size` bytes, >= 4·ROW, is read over and over: the best of its
-    sums as fp32 and as fp64 values and of its product, as a (rows, ROW) matrix, with a vector. Which one a processor is
-    fastest at depends on the cache that they fit in, by factors."""
-    rows = size // (4 * ROW)
-    matrix, vector = torch.ones(rows, ROW), torch.ones(ROW)
-    return 4 * rows * ROW / fastest(matrix.sum, matrix.view(torch.float64).sum, lambda: torch.mv(matrix, vector))
+    """Returns the bytes per second at which a buffer of `size` bytes is read over and over in the fastest way."""
+    read, ways = reads(size)
+    return read / fastest(*ways)
 
 
 def measure_gpu(device: torch.device) -> Limits:
@@ -64,15 +78,14 @@ def measure_gpu(device: torch.device) -> Limits:
     return {RATE: matrix_rate(torch.bfloat16, device), COPY: [{"bytes": size, "bytes_per_second": rate}]}
 
 
-def names(case: Case) -> tuple[str, str]:
-    """Returns what a CPU's matrix rate and bandwidths are called for a case's dtype and threads."""
+def _names(case: Case) -> tuple[str, str]:
     threads = case.threads or torch.get_num_threads()
     return f"{case.dtype}_flops_per_second_{threads}", f"{READ}_{threads}"
 
 
 def measure(case: Case) -> Limits:
     """Returns what a case is held to on a CPU: the matrix rate of its dtype, and the bandwidth at its working set."""
-    (rate, read), size = names(case), case.work.working_set
+    (rate, read), size = _names(case), case.work.working_set
     with torch_threads(case.threads):
         entry = {"bytes": size, "bytes_per_second": read_bandwidth(size)}
         return {rate: matrix_rate(DTYPES[case.dtype]), read: [entry]}
@@ -93,7 +106,7 @@ def best(first: Limits, second: Limits) -> Limits:
 
 def hold(cell: Any, limits: Limits, case: Case) -> None:
     """Gives a cell its "limit", and each of its runs the share of it."""
-    rate, read = (RATE, COPY) if COPY in limits else names(case)
+    rate, read = (RATE, COPY) if COPY in limits else _names(case)
     sizes = {entry["bytes"]: entry["bytes_per_second"] for entry in limits[read]}
     reached = max(sizes.values()) if read == COPY else sizes[case.work.working_set]
     seconds, by = roofline.limit(case.work, limits[rate], reached)

@@ -50,6 +50,13 @@ def inverse_work(config: TarFlowConfig, batch: int, *, guided: bool = False, ite
     )
 
 
+def product_flops(config: TarFlowConfig, batch: int) -> int:
+    """Returns the operations of the products with weights alone in the sequential inverse, in the notation of
+    `inverse_work`: K (T−1) B · 2 (D C + 12 L C² + C O)."""
+    K, _, T, _, matrices, _ = _sizes(config)
+    return 2 * K * (T - 1) * batch * matrices
+
+
 def density_work(config: TarFlowConfig, batch: int, *, backward: bool = False, itemsize: int = 4) -> Work:
     """Returns the least work of the density pass of K blocks, in the notation of `inverse_work`, all T tokens at once:
     flops = K B [ 2 T (D C + 12 L C² + C O) + 2 L C T (T+1) ] and bytes = s [ K W + 2 B T D ]. backward: each product

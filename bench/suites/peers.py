@@ -46,8 +46,6 @@ class Peers(Suite):
       GB/s, GFLOP/s     the least memory traffic and arithmetic that the pass needs, over its time
       of limit          the time that this machine's bandwidth and matrix rate would allow, over its time
       torch's products  of `cpu`: what torch's own products of the same shapes and dtype take, a second limit
-      time-weighted     of `cpu`: products at the rate of torch's large square ones, and then keys and values at the
-                        bandwidth measured, a third
     """
 
     baseline = "ml-tarflow"
@@ -113,12 +111,6 @@ class Peers(Suite):
         with explain.instruction_set(case):
             cell = harness.measure_cell(case, candidates, self.rounds, yardstick=yardstick)
         return {**cell, **({"gemm": gemm.limit(case, dtype)} if "cpu" in self.backends else {})}
-
-    def _hold(self, record: Any, cases: list[Any]) -> None:
-        super()._hold(record, cases)
-        for case, cell in zip(cases, record["cells"], strict=False):
-            if "gemm" in cell:
-                gemm.hold(cell, record["limits"], case)
 
     def lines(self, record: Any) -> list[str]:
         return [*super().lines(record), *gemm.table(record)]

@@ -152,16 +152,7 @@ def test_cpu_end_to_end(tmp_path: Path, quick: None) -> None:
         assert [run["name"] for run in cell["runs"]] == ["ml-tarflow", "torch", "cpu"]
         assert cell["label"]["isa"] == choose_instruction_set()
         assert cell["gemm"]["seconds"] > 0
-        weighted, work = cell["gemm"]["weighted"], cell["work"]
-        rate = made["limits"][f"{cell['label']['dtype']}_flops_per_second_{made['settings']['threads']}"]
-        assert weighted["products"] * rate == pytest.approx(cell["gemm"]["seconds"] * cell["gemm"]["flops_per_second"])
-        read = (weighted["attention"] + weighted["weights"]) * cell["limit"]["bytes_per_second"]
-        assert read == pytest.approx(work["bytes"])
-        tokens = cell["sizes"]["img_size"] // cell["sizes"]["patch_size"]
-        steps = cell["sizes"]["num_blocks"] * (tokens**2 - 1)
-        assert weighted["weights"] * cell["limit"]["bytes_per_second"] == pytest.approx(steps * work["weight_bytes"])
     assert result.output.count("torch's products, model tiny, batch 2, ") == 2
-    assert result.output.count("time-weighted limit, model tiny, batch 2, ") == 2
     assert made["settings"]["instruction_set"] == choose_instruction_set()
     for cell in made["cells"]:
         del cell["gemm"], cell["label"]["isa"]  # an older record is shown as it was

@@ -22,6 +22,7 @@ COMMANDS = [
     "flows",
     "gpu",
     "kernels",
+    "limit",
     "load",
     "peers",
     "pictures",
@@ -131,7 +132,7 @@ def test_every_committed_record_is_shown(path: Path, tmp_path: Path) -> None:
 
 def test_records_of_no_suite_are_told() -> None:
     assert len(RECORDS) == 19
-    assert len(find_suites()) == 12
+    assert len(find_suites()) == 13
     with pytest.raises(LookupError):
         suite_of({"suite": "none"})
 

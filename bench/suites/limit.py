@@ -1,0 +1,203 @@
+"""`python -m bench limit`: sequential passes of the CPU engine, in turns with what the machine can do at best."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow_fast.backend.cpu.engine import CpuEngine
+from tarflow_fast.backend.pytorch.engine import TorchEngine
+from tarflow_fast.devices import torch_threads
+from tarflow_fast.engine import Condition
+from tarflow_fast.engine.weights import BlockWeights
+from tarflow_fast.native import choose_instruction_set
+
+from ..common import harness, limits, models, options, plot
+from ..common.harness import TOLERANCE, Case
+from ..common.machine import CPU
+from ..common.models import DTYPES
+from ..common.record import counted
+from ..common.roofline import inverse_work, product_flops
+from ..common.suite import Suite
+from ..common.table import labelled
+
+SIZES = {
+    name: replace(models.MODELS[name], num_blocks=1, num_classes=0) for name in ("small", "medium", "afhq", "tiny")
+}
+PACE = 0.2  # seconds that each turn takes at least
+COLUMNS = (
+    "run: {name} | ms: {ms[pass]:.4g} | faster: {faster} | products: {ms[products]:.4g} | weights: {ms[weights]:.4g} | "
+    "attention: {ms[attention]:.4g} | of limit: {share[median]:.0%} | p20-p80: {share[p20]:.0%}-{share[p80]:.0%} | "
+    "of bandwidth: {streamed[median]:.0%} | max error: {error}"
+)
+
+
+def paced(run: Callable[[], object]) -> float:
+    """Returns the mean seconds of as many runs as take PACE seconds, one at least: a short run may have a moment in
+    which a shared machine is faster than it ever is for a long one."""
+    started, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - started < PACE:
+        run()
+        count += 1
+    return (time.perf_counter() - started) / count
+
+
+def quickest(amount: int, ways: list[Callable[[], object]]) -> tuple[int, Callable[[], object]]:
+    """Returns what there is to do and the fastest of its ways."""
+    return amount, min(ways, key=limits.fastest)
+
+
+@functools.cache
+def weights_of(model: str, seed: int) -> BlockWeights:
+    return models.random_model(SIZES[model], seed).block_weights(0)
+
+
+@functools.cache
+def plain(model: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """Returns the first sample, (1, T, D), as the torch backend makes it."""
+    engine = TorchEngine(weights_of(model, seed), device=CPU, dtype=dtype)
+    state = engine.begin(models.inputs(SIZES[model], 1, seed)[0], Condition())
+    engine.reverse(state)
+    return state.x.float()
+
+
+def allowed(model: str, dtype: torch.dtype, seed: int) -> float:
+    """Returns what a sample may be off: in bf16 twice what the torch backend is, and half a unit."""
+    if dtype == torch.float32:
+        return TOLERANCE
+    exact = plain(model, torch.float32, seed)
+    own = float((plain(model, dtype, seed) - exact).abs().max())
+    return 2 * own + 0.5 * torch.finfo(dtype).eps * float(exact.abs().max())
+
+
+class Limit(Suite):
+    """The CPU engine's sequential pass of one block beside what this machine can do at best, in turns.
+
+    In each round, for each number of threads, torch multiplies square matrices (2048×2048, in the dtype), torch reads a
+    buffer as large as weights, keys and values over and over, and the engine passes: each for 0.2 seconds or one run,
+    so that all have the same neighbours and the same clock. Shares are medians over the rounds. The first sample is
+    within 2e-4 of the torch backend's in fp32, in bf16 within twice that backend's own error and half a unit; else the
+    exit code is 1.
+
+    \b
+    Models, with random weights of a trained model's scale:
+      small   T = 49 tokens, width 128, 4 layers
+      medium  T = 256, width 256, 4 layers
+      afhq    T = 1024, width 768, 8 layers
+      tiny    to try the suite itself, in seconds
+
+    \b
+    Columns of the table:
+      ms, faster    the pass, and how many times faster it is than with the first number of threads
+      products      ms for its products with weights, at the rate of the square ones
+      weights       ms for reading the weights in each step, at the bandwidth
+      attention     ms for reading keys and values, at the bandwidth
+      of limit      (products + attention) / pass, the time-weighted limit of many images
+      of bandwidth  (weights + attention) / pass, the limit of one image; above 100 % where a near cache keeps a part
+
+    TARFLOW_FAST_CPU_ISA chooses the engine's instruction set. torch has its own environment variables for its products:
+    with `TARFLOW_FAST_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2` a
+    machine with more does what one with AVX2 would.
+    """
+
+    name = "limit"
+    baseline = "limit"
+    options = (
+        options.several("--config", "configs", type=SIZES, default=("small", "medium"), help="Models"),
+        options.batches(1, 16, 64),
+        options.dtypes(),
+        options.EVERY_THREADS,
+        *options.of_every_suite("limit", 60.0),
+    )
+
+    def settings(self) -> dict[str, Any]:
+        return {"instruction_set": choose_instruction_set()}
+
+    def cases(self) -> list[Case]:
+        chosen = (self.chosen.configs, self.chosen.dtypes, self.chosen.batches)
+        found = []
+        for model, dtype, batch in itertools.product(*map(dict.fromkeys, chosen)):
+            work = inverse_work(SIZES[model], batch, itemsize=DTYPES[dtype].itemsize)
+            found.append(Case({"model": model, "dtype": dtype, "batch": batch}, SIZES[model], work, dtype))
+        return found
+
+    def measure(self, case: Case) -> Any:
+        given = case.label["model"], DTYPES[case.dtype], self.chosen.seed
+        exact, error = plain(given[0], torch.float32, given[2]), allowed(*given)
+        z, runs, trials = models.inputs(case.sizes, case.label["batch"], self.chosen.seed)[0], {}, {}
+        square = quickest(*limits.square_products(given[1]))
+        read = quickest(*limits.reads(case.work.working_set))
+        state = None
+        for threads in dict.fromkeys(self.chosen.threads):
+            engine = CpuEngine(weights_of(given[0], given[2]), dtype=given[1], threads=threads)
+            state = engine.begin(z, Condition(), reuse=state)
+
+            def sample(engine: CpuEngine = engine, state: Any = state) -> Tensor:
+                engine.reverse(state)
+                return state.x[:1]
+
+            name = counted(threads, "thread")
+            trials[name] = harness.admit(lambda sample=sample: sample, exact, error)  # type: ignore[misc]
+            for what, run in (("products", square[1]), ("reads", read[1]), ("pass", sample)):
+                runs[name, what] = self._on(threads, run)
+        worst = max((trial.error for trial in trials.values() if trial.error is not None), default=None)
+        wrong = "; ".join(f"{name}: {trial.reason}" for name, trial in trials.items() if trial.reason)
+        cell = harness.unmeasured(case, harness.check_of(wrong or None, worst, error))
+        if wrong:
+            return cell
+        samples = replace(self.rounds, timer=paced).alternate(runs)  # type: ignore[arg-type]
+        cell["runs"] = harness.runs_of({name: samples[name, "pass"] for name in trials}, case.work)  # type: ignore[index]
+        amounts = self._amounts(case)
+        for run in cell["runs"]:
+            run["max_error"] = trials[run["name"]].error
+            of = {"products": square[0], "reads": read[0]}
+            each = {what: [s / of[what] for s in samples[run["name"], what]] for what in of}  # type: ignore[index]
+            parts = {part: [amount * s for s in each[what]] for part, (what, amount) in amounts.items()}
+            run["parts"] = {part: harness.spread(seconds) for part, seconds in parts.items()}
+            for share, names in (("share", ("products", "attention")), ("streamed", ("weights", "attention"))):
+                limit = list(map(sum, zip(*(parts[part] for part in names), strict=True)))
+                run[share] = harness.ratio(limit, run["seconds"])
+        return cell
+
+    @staticmethod
+    def _on(threads: int, run: Callable[[], object]) -> Callable[[], object]:
+        def on() -> None:
+            with torch_threads(threads):
+                run()
+
+        return on
+
+    @staticmethod
+    def _amounts(case: Case) -> dict[str, tuple[str, int]]:
+        """Returns what the parts of the limit are made of: operations, and bytes."""
+        weights = (case.sizes.num_patches - 1) * case.work.weight_bytes
+        return {
+            "products": ("products", product_flops(case.sizes, case.label["batch"])),
+            "weights": ("reads", weights),
+            "attention": ("reads", case.work.bytes - weights),
+        }
+
+    def lines(self, record: Any) -> list[str]:
+        return ["", *labelled(COLUMNS, list(self._rows(record)))]
+
+    @staticmethod
+    def _rows(record: Any) -> Iterable[tuple[Any, Any]]:
+        for cell in record["cells"]:
+            for run in cell["runs"]:
+                spreads = {"pass": run, **run["parts"]}
+                yield cell, {**run, "ms": {part: 1e3 * spread["median"] for part, spread in spreads.items()}}
+            if not cell["runs"]:
+                yield cell, {**cell["check"], "name": "FAILED"}
+
+    def figure(self, record: Any) -> plot.Figure:
+        return plot.bars(record, ("model", "dtype"), ("batch",), "time of the limit / time of the pass", "share")
+
+
+SUITE = Limit()
