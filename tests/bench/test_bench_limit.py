@@ -81,9 +81,9 @@ def test_end_to_end(tmp_path: Path, quick: None) -> None:
         for each in cell["runs"]:
             parts = {part: spread["median"] for part, spread in each["parts"].items()}
             assert all(seconds > 0 for seconds in parts.values())
-            assert len(each["share"]["samples"]) == len(each["streamed"]["samples"]) == 3
+            assert len(each["share"]["samples"]) == len(each["weighted"]["samples"]) == 3
     assert made["settings"]["instruction_set"] == choose_instruction_set()
-    assert "of bandwidth" in result.output
+    assert "time-weighted" in result.output
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.width > 300
 
@@ -109,8 +109,8 @@ def test_shares_are_of_the_same_round(tmp_path: Path, quick: None, monkeypatch: 
     attention = 2.0 * work["bytes"] / bytes_read - weights
     assert parts["products"]["median"] == pytest.approx(products)
     assert parts["weights"]["median"] == pytest.approx(weights)
-    assert each["share"]["samples"] == pytest.approx([(products + attention) / 8] * 3)
-    assert each["streamed"]["samples"] == pytest.approx([(weights + attention) / 8] * 3)
+    assert each["weighted"]["samples"] == pytest.approx([(products + attention) / 8] * 3)
+    assert each["share"]["samples"] == pytest.approx([(weights + attention) / 8] * 3)
 
 
 @native

@@ -8,11 +8,20 @@ trap 'rm -rf "$build"' EXIT
 flags="-std=c++17 -O2 -Wall -Wextra -Werror -fno-math-errno -fno-trapping-math -ffp-contract=fast -pthread"
 engine=$(ls "$here"/../*.cpp | grep -v bindings)
 dots=$here/../kernels_neon_bf16.cpp
+g++ $flags "$here"/bits.cpp $engine -o "$build"/here &
+here_too=$!
 aarch64-linux-gnu-g++ $flags -march=armv8.2-a+bf16 -c "$dots" -o "$build"/dots.o
 aarch64-linux-gnu-g++ $flags "$here"/bits.cpp $(echo "$engine" | grep -v neon_bf16) "$build"/dots.o -o "$build"/arm
-g++ $flags "$here"/bits.cpp $engine -o "$build"/here
+wait $here_too
 "$build"/here
-for processor in cortex-a72 max; do  # without and with dot products of bf16
+run() {  # on a processor
+  qemu-aarch64 -cpu $1 -L /usr/aarch64-linux-gnu "$build"/arm > "$build/$1".txt || { cat "$build/$1".txt; return 1; }
+}
+run cortex-a72 &  # without dot products of bf16, and with them
+other=$!
+run max
+wait $other
+for processor in cortex-a72 max; do
   echo "$processor:"
-  qemu-aarch64 -cpu $processor -L /usr/aarch64-linux-gnu "$build"/arm
+  cat "$build/$processor".txt
 done
